@@ -1,0 +1,84 @@
+# `make help` lists the targets. Set-up happens by itself, in .venv, and again when a pinned requirement changes.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+UV := uv==0.13.9
+export JAX_PLATFORMS ?= cpu
+export HF_HUB_OFFLINE ?= 1
+export TPU_SKIP_MDS_QUERY ?= 1
+export TRANSFORMERS_VERBOSITY ?= error
+
+CONFIG ?= yaml/mudd_tiny.yml
+STAMP := $(shell date +%Y%m%d-%H%M%S)
+RUN ?= $(basename $(notdir $(CONFIG)))-$(STAMP)
+STEPS ?=
+ARGS ?=
+CORPUS := data/stdlib
+OVERRIDES := $(if $(STEPS),steps=$(STEPS)) $(ARGS)
+
+.PHONY: help setup corpus train compare test test-slow lint format lock wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## make .venv with the pinned requirements (the other targets do this when needed)
+
+$(READY): requirements/dev.txt pyproject.toml
+	@set -e; for python in $(PYTHON) python3.12 python3 python; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "make: Python 3.12 is needed and was not found; install it, or name one: make PYTHON=/path/to/python3.12" >&2; exit 2; \
+	fi; \
+	if ! $$found -m venv --clear $(VENV); then \
+	  echo "make: $$found cannot make virtual environments; install its venv package (Debian: python3.12-venv)." >&2; exit 2; \
+	fi
+	@if $(PY) -m pip install --quiet --disable-pip-version-check $(UV); then \
+	  installer="$(PY) -m uv pip install --quiet --python $(PY)"; \
+	else \
+	  installer="$(PY) -m pip install --quiet --disable-pip-version-check"; \
+	fi; \
+	$$installer -r requirements/dev.txt && $$installer --no-deps --editable .
+	@touch $@
+
+$(CORPUS)/eval.parquet: $(READY) maxtext_mudd/corpus.py
+	$(PY) -m maxtext_mudd.corpus $(CORPUS)
+
+corpus: $(CORPUS)/eval.parquet  ## build the default corpus from the Python standard library
+
+train: $(READY) $(CORPUS)/eval.parquet  ## train CONFIG (yaml/mudd_tiny.yml); RUN=name resumes a run, STEPS=n sets its length
+	$(PY) MaxText/train.py $(CONFIG) run_name=$(RUN) $(OVERRIDES)
+	@$(PY) -m maxtext_mudd.report runs/$(RUN)
+
+compare: $(READY) $(CORPUS)/eval.parquet  ## train the plain and the MUDD model on the same tokens, draw both curves
+	$(PY) MaxText/train.py yaml/transformer_tiny.yml run_name=transformer_tiny-$(STAMP) $(OVERRIDES)
+	$(PY) MaxText/train.py yaml/mudd_tiny.yml run_name=mudd_tiny-$(STAMP) $(OVERRIDES)
+	@$(PY) -m maxtext_mudd.report runs/transformer_tiny-$(STAMP) runs/mudd_tiny-$(STAMP)
+
+test: $(READY)  ## run the fast tests
+	$(PY) -m pytest -q -m "not slow"
+
+test-slow: $(READY)  ## run the tests that compile paper-sized models
+	$(PY) -m pytest -q -m slow
+
+lint: $(READY)  ## check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(READY)  ## format and sort imports
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+lock: $(READY)  ## pin requirements/*.in again
+	cd requirements && for name in runtime dev tpu cuda; do \
+	  ../$(PY) -m uv pip compile --quiet --no-annotate --no-header --python-version 3.12 \
+	    --python-platform x86_64-manylinux_2_31 $$name.in -o $$name.txt; done
+
+wheel: $(READY)  ## build dist/maxtext_mudd-*.whl
+	$(PY) -m uv build --quiet --wheel --out-dir dist .
+
+clean:  ## remove .venv, caches and built files; runs and corpus stay
+	rm -rf $(VENV) .cache dist .pytest_cache .ruff_cache

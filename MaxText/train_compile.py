@@ -1,0 +1,4 @@
+from maxtext_mudd.train_compile import run
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,6 @@
+"""Files that ship with the package."""
+
+import pathlib
+
+BYTE_TOKENIZER = "maxtext_mudd/byte"  # what a configuration writes as `tokenizer_path`
+BYTE_TOKENIZER_FOLDER = pathlib.Path(__file__).parent / "byte_tokenizer"

@@ -1,0 +1,128 @@
+"""The configuration: MaxText's, plus one flat key for every hyperparameter of the paper."""
+
+import os
+from typing import Literal
+
+from maxtext.configs.types import MaxTextConfig
+from pydantic import Field, model_validator
+
+from maxtext_mudd import topology
+from maxtext_mudd.assets import BYTE_TOKENIZER, BYTE_TOKENIZER_FOLDER
+from maxtext_mudd.blocks import ATTENTION_NORMS
+
+
+class MuddConfig(MaxTextConfig):
+  """MaxText's configuration with MUDD connections; every combination that cannot work is refused here."""
+
+  mudd: bool = Field(False, description="Depth connections on; off is stock MaxText.")
+  depth_connection: Literal["dense"] = Field("dense", description="Family of depth connections.")
+  mudd_ways: Literal[1, 4] = Field(4, description="C: 4 for separate q, k, v and residual streams, 1 for one input.")
+  mudd_dense_streams: str = Field("qkvr", description="Streams that are aggregated; the others take X_i. Needs 4 ways.")
+  mudd_dynamic: bool = Field(True, description="Weights made from the newest block output (Eq. 6).")
+  mudd_static: bool = Field(True, description="Learned static weights a; off keeps a fixed at one on the newest source.")
+  mudd_hidden_expansion: float = Field(1.0, gt=0, description="Factor on K = C·N.")
+  mudd_last_hidden_expansion: float = Field(4.0, gt=0, description="The same for the last DA.")
+  mudd_hidden_round_to: int = Field(64, ge=0, description="K becomes (K // this + 1) * this, as released; 0: K exactly.")
+  mudd_activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="Between W1 and W2.")
+  mudd_weight_norm_scale: bool = Field(False, description="Learned scale in the norm before W1.")
+  mudd_source_dilation: int = Field(1, ge=1, description="k: a DA sees every k-th block output (Fig. 9).")
+  mudd_block_period: int = Field(1, ge=1, description="p: a DA follows every p-th block (Fig. 9).")
+  mudd_window: int = Field(0, ge=0, description="n: a DA sees the last n block outputs and the embedding; 0: all.")
+  mudd_pre_norm: bool = Field(False, description="RMSNorm on every source (Eq. 10).")
+  mudd_post_norm: bool = Field(False, description="RMSNorm on the sum, and X_i added to every stream (Eq. 10).")
+  mudd_post_norm_streams: str = Field("r", description="Streams with a post-norm: r as released, qkvr as in Eq. 10.")
+  mudd_first_block_norms: Literal["shared", "separate"] = Field(
+      "shared", description="Attention norms of block 1, whose streams are equal: one, or LN_q, LN_k and LN_v."
+  )
+  mudd_ffn_reallocation: bool = Field(False, description="FFN width grows with depth (Eq. 9).")
+  mudd_ffn_first: float = Field(0.5, gt=0, description="Width of the first FFN, as a factor.")
+  mudd_ffn_last: float = Field(1.5, gt=0, description="Width of the last FFN, as a factor.")
+  mudd_ffn_round_to: int = Field(128, ge=1, description="FFN widths are multiples of this.")
+  mudd_kernel: Literal["auto", "xla"] = Field("auto", description="Implementation of depth-wise aggregation.")
+
+  @model_validator(mode="before")
+  @classmethod
+  def _resolve_paths(cls, values: dict) -> dict:
+    if values.get("tokenizer_path") == BYTE_TOKENIZER:
+      values = values | {"tokenizer_path": str(BYTE_TOKENIZER_FOLDER)}
+    output = values.get("base_output_directory")
+    if output and "://" not in output:  # Orbax takes absolute paths only
+      values = values | {"base_output_directory": os.path.abspath(output)}
+    return values
+
+  @model_validator(mode="after")
+  def _check_depth_connections(self):
+    if self.mudd:
+      self._check_streams()
+      self._check_sources()
+      self._check_feed_forward()
+      self._check_stock_features()
+    return self
+
+  def _check_streams(self):
+    for key in ("mudd_dense_streams", "mudd_post_norm_streams"):
+      value = getattr(self, key)
+      if not value or len(set(value)) < len(value) or set(value) - set(topology.WAYS):
+        raise ValueError(f"{key}={value!r} must be some of the letters q, k, v and r, each at most once.")
+    if self.mudd_ways == 1 and self.mudd_dense_streams != topology.WAYS:
+      raise ValueError(
+          f"mudd_dense_streams={self.mudd_dense_streams!r} needs mudd_ways=4; with one way all streams are the same."
+      )
+    if not (self.mudd_dynamic or self.mudd_static):
+      raise ValueError(
+          "mudd_dynamic=False with mudd_static=False leaves nothing to learn; turn one on, or set mudd=False."
+      )
+
+  def _check_sources(self):
+    if self.mudd_block_period > self.num_decoder_layers:
+      raise ValueError(
+          f"mudd_block_period={self.mudd_block_period} places no DA in a model of {self.num_decoder_layers} blocks; "
+          f"use at most {self.num_decoder_layers}."
+      )
+    if self.mudd_source_dilation > 1 and 0 < self.mudd_window <= self.mudd_source_dilation:
+      raise ValueError(
+          f"mudd_window={self.mudd_window} with mudd_source_dilation={self.mudd_source_dilation} leaves a DA without "
+          f"sources besides its own block; use mudd_window=0 or at least {self.mudd_source_dilation + 1}."
+      )
+
+  def _check_feed_forward(self):
+    if not self.mudd_ffn_reallocation:
+      return
+    if self.num_decoder_layers == 1:
+      raise ValueError(
+          "mudd_ffn_reallocation=True needs at least two blocks, and base_num_decoder_layers=1; turn it off."
+      )
+    widths = topology.from_config(self).ffn_widths
+    if 0 in widths:
+      raise ValueError(
+          f"mudd_ffn_reallocation=True rounds the FFN of block {widths.index(0) + 1} to width 0 "
+          f"(mlp_dim={self.mlp_dim}); lower mudd_ffn_round_to={self.mudd_ffn_round_to} or raise base_mlp_dim."
+      )
+
+  def _check_stock_features(self):
+    block = self.decoder_block.value
+    if block not in ATTENTION_NORMS:
+      raise ValueError(
+          f"decoder_block={block!r} is not supported with mudd=True; supported are {', '.join(ATTENTION_NORMS)}."
+      )
+    refused = (
+        (self.scan_layers, "scan_layers=True", "layers are not scanned yet with mudd=True; set scan_layers=False"),
+        (self.fused_qkv, "fused_qkv=True", "q, k and v have inputs of their own; set fused_qkv=False"),
+        (self.share_kv_projections, "share_kv_projections=True", "k and v have inputs of their own; set it to False"),
+        (self.attention_type == "mla", "attention_type='mla'", "its latent is made of one input; use 'global'"),
+        (
+            self.using_pipeline_parallelism,
+            "ici_pipeline_parallelism or dcn_pipeline_parallelism above 1",
+            "block outputs are not passed between stages; use fsdp or tensor parallelism",
+        ),
+        (
+            self.mhc_expansion_rate > 1,
+            f"mhc_expansion_rate={self.mhc_expansion_rate}",
+            "it is another depth connection; set it to 1",
+        ),
+        (bool(self.engram_layers), "engram_layers", "only deepseek has them; leave it empty"),
+        (self.use_multimodal, "use_multimodal=True", "visual features are added between layers; set it to False"),
+    )
+    for is_on, setting, reason in refused:
+      if is_on:
+        raise ValueError(f"{setting} does not work with mudd=True: {reason}.")

@@ -1,0 +1,30 @@
+"""Statistics of the aggregates for MaxText's `record_internal_nn_metrics`."""
+
+from collections.abc import Mapping
+
+from flax import nnx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from maxtext_mudd.kernels import reference
+
+PREFIX = "mudd_"
+
+
+def sow(
+    module: nnx.Module,
+    newest: Float[Array, "B T D"],
+    operands: tuple,
+    streams: Mapping[str, Float[Array, "B T D"]],
+    **settings,
+) -> None:
+  """Sows, per stream, scalars averaged over tokens:
+
+  older_weight: share of the absolute weight that goes to other sources than the newest;
+  norm: root mean square of the stream.
+  """
+  weights = jnp.abs(reference.mixing_weights(newest, *operands, **settings))
+  older = 1 - weights[..., -1] / (jnp.sum(weights, axis=-1) + jnp.finfo(weights.dtype).tiny)
+  for c, (stream, x) in enumerate(streams.items()):
+    module.sow(nnx.Intermediate, f"{PREFIX}older_weight_{stream}", jnp.mean(older[:, :, c]))
+    module.sow(nnx.Intermediate, f"{PREFIX}norm_{stream}", jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))))

@@ -1,0 +1,74 @@
+"""The decoder with depth connections: stock layers, each with the connection that feeds it."""
+
+import functools
+
+from flax import nnx
+import jax
+from maxtext.configs.pyconfig import HyperParameters
+from maxtext.layers.nnx_decoders import NNXDecoder
+
+from maxtext_mudd import topology
+from maxtext_mudd.blocks import ATTENTION_NORMS
+from maxtext_mudd.connections.dense import DenseConnection
+from maxtext_mudd.connections.history import History
+from maxtext_mudd.streams import decouple
+
+_CONNECTION_SEED = 0x6D756464  # keeps the keys of the connections apart from those of the stock layers
+
+
+class LayerConfig(HyperParameters):
+  """A configuration with the feed-forward width of one layer. Equal ones compare equal: modules hold it statically."""
+
+  def __init__(self, config: HyperParameters, ffn_width: int):
+    object.__setattr__(self, "_pydantic_config", config._pydantic_config)
+    widths = {"mlp_dim": ffn_width, "moe_mlp_dim": ffn_width}
+    object.__setattr__(self, "_flat_config", {**config.get_keys(), **widths})
+    object.__setattr__(self, "_identity", (id(config._pydantic_config), ffn_width))
+
+  def __eq__(self, other):
+    return isinstance(other, LayerConfig) and self._identity == other._identity
+
+  def __hash__(self):
+    return hash(self._identity)
+
+
+@functools.cache
+def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
+  """The stock layer class with a depth connection around its `__call__`; parameters keep their stock paths."""
+
+  class ConnectedLayer(layer_class):
+    """Reads the history of block outputs and appends its own; the last layer returns the hidden state instead."""
+
+    def __init__(self, *, config, model_topology, block, rngs, **kwargs):
+      width = model_topology.ffn_widths[block - 1]
+      layer_config = config if width == config.mlp_dim else LayerConfig(config, width)
+      super().__init__(config=layer_config, rngs=rngs, **kwargs)
+      # Keys of its own, so that stock parameters start as they would without connections.
+      key = jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + block)
+      self.connection = DenseConnection(config, model_topology, block, nnx.Rngs(params=key))
+      if self.connection.reads_streams or (block == 1 and config.mudd_first_block_norms == "separate"):
+        decouple(self, ATTENTION_NORMS[config.decoder_block.value])
+
+    @functools.wraps(layer_class.__call__)
+    def __call__(self, inputs, *args, **kwargs):
+      history = inputs if isinstance(inputs, History) else self.connection.start(inputs)
+      output, kv_cache = super().__call__(self.connection.read(history), *args, **kwargs)
+      history = self.connection.write(history, output)
+      return self.connection.finish(history) if self.connection.is_last else history, kv_cache
+
+  ConnectedLayer.__name__ = ConnectedLayer.__qualname__ = f"Connected{layer_class.__name__}"
+  return ConnectedLayer
+
+
+class MuddDecoder(NNXDecoder):
+  """The stock decoder, its layers connected in depth when `mudd` is on.
+
+  Nothing else changes: the carry of the stock loop over layers is the history, an array before the first and after
+  the last layer.
+  """
+
+  def _create_and_register_layer(self, layer_cls, rngs, base_name, i, **layer_kwargs):
+    if getattr(self.config, "mudd", False):
+      layer_cls = connected(layer_cls)
+      layer_kwargs |= {"model_topology": topology.from_config(self.config), "block": i + 1}
+    super()._create_and_register_layer(layer_cls, rngs, base_name, i, **layer_kwargs)

@@ -1,0 +1,144 @@
+"""The only file that replaces anything in MaxText.
+
+Two attributes make the model:
+  maxtext.configs.pyconfig._initialize_pydantic   reads MuddConfig where it would read MaxTextConfig
+  maxtext.models.models.NNXDecoder                is MuddDecoder
+and two correct what MaxText reports of it:
+  maxtext.utils.maxtext_utils.calculate_tflops_training_per_device   counts the aggregates and the re-allocated FFNs
+  maxtext.trainers.pre_train.train.record_activation_metrics         logs the statistics of the aggregates
+With `mudd: false` each of them does what it replaces.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import importlib
+import inspect
+
+import maxtext
+from maxtext.configs.types import MaxTextConfig
+
+from maxtext_mudd import errors, reporting
+from maxtext_mudd.config import MuddConfig
+from maxtext_mudd.decoder import MuddDecoder
+
+KNOWN_VERSIONS = ("0.2.5",)
+
+
+class UnknownMaxText(ImportError):
+  """The installed MaxText is not one that this package knows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Seam:
+  """One attribute of MaxText that is replaced.
+
+  Attributes:
+    module, name: where it is.
+    parameters: leading parameters that it must have for the replacement to fit.
+    method: where the attribute is a class, the method with these parameters.
+    replace: from the stock attribute to the new one.
+  """
+
+  module: str
+  name: str
+  parameters: tuple[str, ...]
+  replace: Callable
+  method: str = ""
+
+  def stock(self):
+    found = getattr(importlib.import_module(self.module), self.name, None)
+    function = getattr(found, self.method, None) if self.method else found
+    parameters = tuple(inspect.signature(function).parameters) if callable(function) else ()
+    if parameters[: len(self.parameters)] != self.parameters:
+      raise UnknownMaxText(
+          f"maxtext {maxtext.__version__}: {self.module}.{self.name} does not take {', '.join(self.parameters)}; "
+          f"install maxtext=={KNOWN_VERSIONS[-1]}."
+      )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How configurations are read.
+
+  Attributes:
+    check: called with each one read; raises ConfigError for what cannot work.
+    on_error: called with a ConfigError before it is raised; a launcher exits here.
+  """
+
+  check: Callable | None = None
+  on_error: Callable[[errors.ConfigError], None] | None = None
+
+
+def _read_mudd_config(stock):
+  @functools.wraps(stock)
+  def initialize(argv=None, config_class=MaxTextConfig, **kwargs):
+    if config_class is MaxTextConfig:
+      config_class = MuddConfig
+    try:
+      with errors.one_sentence(config_class):
+        errors.check_config_file(argv, kwargs)
+        config = stock(argv, config_class=config_class, **kwargs)
+      if _reading.check:
+        _reading.check(config)
+      return config
+    except errors.ConfigError as error:
+      if _reading.on_error:
+        _reading.on_error(error)
+      raise
+
+  return initialize
+
+
+SEAMS = (
+    Seam(
+        "maxtext.configs.pyconfig",
+        "_initialize_pydantic",
+        ("argv", "config_class", "kwargs"),
+        _read_mudd_config,
+    ),
+    Seam(
+        "maxtext.models.models",
+        "NNXDecoder",
+        ("self", "layer_cls", "rngs", "base_name", "i", "layer_kwargs"),
+        lambda stock: MuddDecoder,
+        method="_create_and_register_layer",
+    ),
+    Seam(
+        "maxtext.utils.maxtext_utils",
+        "calculate_tflops_training_per_device",
+        ("config", "log"),
+        reporting.with_connection_flops,
+    ),
+    Seam(
+        "maxtext.trainers.pre_train.train",
+        "record_activation_metrics",
+        ("output_metrics", "intermediate_outputs", "config"),
+        reporting.with_connection_metrics,
+    ),
+)
+
+_installed = False
+_reading = Reading()
+
+
+def install(reading: Reading | None = None) -> None:
+  """Makes MaxText know the `mudd_*` keys. Once is enough; more often changes `reading` only.
+
+  Raises:
+    UnknownMaxText: not a known version, or a replaced attribute has another shape; nothing is replaced then.
+  """
+  global _installed, _reading
+  _reading = reading or _reading
+  if _installed:
+    return
+  if maxtext.__version__ not in KNOWN_VERSIONS:
+    raise UnknownMaxText(
+        f"maxtext {maxtext.__version__} is installed; maxtext-mudd knows {', '.join(KNOWN_VERSIONS)}: "
+        f"install maxtext=={KNOWN_VERSIONS[-1]}."
+    )
+  stock = [seam.stock() for seam in SEAMS]
+  for seam, attribute in zip(SEAMS, stock):
+    setattr(importlib.import_module(seam.module), seam.name, seam.replace(attribute))
+  _installed = True

@@ -1,0 +1,137 @@
+"""Ends a run with a summary: `python3 -m maxtext_mudd.report RUN_FOLDER [RUN_FOLDER]`.
+
+Reads MaxText's TensorBoard events. One run: its figures and a loss curve. Two runs on the same tokens: both curves
+and their final difference, the second against the first. Loss is printed in bits per byte, which needs the byte
+tokenizer: there a token is a byte.
+"""
+
+import dataclasses
+import math
+import pathlib
+import struct
+import sys
+
+from absl import app
+from tensorboardX.proto import event_pb2
+
+TRAIN_LOSS, EVAL_LOSS, SPEED = "learning/loss", "eval/avg_loss", "perf/per_device_tokens_per_sec"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Scalars of one run: by tag, by step."""
+
+  folder: pathlib.Path
+  scalars: dict[str, dict[int, float]]
+
+  @property
+  def name(self) -> str:
+    return self.folder.name
+
+  def bits_per_byte(self, tag: str) -> dict[int, float]:
+    return {step: loss / math.log(2) for step, loss in sorted(self.scalars[tag].items())}
+
+  def tokens_per_second(self) -> float:
+    """Median over the steps, so that compilation and evaluation do not count."""
+    speeds = sorted(self.scalars[SPEED].values())
+    return speeds[len(speeds) // 2]
+
+
+def records(data: bytes):
+  """Payloads of a TFRecord file: length, checksum, payload, checksum; a half-written last record is left out."""
+  start = 0
+  while start + 12 <= len(data):
+    (length,) = struct.unpack_from("<Q", data, start)
+    end = start + 12 + length
+    if end + 4 > len(data):
+      return
+    yield data[start + 12 : end]
+    start = end + 4
+
+
+def read(folder: pathlib.Path) -> Run:
+  """The scalars under a run's folder; where a resumed run wrote a step again, the later value.
+
+  Raises:
+    ValueError: no events, or none with a loss in them.
+  """
+  files = sorted(folder.rglob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
+  scalars: dict[str, dict[int, float]] = {}
+  for file in files:
+    for record in records(file.read_bytes()):
+      event = event_pb2.Event.FromString(record)
+      for value in event.summary.value:
+        if value.HasField("simple_value"):
+          scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+  for tag in (TRAIN_LOSS, EVAL_LOSS, SPEED):
+    if not scalars.get(tag):
+      raise ValueError(f"{folder}: no TensorBoard events with {tag}; pass the folder of a run that evaluated.")
+  return Run(folder, scalars)
+
+
+def draw(runs: list[Run], path: pathlib.Path) -> None:
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+  for color, run in zip(("tab:blue", "tab:orange"), runs):
+    train, evaluated = run.bits_per_byte(TRAIN_LOSS), run.bits_per_byte(EVAL_LOSS)
+    axes.plot(train.keys(), train.values(), color=color, alpha=0.35, linewidth=1, label=f"{run.name}, train")
+    axes.plot(evaluated.keys(), evaluated.values(), color=color, marker="o", label=f"{run.name}, eval")
+  last = list(runs[0].bits_per_byte(EVAL_LOSS).values())[-1]
+  axes.set_ylim(bottom=last * 0.8)
+  axes.set(xlabel="step", ylabel="bits per byte")
+  if len(runs) == 2:
+    axes.set_title(difference(*runs))
+  axes.grid(alpha=0.3)
+  axes.legend()
+  figure.savefig(path, dpi=120)
+
+
+def difference(baseline: Run, run: Run) -> str:
+  """The final evaluation of `run` against `baseline`, at the last step that both have.
+
+  Raises:
+    ValueError: no step where both were evaluated.
+  """
+  ours, theirs = run.bits_per_byte(EVAL_LOSS), baseline.bits_per_byte(EVAL_LOSS)
+  common = ours.keys() & theirs.keys()
+  if not common:
+    raise ValueError(f"{baseline.name} and {run.name} were not evaluated at a common step; train both alike.")
+  step = max(common)
+  return f"after step {step}: {run.name} {ours[step] - theirs[step]:+.4f} bits per byte against {baseline.name}"
+
+
+def summary(run: Run) -> list[str]:
+  evaluated = list(run.bits_per_byte(EVAL_LOSS).items())
+  (first_step, first), (last_step, last) = evaluated[0], evaluated[-1]
+  return [
+      run.name,
+      f"  eval loss at the start  {first:.4f} bits per byte (after step {first_step})",
+      f"  eval loss at the end    {last:.4f} bits per byte (after step {last_step})",
+      f"  speed                   {run.tokens_per_second():,.0f} tokens/s per device (median step)",
+  ]
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) not in (2, 3):
+    sys.exit("usage: python3 -m maxtext_mudd.report RUN_FOLDER [RUN_FOLDER]")
+  try:
+    runs = [read(pathlib.Path(folder)) for folder in argv[1:]]
+    picture = runs[-1].folder / ("comparison.png" if len(runs) == 2 else "loss.png")
+    draw(runs, picture)
+    lines = [line for run in runs for line in summary(run)]
+    if len(runs) == 2:
+      lines.append(difference(*runs))
+  except ValueError as error:
+    sys.exit(f"maxtext-mudd: {error}")
+  lines += [f"  loss curve              {picture}", f"  checkpoints             {runs[-1].folder / 'checkpoints'}"]
+  if len(runs) == 1:
+    lines.append("next: make compare    # this model with and without MUDD connections, on the same tokens")
+  print("\n".join(["", "-" * 80, *lines, "-" * 80]))
+
+
+if __name__ == "__main__":
+  app.run(main)

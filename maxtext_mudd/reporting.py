@@ -1,0 +1,51 @@
+"""What MaxText reports of a model with depth connections: FLOPs, and statistics of the aggregates."""
+
+import functools
+import re
+
+import jax
+
+from maxtext_mudd import complexity
+from maxtext_mudd.connections.metrics import PREFIX
+
+_FORWARD_AND_BACKWARD = 3
+
+
+def connection_tflops(config) -> float:
+  """TFLOPs per train step and device beyond what MaxText counts."""
+  tokens = config.per_device_batch_size * config.max_target_length * config.gradient_accumulation_steps
+  width = complexity.extra_ffn_width(config)
+  if config.num_experts > 1:
+    width *= config.num_experts_per_tok
+  feed_forward = 2 * width * config.emb_dim * (len(config.mlp_activations) + 1)
+  return _FORWARD_AND_BACKWARD * tokens * (complexity.aggregate_flops(config) + feed_forward) / 1e12
+
+
+def with_connection_flops(stock):
+  @functools.wraps(stock)
+  def calculate(config, log=True):
+    total, weights, attention = stock(config, log=log)
+    if getattr(config, "mudd", False):
+      extra = connection_tflops(config)
+      total, weights = total + extra, weights + extra
+      if log:
+        print(f"With the depth connections: {total:.2f} TFLOPs, {100 * extra / total:.2f}% of them theirs.")
+    return total, weights, attention
+
+  return calculate
+
+
+def with_connection_metrics(stock):
+  @functools.wraps(stock)
+  def record(output_metrics, intermediate_outputs, config):
+    stock(output_metrics, intermediate_outputs, config)
+    for path, value in jax.tree_util.tree_leaves_with_path(intermediate_outputs):
+      keys = [str(getattr(entry, "key", "")) for entry in path]
+      name = next((key for key in keys if key.startswith(PREFIX)), None)
+      layer = next((re.fullmatch(r"layers_(\d+)", key) for key in keys if key.startswith("layers_")), None)
+      if name and layer:
+        after = int(layer.group(1)) + ("final_depth_aggregate" in keys)
+        statistic, stream = name.removeprefix(PREFIX).rsplit("_", 1)
+        output_metrics["scalar"][f"mudd/{statistic}/{stream}/da_{after:03d}"] = value
+
+  return record

@@ -1,0 +1,17 @@
+"""Set before anything imports JAX: CPU, no model hub, a compilation cache inside the repository."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+from maxtext_mudd import plugin
+
+plugin.install()

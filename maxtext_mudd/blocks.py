@@ -5,12 +5,12 @@ to the stock block at the start and to an independent reference with random weig
 """
 
 ATTENTION_NORMS = {
-    "llama2": "pre_self_attention_layer_norm",
-    "mistral": "pre_self_attention_layer_norm",
-    "mixtral": "pre_self_attention_layer_norm",
-    "qwen2": "pre_self_attention_layer_norm",
-    "qwen3": "pre_self_attention_layer_norm",
-    "qwen3_moe": "pre_self_attention_layer_norm",
-    "gemma": "pre_self_attention_norm",
-    "gpt3": "pre_self_attention_norm",
+  "llama2": "pre_self_attention_layer_norm",
+  "mistral": "pre_self_attention_layer_norm",
+  "mixtral": "pre_self_attention_layer_norm",
+  "qwen2": "pre_self_attention_layer_norm",
+  "qwen3": "pre_self_attention_layer_norm",
+  "qwen3_moe": "pre_self_attention_layer_norm",
+  "gemma": "pre_self_attention_norm",
+  "gpt3": "pre_self_attention_norm",
 }

@@ -17,12 +17,12 @@ class MuddConfig(MaxTextConfig):
   mudd: bool = Field(False, description="Depth connections on; off is stock MaxText.")
   depth_connection: Literal["dense"] = Field("dense", description="Family of depth connections.")
   mudd_ways: Literal[1, 4] = Field(4, description="C: 4 for separate q, k, v and residual streams, 1 for one input.")
-  mudd_dense_streams: str = Field("qkvr", description="Streams that are aggregated; the others take X_i. Needs 4 ways.")
+  mudd_dense_streams: str = Field("qkvr", description="Streams that are aggregated; others take X_i. Needs 4 ways.")
   mudd_dynamic: bool = Field(True, description="Weights made from the newest block output (Eq. 6).")
-  mudd_static: bool = Field(True, description="Learned static weights a; off keeps a fixed at one on the newest source.")
+  mudd_static: bool = Field(True, description="Learned static weights a; off: a is one on the newest source.")
   mudd_hidden_expansion: float = Field(1.0, gt=0, description="Factor on K = C·N.")
   mudd_last_hidden_expansion: float = Field(4.0, gt=0, description="The same for the last DA.")
-  mudd_hidden_round_to: int = Field(64, ge=0, description="K becomes (K // this + 1) * this, as released; 0: K exactly.")
+  mudd_hidden_round_to: int = Field(64, ge=0, description="K becomes (K // n + 1) * n, as released; 0: K exactly.")
   mudd_activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="Between W1 and W2.")
   mudd_weight_norm_scale: bool = Field(False, description="Learned scale in the norm before W1.")
   mudd_source_dilation: int = Field(1, ge=1, description="k: a DA sees every k-th block output (Fig. 9).")
@@ -32,7 +32,7 @@ class MuddConfig(MaxTextConfig):
   mudd_post_norm: bool = Field(False, description="RMSNorm on the sum, and X_i added to every stream (Eq. 10).")
   mudd_post_norm_streams: str = Field("r", description="Streams with a post-norm: r as released, qkvr as in Eq. 10.")
   mudd_first_block_norms: Literal["shared", "separate"] = Field(
-      "shared", description="Attention norms of block 1, whose streams are equal: one, or LN_q, LN_k and LN_v."
+    "shared", description="Attention norms of block 1, whose streams are equal: one, or LN_q, LN_k and LN_v."
   )
   mudd_ffn_reallocation: bool = Field(False, description="FFN width grows with depth (Eq. 9).")
   mudd_ffn_first: float = Field(0.5, gt=0, description="Width of the first FFN, as a factor.")
@@ -66,23 +66,23 @@ class MuddConfig(MaxTextConfig):
         raise ValueError(f"{key}={value!r} must be some of the letters q, k, v and r, each at most once.")
     if self.mudd_ways == 1 and self.mudd_dense_streams != topology.WAYS:
       raise ValueError(
-          f"mudd_dense_streams={self.mudd_dense_streams!r} needs mudd_ways=4; with one way all streams are the same."
+        f"mudd_dense_streams={self.mudd_dense_streams!r} needs mudd_ways=4; with one way all streams are the same."
       )
     if not (self.mudd_dynamic or self.mudd_static):
       raise ValueError(
-          "mudd_dynamic=False with mudd_static=False leaves nothing to learn; turn one on, or set mudd=False."
+        "mudd_dynamic=False with mudd_static=False leaves nothing to learn; turn one on, or set mudd=False."
       )
 
   def _check_sources(self):
     if self.mudd_block_period > self.num_decoder_layers:
       raise ValueError(
-          f"mudd_block_period={self.mudd_block_period} places no DA in a model of {self.num_decoder_layers} blocks; "
-          f"use at most {self.num_decoder_layers}."
+        f"mudd_block_period={self.mudd_block_period} places no DA in a model of {self.num_decoder_layers} blocks; "
+        f"use at most {self.num_decoder_layers}."
       )
     if self.mudd_source_dilation > 1 and 0 < self.mudd_window <= self.mudd_source_dilation:
       raise ValueError(
-          f"mudd_window={self.mudd_window} with mudd_source_dilation={self.mudd_source_dilation} leaves a DA without "
-          f"sources besides its own block; use mudd_window=0 or at least {self.mudd_source_dilation + 1}."
+        f"mudd_window={self.mudd_window} with mudd_source_dilation={self.mudd_source_dilation} leaves a DA without "
+        f"sources besides its own block; use mudd_window=0 or at least {self.mudd_source_dilation + 1}."
       )
 
   def _check_feed_forward(self):
@@ -90,38 +90,38 @@ class MuddConfig(MaxTextConfig):
       return
     if self.num_decoder_layers == 1:
       raise ValueError(
-          "mudd_ffn_reallocation=True needs at least two blocks, and base_num_decoder_layers=1; turn it off."
+        "mudd_ffn_reallocation=True needs at least two blocks, and base_num_decoder_layers=1; turn it off."
       )
     widths = topology.from_config(self).ffn_widths
     if 0 in widths:
       raise ValueError(
-          f"mudd_ffn_reallocation=True rounds the FFN of block {widths.index(0) + 1} to width 0 "
-          f"(mlp_dim={self.mlp_dim}); lower mudd_ffn_round_to={self.mudd_ffn_round_to} or raise base_mlp_dim."
+        f"mudd_ffn_reallocation=True rounds the FFN of block {widths.index(0) + 1} to width 0 "
+        f"(mlp_dim={self.mlp_dim}); lower mudd_ffn_round_to={self.mudd_ffn_round_to} or raise base_mlp_dim."
       )
 
   def _check_stock_features(self):
     block = self.decoder_block.value
     if block not in ATTENTION_NORMS:
       raise ValueError(
-          f"decoder_block={block!r} is not supported with mudd=True; supported are {', '.join(ATTENTION_NORMS)}."
+        f"decoder_block={block!r} is not supported with mudd=True; supported are {', '.join(ATTENTION_NORMS)}."
       )
     refused = (
-        (self.scan_layers, "scan_layers=True", "layers are not scanned yet with mudd=True; set scan_layers=False"),
-        (self.fused_qkv, "fused_qkv=True", "q, k and v have inputs of their own; set fused_qkv=False"),
-        (self.share_kv_projections, "share_kv_projections=True", "k and v have inputs of their own; set it to False"),
-        (self.attention_type == "mla", "attention_type='mla'", "its latent is made of one input; use 'global'"),
-        (
-            self.using_pipeline_parallelism,
-            "ici_pipeline_parallelism or dcn_pipeline_parallelism above 1",
-            "block outputs are not passed between stages; use fsdp or tensor parallelism",
-        ),
-        (
-            self.mhc_expansion_rate > 1,
-            f"mhc_expansion_rate={self.mhc_expansion_rate}",
-            "it is another depth connection; set it to 1",
-        ),
-        (bool(self.engram_layers), "engram_layers", "only deepseek has them; leave it empty"),
-        (self.use_multimodal, "use_multimodal=True", "visual features are added between layers; set it to False"),
+      (self.scan_layers, "scan_layers=True", "layers are not scanned yet with mudd=True; set scan_layers=False"),
+      (self.fused_qkv, "fused_qkv=True", "q, k and v have inputs of their own; set fused_qkv=False"),
+      (self.share_kv_projections, "share_kv_projections=True", "k and v have inputs of their own; set it to False"),
+      (self.attention_type == "mla", "attention_type='mla'", "its latent is made of one input; use 'global'"),
+      (
+        self.using_pipeline_parallelism,
+        "ici_pipeline_parallelism or dcn_pipeline_parallelism above 1",
+        "block outputs are not passed between stages; use fsdp or tensor parallelism",
+      ),
+      (
+        self.mhc_expansion_rate > 1,
+        f"mhc_expansion_rate={self.mhc_expansion_rate}",
+        "it is another depth connection; set it to 1",
+      ),
+      (bool(self.engram_layers), "engram_layers", "only deepseek has them; leave it empty"),
+      (self.use_multimodal, "use_multimodal=True", "visual features are added between layers; set it to False"),
     )
     for is_on, setting, reason in refused:
       if is_on:

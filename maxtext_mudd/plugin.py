@@ -52,8 +52,8 @@ class Seam:
     parameters = tuple(inspect.signature(function).parameters) if callable(function) else ()
     if parameters[: len(self.parameters)] != self.parameters:
       raise UnknownMaxText(
-          f"maxtext {maxtext.__version__}: {self.module}.{self.name} does not take {', '.join(self.parameters)}; "
-          f"install maxtext=={KNOWN_VERSIONS[-1]}."
+        f"maxtext {maxtext.__version__}: {self.module}.{self.name} does not take {', '.join(self.parameters)}; "
+        f"install maxtext=={KNOWN_VERSIONS[-1]}."
       )
     return found
 
@@ -92,31 +92,31 @@ def _read_mudd_config(stock):
 
 
 SEAMS = (
-    Seam(
-        "maxtext.configs.pyconfig",
-        "_initialize_pydantic",
-        ("argv", "config_class", "kwargs"),
-        _read_mudd_config,
-    ),
-    Seam(
-        "maxtext.models.models",
-        "NNXDecoder",
-        ("self", "layer_cls", "rngs", "base_name", "i", "layer_kwargs"),
-        lambda stock: MuddDecoder,
-        method="_create_and_register_layer",
-    ),
-    Seam(
-        "maxtext.utils.maxtext_utils",
-        "calculate_tflops_training_per_device",
-        ("config", "log"),
-        reporting.with_connection_flops,
-    ),
-    Seam(
-        "maxtext.trainers.pre_train.train",
-        "record_activation_metrics",
-        ("output_metrics", "intermediate_outputs", "config"),
-        reporting.with_connection_metrics,
-    ),
+  Seam(
+    "maxtext.configs.pyconfig",
+    "_initialize_pydantic",
+    ("argv", "config_class", "kwargs"),
+    _read_mudd_config,
+  ),
+  Seam(
+    "maxtext.models.models",
+    "NNXDecoder",
+    ("self", "layer_cls", "rngs", "base_name", "i", "layer_kwargs"),
+    lambda stock: MuddDecoder,
+    method="_create_and_register_layer",
+  ),
+  Seam(
+    "maxtext.utils.maxtext_utils",
+    "calculate_tflops_training_per_device",
+    ("config", "log"),
+    reporting.with_connection_flops,
+  ),
+  Seam(
+    "maxtext.trainers.pre_train.train",
+    "record_activation_metrics",
+    ("output_metrics", "intermediate_outputs", "config"),
+    reporting.with_connection_metrics,
+  ),
 )
 
 _installed = False
@@ -135,8 +135,8 @@ def install(reading: Reading | None = None) -> None:
     return
   if maxtext.__version__ not in KNOWN_VERSIONS:
     raise UnknownMaxText(
-        f"maxtext {maxtext.__version__} is installed; maxtext-mudd knows {', '.join(KNOWN_VERSIONS)}: "
-        f"install maxtext=={KNOWN_VERSIONS[-1]}."
+      f"maxtext {maxtext.__version__} is installed; maxtext-mudd knows {', '.join(KNOWN_VERSIONS)}: "
+      f"install maxtext=={KNOWN_VERSIONS[-1]}."
     )
   stock = [seam.stock() for seam in SEAMS]
   for seam, attribute in zip(SEAMS, stock):

@@ -108,10 +108,10 @@ def summary(run: Run) -> list[str]:
   evaluated = list(run.bits_per_byte(EVAL_LOSS).items())
   (first_step, first), (last_step, last) = evaluated[0], evaluated[-1]
   return [
-      run.name,
-      f"  eval loss at the start  {first:.4f} bits per byte (after step {first_step})",
-      f"  eval loss at the end    {last:.4f} bits per byte (after step {last_step})",
-      f"  speed                   {run.tokens_per_second():,.0f} tokens/s per device (median step)",
+    run.name,
+    f"  eval loss at the start  {first:.4f} bits per byte (after step {first_step})",
+    f"  eval loss at the end    {last:.4f} bits per byte (after step {last_step})",
+    f"  speed                   {run.tokens_per_second():,.0f} tokens/s per device (median step)",
   ]
 
 

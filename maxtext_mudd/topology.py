@@ -70,28 +70,26 @@ def ffn_widths(width: int, num_blocks: int, *, first: float, last: float, round_
 
 
 def dense(
-    num_blocks: int,
-    widths: tuple[int, ...],
-    *,
-    ways: int,
-    dense_streams: str,
-    dynamic: bool,
-    dilation: int,
-    period: int,
-    window: int,
-    hidden_expansion: float,
-    last_hidden_expansion: float,
-    round_to: int,
+  num_blocks: int,
+  widths: tuple[int, ...],
+  *,
+  ways: int,
+  dense_streams: str,
+  dynamic: bool,
+  dilation: int,
+  period: int,
+  window: int,
+  hidden_expansion: float,
+  last_hidden_expansion: float,
+  round_to: int,
 ) -> Topology:
   """The dense family: a DA after every `period`-th block; the last one makes the residual stream only."""
   aggregates = {}
   for block in range(period, num_blocks + 1, period):
     sources = visible_sources(block, dilation=dilation, window=window)
     is_last = block == num_blocks
-    if ways == 1:
-      streams = "x"
-    else:
-      streams = "".join(c for c in WAYS if c in dense_streams and (not is_last or c == "r"))
+    made = "r" if is_last else dense_streams
+    streams = "x" if ways == 1 else "".join(c for c in WAYS if c in made and c in dense_streams)
     if not streams:
       continue
     expansion = last_hidden_expansion if is_last else hidden_expansion
@@ -106,22 +104,22 @@ def from_config(config) -> Topology:
   widths = (width,) * num_blocks
   if config.mudd_ffn_reallocation:
     widths = ffn_widths(
-        width,
-        num_blocks,
-        first=config.mudd_ffn_first,
-        last=config.mudd_ffn_last,
-        round_to=config.mudd_ffn_round_to,
+      width,
+      num_blocks,
+      first=config.mudd_ffn_first,
+      last=config.mudd_ffn_last,
+      round_to=config.mudd_ffn_round_to,
     )
   return dense(
-      num_blocks,
-      widths,
-      ways=config.mudd_ways,
-      dense_streams=config.mudd_dense_streams,
-      dynamic=config.mudd_dynamic,
-      dilation=config.mudd_source_dilation,
-      period=config.mudd_block_period,
-      window=config.mudd_window,
-      hidden_expansion=config.mudd_hidden_expansion,
-      last_hidden_expansion=config.mudd_last_hidden_expansion,
-      round_to=config.mudd_hidden_round_to,
+    num_blocks,
+    widths,
+    ways=config.mudd_ways,
+    dense_streams=config.mudd_dense_streams,
+    dynamic=config.mudd_dynamic,
+    dilation=config.mudd_source_dilation,
+    period=config.mudd_block_period,
+    window=config.mudd_window,
+    hidden_expansion=config.mudd_hidden_expansion,
+    last_hidden_expansion=config.mudd_last_hidden_expansion,
+    round_to=config.mudd_hidden_round_to,
   )

@@ -15,26 +15,26 @@ DATA = pathlib.Path(__file__).parent / "data"
 BASE_YML = str(pathlib.Path(pyconfig.__file__).parent / "base.yml")
 
 SMALL = {
-    "run_name": "test",
-    "enable_checkpointing": False,
-    "log_config": False,
-    "jax_cache_dir": "",
-    "scan_layers": False,
-    "attention": "dot_product",
-    "dtype": "float32",
-    "weight_dtype": "float32",
-    "base_emb_dim": 32,
-    "base_num_query_heads": 2,
-    "base_num_kv_heads": 2,
-    "head_dim": 16,
-    "base_mlp_dim": 64,
-    "base_num_decoder_layers": 3,
-    "vocab_size": 64,
-    "max_target_length": 16,
-    "max_prefill_predict_length": 8,
-    "per_device_batch_size": 2,
-    "normalization_layer_epsilon": 1e-6,
-    "enable_dropout": False,
+  "run_name": "test",
+  "enable_checkpointing": False,
+  "log_config": False,
+  "jax_cache_dir": "",
+  "scan_layers": False,
+  "attention": "dot_product",
+  "dtype": "float32",
+  "weight_dtype": "float32",
+  "base_emb_dim": 32,
+  "base_num_query_heads": 2,
+  "base_num_kv_heads": 2,
+  "head_dim": 16,
+  "base_mlp_dim": 64,
+  "base_num_decoder_layers": 3,
+  "vocab_size": 64,
+  "max_target_length": 16,
+  "max_prefill_predict_length": 8,
+  "per_device_batch_size": 2,
+  "normalization_layer_epsilon": 1e-6,
+  "enable_dropout": False,
 }
 
 
@@ -77,7 +77,7 @@ def randomise(model, seed=0) -> dict[str, np.ndarray]:
     if path.endswith("scale"):
       values[path] = 1 + 0.3 * rng.standard_normal(shape)
     elif path.endswith("/a"):
-      values[path] = 0.5 * rng.standard_normal(shape)
+      values[path] = np.eye(shape[-1])[-1] + 0.4 * rng.standard_normal(shape)
     elif path.endswith("bias"):
       values[path] = 0.2 * rng.standard_normal(shape)
     else:
@@ -95,16 +95,20 @@ def batch(cfg, seed=0) -> dict[str, np.ndarray]:
   position = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
   ones = np.ones(shape, np.int32)
   return {
-      "inputs": tokens[:, :-1],
-      "targets": tokens[:, 1:],
-      "inputs_position": position,
-      "targets_position": position,
-      "inputs_segmentation": ones,
-      "targets_segmentation": ones,
+    "inputs": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "inputs_position": position,
+    "targets_position": position,
+    "inputs_segmentation": ones,
+    "targets_segmentation": ones,
   }
+
+
+@nnx.jit
+def jitted_logits(model, data):
+  return logits(model, data)
 
 
 def logits(model, data):
   """Logits of a batch in training mode, without dropout."""
   return model(data["inputs"], data["inputs_position"], data["inputs_segmentation"], enable_dropout=False)
-

@@ -16,19 +16,19 @@ from tests import models
 LOGITS_TOLERANCE = 2e-4
 
 RELEASED = {
-    "mudd": True,
-    "mudd_ffn_reallocation": True,
-    "base_emb_dim": 64,
-    "base_num_query_heads": 4,
-    "base_num_kv_heads": 4,
-    "head_dim": 16,
-    "base_mlp_dim": 256,
-    "base_num_decoder_layers": 6,
-    "vocab_size": 128,
-    "rope_max_timescale": 10000,
-    "logits_via_embedding": False,
-    "mudd_last_hidden_expansion": 4.0,
-    "mudd_hidden_round_to": 64,
+  "mudd": True,
+  "mudd_ffn_reallocation": True,
+  "base_emb_dim": 64,
+  "base_num_query_heads": 4,
+  "base_num_kv_heads": 4,
+  "head_dim": 16,
+  "base_mlp_dim": 256,
+  "base_num_decoder_layers": 6,
+  "vocab_size": 128,
+  "rope_max_timescale": 10000,
+  "logits_via_embedding": False,
+  "mudd_last_hidden_expansion": 4.0,
+  "mudd_hidden_round_to": 64,
 }
 
 
@@ -41,9 +41,9 @@ def from_pytorch(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   heads, width = 4, 16
   last = max(int(key.split(".")[1]) for key in weights if key.startswith("layers."))
   found = {
-      "token_embedder/embedding": weights["tok_embeddings.weight"],
-      "decoder/decoder_norm/scale": weights["norm.weight"],
-      "decoder/logits_dense/kernel": weights["output.weight"].T,
+    "token_embedder/embedding": weights["tok_embeddings.weight"],
+    "decoder/decoder_norm/scale": weights["norm.weight"],
+    "decoder/logits_dense/kernel": weights["output.weight"].T,
   }
   for i in range(last + 1):
     layer = {key.removeprefix(f"layers.{i}."): w for key, w in weights.items() if key.startswith(f"layers.{i}.")}
@@ -131,10 +131,10 @@ def walk(model, data):
     carry = history
     hidden.append(history.newest)
     weights = reference.mixing_weights(
-        history.newest,
-        *da.operands(),
-        activation=decoder.config.mudd_activation,
-        epsilon=decoder.config.normalization_layer_epsilon,
+      history.newest,
+      *da.operands(),
+      activation=decoder.config.mudd_activation,
+      epsilon=decoder.config.normalization_layer_epsilon,
     )
     aggregates.append((weights, da(history)))
   return hidden, aggregates
@@ -146,7 +146,7 @@ def muddformer():
   weights = load_file(models.DATA / "muddformer_tiny" / "model.safetensors")
   rows, length = golden["input_ids"].shape
   cfg = models.config(
-      **RELEASED, decoder_block="qwen3", use_qk_norm=True, max_target_length=length, per_device_batch_size=rows
+    **RELEASED, decoder_block="qwen3", use_qk_norm=True, max_target_length=length, per_device_batch_size=rows
   )
   model = models.build(cfg)
   models.set_parameters(model, from_pytorch(weights))
@@ -190,17 +190,17 @@ def muddjax(name):
   rows, length = golden["inputs"].shape
   normed = name == "muddjax_prepost"
   cfg = models.config(
-      **RELEASED,
-      decoder_block="llama2",
-      max_target_length=length,
-      per_device_batch_size=rows,
-      mudd_activation="gelu_tanh",
-      mudd_first_block_norms="separate",
-      mudd_pre_norm=normed,
-      mudd_post_norm=normed,
-      mudd_weight_norm_scale=normed,
-      normalize_embedding_logits=True,
-      remat_policy="full",
+    **RELEASED,
+    decoder_block="llama2",
+    max_target_length=length,
+    per_device_batch_size=rows,
+    mudd_activation="gelu_tanh",
+    mudd_first_block_norms="separate",
+    mudd_pre_norm=normed,
+    mudd_post_norm=normed,
+    mudd_weight_norm_scale=normed,
+    normalize_embedding_logits=True,
+    remat_policy="full",
   )
   model = models.build(cfg)
   models.set_parameters(model, from_jax(weights, query_scale=cfg.head_dim**-0.5))
@@ -251,11 +251,11 @@ def test_the_wrong_gelu_is_noticed(muddformer):
   """The tolerance tells the two GELUs apart, so it tells smaller mistakes apart too."""
   model, data, golden = muddformer
   other = models.config(
-      **RELEASED,
-      decoder_block="qwen3",
-      use_qk_norm=True,
-      max_target_length=golden["input_ids"].shape[1],
-      mudd_activation="gelu_tanh",
+    **RELEASED,
+    decoder_block="qwen3",
+    use_qk_norm=True,
+    max_target_length=golden["input_ids"].shape[1],
+    mudd_activation="gelu_tanh",
   )
   changed = models.build(other)
   models.set_parameters(changed, {path: value.get_value() for path, value in models.parameters(model).items()})

@@ -17,14 +17,14 @@ POST_NORM_INIT = 1e-3  # scale of the post-norm at the start (paper, Eq. 10)
 
 def rms_norm(config, rngs: nnx.Rngs, **kwargs) -> RMSNorm:
   return RMSNorm(
-      num_features=config.emb_dim,
-      dtype=config.dtype,
-      weight_dtype=config.weight_dtype,
-      shard_mode=config.shard_mode,
-      kernel_axes=("norm",),
-      epsilon=config.normalization_layer_epsilon,
-      rngs=rngs,
-      **kwargs,
+    num_features=config.emb_dim,
+    dtype=config.dtype,
+    weight_dtype=config.weight_dtype,
+    shard_mode=config.shard_mode,
+    kernel_axes=("norm",),
+    epsilon=config.normalization_layer_epsilon,
+    rngs=rngs,
+    **kwargs,
   )
 
 
@@ -81,12 +81,12 @@ class DepthAggregate(nnx.Module):
     operands = self.operands()
     settings = {"activation": config.mudd_activation, "epsilon": config.normalization_layer_epsilon}
     outputs = kernels.depth_aggregate(
-        sources,
-        *operands,
-        ways=self.aggregate.ways,
-        newest=history.newest,
-        implementation=config.mudd_kernel,
-        **settings,
+      sources,
+      *operands,
+      ways=self.aggregate.ways,
+      newest=history.newest,
+      implementation=config.mudd_kernel,
+      **settings,
     )
     streams = {}
     for stream, x in zip(self.aggregate.streams, outputs):

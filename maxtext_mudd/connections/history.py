@@ -20,4 +20,4 @@ class History:
   newest: Float[Array, "B T D"]
 
   def append(self, source, output) -> "History":
-    return History(self.sources + (source,), output)
+    return History((*self.sources, source), output)

@@ -12,11 +12,11 @@ PREFIX = "mudd_"
 
 
 def sow(
-    module: nnx.Module,
-    newest: Float[Array, "B T D"],
-    operands: tuple,
-    streams: Mapping[str, Float[Array, "B T D"]],
-    **settings,
+  module: nnx.Module,
+  newest: Float[Array, "B T D"],
+  operands: tuple,
+  streams: Mapping[str, Float[Array, "B T D"]],
+  **settings,
 ) -> None:
   """Sows, per stream, scalars averaged over tokens:
 

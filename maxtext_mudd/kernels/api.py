@@ -10,16 +10,16 @@ IMPLEMENTATIONS = ("auto", "xla")
 
 
 def depth_aggregate(
-    sources: Sequence[Float[Array, "B T D"]],
-    w1: Float[Array, "D K"] | None,
-    w2: Float[Array, "K C N"] | None,
-    a: Float[Array, "C N"],
-    *,
-    ways: int,
-    newest: Float[Array, "B T D"] | None = None,
-    activation: str = "gelu",
-    epsilon: float = 1e-6,
-    implementation: str = "auto",
+  sources: Sequence[Float[Array, "B T D"]],
+  w1: Float[Array, "D K"] | None,
+  w2: Float[Array, "K C N"] | None,
+  a: Float[Array, "C N"],
+  *,
+  ways: int,
+  newest: Float[Array, "B T D"] | None = None,
+  activation: str = "gelu",
+  epsilon: float = 1e-6,
+  implementation: str = "auto",
 ) -> list[Float[Array, "B T D"]]:
   """Mixes the outputs of earlier blocks into `ways` streams, each token with weights of its own (paper, Eqs. 5 and 6).
 
@@ -57,13 +57,14 @@ def depth_aggregate(
     if x.shape != shape or x.dtype != dtype:
       raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, sources[-1] is {dtype}{list(shape)}; make them equal.")
   if a.shape != (ways, len(sources)):
-    raise ValueError(f"a has shape {list(a.shape)}; {ways} ways and {len(sources)} sources need {[ways, len(sources)]}.")
+    wanted = [ways, len(sources)]
+    raise ValueError(f"a has shape {list(a.shape)}; {ways} ways and {len(sources)} sources need {wanted}.")
   if (w1 is None) != (w2 is None):
     raise ValueError("w1 and w2 go together; give both, or neither for static weights.")
   if w1 is not None:
     for name, found, wanted in (
-        ("w1", w1.shape, (shape[-1], w2.shape[0])),
-        ("w2", w2.shape, (w1.shape[-1], ways, len(sources))),
+      ("w1", w1.shape, (shape[-1], w2.shape[0])),
+      ("w2", w2.shape, (w1.shape[-1], ways, len(sources))),
     ):
       if found != wanted:
         raise ValueError(f"{name} has shape {list(found)}; the other arguments need {list(wanted)}.")

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
 
@@ -22,13 +22,13 @@ def accumulation_dtype(dtype) -> jnp.dtype:
 
 
 def mixing_weights(
-    newest: Float[Array, "B T D"],
-    w1: Float[Array, "D K"] | None,
-    w2: Float[Array, "K C N"] | None,
-    a: Float[Array, "C N"],
-    *,
-    activation: str,
-    epsilon: float,
+  newest: Float[Array, "B T D"],
+  w1: Float[Array, "D K"] | None,
+  w2: Float[Array, "K C N"] | None,
+  a: Float[Array, "C N"],
+  *,
+  activation: str,
+  epsilon: float,
 ) -> Float[Array, "B T C N"]:
   """W = act(RMSNorm(X_i) @ W1) @ W2 + a (paper, Eq. 6), in at least float32; only `a` when there are no W1 and W2."""
   wide = accumulation_dtype(newest.dtype)
@@ -43,9 +43,9 @@ def mixing_weights(
 
 
 def aggregate(
-    sources: Sequence[Float[Array, "B T D"]], weights: Float[Array, "B T C N"]
+  sources: Sequence[Float[Array, "B T D"]], weights: Float[Array, "B T C N"]
 ) -> list[Float[Array, "B T D"]]:
-  """x^c = sum_j W[..., c, j] * X_j (paper, Eq. 5), summed in the dtype of `weights`, returned in that of the sources."""
+  """x^c = sum_j W[..., c, j] * X_j (paper, Eq. 5): summed in the dtype of `weights`, returned in the sources'."""
   streams = []
   for c in range(weights.shape[2]):
     total = sum(weights[:, :, c, j, None] * x.astype(weights.dtype) for j, x in enumerate(sources))

@@ -1,0 +1,181 @@
+"""A Transformer with MUDD connections in float64 NumPy, written from the paper's equations; shares no code with the
+package. Parameters come by MaxText's paths, see tests/models.py."""
+
+import dataclasses
+
+import numpy as np
+import scipy.special
+
+
+@dataclasses.dataclass(frozen=True)
+class Arch:
+  """What differs between the stock decoder blocks, and the connections.
+
+  `ways`, `streams`, `dilation`, `period`, `window`, `pre_norm`, `post_norm` as the paper has them; no `ways`: none.
+  """
+
+  layers: int
+  heads: int = 2
+  kv_heads: int = 2
+  head_dim: int = 16
+  epsilon: float = 1e-6
+  attention_norm: str = "pre_self_attention_layer_norm"
+  ffn_norm: str = "post_self_attention_layer_norm"
+  ffn: str = "swiglu"
+  layer_norm: bool = False
+  rope: bool = True
+  qk_norm: bool = False
+  score_scale: float = 1.0
+  experts_per_token: int = 0
+  moe_name: str = ""
+  ways: int = 0
+  streams: str = "qkvr"
+  activation: str = "gelu"
+  dilation: int = 1
+  period: int = 1
+  window: int = 0
+  pre_norm: bool = False
+  post_norm: str = ""
+  static: bool = True
+
+
+def gelu(x):
+  return 0.5 * x * (1 + scipy.special.erf(x / np.sqrt(2)))
+
+
+def gelu_tanh(x):
+  return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def softmax(x):
+  e = np.exp(x - x.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+class Oracle:
+  """One model; call it with tokens [B,T], positions and segments for logits [B,T,V]."""
+
+  def __init__(self, arch: Arch, parameters):
+    self.arch = arch
+    self.parameters = {path: np.asarray(value, np.float64) for path, value in parameters.items()}
+    self.shift_sources = 0  # for the tests of the tests
+    self.stream_order = "qkvr"
+
+  def __getitem__(self, path):
+    return self.parameters[path]
+
+  def rms(self, x, scale=1.0):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.arch.epsilon) * scale
+
+  def norm(self, x, path):
+    if not self.arch.layer_norm:
+      return self.rms(x, self[f"{path}/scale"])
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + self.arch.epsilon)
+    return x * (1 + self[f"{path}/scale"]) + self[f"{path}/bias"]
+
+  def project(self, x, path, equation):
+    return np.einsum(equation, x, self[f"{path}/kernel"]) + self.parameters.get(f"{path}/bias", 0.0)
+
+  def rotate(self, x, positions):
+    half = self.arch.head_dim // 2
+    angles = positions[:, :, None, None] / 10000 ** (np.arange(half) / half)
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+  def attention(self, q_in, k_in, v_in, path, positions, segments):
+    arch = self.arch
+    q = self.project(q_in, f"{path}/query", "btd,dhk->bthk")
+    k = self.project(k_in, f"{path}/key", "btd,dhk->bthk")
+    v = self.project(v_in, f"{path}/value", "btd,dhk->bthk")
+    if arch.qk_norm:
+      q, k = self.rms(q, self[f"{path}/query_norm/scale"]), self.rms(k, self[f"{path}/key_norm/scale"])
+    if arch.rope:
+      q, k = self.rotate(q, positions), self.rotate(k, positions)
+    k, v = (np.repeat(x, arch.heads // arch.kv_heads, axis=2) for x in (k, v))
+    scores = np.einsum("bthk,bshk->bhts", q, k) * arch.score_scale
+    length = q.shape[1]
+    visible = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
+    scores = np.where(visible[:, None], scores, -np.inf)
+    return self.project(np.einsum("bhts,bshk->bthk", softmax(scores), v), f"{path}/out", "bthk,hkd->btd")
+
+  def feed_forward(self, x, layer):
+    arch = self.arch
+    if arch.experts_per_token:
+      return self.mixture(x, f"{layer}/{arch.moe_name}")
+    if arch.ffn == "gpt3":
+      hidden = gelu_tanh(self.project(x, f"{layer}/mlp/wi", "btd,df->btf"))
+    else:
+      gate = self.project(x, f"{layer}/mlp/wi_0", "btd,df->btf")
+      gate = gelu_tanh(gate) if arch.ffn == "geglu" else gate / (1 + np.exp(-gate))
+      hidden = gate * self.project(x, f"{layer}/mlp/wi_1", "btd,df->btf")
+    return self.project(hidden, f"{layer}/mlp/wo", "btf,fd->btd")
+
+  def mixture(self, x, path):
+    scores = self.project(x, f"{path}/gate", "btd,de->bte")
+    chosen = scores >= np.sort(scores, -1)[..., -self.arch.experts_per_token, None]
+    weights = softmax(np.where(chosen, scores, -np.inf))
+    gate = np.einsum("btd,edf->btef", x, self[f"{path}/wi_0"])
+    hidden = gate / (1 + np.exp(-gate)) * np.einsum("btd,edf->btef", x, self[f"{path}/wi_1"])
+    return np.einsum("bte,btef,efd->btd", weights, hidden, self[f"{path}/wo"])
+
+  def block(self, i, xq, xk, xv, xr, positions, segments):
+    """X_i from the four streams (paper, Eq. 7); i counts from 1."""
+    arch, layer = self.arch, f"decoder/layers_{i - 1}"
+    paths = [f"{layer}/{arch.attention_norm}"] * 3
+    if f"{paths[0]}/q/scale" in self.parameters:
+      paths = [f"{paths[0]}/{stream}" for stream in "qkv"]
+    normed = [self.norm(x, path) for x, path in zip((xq, xk, xv), paths)]
+    a = self.attention(*normed, f"{layer}/self_attention", positions, segments) + xr
+    return self.feed_forward(self.norm(a, f"{layer}/{arch.ffn_norm}"), layer) + a
+
+  def sources(self, i):
+    """Which of X_0..X_i the DA after block i sees."""
+    seen = sorted(range(i, -1, -self.arch.dilation))
+    return [j for j in seen if not self.arch.window or j == 0 or i - j < self.arch.window]
+
+  def depth_aggregate(self, i, normed, newest):
+    """Streams by name (paper, Eqs. 5, 6, 10)."""
+    arch = self.arch
+    last = i == arch.layers
+    path = f"decoder/layers_{i - 1}/connection/final_depth_aggregate"
+    if not last:
+      path = f"decoder/layers_{i}/connection/depth_aggregate"
+    names = [c for c in "qkvr" if c in arch.streams and (not last or c == "r")] if arch.ways == 4 else ["x"]
+    if not names:
+      return {}
+    sources = self.sources(i)
+    weights = np.zeros((1, 1, len(names), len(sources)))
+    if arch.static:
+      weights = weights + self[f"{path}/a"]
+    else:
+      weights[..., -1] = 1
+    if f"{path}/w1" in self.parameters:
+      act = gelu if arch.activation == "gelu" else gelu_tanh
+      scale = self.parameters.get(f"{path}/weight_norm_scale", 1.0)
+      hidden = act(self.rms(newest, scale) @ self[f"{path}/w1"])
+      weights = weights + np.einsum("btk,kcn->btcn", hidden, self[f"{path}/w2"])
+    streams = {}
+    for c, name in enumerate(names):
+      mixed = sum(weights[:, :, c, n, None] * normed[max(j - self.shift_sources, 0)] for n, j in enumerate(sources))
+      if f"{path}/post_norm_{name}/scale" in self.parameters:
+        mixed = self.rms(mixed, self[f"{path}/post_norm_{name}/scale"])
+      streams[name] = mixed + newest if arch.post_norm else mixed
+    return streams
+
+  def __call__(self, tokens, positions, segments):
+    arch = self.arch
+    x = self["token_embedder/embedding"][tokens]
+    if "decoder/position_embedder/embedding" in self.parameters:
+      x = x + self["decoder/position_embedder/embedding"][positions]
+    normed = [self.rms(x, self["decoder/layers_0/connection/embedding_norm/scale"]) if arch.pre_norm else x]
+    xq = xk = xv = xr = x
+    for i in range(1, arch.layers + 1):
+      x = self.block(i, xq, xk, xv, xr, positions, segments)
+      scale = self.parameters.get(f"decoder/layers_{i - 1}/connection/output_norm/scale")
+      normed.append(self.rms(x, scale) if arch.pre_norm else x)
+      streams = self.depth_aggregate(i, normed, x) if arch.ways and i % arch.period == 0 else {}
+      xq, xk, xv, xr = (streams.get(c, streams.get("x", x)) for c in self.stream_order)
+    x = self.norm(xr, "decoder/decoder_norm")
+    return x @ self["decoder/logits_dense/kernel"]

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 import gc
+import logging
+import pathlib
 import sys
+import traceback
 
 from absl import app
 
@@ -12,20 +15,54 @@ from maxtext_mudd import plugin
 def launch(main: Callable[[list[str]], None], check: Callable | None = None) -> None:
   """Runs `main` as MaxText's own script does.
 
+  A configuration that cannot work, and a checkpoint that cannot be read, end the process with one sentence on stderr
+  and status 2; nothing has been written then.
+
   Args:
     main: of a stock MaxText module.
     check: called with the configuration as soon as it is read; raises ConfigError for what cannot work.
-
-  A ConfigError ends the process with its one sentence on stderr and status 2.
   """
-  plugin.install(plugin.Reading(check=check, on_error=_exit))
+  seen = []
+
+  def read(config):
+    seen.append(config)
+    if check:
+      check(config)
+
+  plugin.install(plugin.Reading(check=read, on_error=lambda error: _exit(str(error))))
   try:
     app.run(main)
+  except Exception as error:
+    if _failed_in(error, "load_state_if_possible"):
+      _exit(_unreadable_checkpoint(seen[-1], error))
+    if _failed_in(error, "validate_completed_steps"):
+      _exit(f"{seen[-1].checkpoint_dir}: this run has done its steps={seen[-1].steps}; set steps higher to go on.")
+    raise
   finally:
     # MaxText's data iterators clean up when collected, and cannot any more once the interpreter shuts down.
     gc.collect()
 
 
-def _exit(error: Exception) -> None:
-  print(f"maxtext-mudd: {error}", file=sys.stderr)
+def _exit(sentence: str) -> None:
+  print(f"maxtext-mudd: {sentence}", file=sys.stderr)
+  logging.disable()  # of threads that are still ending
   sys.exit(2)
+
+
+def _failed_in(error: BaseException, function: str) -> bool:
+  """Whether the error passed through this function of MaxText, which has no exceptions of its own to tell."""
+  return any(frame.f_code.co_name == function for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _unreadable_checkpoint(config, error: Exception) -> str:
+  kind = type(error).__name__
+  explicit = config.load_full_state_path or config.load_parameters_path
+  if explicit:
+    return f"{explicit}: this checkpoint cannot be restored and is left as it is ({kind})."
+  folder = pathlib.Path(config.checkpoint_dir)
+  steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+  newest = folder / str(max(steps)) if steps else folder
+  return (
+    f"{newest}: the newest checkpoint cannot be restored and is left as it is; move it away to resume from the one "
+    f"before it ({kind})."
+  )

@@ -49,12 +49,8 @@ def records(data: bytes):
     start = end + 4
 
 
-def read(folder: pathlib.Path) -> Run:
-  """The scalars under a run's folder; where a resumed run wrote a step again, the later value.
-
-  Raises:
-    ValueError: no events, or none with a loss in them.
-  """
+def read_scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:
+  """The scalars under a run's folder; where a resumed run wrote a step again, the later value."""
   files = sorted(folder.rglob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
   scalars: dict[str, dict[int, float]] = {}
   for file in files:
@@ -63,6 +59,16 @@ def read(folder: pathlib.Path) -> Run:
       for value in event.summary.value:
         if value.HasField("simple_value"):
           scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+  return scalars
+
+
+def read(folder: pathlib.Path) -> Run:
+  """A finished run.
+
+  Raises:
+    ValueError: no events, or none with a loss in them.
+  """
+  scalars = read_scalars(folder)
   for tag in (TRAIN_LOSS, EVAL_LOSS, SPEED):
     if not scalars.get(tag):
       raise ValueError(f"{folder}: no TensorBoard events with {tag}; pass the folder of a run that evaluated.")

@@ -1,0 +1,118 @@
+"""Whole runs through the entry points: stock unchanged, the patch, kill and resume, a damaged checkpoint."""
+
+from concurrent.futures import ThreadPoolExecutor
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+
+import maxtext
+import pytest
+
+from tests import runs
+
+STOCK_YML = str(runs.ROOT / "tests" / "stock.yml")
+PATCH = runs.ROOT / "patches" / "maxtext-0.2.5-entry-points.patch"
+LAST_STEP = 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+  return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def overrides(folder) -> list[str]:
+  return runs.build_corpus(folder)
+
+
+@pytest.fixture(scope="module")
+def patched(folder) -> pathlib.Path:
+  """A copy of the installed MaxText with the patch applied."""
+  copy = folder / "patched"
+  source = pathlib.Path(maxtext.__file__).parent
+  shutil.copytree(source, copy / "maxtext", ignore=shutil.ignore_patterns("__pycache__"))
+  env = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+  subprocess.run(["git", "apply", str(PATCH)], cwd=copy, check=True, env=env)
+  return copy
+
+
+@pytest.fixture(scope="module")
+def losses(folder, overrides, patched) -> dict[str, dict[int, float]]:
+  """Losses of four runs, two at a time."""
+  output = folder / "output"
+  jobs = {
+    "plugin": (runs.LAUNCHER, runs.RUN_YML, output, "plugin", *overrides),
+    "patched": (runs.STOCK, runs.RUN_YML, output, "patched", *overrides, "enable_checkpointing=false"),
+    "stock": (runs.STOCK, STOCK_YML, output, "stock"),
+    "launched": (runs.LAUNCHER, STOCK_YML, output, "launched"),
+  }
+  env = {name: {"PYTHONPATH": str(patched)} if name == "patched" else {} for name in jobs}
+  with ThreadPoolExecutor(max_workers=2) as pool:
+    started = {name: pool.submit(runs.train, *job, **env[name]) for name, job in jobs.items()}
+    return {name: future.result() for name, future in started.items()}
+
+
+def test_stock_is_unchanged_without_mudd(losses):
+  assert sorted(losses["stock"]) == [0, 1, 2, 3]
+  assert losses["launched"] == losses["stock"]
+
+
+def test_the_patch_trains_as_the_plugin_does(losses):
+  assert sorted(losses["patched"]) == list(range(LAST_STEP + 1))
+  assert losses["patched"] == losses["plugin"]
+
+
+def test_the_patch_does_not_mention_mudd():
+  assert "mudd" not in PATCH.read_text().lower()
+
+
+def test_resumes_exactly_after_a_kill(folder, overrides, losses):
+  output = folder / "output"
+  process = subprocess.Popen(
+    runs.command(runs.LAUNCHER, runs.RUN_YML, output, "killed", *overrides),
+    cwd=runs.ROOT,
+    env=runs.environment(),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  checkpoints = output / "killed" / "checkpoints"
+  deadline = time.monotonic() + 300
+  while not (checkpoints / "4").exists():  # then step 5 has begun
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.001)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert not (checkpoints / str(LAST_STEP)).exists(), "killed too late to tell anything"
+
+  resumed = runs.train(runs.LAUNCHER, runs.RUN_YML, output, "killed", *overrides)
+  assert max(resumed) == LAST_STEP
+  again = {step: loss for step, loss in resumed.items() if step >= 5}
+  assert again == {step: loss for step, loss in losses["plugin"].items() if step in again}
+  assert {6, 7} <= again.keys()
+
+
+def test_a_truncated_checkpoint_is_reported_and_kept(folder, overrides, losses):
+  output = folder / "output"
+  shutil.copytree(output / "plugin", output / "damaged")
+  newest = output / "damaged" / "checkpoints" / str(LAST_STEP)
+  for file in (newest / "items").rglob("d/*"):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+  def contents():
+    files = (output / "damaged" / "checkpoints").rglob("*")
+    return {file: file.read_bytes() for file in files if file.is_file()}
+
+  before = contents()
+  finished = subprocess.run(
+    runs.command(runs.LAUNCHER, runs.RUN_YML, output, "damaged", *overrides, "steps=10"),
+    cwd=runs.ROOT,
+    env=runs.environment(),
+    capture_output=True,
+    text=True,
+  )
+  assert finished.returncode == 2
+  assert f"maxtext-mudd: {newest}: the newest checkpoint cannot be restored and is left as it is" in finished.stderr
+  assert contents() == before

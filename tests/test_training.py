@@ -1,0 +1,215 @@
+"""What MaxText does around the layers keeps working with MUDD connections on."""
+
+import math
+
+from flax import nnx
+import jax
+from jax._src.ad_checkpoint import saved_residuals  # public only as print_saved_residuals
+from maxtext.trainers.pre_train import train
+from maxtext.utils import maxtext_utils
+import numpy as np
+import pytest
+
+from maxtext_mudd import complexity
+from tests import models
+from tests.test_blocks import MOE
+
+TINY = {"mudd": True, "base_num_decoder_layers": 2}
+POLICIES = [
+  "none",
+  "minimal",
+  "minimal_with_context",
+  "minimal_flash",
+  "minimal_with_quantization",
+  "minimal_with_context_and_quantization",
+  "save_dot_with_context_except_mlp",
+  "save_dot_except_mlpwi",
+  "save_dot_except_mlp",
+  "save_qkv_proj",
+  "qkv_proj_offloaded",
+  "minimal_offloaded",
+  "save_out_proj",
+  "custom",
+]
+
+
+def value_and_gradients(cfg, seed=0):
+  """(loss, aux, gradients by path) of a random model on a random batch, through MaxText's own loss."""
+  model = models.build(cfg)
+  models.randomise(model, seed)
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  data = models.batch(cfg)
+
+  @jax.jit
+  def run(params):
+    def loss(params):
+      return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  (loss, aux), gradients = run(params)
+  return float(loss), aux, {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(gradients)}
+
+
+@pytest.fixture(scope="module")
+def fully_rematerialised():
+  return value_and_gradients(models.config(**TINY, remat_policy="full"))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_remat_policies_change_nothing(policy, fully_rematerialised):
+  keys = {"decoder_layer_input": "offload", "out_proj": "device"} if policy == "custom" else {}
+  loss, _, gradients = value_and_gradients(models.config(**TINY, remat_policy=policy, **keys))
+  expected_loss, _, expected = fully_rematerialised
+  assert loss == pytest.approx(expected_loss, abs=1e-6)
+  for path, gradient in gradients.items():
+    largest = np.abs(expected[path]).max()
+    assert largest > 0, path
+    np.testing.assert_allclose(gradient, expected[path], atol=1e-4 * largest, rtol=0, err_msg=str(path))
+
+
+def test_full_rematerialisation_saves_the_history_alone():
+  """Not the streams: a block's residuals are X_0..X_i, which its neighbours hold as well."""
+  cfg = models.config(mudd=True, base_num_decoder_layers=4, max_target_length=24, remat_policy="full")
+  model = models.build(cfg)
+  data = models.batch(cfg)
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+  def loss(params):
+    return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)[0]
+
+  shape = (2, cfg.max_target_length, cfg.emb_dim)
+  arrays = [where for aval, where in saved_residuals(loss, params) if aval.shape == shape]
+  # X_0..X_3 into the blocks, and what the final norm and the head keep of the hidden state.
+  assert len(arrays) <= 4 + 3, arrays
+
+
+def test_load_balance_loss():
+  loss, aux, gradients = value_and_gradients(models.config(**TINY, decoder_block="mixtral", **MOE))
+  assert float(aux["moe_lb_loss"]) > 0
+  assert loss > float(aux["xent_sum"]) / float(aux["total_weights"])
+  gate = gradients[("decoder", "layers_1", "MoeBlock_0", "gate", "kernel")]
+  assert np.abs(gate).max() > 0
+
+
+def test_vocabulary_tiling():
+  whole, _, expected = value_and_gradients(models.config(**TINY))
+  tiled, _, found = value_and_gradients(models.config(**TINY, num_vocab_tiling=4))
+  assert tiled == pytest.approx(whole, abs=1e-5)
+  for path, gradient in found.items():
+    np.testing.assert_allclose(gradient, expected[path], atol=1e-4 * np.abs(expected[path]).max(), rtol=0)
+
+
+def test_dropout_is_applied_and_moves_the_generator():
+  cfg = models.config(**TINY, dropout_rate=0.2, enable_dropout=True)
+  model = models.build(cfg)
+  data = models.batch(cfg)
+  forward = nnx.jit(
+    lambda model, on: model(data["inputs"], data["inputs_position"], data["inputs_segmentation"], enable_dropout=on),
+    static_argnums=1,
+  )
+  first, second, off = forward(model, True), forward(model, True), forward(model, False)
+  assert np.abs(first - off).max() > 0.01
+  assert np.abs(first - second).max() > 0.01
+  np.testing.assert_array_equal(off, forward(model, False))
+
+
+def test_multi_token_prediction():
+  cfg = models.config(**TINY, mtp_num_layers=1, mtp_loss_scaling_factor=0.1)
+  loss, aux, gradients = value_and_gradients(cfg)
+  assert float(aux["mtp_loss"]) > 0
+  assert loss == pytest.approx(float(aux["xent_sum"]) / float(aux["total_weights"]) + float(aux["mtp_loss"]), abs=1e-5)
+  assert any("mtp_block" in path and np.abs(g).max() > 0 for path, g in gradients.items())
+
+
+def test_router_bias_is_refused_by_name():
+  """MaxText has router biases in its deepseek block only, whose attention has one latent input."""
+  with pytest.raises(ValueError, match="only supported for the DeepSeek decoder block"):
+    models.config(**TINY, decoder_block="mixtral", **MOE, routed_bias=True, routed_bias_update_rate=0.01)
+  with pytest.raises(ValueError, match="decoder_block='deepseek' is not supported with mudd=True"):
+    models.config(**TINY, decoder_block="deepseek", first_num_dense_layers=1, **MOE, routed_bias=True)
+
+
+def train_step_metrics(cfg):
+  """Scalars of one train step, as MaxText logs them."""
+  from maxtext.common import train_state_nnx
+  from maxtext.optimizers import optimizers
+  from maxtext.utils import maxtext_utils as utils
+
+  model = models.build(cfg)
+  models.randomise(model)
+  tx = optimizers.get_optimizer(cfg, utils.create_learning_rate_schedule(cfg))
+  state = train_state_nnx.TrainStateNNX(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
+  graph, state = nnx.split(state)
+  step = jax.jit(lambda state, data: train.train_step(graph, cfg, None, None, state, data))
+  with jax.set_mesh(maxtext_utils.get_mesh_from_config(cfg)):
+    return step(state, models.batch(cfg))[1]["scalar"]
+
+
+def test_activation_and_connection_metrics():
+  cfg = models.config(mudd=True, record_internal_nn_metrics=1)
+  scalars = train_step_metrics(cfg)
+  assert {f"activ_mean/layer_{i:03d}" for i in range(3)} <= scalars.keys()
+  for statistic in ("older_weight", "norm"):
+    made = {f"mudd/{statistic}/{c}/da_{i:03d}" for i in (1, 2) for c in "qkvr"} | {f"mudd/{statistic}/r/da_003"}
+    assert made == {key for key in scalars if key.startswith(f"mudd/{statistic}/")}
+  assert all(0 < scalars[key] < 1 for key in scalars if "older_weight" in key)
+  assert all(scalars[key] > 0 for key in scalars if "/norm/" in key)
+  off = train_step_metrics(models.config(mudd=True))
+  assert not any(key.startswith("mudd/") for key in off)
+
+
+def test_connection_metrics_are_what_they_say():
+  """At the start all weight is on the newest source, and streams have its norm."""
+  cfg = models.config(mudd=True, record_internal_nn_metrics=1)
+  model = models.build(cfg)
+  models.jitted_logits(model, models.batch(cfg))
+  sown = dict(nnx.to_flat_state(nnx.pop(model, nnx.Intermediate)))
+  path = ("decoder", "layers_2", "connection", "depth_aggregate")
+  assert float(sown[(*path, "mudd_older_weight_k")].get_value()[0]) == 0
+  norms = {float(sown[(*path, f"mudd_norm_{c}")].get_value()[0]) for c in "qkvr"}
+  assert min(norms) > 0
+  assert max(norms) == pytest.approx(min(norms), rel=1e-6)
+
+
+def test_gradient_accumulation():
+  found = {}
+  for steps in (1, 2):
+    cfg = models.config(
+      mudd=True,
+      base_num_decoder_layers=2,
+      per_device_batch_size=4 // steps,
+      gradient_accumulation_steps=steps,
+      gradient_clipping_threshold=0.0,
+    )
+    found[steps] = train_step_metrics(cfg)
+  for key in ("learning/loss", "learning/grad_norm"):
+    assert float(found[2][key]) == pytest.approx(float(found[1][key]), rel=1e-5)
+
+
+def test_reported_flops_count_aggregates_and_reallocated_ffns():
+  shape = {"base_num_decoder_layers": 4, "base_mlp_dim": 256, "mudd_ffn_round_to": 8, "gradient_accumulation_steps": 2}
+  plain, *_ = maxtext_utils.calculate_tflops_training_per_device(models.config(**shape), log=False)
+  cfg = models.config(**shape, mudd=True, mudd_ffn_reallocation=True, mudd_ffn_last=2.0, mudd_hidden_round_to=0)
+  found, *_ = maxtext_utils.calculate_tflops_training_per_device(cfg, log=False)
+  # By hand: DA_1..3 with C = 4, DA_4 with C = 1 and K four times as wide; widths 0.5, 1.0, 1.5, 2.0 of 256.
+  d = 32
+  extra = sum(2 * (d * k + k * c * n + d * c * n) for c, n, k in ((4, 2, 8), (4, 3, 12), (4, 4, 16), (1, 5, 20)))
+  extra += 2 * 3 * d * (0.5 + 1.0 + 1.5 + 2.0 - 4) * 256
+  tokens = 2 * 16 * 2
+  assert found - plain == pytest.approx(3 * tokens * extra / 1e12, rel=1e-6)
+
+
+def test_parameter_count():
+  """Of the connections, against K, C and N written out."""
+  cfg = models.config(mudd=True)
+  plain = models.config()
+
+  def count(cfg):
+    return sum(math.prod(v.get_value().shape) for v in models.parameters(models.build(cfg)).values())
+
+  d, wide = 32, 64
+  extra = sum(d * wide + wide * c * n + c * n for c, n in ((4, 2), (4, 3), (1, 4)))
+  extra += 2 * 2 * d  # two more attention norms in each block but the first
+  assert count(cfg) - count(plain) == extra
+  assert complexity.aggregate_flops(cfg) > 0

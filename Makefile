@@ -17,6 +17,7 @@ RUN ?= $(basename $(notdir $(CONFIG)))-$(STAMP)
 STEPS ?=
 ARGS ?=
 CORPUS := data/stdlib
+WHEEL_DIR ?= dist
 OVERRIDES := $(if $(STEPS),steps=$(STEPS)) $(ARGS)
 
 .PHONY: help setup corpus train compare test test-slow lint format lock wheel clean
@@ -78,7 +79,7 @@ lock: $(READY)  ## pin requirements/*.in again
 	    --python-platform x86_64-manylinux_2_31 $$name.in -o $$name.txt; done
 
 wheel: $(READY)  ## build dist/maxtext_mudd-*.whl
-	$(PY) -m uv build --quiet --wheel --out-dir dist .
+	$(PY) -m uv build --quiet --wheel --out-dir $(WHEEL_DIR) .
 
 clean:  ## remove .venv, caches and built files; runs and corpus stay
 	rm -rf $(VENV) .cache dist .pytest_cache .ruff_cache

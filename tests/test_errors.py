@@ -1,0 +1,182 @@
+"""Bad input: one sentence that names the key or file, the value and what would work; status 2; nothing written."""
+
+import pathlib
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from maxtext_mudd import plugin, train
+from maxtext_mudd.errors import ConfigError
+from tests import models, runs
+
+MISTAKES = {
+  "mistyped key": (["mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
+  "mistyped stock key": (["learning_rte=1"], "learning_rte is not a configuration key; the nearest is learning_rate."),
+  "ways": (["mudd_ways=3"], "mudd_ways=3 is not valid: input should be 1 or 4."),
+  "expansion": (
+    ["mudd_hidden_expansion=-1"],
+    "mudd_hidden_expansion=-1 is not valid: input should be greater than 0.",
+  ),
+  "period": (["mudd_block_period=0"], "mudd_block_period=0 is not valid: input should be greater than or equal to 1."),
+  "type": (["mudd_window=many"], "mudd_window='many' is not valid: input should be a valid integer"),
+  "activation": (
+    ["mudd_activation=relu"],
+    "mudd_activation='relu' is not valid: input should be 'gelu' or 'gelu_tanh'.",
+  ),
+  "kernel": (["mudd_kernel=pallas"], "mudd_kernel='pallas' is not valid: input should be 'auto' or 'xla'."),
+  "family": (["depth_connection=sparse"], "depth_connection='sparse' is not valid: input should be 'dense'."),
+  "streams": (
+    ["mudd_dense_streams=qx"],
+    "mudd_dense_streams='qx' must be some of the letters q, k, v and r, each at most once.",
+  ),
+  "streams of one way": (
+    ["mudd_ways=1", "mudd_dense_streams=kv"],
+    "mudd_dense_streams='kv' needs mudd_ways=4; with one way all streams are the same.",
+  ),
+  "nothing to learn": (
+    ["mudd_static=false", "mudd_dynamic=false"],
+    "mudd_dynamic=False with mudd_static=False leaves nothing to learn; turn one on, or set mudd=False.",
+  ),
+  "no DA": (["mudd_block_period=9"], "mudd_block_period=9 places no DA in a model of 2 blocks; use at most 2."),
+  "window and dilation": (
+    ["mudd_window=2", "mudd_source_dilation=2"],
+    "mudd_window=2 with mudd_source_dilation=2 leaves a DA without sources besides its own block; use mudd_window=0 "
+    "or at least 3.",
+  ),
+  "FFN width zero": (
+    ["base_mlp_dim=100"],
+    "mudd_ffn_reallocation=True rounds the FFN of block 1 to width 0 (mlp_dim=100); lower mudd_ffn_round_to=128 or "
+    "raise base_mlp_dim.",
+  ),
+  "one layer": (
+    ["base_num_decoder_layers=1"],
+    "mudd_ffn_reallocation=True needs at least two blocks, and base_num_decoder_layers=1; turn it off.",
+  ),
+  "decoder block": (
+    ["decoder_block=gpt_oss"],
+    "decoder_block='gpt_oss' is not supported with mudd=True; supported are llama2, mistral, mixtral, qwen2, qwen3, "
+    "qwen3_moe, gemma, gpt3.",
+  ),
+  "fused_qkv": (
+    ["fused_qkv=true"],
+    "fused_qkv=True does not work with mudd=True: q, k and v have inputs of their own; set fused_qkv=False.",
+  ),
+  "share_kv_projections": (["share_kv_projections=true"], "share_kv_projections=True does not work with mudd=True:"),
+  "MLA": (["attention_type=mla"], "attention_type='mla' does not work with mudd=True:"),
+  "pipeline": (
+    ["ici_pipeline_parallelism=2", "num_pipeline_microbatches=2"],
+    "ici_pipeline_parallelism or dcn_pipeline_parallelism above 1 does not work with mudd=True: block outputs are not "
+    "passed between stages; use fsdp or tensor parallelism.",
+  ),
+  "scan": (
+    ["scan_layers=true"],
+    "scan_layers=True does not work with mudd=True: layers are not scanned yet with mudd=True; set scan_layers=False.",
+  ),
+  "missing corpus": (
+    ["grain_train_files=nowhere.parquet"],
+    "grain_train_files=nowhere.parquet: no such file; `make corpus` builds the default corpus.",
+  ),
+}
+
+
+@pytest.fixture(autouse=True)
+def restore_reading():
+  yield
+  plugin.install(plugin.Reading())
+
+
+def refuse(argv, monkeypatch, capsys) -> str:
+  """Runs the launcher in this process; the one sentence it ends with."""
+  monkeypatch.setattr(sys, "argv", ["MaxText/train.py", *argv])
+  with pytest.raises(SystemExit) as ended:
+    train.run()
+  assert ended.value.code == 2
+  lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("maxtext-mudd: ")]
+  assert len(lines) == 1
+  return lines[0].removeprefix("maxtext-mudd: ")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  return runs.build_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_configuration_mistakes(mistake, corpus, tmp_path, monkeypatch, capsys):
+  overrides, message = MISTAKES[mistake]
+  overrides = [f"base_output_directory={tmp_path / 'out'}", "run_name=x", *corpus, *overrides]
+  keys = [override.split("=")[0] for override in overrides]
+  overrides = [o for i, o in enumerate(overrides) if o.split("=")[0] not in keys[i + 1 :]]
+  assert refuse([runs.RUN_YML, *overrides], monkeypatch, capsys).startswith(message)
+  assert not (tmp_path / "out").exists()
+
+
+def test_empty_corpus(tmp_path, monkeypatch, capsys):
+  cases = {"rows.parquet": pa.table({"text": pa.array([], pa.string())}), "bytes.parquet": None}
+  for name, table in cases.items():
+    file = tmp_path / name
+    file.touch() if table is None else pa.parquet.write_table(table, file)
+    argv = [runs.RUN_YML, f"grain_train_files={file}", f"base_output_directory={tmp_path / 'out'}", "run_name=x"]
+    expected = f"grain_train_files={file}: the file holds no text; `make corpus` builds the default corpus."
+    assert refuse(argv, monkeypatch, capsys) == expected
+  assert not (tmp_path / "out").exists()
+
+
+def test_incomplete_corpus(corpus, tmp_path, monkeypatch, capsys):
+  whole = pathlib.Path(corpus[0].split("=")[1])
+  file = tmp_path / "half.parquet"
+  file.write_bytes(whole.read_bytes()[:1000])
+  argv = [runs.RUN_YML, f"grain_train_files={file}", f"base_output_directory={tmp_path / 'out'}", "run_name=x"]
+  expected = f"{file} is not a complete parquet file; build it again with `make corpus`."
+  assert refuse(argv, monkeypatch, capsys) == expected
+
+
+def test_output_that_cannot_be_written(corpus, tmp_path, monkeypatch, capsys):
+  occupied = tmp_path / "file"
+  occupied.touch()
+  output = occupied / "out"
+  argv = [runs.RUN_YML, *corpus, f"base_output_directory={output}", "run_name=x"]
+  expected = f"base_output_directory={output}: {occupied} is not a folder that files can be written to."
+  assert refuse(argv, monkeypatch, capsys) == expected
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "message"),
+  [
+    ("model.yaml", "mudd: true", "{file}: a configuration file must end in .yml; rename it or put the file first."),
+    ("absent.yml", None, "{file}: no such configuration file; see yaml/ for those that come with this project."),
+    ("broken.yml", "mudd: [", "A configuration file is not valid YAML: while parsing a flow node"),
+    ("orphan.yml", "base_config: nowhere.yml", "{package}/nowhere.yml: no such configuration file."),
+  ],
+)
+def test_configuration_files(name, text, message, tmp_path, monkeypatch, capsys):
+  file = tmp_path / name
+  if text is not None:
+    file.write_text(text)
+  expected = message.format(file=file, package=pathlib.Path(models.BASE_YML).parent)
+  assert refuse([str(file), "run_name=x"], monkeypatch, capsys).startswith(expected)
+
+
+def test_status_of_the_process(tmp_path):
+  finished = subprocess.run(
+    runs.command(runs.LAUNCHER, runs.RUN_YML, tmp_path / "out", "x", "mudd_way=4"),
+    cwd=runs.ROOT,
+    env=runs.environment(),
+    capture_output=True,
+    text=True,
+  )
+  assert finished.returncode == 2
+  assert "Traceback" not in finished.stderr
+  assert finished.stderr.splitlines()[-1] == (
+    "maxtext-mudd: mudd_way is not a configuration key; the nearest is mudd_ways."
+  )
+  assert not (tmp_path / "out").exists()
+
+
+def test_as_a_library_the_same_sentence_is_raised():
+  with pytest.raises(ConfigError) as error:
+    models.config(mudd=True, scan_layers=True)
+  assert str(error.value).startswith("scan_layers=True does not work with mudd=True")

@@ -1,0 +1,100 @@
+"""What is replaced in MaxText, and that nothing is when MaxText is not the one this package knows."""
+
+import pathlib
+import re
+import subprocess
+
+import maxtext
+from maxtext.configs import pyconfig
+from maxtext.models import models as maxtext_models
+import pytest
+
+from maxtext_mudd import plugin
+from maxtext_mudd.config import MuddConfig
+from maxtext_mudd.decoder import MuddDecoder
+from tests import runs
+
+
+def test_installing_again_changes_nothing():
+  before = [(pyconfig._initialize_pydantic, maxtext_models.NNXDecoder)]
+  plugin.install()
+  assert [(pyconfig._initialize_pydantic, maxtext_models.NNXDecoder)] == before
+  assert maxtext_models.NNXDecoder is MuddDecoder
+
+
+def test_unknown_version(monkeypatch):
+  monkeypatch.setattr(plugin, "_installed", False)
+  monkeypatch.setattr(maxtext, "__version__", "0.9.9")
+  before = maxtext_models.NNXDecoder
+  with pytest.raises(plugin.UnknownMaxText) as error:
+    plugin.install()
+  assert str(error.value) == ("maxtext 0.9.9 is installed; maxtext-mudd knows 0.2.5: install maxtext==0.2.5.")
+  assert maxtext_models.NNXDecoder is before
+
+
+@pytest.mark.parametrize("seam", plugin.SEAMS, ids=lambda seam: seam.name)
+def test_seam_of_another_shape(seam, monkeypatch):
+  """Every seam is looked at before the first is replaced."""
+  import importlib
+
+  module = importlib.import_module(seam.module)
+  monkeypatch.setattr(plugin, "_installed", False)
+  monkeypatch.setattr(module, seam.name, lambda something_else: None)
+  first = plugin.SEAMS[0]
+  before = getattr(importlib.import_module(first.module), first.name)
+  with pytest.raises(plugin.UnknownMaxText, match=f"{seam.module}.{seam.name} does not take {seam.parameters[0]}"):
+    plugin.install()
+  assert getattr(importlib.import_module(first.module), first.name) is before
+
+
+def test_other_config_classes_are_left_alone():
+  """Entry points with a configuration class of their own keep it."""
+
+  class Other(MuddConfig.__base__):
+    pass
+
+  from tests import models
+
+  assert type(pyconfig.initialize_pydantic(["", models.BASE_YML], run_name="x", log_config=False)) is MuddConfig
+  found = pyconfig.initialize_pydantic(["", models.BASE_YML], config_class=Other, run_name="x", log_config=False)
+  assert type(found) is Other
+
+
+def test_only_the_plugin_assigns_to_attributes_of_modules():
+  for file in (runs.ROOT / "maxtext_mudd").rglob("*.py"):
+    if file.name != "plugin.py":
+      assert "setattr(importlib" not in file.read_text()
+      assert not re.search(r"^\s*(pyconfig|models|train|maxtext_utils)\.\w+ = ", file.read_text(), re.M), file
+
+
+def test_every_key_stands_in_the_base_file_with_its_default():
+  """MaxText takes M_KEY from the environment only for keys that a YAML file names."""
+  import yaml
+
+  values = yaml.safe_load((runs.ROOT / "yaml" / "mudd_base.yml").read_text())
+  own = {
+    name: field.default
+    for name, field in MuddConfig.model_fields.items()
+    if name not in MuddConfig.__base__.model_fields
+  }
+  assert {key: value for key, value in values.items() if key != "base_config"} == own
+
+
+def test_keys_from_the_environment(monkeypatch):
+  monkeypatch.setenv("M_MUDD_WINDOW", "3")
+  argv = ["", str(runs.ROOT / "yaml" / "mudd_tiny.yml"), "run_name=x"]
+  assert pyconfig.initialize(argv).mudd_window == 3
+
+
+def test_wheel_holds_the_package_and_the_models(tmp_path):
+  import zipfile
+
+  subprocess.run(["make", "wheel", f"WHEEL_DIR={tmp_path}"], cwd=runs.ROOT, check=True, capture_output=True)
+  (wheel,) = pathlib.Path(tmp_path).glob("maxtext_mudd-*.whl")
+  names = zipfile.ZipFile(wheel).namelist()
+  for name in ("plugin.py", "assets/byte_tokenizer/tokenizer.json", "yaml/mudd_tiny.yml"):
+    assert f"maxtext_mudd/{name}" in names
+  metadata = next(name for name in names if name.endswith("METADATA"))
+  text = zipfile.ZipFile(wheel).read(metadata).decode()
+  for line in ("Name: maxtext-mudd", "License-Expression: Apache-2.0", "Provides-Extra: tpu", "Provides-Extra: cuda"):
+    assert line in text

@@ -16,7 +16,9 @@ STAMP := $(shell date +%Y%m%d-%H%M%S)
 RUN ?= $(basename $(notdir $(CONFIG)))-$(STAMP)
 STEPS ?=
 ARGS ?=
+OUTPUT ?= runs
 CORPUS := data/stdlib
+DATA := $(CORPUS)/train.parquet $(CORPUS)/eval.parquet
 WHEEL_DIR ?= dist
 OVERRIDES := $(if $(STEPS),steps=$(STEPS)) $(ARGS)
 
@@ -45,24 +47,27 @@ $(READY): requirements/dev.txt pyproject.toml
 	$$installer -r requirements/dev.txt && $$installer --no-deps --editable .
 	@touch $@
 
-$(CORPUS)/eval.parquet: $(READY) maxtext_mudd/corpus.py
+$(CORPUS)/train.parquet $(CORPUS)/eval.parquet &: | $(READY)
 	$(PY) -m maxtext_mudd.corpus $(CORPUS)
 
-corpus: $(CORPUS)/eval.parquet  ## build the default corpus from the Python standard library
+corpus: $(READY)  ## build the default corpus from the Python standard library (again)
+	$(PY) -m maxtext_mudd.corpus $(CORPUS)
 
-train: $(READY) $(CORPUS)/eval.parquet  ## train CONFIG (yaml/mudd_tiny.yml); RUN=name resumes a run, STEPS=n sets its length
-	$(PY) MaxText/train.py $(CONFIG) run_name=$(RUN) $(OVERRIDES)
-	@$(PY) -m maxtext_mudd.report runs/$(RUN)
+train: $(READY) $(DATA)  ## train CONFIG (yaml/mudd_tiny.yml); RUN=name resumes a run, STEPS=n sets its length
+	$(PY) MaxText/train.py $(CONFIG) 'run_name=$(RUN)' 'base_output_directory=$(OUTPUT)' $(OVERRIDES)
+	@$(PY) -m maxtext_mudd.report '$(OUTPUT)/$(RUN)'
 
-compare: $(READY) $(CORPUS)/eval.parquet  ## train the plain and the MUDD model on the same tokens, draw both curves
-	$(PY) MaxText/train.py yaml/transformer_tiny.yml run_name=transformer_tiny-$(STAMP) $(OVERRIDES)
-	$(PY) MaxText/train.py yaml/mudd_tiny.yml run_name=mudd_tiny-$(STAMP) $(OVERRIDES)
-	@$(PY) -m maxtext_mudd.report runs/transformer_tiny-$(STAMP) runs/mudd_tiny-$(STAMP)
+compare: $(READY) $(DATA)  ## train the plain and the MUDD model on the same tokens, draw both curves
+	for model in transformer_tiny mudd_tiny; do \
+	  $(PY) MaxText/train.py yaml/$$model.yml run_name=$$model-$(STAMP) 'base_output_directory=$(OUTPUT)' $(OVERRIDES) \
+	    || exit; done
+	@$(PY) -m maxtext_mudd.report '$(OUTPUT)/transformer_tiny-$(STAMP)' '$(OUTPUT)/mudd_tiny-$(STAMP)'
 
 test: $(READY)  ## run the fast tests
 	$(PY) -m pytest -q -m "not slow"
 
-test-slow: $(READY)  ## run the tests that compile paper-sized models
+test-slow: $(READY)  ## run the tests that compile for TPUs (installs libtpu)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt
 	$(PY) -m pytest -q -m slow
 
 lint: $(READY)  ## check style and formatting

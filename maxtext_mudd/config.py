@@ -19,9 +19,9 @@ class MuddConfig(MaxTextConfig):
   mudd_ways: Literal[1, 4] = Field(4, description="C: 4 for separate q, k, v and residual streams, 1 for one input.")
   mudd_dense_streams: str = Field("qkvr", description="Streams that are aggregated; others take X_i. Needs 4 ways.")
   mudd_dynamic: bool = Field(True, description="Weights made from the newest block output (Eq. 6).")
-  mudd_static: bool = Field(True, description="Learned static weights a; off: a is one on the newest source.")
-  mudd_hidden_expansion: float = Field(1.0, gt=0, description="Factor on K = C·N.")
-  mudd_last_hidden_expansion: float = Field(4.0, gt=0, description="The same for the last DA.")
+  mudd_static: bool = Field(True, description="Learned static weights a; off: a stays as it starts.")
+  mudd_hidden_expansion: float = Field(1.0, gt=0, allow_inf_nan=False, description="Factor on K = C·N.")
+  mudd_last_hidden_expansion: float = Field(4.0, gt=0, allow_inf_nan=False, description="The same for the last DA.")
   mudd_hidden_round_to: int = Field(64, ge=0, description="K becomes (K // n + 1) * n, as released; 0: K exactly.")
   mudd_activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="Between W1 and W2.")
   mudd_weight_norm_scale: bool = Field(False, description="Learned scale in the norm before W1.")
@@ -35,16 +35,19 @@ class MuddConfig(MaxTextConfig):
     "shared", description="Attention norms of block 1, whose streams are equal: one, or LN_q, LN_k and LN_v."
   )
   mudd_ffn_reallocation: bool = Field(False, description="FFN width grows with depth (Eq. 9).")
-  mudd_ffn_first: float = Field(0.5, gt=0, description="Width of the first FFN, as a factor.")
-  mudd_ffn_last: float = Field(1.5, gt=0, description="Width of the last FFN, as a factor.")
+  mudd_ffn_first: float = Field(0.5, gt=0, allow_inf_nan=False, description="Width of the first FFN, as a factor.")
+  mudd_ffn_last: float = Field(1.5, gt=0, allow_inf_nan=False, description="Width of the last FFN, as a factor.")
   mudd_ffn_round_to: int = Field(128, ge=1, description="FFN widths are multiples of this.")
   mudd_kernel: Literal["auto", "xla"] = Field("auto", description="Implementation of depth-wise aggregation.")
 
   @model_validator(mode="before")
   @classmethod
   def _resolve_paths(cls, values: dict) -> dict:
-    if values.get("tokenizer_path") == BYTE_TOKENIZER:
+    tokenizer = str(values.get("tokenizer_path"))
+    if tokenizer == BYTE_TOKENIZER:
       values = values | {"tokenizer_path": str(BYTE_TOKENIZER_FOLDER)}
+    elif tokenizer.startswith(f"{BYTE_TOKENIZER.split('/')[0]}/"):
+      raise ValueError(f"tokenizer_path={tokenizer}: this package has one tokenizer, {BYTE_TOKENIZER}.")
     output = values.get("base_output_directory")
     if output and "://" not in output:  # Orbax takes absolute paths only
       values = values | {"base_output_directory": os.path.abspath(output)}
@@ -54,8 +57,8 @@ class MuddConfig(MaxTextConfig):
   def _check_depth_connections(self):
     if self.mudd:
       self._check_streams()
-      self._check_sources()
       self._check_feed_forward()
+      self._check_sources()
       self._check_stock_features()
     return self
 
@@ -74,6 +77,8 @@ class MuddConfig(MaxTextConfig):
       )
 
   def _check_sources(self):
+    if self.num_decoder_layers < 1:
+      raise ValueError(f"base_num_decoder_layers={self.base_num_decoder_layers} makes no blocks; use at least 1.")
     if self.mudd_block_period > self.num_decoder_layers:
       raise ValueError(
         f"mudd_block_period={self.mudd_block_period} places no DA in a model of {self.num_decoder_layers} blocks; "
@@ -85,9 +90,31 @@ class MuddConfig(MaxTextConfig):
         f"sources besides its own block; use mudd_window=0 or at least {self.mudd_source_dilation + 1}."
       )
 
+    if self.mudd_source_dilation > self.num_decoder_layers:
+      raise ValueError(
+        f"mudd_source_dilation={self.mudd_source_dilation} leaves every DA without sources besides its own block in a "
+        f"model of {self.num_decoder_layers} blocks; use at most {self.num_decoder_layers}."
+      )
+    aggregates = topology.from_config(self).aggregates.values()
+    if not aggregates:
+      raise ValueError(
+        f"mudd_dense_streams={self.mudd_dense_streams!r} leaves no DA: the only one follows the last block, and makes "
+        "the residual stream; add r."
+      )
+    if self.mudd_dynamic and not all(aggregate.hidden for aggregate in aggregates):
+      raise ValueError(
+        f"mudd_hidden_expansion={self.mudd_hidden_expansion} (mudd_last_hidden_expansion="
+        f"{self.mudd_last_hidden_expansion}) makes a weight MLP of width 0; raise it, or set mudd_dynamic=False."
+      )
+
   def _check_feed_forward(self):
     if not self.mudd_ffn_reallocation:
       return
+    if self.num_experts > 1 and self.mlp_dim != self.moe_mlp_dim:
+      raise ValueError(
+        f"mudd_ffn_reallocation=True needs experts as wide as the FFN: base_moe_mlp_dim={self.base_moe_mlp_dim}, "
+        f"base_mlp_dim={self.base_mlp_dim}; make them equal."
+      )
     if self.num_decoder_layers == 1:
       raise ValueError(
         "mudd_ffn_reallocation=True needs at least two blocks, and base_num_decoder_layers=1; turn it off."
@@ -121,6 +148,16 @@ class MuddConfig(MaxTextConfig):
         "it is another depth connection; set it to 1",
       ),
       (bool(self.engram_layers), "engram_layers", "only deepseek has them; leave it empty"),
+      (
+        self.shard_mode.value == "explicit",
+        "shard_mode=explicit",
+        "the aggregates leave sharding to the compiler; use shard_mode=auto",
+      ),
+      (
+        self.opt_type.value == "muon",
+        "opt_type=muon",
+        "it would orthogonalise the static weights of the aggregates; use adamw",
+      ),
       (self.use_multimodal, "use_multimodal=True", "visual features are added between layers; set it to False"),
     )
     for is_on, setting, reason in refused:

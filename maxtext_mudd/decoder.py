@@ -1,5 +1,6 @@
 """The decoder with depth connections: stock layers, each with the connection that feeds it."""
 
+import copy
 import functools
 
 from flax import nnx
@@ -17,24 +18,37 @@ _CONNECTION_SEED = 0x6D756464  # keeps the keys of the connections apart from th
 
 
 class LayerConfig(HyperParameters):
-  """A configuration with the feed-forward width of one layer. Equal ones compare equal: modules hold it statically."""
+  """A configuration with the feed-forward width of one layer.
 
-  def __init__(self, config: HyperParameters, ffn_width: int):
-    object.__setattr__(self, "_pydantic_config", config._pydantic_config)
+  Two views of one configuration with one width compare equal, since modules hold them as static data.
+  """
+
+  def __init__(self, base: HyperParameters, ffn_width: int):
+    object.__setattr__(self, "_base", base)
+    object.__setattr__(self, "_ffn_width", ffn_width)
+    object.__setattr__(self, "_pydantic_config", base._pydantic_config)
     widths = {"mlp_dim": ffn_width, "moe_mlp_dim": ffn_width}
-    object.__setattr__(self, "_flat_config", {**config.get_keys(), **widths})
-    object.__setattr__(self, "_identity", (id(config._pydantic_config), ffn_width))
+    object.__setattr__(self, "_flat_config", {**base.get_keys(), **widths})
+
+  def __deepcopy__(self, memo):
+    return LayerConfig(copy.deepcopy(self._base, memo), self._ffn_width)
+
+  def __reduce__(self):
+    return LayerConfig, (self._base, self._ffn_width)
 
   def __eq__(self, other):
-    return isinstance(other, LayerConfig) and self._identity == other._identity
+    return isinstance(other, LayerConfig) and self._base is other._base and self._ffn_width == other._ffn_width
 
   def __hash__(self):
-    return hash(self._identity)
+    return hash((id(self._base), self._ffn_width))
 
 
 @functools.cache
 def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
-  """The stock layer class with a depth connection around its `__call__`; parameters keep their stock paths."""
+  """The stock layer class with a depth connection around its `__call__`.
+
+  Stock parameters keep their paths, but for the attention norm of a block that reads four streams: q, k and v.
+  """
 
   class ConnectedLayer(layer_class):
     """Reads the history of block outputs and appends its own; the last layer returns the hidden state instead."""

@@ -6,6 +6,7 @@ import difflib
 import pathlib
 import re
 
+from maxtext.configs import pyconfig
 import omegaconf
 import pydantic
 
@@ -16,8 +17,12 @@ class ConfigError(ValueError):
   """A configuration that cannot work; one sentence that names the key or file, the value, and what would work."""
 
 
-def check_config_file(argv: Sequence[str] | None, overrides: dict) -> None:
-  """MaxText takes a first argument without `.yml` for an override and trains its default model; refuse that."""
+def check_arguments(argv: Sequence[str] | None, overrides: dict) -> None:
+  """Refuses what MaxText would misread: it takes a first argument that does not end in `.yml` for an override, and
+  trains its default model."""
+  for argument in (argv or ())[2:]:
+    if "=" not in argument:
+      raise ConfigError(f"{argument} is not key=value; overrides follow the one configuration file.")
   if overrides.get("base_config"):
     return
   name = argv[1] if argv and len(argv) > 1 else ""
@@ -25,7 +30,7 @@ def check_config_file(argv: Sequence[str] | None, overrides: dict) -> None:
     return
   if not name.endswith(".yml"):
     raise ConfigError(f"{name}: a configuration file must end in .yml; rename it or put the file first.")
-  if not pathlib.Path(name).is_file():
+  if not pathlib.Path(pyconfig.resolve_config_path(name)).is_file():
     raise ConfigError(f"{name}: no such configuration file; see yaml/ for those that come with this project.")
 
 
@@ -42,15 +47,17 @@ def one_sentence(config_class: type[pydantic.BaseModel]) -> Iterator[None]:
     raise ConfigError(f"A configuration file is not valid YAML: {_one_line(error)}.") from None
   except FileNotFoundError as error:
     raise ConfigError(f"{error.filename}: no such configuration file.") from None
-  except ValueError as error:
+  except ConfigError:
+    raise
+  except (ValueError, AssertionError) as error:
     unknown = re.match(r"'([^']*)' not in '", str(error))
-    if not unknown:
-      raise
-    raise ConfigError(_unknown_key(unknown.group(1), config_class)) from None
+    raise ConfigError(_unknown_key(unknown.group(1), config_class) if unknown else _one_line(error)) from error
+  except (TypeError, KeyError, AttributeError, ImportError, OverflowError, RecursionError) as error:
+    raise ConfigError(f"The configuration cannot be read ({type(error).__name__}: {_one_line(error)}).") from error
 
 
 def _unknown_key(key: str, config_class: type[pydantic.BaseModel]) -> str:
-  nearest = difflib.get_close_matches(key, config_class.model_fields, n=1, cutoff=0.0)
+  nearest = difflib.get_close_matches(key.lower(), config_class.model_fields, n=1, cutoff=0.0)
   return f"{key} is not a configuration key; the nearest is {nearest[0]}."
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import gc
+import importlib
 import logging
 import pathlib
 import sys
@@ -9,19 +10,21 @@ import traceback
 
 from absl import app
 
-from maxtext_mudd import plugin
+from maxtext_mudd import plugin, versions
 
 
-def launch(main: Callable[[list[str]], None], check: Callable | None = None) -> None:
-  """Runs `main` as MaxText's own script does.
+def launch(entry_point: str, check: Callable | None = None) -> None:
+  """Runs the `main` of a stock MaxText module as its own script does.
 
-  A configuration that cannot work, and a checkpoint that cannot be read, end the process with one sentence on stderr
-  and status 2; nothing has been written then.
+  An unknown MaxText, a configuration that cannot work, and a checkpoint that cannot be restored end the process with
+  one sentence on stderr and status 2; nothing has been written then.
 
   Args:
-    main: of a stock MaxText module.
+    entry_point: name of the module.
     check: called with the configuration as soon as it is read; raises ConfigError for what cannot work.
   """
+  if len(sys.argv) < 2:
+    _exit(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine")
   seen = []
 
   def read(config):
@@ -29,9 +32,14 @@ def launch(main: Callable[[list[str]], None], check: Callable | None = None) -> 
     if check:
       check(config)
 
-  plugin.install(plugin.Reading(check=read, on_error=lambda error: _exit(str(error))))
   try:
-    app.run(main)
+    plugin.install(plugin.Reading(check=read, on_error=lambda error: _exit(str(error))))
+  except versions.UnknownMaxText as error:
+    _exit(str(error))
+  try:
+    app.run(importlib.import_module(entry_point).main)
+  except (MemoryError, PermissionError):
+    raise
   except Exception as error:
     if _failed_in(error, "load_state_if_possible"):
       _exit(_unreadable_checkpoint(seen[-1], error))
@@ -55,14 +63,18 @@ def _failed_in(error: BaseException, function: str) -> bool:
 
 
 def _unreadable_checkpoint(config, error: Exception) -> str:
-  kind = type(error).__name__
+  """Orbax raises the same errors for damage and for a model of another shape, so the sentence names both."""
+  cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
   explicit = config.load_full_state_path or config.load_parameters_path
   if explicit:
-    return f"{explicit}: this checkpoint cannot be restored and is left as it is ({kind})."
+    return (
+      f"{explicit}: this checkpoint cannot be restored and is left as it is; it is damaged, or of a model with other "
+      f"keys than this configuration ({cause})."
+    )
   folder = pathlib.Path(config.checkpoint_dir)
   steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
   newest = folder / str(max(steps)) if steps else folder
   return (
-    f"{newest}: the newest checkpoint cannot be restored and is left as it is; move it away to resume from the one "
-    f"before it ({kind})."
+    f"{newest}: the newest checkpoint cannot be restored and is left as it is; use the keys that the run was started "
+    f"with, or, if it is damaged, move it away to resume from the one before it ({cause})."
   )

@@ -6,7 +6,10 @@ Two attributes make the model:
 and two correct what MaxText reports of it:
   maxtext.utils.maxtext_utils.calculate_tflops_training_per_device   counts the aggregates and the re-allocated FFNs
   maxtext.trainers.pre_train.train.record_activation_metrics         logs the statistics of the aggregates
-With `mudd: false` each of them does what it replaces.
+With `mudd: false` each of them does what it replaces, but for two courtesies of MuddConfig: a relative
+`base_output_directory` is made absolute, and `maxtext_mudd/byte` names the tokenizer of this package.
+
+What imports MaxText's modules is imported inside functions, after the version is known to be right.
 """
 
 from collections.abc import Callable
@@ -15,18 +18,7 @@ import functools
 import importlib
 import inspect
 
-import maxtext
-from maxtext.configs.types import MaxTextConfig
-
-from maxtext_mudd import errors, reporting
-from maxtext_mudd.config import MuddConfig
-from maxtext_mudd.decoder import MuddDecoder
-
-KNOWN_VERSIONS = ("0.2.5",)
-
-
-class UnknownMaxText(ImportError):
-  """The installed MaxText is not one that this package knows."""
+from maxtext_mudd import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +39,18 @@ class Seam:
   method: str = ""
 
   def stock(self):
+    """The attribute that MaxText has.
+
+    Raises:
+      UnknownMaxText: it is not there, or does not take `parameters`.
+    """
     found = getattr(importlib.import_module(self.module), self.name, None)
     function = getattr(found, self.method, None) if self.method else found
     parameters = tuple(inspect.signature(function).parameters) if callable(function) else ()
     if parameters[: len(self.parameters)] != self.parameters:
-      raise UnknownMaxText(
-        f"maxtext {maxtext.__version__}: {self.module}.{self.name} does not take {', '.join(self.parameters)}; "
-        f"install maxtext=={KNOWN_VERSIONS[-1]}."
+      raise versions.UnknownMaxText(
+        f"{self.module}.{self.name} does not take {', '.join(self.parameters)}; "
+        f"install maxtext=={versions.KNOWN[-1]} as it is published."
       )
     return found
 
@@ -68,17 +65,22 @@ class Reading:
   """
 
   check: Callable | None = None
-  on_error: Callable[[errors.ConfigError], None] | None = None
+  on_error: Callable[[Exception], None] | None = None
 
 
 def _read_mudd_config(stock):
+  from maxtext.configs.types import MaxTextConfig
+
+  from maxtext_mudd import errors
+  from maxtext_mudd.config import MuddConfig
+
   @functools.wraps(stock)
   def initialize(argv=None, config_class=MaxTextConfig, **kwargs):
     if config_class is MaxTextConfig:
       config_class = MuddConfig
     try:
       with errors.one_sentence(config_class):
-        errors.check_config_file(argv, kwargs)
+        errors.check_arguments(argv, kwargs)
         config = stock(argv, config_class=config_class, **kwargs)
       if _reading.check:
         _reading.check(config)
@@ -91,31 +93,39 @@ def _read_mudd_config(stock):
   return initialize
 
 
+def _mudd_decoder(stock):
+  from maxtext_mudd.decoder import MuddDecoder
+
+  return MuddDecoder
+
+
+def _flops(stock):
+  from maxtext_mudd import reporting
+
+  return reporting.with_connection_flops(stock)
+
+
+def _metrics(stock):
+  from maxtext_mudd import reporting
+
+  return reporting.with_connection_metrics(stock)
+
+
 SEAMS = (
-  Seam(
-    "maxtext.configs.pyconfig",
-    "_initialize_pydantic",
-    ("argv", "config_class", "kwargs"),
-    _read_mudd_config,
-  ),
+  Seam("maxtext.configs.pyconfig", "_initialize_pydantic", ("argv", "config_class", "kwargs"), _read_mudd_config),
   Seam(
     "maxtext.models.models",
     "NNXDecoder",
     ("self", "layer_cls", "rngs", "base_name", "i", "layer_kwargs"),
-    lambda stock: MuddDecoder,
+    _mudd_decoder,
     method="_create_and_register_layer",
   ),
-  Seam(
-    "maxtext.utils.maxtext_utils",
-    "calculate_tflops_training_per_device",
-    ("config", "log"),
-    reporting.with_connection_flops,
-  ),
+  Seam("maxtext.utils.maxtext_utils", "calculate_tflops_training_per_device", ("config", "log"), _flops),
   Seam(
     "maxtext.trainers.pre_train.train",
     "record_activation_metrics",
     ("output_metrics", "intermediate_outputs", "config"),
-    reporting.with_connection_metrics,
+    _metrics,
   ),
 )
 
@@ -127,18 +137,15 @@ def install(reading: Reading | None = None) -> None:
   """Makes MaxText know the `mudd_*` keys. Once is enough; more often changes `reading` only.
 
   Raises:
-    UnknownMaxText: not a known version, or a replaced attribute has another shape; nothing is replaced then.
+    versions.UnknownMaxText: not a known version, or a replaced attribute has another shape; nothing is replaced then.
   """
   global _installed, _reading
   _reading = reading or _reading
   if _installed:
     return
-  if maxtext.__version__ not in KNOWN_VERSIONS:
-    raise UnknownMaxText(
-      f"maxtext {maxtext.__version__} is installed; maxtext-mudd knows {', '.join(KNOWN_VERSIONS)}: "
-      f"install maxtext=={KNOWN_VERSIONS[-1]}."
-    )
+  versions.check()
   stock = [seam.stock() for seam in SEAMS]
-  for seam, attribute in zip(SEAMS, stock):
-    setattr(importlib.import_module(seam.module), seam.name, seam.replace(attribute))
+  replacements = [seam.replace(attribute) for seam, attribute in zip(SEAMS, stock)]
+  for seam, replacement in zip(SEAMS, replacements):
+    setattr(importlib.import_module(seam.module), seam.name, replacement)
   _installed = True

@@ -3,6 +3,10 @@
 import glob
 import os
 import pathlib
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from maxtext_mudd.errors import ConfigError
 
@@ -10,42 +14,57 @@ REMOTE = ("gs://", "hf://", "s3://")
 
 
 def check_training(config) -> None:
-  """Raises ConfigError for a local corpus that is missing or empty, and for an output folder that takes no files."""
+  """Raises ConfigError for a local corpus that cannot be read, and for an output folder that takes no files."""
   dataset_type = config.dataset_type.value
   if dataset_type in ("grain", "hf"):
-    for key in (f"{dataset_type}_train_files", f"{dataset_type}_eval_files"):
-      if getattr(config, key) and (key.endswith("train_files") or config.eval_interval > 0):
-        _check_files(key, getattr(config, key))
+    splits = ("train", "eval") if config.eval_interval > 0 else ("train",)
+    for split in splits:
+      key = f"{dataset_type}_{split}_files"
+      if getattr(config, key):
+        _check_files(key, getattr(config, key), config)
   _check_output(config.base_output_directory)
 
 
-def _check_files(key: str, value: str | list) -> None:
+def _check_files(key: str, value: str | list, config) -> None:
   for entry in value if isinstance(value, list) else str(value).split(";"):
-    pattern = str(entry).split(",")[0]  # a weight may follow
+    pattern, *weight = str(entry).split(",")
     if pattern.startswith(REMOTE):
       continue
-    files = [pathlib.Path(name) for name in _matches(pattern)]
+    if weight and not re.fullmatch(r"[0-9.eE+-]+", weight[0]):
+      raise ConfigError(f"{key}={entry}: {weight[0]!r} is not a weight; write pattern,number.")
+    if key.startswith("grain") and config.grain_file_type.startswith("mmap"):
+      files = glob.glob(f"{pattern}.bin") or glob.glob(pattern)  # a pair is named without its endings
+    else:
+      files = glob.glob(pattern)
     if not files:
-      raise ConfigError(f"{key}={pattern}: no such file; `make corpus` builds the default corpus.")
-    empty = next((file for file in files if file.is_file() and _is_empty(file)), None)
-    if empty:
-      raise ConfigError(f"{key}={empty}: the file holds no text; `make corpus` builds the default corpus.")
+      raise ConfigError(f"{key}={pattern}: no such file; `make corpus` builds the one that yaml/tiny.yml names.")
+    for file in map(pathlib.Path, files):
+      _check_file(key, file, config)
 
 
-def _matches(pattern: str) -> list[str]:
-  # Megatron maps are named without the .bin and .idx that both halves end in.
-  return glob.glob(pattern) or glob.glob(f"{pattern}.bin") or glob.glob(f"{pattern}*")
+def _check_file(key: str, file: pathlib.Path, config) -> None:
+  if not file.is_file():
+    raise ConfigError(f"{key}={file} is not a file; name files, or a pattern that matches files.")
+  if not file.stat().st_size:
+    raise ConfigError(f"{key}={file}: the file holds no text; write it again.")
+  if key.startswith("grain") and config.grain_file_type == "parquet":
+    columns = config.train_data_columns if "train" in key else config.eval_data_columns
+    _check_parquet(key, file, columns)
 
 
-def _is_empty(file: pathlib.Path) -> bool:
-  if file.suffix == ".parquet" and file.stat().st_size:
-    import pyarrow.parquet  # heavy, and needed for this format only
-
-    try:
-      return pyarrow.parquet.read_metadata(file).num_rows == 0
-    except pyarrow.ArrowInvalid:
-      raise ConfigError(f"{file} is not a complete parquet file; build it again with `make corpus`.") from None
-  return file.stat().st_size == 0
+def _check_parquet(key: str, file: pathlib.Path, columns: list[str]) -> None:
+  try:
+    schema, rows = pq.read_schema(file), pq.read_metadata(file).num_rows
+  except pa.ArrowInvalid:
+    raise ConfigError(f"{key}={file} is not a complete parquet file; write it again.") from None
+  if not rows:
+    raise ConfigError(f"{key}={file}: the file holds no text; write it again.")
+  for column in columns:
+    if column not in schema.names:
+      raise ConfigError(f"{key}={file} has no column {column!r}; it has {', '.join(schema.names)}.")
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_list(kind)):
+      raise ConfigError(f"{key}={file}: column {column!r} holds {kind}; text or token lists are needed.")
 
 
 def _check_output(folder: str) -> None:

@@ -29,7 +29,7 @@ class Run:
     return self.folder.name
 
   def bits_per_byte(self, tag: str) -> dict[int, float]:
-    return {step: loss / math.log(2) for step, loss in sorted(self.scalars[tag].items())}
+    return {step: loss / math.log(2) for step, loss in sorted(self.scalars.get(tag, {}).items())}
 
   def tokens_per_second(self) -> float:
     """Median over the steps, so that compilation and evaluation do not count."""
@@ -66,12 +66,12 @@ def read(folder: pathlib.Path) -> Run:
   """A finished run.
 
   Raises:
-    ValueError: no events, or none with a loss in them.
+    ValueError: no events of training in it.
   """
   scalars = read_scalars(folder)
-  for tag in (TRAIN_LOSS, EVAL_LOSS, SPEED):
+  for tag in (TRAIN_LOSS, SPEED):
     if not scalars.get(tag):
-      raise ValueError(f"{folder}: no TensorBoard events with {tag}; pass the folder of a run that evaluated.")
+      raise ValueError(f"{folder}: no TensorBoard events with {tag}; pass the folder of a training run.")
   return Run(folder, scalars)
 
 
@@ -86,8 +86,6 @@ def draw(runs: list[Run], path: pathlib.Path) -> None:
     train, evaluated = run.bits_per_byte(TRAIN_LOSS), run.bits_per_byte(EVAL_LOSS)
     axes.plot(train.keys(), train.values(), color=color, alpha=0.35, linewidth=1, label=f"{run.name}, train")
     axes.plot(evaluated.keys(), evaluated.values(), color=color, marker="o", label=f"{run.name}, eval")
-  last = list(runs[0].bits_per_byte(EVAL_LOSS).values())[-1]
-  axes.set_ylim(bottom=last * 0.8)
   axes.set(xlabel="step", ylabel="bits per byte")
   if len(runs) == 2:
     axes.set_title(difference(*runs))
@@ -111,12 +109,13 @@ def difference(baseline: Run, run: Run) -> str:
 
 
 def summary(run: Run) -> list[str]:
-  evaluated = list(run.bits_per_byte(EVAL_LOSS).items())
-  (first_step, first), (last_step, last) = evaluated[0], evaluated[-1]
+  tag, what = (EVAL_LOSS, "eval") if EVAL_LOSS in run.scalars else (TRAIN_LOSS, "train")
+  losses = list(run.bits_per_byte(tag).items())
+  (first_step, first), (last_step, last) = losses[0], losses[-1]
   return [
     run.name,
-    f"  eval loss at the start  {first:.4f} bits per byte (after step {first_step})",
-    f"  eval loss at the end    {last:.4f} bits per byte (after step {last_step})",
+    f"  {what + ' loss at the start':<23} {first:.4f} bits per byte (after step {first_step})",
+    f"  {what + ' loss at the end':<23} {last:.4f} bits per byte (after step {last_step})",
     f"  speed                   {run.tokens_per_second():,.0f} tokens/s per device (median step)",
   ]
 

@@ -60,7 +60,7 @@ class MultiwayAttention(Attention):
     return super().query_projection(pick(inputs_q, "q"), out_sharding=out_sharding)
 
   def kv_projection(self, inputs_kv, proj_name, out_sharding=None):
-    stream = {"key": "k", "value": "v"}.get(proj_name, "k")
+    stream = {"key": "k", "value": "v"}[proj_name]
     return super().kv_projection(pick(inputs_kv, stream), proj_name, out_sharding=out_sharding)
 
 

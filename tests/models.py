@@ -46,9 +46,14 @@ def config(**overrides):
 def build(cfg, seed=0):
   """The model of a configuration, as MaxText builds it, with its mesh over all devices."""
   mesh = maxtext_utils.get_mesh_from_config(cfg)
-  quant = quantizations.configure_quantization(cfg)
   with jax.set_mesh(mesh):
-    return models.Transformer(cfg, mesh, quant, rngs=nnx.Rngs(params=seed, dropout=seed + 1))
+    return construct(cfg, mesh, seed)
+
+
+def construct(cfg, mesh, seed=0):
+  """The same where the mesh is set already."""
+  quant = quantizations.configure_quantization(cfg)
+  return models.Transformer(cfg, mesh, quant, rngs=nnx.Rngs(params=seed, dropout=seed + 1))
 
 
 def parameters(model) -> dict[str, nnx.Param]:

@@ -58,8 +58,10 @@ class Oracle:
   def __init__(self, arch: Arch, parameters):
     self.arch = arch
     self.parameters = {path: np.asarray(value, np.float64) for path, value in parameters.items()}
-    self.shift_sources = 0  # for the tests of the tests
-    self.stream_order = "qkvr"
+    # Mistakes to make, for the tests of the tests: (block, stream, stream) to swap in what the block reads, and
+    # (DA, n) whose n-th source is to be the one before it.
+    self.swapped = None
+    self.shifted = None
 
   def __getitem__(self, path):
     return self.parameters[path]
@@ -149,7 +151,7 @@ class Oracle:
     weights = np.zeros((1, 1, len(names), len(sources)))
     if arch.static:
       weights = weights + self[f"{path}/a"]
-    else:
+    elif not (arch.pre_norm and arch.post_norm):  # with both, X_i is added after the sum
       weights[..., -1] = 1
     if f"{path}/w1" in self.parameters:
       act = gelu if arch.activation == "gelu" else gelu_tanh
@@ -158,7 +160,9 @@ class Oracle:
       weights = weights + np.einsum("btk,kcn->btcn", hidden, self[f"{path}/w2"])
     streams = {}
     for c, name in enumerate(names):
-      mixed = sum(weights[:, :, c, n, None] * normed[max(j - self.shift_sources, 0)] for n, j in enumerate(sources))
+      mixed = 0
+      for n, j in enumerate(sources):
+        mixed = mixed + weights[:, :, c, n, None] * normed[j - (self.shifted == (i, n))]
       if f"{path}/post_norm_{name}/scale" in self.parameters:
         mixed = self.rms(mixed, self[f"{path}/post_norm_{name}/scale"])
       streams[name] = mixed + newest if arch.post_norm else mixed
@@ -176,6 +180,10 @@ class Oracle:
       scale = self.parameters.get(f"decoder/layers_{i - 1}/connection/output_norm/scale")
       normed.append(self.rms(x, scale) if arch.pre_norm else x)
       streams = self.depth_aggregate(i, normed, x) if arch.ways and i % arch.period == 0 else {}
-      xq, xk, xv, xr = (streams.get(c, streams.get("x", x)) for c in self.stream_order)
+      order = "qkvr"
+      if self.swapped and self.swapped[0] == i + 1:
+        first, second = self.swapped[1:]
+        order = order.translate(str.maketrans({first: second, second: first}))
+      xq, xk, xv, xr = (streams.get(c, streams.get("x", x)) for c in order)
     x = self.norm(xr, "decoder/decoder_norm")
     return x @ self["decoder/logits_dense/kernel"]

@@ -14,6 +14,7 @@ from tests import models, runs
 
 MISTAKES = {
   "mistyped key": (["mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
+  "no value": (["mudd"], "mudd is not key=value; overrides follow the one configuration file."),
   "mistyped stock key": (["learning_rte=1"], "learning_rte is not a configuration key; the nearest is learning_rate."),
   "ways": (["mudd_ways=3"], "mudd_ways=3 is not valid: input should be 1 or 4."),
   "expansion": (
@@ -64,8 +65,14 @@ MISTAKES = {
     ["fused_qkv=true"],
     "fused_qkv=True does not work with mudd=True: q, k and v have inputs of their own; set fused_qkv=False.",
   ),
-  "share_kv_projections": (["share_kv_projections=true"], "share_kv_projections=True does not work with mudd=True:"),
-  "MLA": (["attention_type=mla"], "attention_type='mla' does not work with mudd=True:"),
+  "share_kv_projections": (
+    ["share_kv_projections=true"],
+    "share_kv_projections=True does not work with mudd=True: k and v have inputs of their own; set it to False.",
+  ),
+  "MLA": (
+    ["attention_type=mla"],
+    "attention_type='mla' does not work with mudd=True: its latent is made of one input; use 'global'.",
+  ),
   "pipeline": (
     ["ici_pipeline_parallelism=2", "num_pipeline_microbatches=2"],
     "ici_pipeline_parallelism or dcn_pipeline_parallelism above 1 does not work with mudd=True: block outputs are not "
@@ -75,9 +82,58 @@ MISTAKES = {
     ["scan_layers=true"],
     "scan_layers=True does not work with mudd=True: layers are not scanned yet with mudd=True; set scan_layers=False.",
   ),
+  "no DA left": (
+    ["mudd_block_period=2", "mudd_dense_streams=qk"],
+    "mudd_dense_streams='qk' leaves no DA: the only one follows the last block, and makes the residual stream; add r.",
+  ),
+  "weight MLP without width": (
+    ["mudd_hidden_expansion=0.01", "mudd_hidden_round_to=0"],
+    "mudd_hidden_expansion=0.01 (mudd_last_hidden_expansion=4.0) makes a weight MLP of width 0; raise it, or set "
+    "mudd_dynamic=False.",
+  ),
+  "infinite": (["mudd_ffn_last=.inf"], "mudd_ffn_last=inf is not valid: input should be a finite number."),
+  "dilation beyond the model": (
+    ["mudd_source_dilation=3"],
+    "mudd_source_dilation=3 leaves every DA without sources besides its own block in a model of 2 blocks; use at "
+    "most 2.",
+  ),
+  "no layers": (["base_num_decoder_layers=0"], "base_num_decoder_layers=0 makes no blocks; use at least 1."),
+  "experts of another width": (
+    [
+      "decoder_block=qwen3_moe",
+      "num_experts=4",
+      "num_experts_per_tok=2",
+      "base_moe_mlp_dim=64",
+      "inhomogeneous_layer_cycle_interval=2",
+    ],
+    "mudd_ffn_reallocation=True needs experts as wide as the FFN: base_moe_mlp_dim=64, base_mlp_dim=256; make them "
+    "equal.",
+  ),
+  "explicit sharding": (
+    ["shard_mode=explicit"],
+    "shard_mode=explicit does not work with mudd=True: the aggregates leave sharding to the compiler; use "
+    "shard_mode=auto.",
+  ),
+  "Muon": (
+    ["opt_type=muon"],
+    "opt_type=muon does not work with mudd=True: it would orthogonalise the static weights of the aggregates; use "
+    "adamw.",
+  ),
+  "unknown tokenizer of this package": (
+    ["tokenizer_path=maxtext_mudd/bytes"],
+    "tokenizer_path=maxtext_mudd/bytes: this package has one tokenizer, maxtext_mudd/byte.",
+  ),
+  "file after an override": (
+    ["other.yml"],
+    "other.yml is not key=value; overrides follow the one configuration file.",
+  ),
+  "weight of a file": (
+    ["grain_train_files=a.parquet,heavy"],
+    "grain_train_files=a.parquet,heavy: 'heavy' is not a weight; write pattern,number.",
+  ),
   "missing corpus": (
     ["grain_train_files=nowhere.parquet"],
-    "grain_train_files=nowhere.parquet: no such file; `make corpus` builds the default corpus.",
+    "grain_train_files=nowhere.parquet: no such file; `make corpus` builds the one that yaml/tiny.yml names.",
   ),
 }
 
@@ -114,24 +170,30 @@ def test_configuration_mistakes(mistake, corpus, tmp_path, monkeypatch, capsys):
   assert not (tmp_path / "out").exists()
 
 
-def test_empty_corpus(tmp_path, monkeypatch, capsys):
-  cases = {"rows.parquet": pa.table({"text": pa.array([], pa.string())}), "bytes.parquet": None}
-  for name, table in cases.items():
-    file = tmp_path / name
-    file.touch() if table is None else pa.parquet.write_table(table, file)
-    argv = [runs.RUN_YML, f"grain_train_files={file}", f"base_output_directory={tmp_path / 'out'}", "run_name=x"]
-    expected = f"grain_train_files={file}: the file holds no text; `make corpus` builds the default corpus."
-    assert refuse(argv, monkeypatch, capsys) == expected
+UNREADABLE = {
+  "no rows": (pa.table({"text": pa.array([], pa.string())}), "{key}: the file holds no text; write it again."),
+  "no bytes": (b"", "{key}: the file holds no text; write it again."),
+  "half a file": (b"PAR1 and then nothing", "{key} is not a complete parquet file; write it again."),
+  "another column": (pa.table({"content": ["x"]}), "{key} has no column 'text'; it has content."),
+  "numbers": (pa.table({"text": [1, 2]}), "{key}: column 'text' holds int64; text or token lists are needed."),
+  "a folder": (None, "{key} is not a file; name files, or a pattern that matches files."),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_corpus_that_cannot_be_read(kind, tmp_path, monkeypatch, capsys):
+  content, message = UNREADABLE[kind]
+  file = tmp_path / "corpus.parquet"
+  if content is None:
+    file.mkdir()
+  elif isinstance(content, bytes):
+    file.write_bytes(content)
+  else:
+    pa.parquet.write_table(content, file)
+  key = f"grain_train_files={file}"
+  argv = [runs.RUN_YML, key, f"base_output_directory={tmp_path / 'out'}", "run_name=x"]
+  assert refuse(argv, monkeypatch, capsys) == message.format(key=key)
   assert not (tmp_path / "out").exists()
-
-
-def test_incomplete_corpus(corpus, tmp_path, monkeypatch, capsys):
-  whole = pathlib.Path(corpus[0].split("=")[1])
-  file = tmp_path / "half.parquet"
-  file.write_bytes(whole.read_bytes()[:1000])
-  argv = [runs.RUN_YML, f"grain_train_files={file}", f"base_output_directory={tmp_path / 'out'}", "run_name=x"]
-  expected = f"{file} is not a complete parquet file; build it again with `make corpus`."
-  assert refuse(argv, monkeypatch, capsys) == expected
 
 
 def test_output_that_cannot_be_written(corpus, tmp_path, monkeypatch, capsys):
@@ -141,6 +203,7 @@ def test_output_that_cannot_be_written(corpus, tmp_path, monkeypatch, capsys):
   argv = [runs.RUN_YML, *corpus, f"base_output_directory={output}", "run_name=x"]
   expected = f"base_output_directory={output}: {occupied} is not a folder that files can be written to."
   assert refuse(argv, monkeypatch, capsys) == expected
+  assert list(tmp_path.iterdir()) == [occupied]
 
 
 @pytest.mark.parametrize(
@@ -150,14 +213,29 @@ def test_output_that_cannot_be_written(corpus, tmp_path, monkeypatch, capsys):
     ("absent.yml", None, "{file}: no such configuration file; see yaml/ for those that come with this project."),
     ("broken.yml", "mudd: [", "A configuration file is not valid YAML: while parsing a flow node"),
     ("orphan.yml", "base_config: nowhere.yml", "{package}/nowhere.yml: no such configuration file."),
+    ("list.yml", "- mudd", "The configuration cannot be read (TypeError: Cannot merge incompatible container types"),
+    ("latin.yml", b"run_name: \xe9", "'utf-8' codec can't decode byte 0xe9"),
+    ("circle.yml", "base_config: circle.yml", "The configuration cannot be read (RecursionError:"),
   ],
 )
 def test_configuration_files(name, text, message, tmp_path, monkeypatch, capsys):
   file = tmp_path / name
   if text is not None:
-    file.write_text(text)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
   expected = message.format(file=file, package=pathlib.Path(models.BASE_YML).parent)
-  assert refuse([str(file), "run_name=x"], monkeypatch, capsys).startswith(expected)
+  output = f"base_output_directory={tmp_path / 'out'}"
+  assert refuse([str(file), "run_name=x", output], monkeypatch, capsys).startswith(expected)
+  assert not (tmp_path / "out").exists()
+
+
+def test_no_arguments(monkeypatch, capsys):
+  assert refuse([], monkeypatch, capsys).startswith("name a configuration file first, as in:")
+
+
+def test_stock_paths_of_configuration_files_still_work():
+  from maxtext.configs import pyconfig
+
+  pyconfig.initialize(["", "src/maxtext/configs/base.yml", "run_name=x", "log_config=false"])
 
 
 def test_status_of_the_process(tmp_path):

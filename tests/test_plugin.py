@@ -3,13 +3,13 @@
 import pathlib
 import re
 import subprocess
+import sys
 
-import maxtext
 from maxtext.configs import pyconfig
 from maxtext.models import models as maxtext_models
 import pytest
 
-from maxtext_mudd import plugin
+from maxtext_mudd import plugin, versions
 from maxtext_mudd.config import MuddConfig
 from maxtext_mudd.decoder import MuddDecoder
 from tests import runs
@@ -22,14 +22,26 @@ def test_installing_again_changes_nothing():
   assert maxtext_models.NNXDecoder is MuddDecoder
 
 
-def test_unknown_version(monkeypatch):
-  monkeypatch.setattr(plugin, "_installed", False)
-  monkeypatch.setattr(maxtext, "__version__", "0.9.9")
-  before = maxtext_models.NNXDecoder
-  with pytest.raises(plugin.UnknownMaxText) as error:
-    plugin.install()
-  assert str(error.value) == ("maxtext 0.9.9 is installed; maxtext-mudd knows 0.2.5: install maxtext==0.2.5.")
-  assert maxtext_models.NNXDecoder is before
+@pytest.mark.parametrize(
+  ("stub", "message"),
+  [
+    ('__version__ = "0.9.9"', "maxtext 0.9.9 is installed; maxtext-mudd knows 0.2.5: install maxtext==0.2.5."),
+    ('raise ModuleNotFoundError("maxtext")', "maxtext is not installed; install maxtext==0.2.5."),
+  ],
+)
+def test_unknown_version(stub, message, tmp_path):
+  """A MaxText of which nothing is known, not even its modules."""
+  (tmp_path / "maxtext").mkdir()
+  (tmp_path / "maxtext" / "__init__.py").write_text(stub)
+  finished = subprocess.run(
+    [sys.executable, *runs.LAUNCHER, "yaml/mudd_tiny.yml"],
+    cwd=runs.ROOT,
+    env=runs.environment(PYTHONPATH=str(tmp_path)),
+    capture_output=True,
+    text=True,
+  )
+  assert finished.returncode == 2
+  assert finished.stderr.splitlines() == [f"maxtext-mudd: {message}"]
 
 
 @pytest.mark.parametrize("seam", plugin.SEAMS, ids=lambda seam: seam.name)
@@ -42,7 +54,7 @@ def test_seam_of_another_shape(seam, monkeypatch):
   monkeypatch.setattr(module, seam.name, lambda something_else: None)
   first = plugin.SEAMS[0]
   before = getattr(importlib.import_module(first.module), first.name)
-  with pytest.raises(plugin.UnknownMaxText, match=f"{seam.module}.{seam.name} does not take {seam.parameters[0]}"):
+  with pytest.raises(versions.UnknownMaxText, match=f"{seam.module}.{seam.name} does not take {seam.parameters[0]}"):
     plugin.install()
   assert getattr(importlib.import_module(first.module), first.name) is before
 
@@ -98,3 +110,15 @@ def test_wheel_holds_the_package_and_the_models(tmp_path):
   text = zipfile.ZipFile(wheel).read(metadata).decode()
   for line in ("Name: maxtext-mudd", "License-Expression: Apache-2.0", "Provides-Extra: tpu", "Provides-Extra: cuda"):
     assert line in text
+
+
+def test_wheel_asks_for_everything_that_is_pinned():
+  """MaxText declares no dependencies outside extras, so the wheel has to."""
+  import tomllib
+
+  def name(requirement):
+    return re.split(r"[=<>\[ ]", requirement)[0].lower().replace("_", "-")
+
+  project = tomllib.loads((runs.ROOT / "pyproject.toml").read_text())["project"]
+  pinned = (runs.ROOT / "requirements" / "runtime.in").read_text().split()
+  assert {name(r) for r in project["dependencies"]} == {name(r) for r in pinned}

@@ -31,9 +31,10 @@ def rms_norm(config, rngs: nnx.Rngs, **kwargs) -> RMSNorm:
 class DepthAggregate(nnx.Module):
   """One DA (paper, Eqs. 5, 6 and 10): from the sources to the streams of the next block.
 
-  Parameters, in `weight_dtype`: `w1` [D,K] from N(0, 1/D), `w2` [K,C,N] zero, `a` [C,N] one at the newest source, so
-  that the model starts as the plain Transformer. `a` starts at zero where pre- and post-norm are both on, for then
-  X_i is added after the sum. Norm scales [D] where `mudd_weight_norm_scale` or `mudd_post_norm` ask for them.
+  Parameters, in `weight_dtype`: `w1` [D,K] from N(0, 1/D), `w2` [K,C,N] zero, `a` [C,N] one at the newest source; or
+  zero where pre- and post-norm are both on, for then X_i is added after the sum. So the model starts as the plain
+  Transformer, except with only one of the two norms (released: the same). Norm scales [D] where
+  `mudd_weight_norm_scale` or `mudd_post_norm` ask for them.
   """
 
   def __init__(self, config, aggregate: Aggregate, rngs: nnx.Rngs):
@@ -80,23 +81,24 @@ class DepthAggregate(nnx.Module):
     sources = [history.sources[j] for j in self.aggregate.sources]
     operands = self.operands()
     settings = {"activation": config.mudd_activation, "epsilon": config.normalization_layer_epsilon}
-    outputs = kernels.depth_aggregate(
-      sources,
-      *operands,
-      ways=self.aggregate.ways,
-      newest=history.newest,
-      implementation=config.mudd_kernel,
-      **settings,
-    )
-    streams = {}
-    for stream, x in zip(self.aggregate.streams, outputs):
-      if config.mudd_post_norm:
-        if self._is_post_normed(stream):
-          x = getattr(self, f"post_norm_{stream}")(x)
-        x = x + history.newest
-      streams[stream] = x
-    if config.record_internal_nn_metrics:
-      metrics.sow(self, history.newest, operands, streams, **settings)
+    with jax.default_matmul_precision(config.matmul_precision.value):
+      outputs = kernels.depth_aggregate(
+        sources,
+        *operands,
+        ways=self.aggregate.ways,
+        newest=history.newest,
+        implementation=config.mudd_kernel,
+        **settings,
+      )
+      streams = {}
+      for stream, x in zip(self.aggregate.streams, outputs):
+        if config.mudd_post_norm:
+          if self._is_post_normed(stream):
+            x = getattr(self, f"post_norm_{stream}")(x)
+          x = x + history.newest
+        streams[stream] = x
+      if config.record_internal_nn_metrics:
+        metrics.sow(self, history.newest, operands, streams, **settings)
     return streams
 
 
@@ -104,7 +106,8 @@ class DenseConnection(nnx.Module):
   """The part of the connections that lives in one block: the DA that feeds it and, in the last block, DA_L.
 
   So the carry between blocks is the history alone: under rematerialisation a block saves X_0..X_i, which are there
-  once, and its four streams are made again in the backward pass (the memory figure of the paper's Table 6).
+  once, and its four streams are made again in the backward pass (the memory figure of the paper's Table 6). A custom
+  policy that keeps `decoder_layer_input` keeps the four streams.
   """
 
   def __init__(self, config, topology: Topology, block: int, rngs: nnx.Rngs):

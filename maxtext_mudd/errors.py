@@ -9,7 +9,6 @@ import re
 from maxtext.configs import pyconfig
 import omegaconf
 import pydantic
-
 import yaml
 
 

@@ -88,7 +88,10 @@ def draw(runs: list[Run], path: pathlib.Path) -> None:
     axes.plot(evaluated.keys(), evaluated.values(), color=color, marker="o", label=f"{run.name}, eval")
   axes.set(xlabel="step", ylabel="bits per byte")
   if len(runs) == 2:
-    axes.set_title(difference(*runs))
+    axes.set_title(difference(*runs).replace(": ", ":\n"), fontsize=10)
+  losses = [loss for run in runs for loss in run.bits_per_byte(TRAIN_LOSS).values()]
+  early = sorted(losses)[int(0.95 * (len(losses) - 1))]  # the first steps would flatten the rest
+  axes.set_ylim(0.95 * min(losses), 1.05 * early)
   axes.grid(alpha=0.3)
   axes.legend()
   figure.savefig(path, dpi=120)

@@ -46,6 +46,8 @@ def with_connection_metrics(stock):
       if name and layer:
         after = int(layer.group(1)) + ("final_depth_aggregate" in keys)
         statistic, stream = name.removeprefix(PREFIX).rsplit("_", 1)
-        output_metrics["scalar"][f"mudd/{statistic}/{stream}/da_{after:03d}"] = value
+        # MaxText sums what layers sow over the microbatches of a step.
+        mean = value / config.gradient_accumulation_steps
+        output_metrics["scalar"][f"mudd/{statistic}/{stream}/da_{after:03d}"] = mean
 
   return record

@@ -221,9 +221,10 @@ def test_gradient_accumulation():
       per_device_batch_size=4 // steps,
       gradient_accumulation_steps=steps,
       gradient_clipping_threshold=0.0,
+      record_internal_nn_metrics=1,
     )
     found[steps] = train_step_metrics(cfg)
-  for key in ("learning/loss", "learning/grad_norm"):
+  for key in ("learning/loss", "learning/grad_norm", "mudd/older_weight/q/da_001", "mudd/older_weight/r/da_002"):
     assert float(found[2][key]) == pytest.approx(float(found[1][key]), rel=1e-4)
 
 

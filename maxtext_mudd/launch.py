@@ -44,7 +44,8 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
     if _failed_in(error, "load_state_if_possible"):
       _exit(_unreadable_checkpoint(seen[-1], error))
     if _failed_in(error, "validate_completed_steps"):
-      _exit(f"{seen[-1].checkpoint_dir}: this run has done its steps={seen[-1].steps}; set steps higher to go on.")
+      folder = pathlib.Path(seen[-1].checkpoint_dir)
+      _exit(f"{folder}: this run has done its steps={seen[-1].steps}; set steps higher to go on.")
     raise
   finally:
     # MaxText's data iterators clean up when collected, and cannot any more once the interpreter shuts down.

@@ -89,7 +89,6 @@ class MuddConfig(MaxTextConfig):
         f"mudd_window={self.mudd_window} with mudd_source_dilation={self.mudd_source_dilation} leaves a DA without "
         f"sources besides its own block; use mudd_window=0 or at least {self.mudd_source_dilation + 1}."
       )
-
     if self.mudd_source_dilation > self.num_decoder_layers:
       raise ValueError(
         f"mudd_source_dilation={self.mudd_source_dilation} leaves every DA without sources besides its own block in a "

@@ -10,13 +10,18 @@ import pyarrow.parquet as pq
 
 from maxtext_mudd.errors import ConfigError
 
-REMOTE = ("gs://", "hf://", "s3://")
+REMOTE = "://"
+LOCAL_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`; any other hf_path names a hub's files
 
 
 def check_training(config) -> None:
   """Raises ConfigError for a local corpus that cannot be read, and for an output folder that takes no files."""
   dataset_type = config.dataset_type.value
-  if dataset_type in ("grain", "hf"):
+  reads_local_files = {
+    "grain": config.grain_file_type != "mmap_npy",  # names folders, index files and blends of them
+    "hf": config.hf_path in LOCAL_LOADERS,
+  }
+  if reads_local_files.get(dataset_type):
     splits = ("train", "eval") if config.eval_interval > 0 else ("train",)
     for split in splits:
       key = f"{dataset_type}_{split}_files"
@@ -28,14 +33,14 @@ def check_training(config) -> None:
 def _check_files(key: str, value: str | list, config) -> None:
   for entry in value if isinstance(value, list) else str(value).split(";"):
     pattern, *weight = str(entry).split(",")
-    if pattern.startswith(REMOTE):
+    if REMOTE in pattern:
       continue
     if weight and not re.fullmatch(r"[0-9.eE+-]+", weight[0]):
       raise ConfigError(f"{key}={entry}: {weight[0]!r} is not a weight; write pattern,number.")
-    if key.startswith("grain") and config.grain_file_type.startswith("mmap"):
-      files = glob.glob(f"{pattern}.bin") or glob.glob(pattern)  # a pair is named without its endings
-    else:
-      files = glob.glob(pattern)
+    path = os.path.expanduser(pattern)
+    if key.startswith("grain") and config.grain_file_type == "mmap":
+      path = f"{path}.bin"  # a .bin and .idx pair is named without its endings
+    files = glob.glob(path, recursive=True)
     if not files:
       raise ConfigError(f"{key}={pattern}: no such file; `make corpus` builds the one that yaml/tiny.yml names.")
     for file in map(pathlib.Path, files):
@@ -68,7 +73,7 @@ def _check_parquet(key: str, file: pathlib.Path, columns: list[str]) -> None:
 
 
 def _check_output(folder: str) -> None:
-  if not folder or folder.startswith(REMOTE):
+  if not folder or REMOTE in folder:
     return
   existing = pathlib.Path(folder).absolute()
   while not existing.exists():

@@ -4,11 +4,12 @@ import pathlib
 import subprocess
 import sys
 
+from maxtext.configs import pyconfig
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from maxtext_mudd import plugin, train
+from maxtext_mudd import plugin, preflight, train
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
 
@@ -196,6 +197,28 @@ def test_corpus_that_cannot_be_read(kind, tmp_path, monkeypatch, capsys):
   assert not (tmp_path / "out").exists()
 
 
+def test_files_that_maxtext_finds_are_not_refused(tmp_path, monkeypatch):
+  """A hub's own paths, remote files, folders of mmap_npy, Megatron pairs, and the home folder."""
+  (tmp_path / "pair.bin").write_bytes(b"1")
+  (tmp_path / "home.parquet").write_bytes(pathlib.Path(corpus_file(tmp_path)).read_bytes())
+  monkeypatch.setenv("HOME", str(tmp_path))
+  output = f"base_output_directory={tmp_path / 'out'}"
+  for overrides in (
+    ["dataset_type=hf", "hf_path=allenai/c4", "hf_train_files=en/*.json.gz"],
+    ["dataset_type=hf", "hf_path=json", "hf_train_files=https://example.org/a.json"],
+    ["grain_train_files=gs://bucket/*.parquet"],
+    ["grain_file_type=mmap_npy", f"grain_train_files={tmp_path}"],
+    ["grain_file_type=mmap", f"grain_train_files={tmp_path / 'pair'}"],
+    ["grain_train_files=~/home.parquet"],
+  ):
+    cfg = pyconfig.initialize_pydantic(["", runs.RUN_YML, "run_name=x", output, *overrides])
+    preflight.check_training(cfg)
+
+
+def corpus_file(folder) -> str:
+  return runs.build_corpus(folder)[0].split("=")[1]
+
+
 def test_output_that_cannot_be_written(corpus, tmp_path, monkeypatch, capsys):
   occupied = tmp_path / "file"
   occupied.touch()
@@ -233,8 +256,6 @@ def test_no_arguments(monkeypatch, capsys):
 
 
 def test_stock_paths_of_configuration_files_still_work():
-  from maxtext.configs import pyconfig
-
   pyconfig.initialize(["", "src/maxtext/configs/base.yml", "run_name=x", "log_config=false"])
 
 

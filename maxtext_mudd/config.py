@@ -9,13 +9,39 @@ from pydantic import Field, model_validator
 from maxtext_mudd import topology
 from maxtext_mudd.assets import BYTE_TOKENIZER, BYTE_TOKENIZER_FOLDER
 from maxtext_mudd.blocks import ATTENTION_NORMS
+from maxtext_mudd.kernels.reference import ACTIVATIONS
+
+# Keys that not every family of connections reads.
+_FAMILIES_OF = {
+  "mudd_ways": ("dense",),
+  "mudd_dense_streams": ("dense",),
+  "mudd_dynamic": ("dense", "hyper_connections"),
+  "mudd_static": ("dense", "hyper_connections"),
+  "mudd_hidden_expansion": ("dense",),
+  "mudd_last_hidden_expansion": ("dense",),
+  "mudd_hidden_round_to": ("dense",),
+  "mudd_activation": ("dense",),
+  "mudd_weight_norm_scale": ("dense",),
+  "mudd_source_dilation": ("dense",),
+  "mudd_block_period": ("dense",),
+  "mudd_depth_start": ("dense",),
+  "mudd_window": ("dense",),
+  "mudd_pre_norm": ("dense",),
+  "mudd_post_norm": ("dense",),
+  "mudd_post_norm_streams": ("dense",),
+  "mudd_first_block_norms": ("dense",),
+  "mudd_expansion_rate": ("hyper_connections",),
+  "mudd_kernel": ("dense",),
+}
 
 
 class MuddConfig(MaxTextConfig):
   """MaxText's configuration with MUDD connections; every combination that cannot work is refused here."""
 
   mudd: bool = Field(False, description="Depth connections on; off is stock MaxText.")
-  depth_connection: Literal["dense"] = Field("dense", description="Family of depth connections.")
+  depth_connection: Literal["dense", "hyper_connections", "residual"] = Field(
+    "dense", description="Family of depth connections; residual: the plain one."
+  )
   mudd_ways: Literal[1, 4] = Field(4, description="C: 4 for separate q, k, v and residual streams, 1 for one input.")
   mudd_dense_streams: str = Field("qkvr", description="Streams that are aggregated; others take X_i. Needs 4 ways.")
   mudd_dynamic: bool = Field(True, description="Weights made from the newest block output (Eq. 6).")
@@ -27,6 +53,9 @@ class MuddConfig(MaxTextConfig):
   mudd_weight_norm_scale: bool = Field(False, description="Learned scale in the norm before W1.")
   mudd_source_dilation: int = Field(1, ge=1, description="k: a DA sees every k-th block output (Fig. 9).")
   mudd_block_period: int = Field(1, ge=1, description="p: a DA follows every p-th block (Fig. 9).")
+  mudd_depth_start: float = Field(
+    0.0, ge=0, lt=1, description="DAs stand only after blocks beyond this share of the depth; 0: after all."
+  )
   mudd_window: int = Field(0, ge=0, description="n: a DA sees the last n block outputs and the embedding; 0: all.")
   mudd_pre_norm: bool = Field(False, description="RMSNorm on every source (Eq. 10).")
   mudd_post_norm: bool = Field(False, description="RMSNorm on the sum, and X_i added to every stream (Eq. 10).")
@@ -38,6 +67,15 @@ class MuddConfig(MaxTextConfig):
   mudd_ffn_first: float = Field(0.5, gt=0, allow_inf_nan=False, description="Width of the first FFN, as a factor.")
   mudd_ffn_last: float = Field(1.5, gt=0, allow_inf_nan=False, description="Width of the last FFN, as a factor.")
   mudd_ffn_round_to: int = Field(128, ge=1, description="FFN widths are multiples of this.")
+  mudd_expansion_rate: int = Field(4, ge=1, description="n: residual streams of hyper_connections (DHC×n).")
+  mudd_decoder_layer: Literal["stock", "pythia"] = Field(
+    "stock", description="The decoder layer: MaxText's of `decoder_block`, or Pythia's. Also without connections."
+  )
+  mudd_rotary_fraction: float = Field(0.25, gt=0, le=1, description="Share of each head that pythia rotates.")
+  mudd_init: Literal["stock", "xavier_normal", "normal", "pythia"] = Field(
+    "stock", description="How embeddings and kernels start: as in MaxText, or by a rule. Also without connections."
+  )
+  mudd_init_std: float = Field(0.006, gt=0, allow_inf_nan=False, description="Deviation of mudd_init=normal.")
   mudd_kernel: Literal["auto", "xla"] = Field("auto", description="Implementation of depth-wise aggregation.")
 
   @model_validator(mode="before")
@@ -54,13 +92,55 @@ class MuddConfig(MaxTextConfig):
     return values
 
   @model_validator(mode="after")
-  def _check_depth_connections(self):
+  def _check_model(self):
+    if self.mudd_decoder_layer == "pythia":
+      self._check_pythia()
     if self.mudd:
+      self._check_family()
       self._check_streams()
       self._check_feed_forward()
       self._check_sources()
       self._check_stock_features()
     return self
+
+  def _check_pythia(self):
+    rotated = self.head_dim * self.mudd_rotary_fraction
+    refused = (
+      (
+        self.decoder_block.value != "gpt3",
+        f"decoder_block={self.decoder_block.value!r}",
+        "its LayerNorms and counts are those of gpt3; set decoder_block=gpt3",
+      ),
+      (
+        len(self.mlp_activations) != 1 or self.mlp_activations[0] not in ACTIVATIONS,
+        f"mlp_activations={self.mlp_activations}",
+        f"its MLP has one activation, {' or '.join(ACTIVATIONS)}; set mlp_activations=[gelu]",
+      ),
+      (
+        rotated % 2 != 0,
+        f"mudd_rotary_fraction={self.mudd_rotary_fraction}",
+        f"{rotated:g} of head_dim={self.head_dim} would be rotated; an even number is needed",
+      ),
+      (self.num_experts > 1, f"num_experts={self.num_experts}", "it has one dense MLP; set it to 1"),
+      (
+        self.mtp_num_layers > 0,
+        f"mtp_num_layers={self.mtp_num_layers}",
+        "MaxText's MTP knows no such layer; set it to 0",
+      ),
+    )
+    for is_on, setting, reason in refused:
+      if is_on:
+        raise ValueError(f"{setting} does not work with mudd_decoder_layer=pythia: {reason}.")
+
+  def _check_family(self):
+    family = self.depth_connection
+    for key, families in _FAMILIES_OF.items():
+      default = type(self).model_fields[key].default
+      if family not in families and getattr(self, key) != default:
+        raise ValueError(
+          f"{key}={getattr(self, key)} does nothing with depth_connection={family}; leave it at {default}, or set "
+          f"depth_connection={' or '.join(families)}."
+        )
 
   def _check_streams(self):
     for key in ("mudd_dense_streams", "mudd_post_norm_streams"):
@@ -94,7 +174,14 @@ class MuddConfig(MaxTextConfig):
         f"mudd_source_dilation={self.mudd_source_dilation} leaves every DA without sources besides its own block in a "
         f"model of {self.num_decoder_layers} blocks; use at most {self.num_decoder_layers}."
       )
+    if self.depth_connection != "dense":
+      return
     aggregates = topology.from_config(self).aggregates.values()
+    if not aggregates and self.mudd_depth_start:
+      raise ValueError(
+        f"mudd_depth_start={self.mudd_depth_start} leaves no DA in a model of {self.num_decoder_layers} blocks "
+        f"(mudd_block_period={self.mudd_block_period}); lower it."
+      )
     if not aggregates:
       raise ValueError(
         f"mudd_dense_streams={self.mudd_dense_streams!r} leaves no DA: the only one follows the last block, and makes "
@@ -162,3 +249,27 @@ class MuddConfig(MaxTextConfig):
     for is_on, setting, reason in refused:
       if is_on:
         raise ValueError(f"{setting} does not work with mudd=True: {reason}.")
+    if self.depth_connection == "hyper_connections":
+      self._check_hyper_connections()
+
+  def _check_hyper_connections(self):
+    refused = (
+      (
+        self.mudd_decoder_layer != "stock",
+        f"mudd_decoder_layer={self.mudd_decoder_layer}",
+        "its attention and FFN read one input in parallel; use a sequential decoder_block",
+      ),
+      (
+        self.enable_dropout and self.dropout_rate > 0,
+        f"dropout_rate={self.dropout_rate}",
+        "MaxText drops parts of the one residual stream, and there are several; set it to 0",
+      ),
+      (
+        bool(self.record_internal_nn_metrics),
+        f"record_internal_nn_metrics={self.record_internal_nn_metrics}",
+        "MaxText measures the one residual stream, and there are several; set it to 0",
+      ),
+    )
+    for is_on, setting, reason in refused:
+      if is_on:
+        raise ValueError(f"{setting} does not work with depth_connection=hyper_connections: {reason}.")

@@ -5,14 +5,12 @@ import functools
 
 from flax import nnx
 import jax
+from maxtext.common.common_types import MODEL_MODE_TRAIN
 from maxtext.configs.pyconfig import HyperParameters
 from maxtext.layers.nnx_decoders import NNXDecoder
 
-from maxtext_mudd import topology
-from maxtext_mudd.blocks import ATTENTION_NORMS
-from maxtext_mudd.connections.dense import DenseConnection
-from maxtext_mudd.connections.history import History
-from maxtext_mudd.streams import decouple
+from maxtext_mudd import connections, initializers, topology
+from maxtext_mudd.blocks.pythia import PythiaDecoderLayer, layer_norm
 
 _CONNECTION_SEED = 0x6D756464  # keeps the keys of the connections apart from those of the stock layers
 
@@ -51,7 +49,7 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
   """
 
   class ConnectedLayer(layer_class):
-    """Reads the history of block outputs and appends its own; the last layer returns the hidden state instead."""
+    """Reads what flows between blocks and adds its own; the last layer returns the hidden state instead."""
 
     def __init__(self, *, config, model_topology, block, rngs, **kwargs):
       width = model_topology.ffn_widths[block - 1]
@@ -59,16 +57,16 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
       super().__init__(config=layer_config, rngs=rngs, **kwargs)
       # Keys of its own, so that stock parameters start as they would without connections.
       key = jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + block)
-      self.connection = DenseConnection(config, model_topology, block, nnx.Rngs(params=key))
-      if self.connection.reads_streams or (block == 1 and config.mudd_first_block_norms == "separate"):
-        decouple(self, ATTENTION_NORMS[config.decoder_block.value])
+      family = connections.FAMILIES[config.depth_connection]
+      self.connection = family(config, model_topology, block, nnx.Rngs(params=key))
+      self.connection.fit(self)
 
     @functools.wraps(layer_class.__call__)
     def __call__(self, inputs, *args, **kwargs):
-      history = inputs if isinstance(inputs, History) else self.connection.start(inputs)
-      output, kv_cache = super().__call__(self.connection.read(history), *args, **kwargs)
-      history = self.connection.write(history, output)
-      return self.connection.finish(history) if self.connection.is_last else history, kv_cache
+      carry = inputs if isinstance(inputs, self.connection.carry) else self.connection.start(inputs)
+      output, kv_cache = super().__call__(self.connection.read(carry), *args, **kwargs)
+      carry = self.connection.write(carry, output)
+      return self.connection.finish(carry) if self.connection.is_last else carry, kv_cache
 
   ConnectedLayer.__name__ = ConnectedLayer.__qualname__ = f"Connected{layer_class.__name__}"
   return ConnectedLayer
@@ -77,12 +75,30 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
 class MuddDecoder(NNXDecoder):
   """The stock decoder, its layers connected in depth when `mudd` is on.
 
-  Nothing else changes: the carry of the stock loop over layers is the history, an array before the first and after
-  the last layer.
+  What flows through the stock loop over layers is then the carry of the connections, an array before the first and
+  after the last layer. `mudd_decoder_layer` and `mudd_init` hold with `mudd` off, too, for fair baselines.
   """
+
+  def __init__(self, config, mesh, quant=None, model_mode=MODEL_MODE_TRAIN, *, rngs):
+    super().__init__(config, mesh, quant, model_mode, rngs=rngs)
+    initializers.initialise(self, config, rngs)
+
+  def get_norm_layer(self, num_features, rngs):
+    if _is_pythia(self.config):
+      return layer_norm(self.config, rngs)
+    return super().get_norm_layer(num_features, rngs)
+
+  def _init_decoder_layers(self, decoder_block_classes, rngs, mesh):
+    if _is_pythia(self.config):
+      decoder_block_classes = [PythiaDecoderLayer]
+    super()._init_decoder_layers(decoder_block_classes, rngs, mesh)
 
   def _create_and_register_layer(self, layer_cls, rngs, base_name, i, **layer_kwargs):
     if getattr(self.config, "mudd", False):
       layer_cls = connected(layer_cls)
       layer_kwargs |= {"model_topology": topology.from_config(self.config), "block": i + 1}
     super()._create_and_register_layer(layer_cls, rngs, base_name, i, **layer_kwargs)
+
+
+def _is_pythia(config) -> bool:
+  return getattr(config, "mudd_decoder_layer", "stock") == "pythia"

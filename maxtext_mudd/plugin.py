@@ -99,6 +99,12 @@ def _mudd_decoder(stock):
   return MuddDecoder
 
 
+def _embedding(stock):
+  from maxtext_mudd.initializers import MuddEmbed
+
+  return MuddEmbed
+
+
 def _flops(stock):
   from maxtext_mudd import reporting
 
@@ -119,6 +125,13 @@ SEAMS = (
     ("self", "layer_cls", "rngs", "base_name", "i", "layer_kwargs"),
     _mudd_decoder,
     method="_create_and_register_layer",
+  ),
+  Seam(
+    "maxtext.models.models",
+    "Embed",
+    ("self", "num_embeddings", "num_features", "config", "mesh"),
+    _embedding,
+    method="__init__",
   ),
   Seam("maxtext.utils.maxtext_utils", "calculate_tflops_training_per_device", ("config", "log"), _flops),
   Seam(

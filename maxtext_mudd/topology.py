@@ -79,13 +79,17 @@ def dense(
   dilation: int,
   period: int,
   window: int,
+  depth_start: float,
   hidden_expansion: float,
   last_hidden_expansion: float,
   round_to: int,
 ) -> Topology:
-  """The dense family: a DA after every `period`-th block; the last one makes the residual stream only."""
+  """The dense family: a DA after every `period`-th block beyond `depth_start` of the depth; the last one makes the
+  residual stream only."""
   aggregates = {}
   for block in range(period, num_blocks + 1, period):
+    if block <= depth_start * num_blocks:
+      continue
     sources = visible_sources(block, dilation=dilation, window=window)
     is_last = block == num_blocks
     made = "r" if is_last else dense_streams
@@ -110,6 +114,8 @@ def from_config(config) -> Topology:
       last=config.mudd_ffn_last,
       round_to=config.mudd_ffn_round_to,
     )
+  if config.depth_connection != "dense":
+    return Topology(num_blocks, {}, widths)
   return dense(
     num_blocks,
     widths,
@@ -119,6 +125,7 @@ def from_config(config) -> Topology:
     dilation=config.mudd_source_dilation,
     period=config.mudd_block_period,
     window=config.mudd_window,
+    depth_start=config.mudd_depth_start,
     hidden_expansion=config.mudd_hidden_expansion,
     last_hidden_expansion=config.mudd_last_hidden_expansion,
     round_to=config.mudd_hidden_round_to,

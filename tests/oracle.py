@@ -12,6 +12,7 @@ class Arch:
   """What differs between the stock decoder blocks, and the connections.
 
   `ways`, `streams`, `dilation`, `period`, `window`, `pre_norm`, `post_norm` as the paper has them; no `ways`: none.
+  `hyper`: n of Hyper-Connections, instead of all these.
   """
 
   layers: int
@@ -24,6 +25,8 @@ class Arch:
   ffn: str = "swiglu"
   layer_norm: bool = False
   rope: bool = True
+  rotated: float = 1.0
+  parallel: bool = False
   qk_norm: bool = False
   score_scale: float = 1.0
   experts_per_token: int = 0
@@ -37,6 +40,8 @@ class Arch:
   pre_norm: bool = False
   post_norm: str = ""
   static: bool = True
+  depth_start: float = 0.0
+  hyper: int = 0
 
 
 def gelu(x):
@@ -80,11 +85,11 @@ class Oracle:
     return np.einsum(equation, x, self[f"{path}/kernel"]) + self.parameters.get(f"{path}/bias", 0.0)
 
   def rotate(self, x, positions):
-    half = self.arch.head_dim // 2
+    half = int(self.arch.head_dim * self.arch.rotated) // 2
     angles = positions[:, :, None, None] / 10000 ** (np.arange(half) / half)
-    first, second = x[..., :half], x[..., half:]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
   def attention(self, q_in, k_in, v_in, path, positions, segments):
     arch = self.arch
@@ -106,8 +111,9 @@ class Oracle:
     arch = self.arch
     if arch.experts_per_token:
       return self.mixture(x, f"{layer}/{arch.moe_name}")
-    if arch.ffn == "gpt3":
-      hidden = gelu_tanh(self.project(x, f"{layer}/mlp/wi", "btd,df->btf"))
+    if arch.ffn in ("gpt3", "pythia"):
+      hidden = self.project(x, f"{layer}/mlp/wi", "btd,df->btf")
+      hidden = gelu(hidden) if arch.ffn == "pythia" else gelu_tanh(hidden)
     else:
       gate = self.project(x, f"{layer}/mlp/wi_0", "btd,df->btf")
       gate = gelu_tanh(gate) if arch.ffn == "geglu" else gate / (1 + np.exp(-gate))
@@ -130,6 +136,8 @@ class Oracle:
       paths = [f"{paths[0]}/{stream}" for stream in "qkv"]
     normed = [self.norm(x, path) for x, path in zip((xq, xk, xv), paths)]
     a = self.attention(*normed, f"{layer}/self_attention", positions, segments) + xr
+    if arch.parallel:
+      return self.feed_forward(self.norm(xr, f"{layer}/{arch.ffn_norm}"), layer) + a
     return self.feed_forward(self.norm(a, f"{layer}/{arch.ffn_norm}"), layer) + a
 
   def sources(self, i):
@@ -173,17 +181,47 @@ class Oracle:
     x = self["token_embedder/embedding"][tokens]
     if "decoder/position_embedder/embedding" in self.parameters:
       x = x + self["decoder/position_embedder/embedding"][positions]
+    if arch.hyper:
+      return self.unembed(self.hyper_connected(x, positions, segments))
     normed = [self.rms(x, self["decoder/layers_0/connection/embedding_norm/scale"]) if arch.pre_norm else x]
     xq = xk = xv = xr = x
     for i in range(1, arch.layers + 1):
       x = self.block(i, xq, xk, xv, xr, positions, segments)
       scale = self.parameters.get(f"decoder/layers_{i - 1}/connection/output_norm/scale")
       normed.append(self.rms(x, scale) if arch.pre_norm else x)
-      streams = self.depth_aggregate(i, normed, x) if arch.ways and i % arch.period == 0 else {}
+      has_aggregate = arch.ways and i % arch.period == 0 and i / arch.layers > arch.depth_start
+      streams = self.depth_aggregate(i, normed, x) if has_aggregate else {}
       order = "qkvr"
       if self.swapped and self.swapped[0] == i + 1:
         first, second = self.swapped[1:]
         order = order.translate(str.maketrans({first: second, second: first}))
       xq, xk, xv, xr = (streams.get(c, streams.get("x", x)) for c in order)
-    x = self.norm(xr, "decoder/decoder_norm")
-    return x @ self["decoder/logits_dense/kernel"]
+    return self.unembed(xr)
+
+  def unembed(self, x):
+    return self.norm(x, "decoder/decoder_norm") @ self["decoder/logits_dense/kernel"]
+
+  def hyper_connected(self, x, positions, segments):
+    """Zhu et al., arXiv 2409.19606, Eqs. 2-5 and 10-13, for the streams h [B,T,n,D]."""
+    arch = self.arch
+    h = np.repeat(x[:, :, None], arch.hyper, axis=2)
+    for sublayer in range(2 * arch.layers):
+      layer, name = f"decoder/layers_{sublayer // 2}", ("attention", "feed_forward")[sublayer % 2]
+      path = f"{layer}/connection/{name}"
+      alpha = np.c_[np.eye(arch.hyper)[:, sublayer % arch.hyper], np.eye(arch.hyper)]
+      alpha, beta = self.parameters.get(f"{path}/static_alpha", alpha), self.parameters.get(f"{path}/static_beta", 1.0)
+      if f"{path}/w_alpha" in self.parameters:
+        normed = self.rms(h, self[f"{path}/norm/scale"])
+        alpha = alpha + self[f"{path}/alpha_scale"] * np.tanh(normed @ self[f"{path}/w_alpha"])
+        beta = beta + self[f"{path}/beta_scale"] * np.tanh(normed @ self[f"{path}/w_beta"])[..., 0]
+      else:
+        alpha, beta = np.broadcast_to(alpha, h.shape[:2] + alpha.shape), np.broadcast_to(beta, h.shape[:3])
+      mixed = np.einsum("btnm,btnd->btmd", alpha, h)
+      read = mixed[:, :, 0]
+      if name == "attention":
+        read = self.norm(read, f"{layer}/{arch.attention_norm}")
+        output = self.attention(read, read, read, f"{layer}/self_attention", positions, segments)
+      else:
+        output = self.feed_forward(self.norm(read, f"{layer}/{arch.ffn_norm}"), layer)
+      h = mixed[:, :, 1:] + beta[..., None] * output[:, :, None]
+    return h.sum(2)

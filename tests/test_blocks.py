@@ -48,7 +48,24 @@ BLOCKS = {
       score_scale=0.25,
     ),
   ),
+  "pythia": (
+    {"decoder_block": "gpt3", "mudd_decoder_layer": "pythia", "mlp_activations": ["gelu"]},
+    Arch(
+      3,
+      attention_norm="pre_self_attention_norm",
+      ffn_norm="pre_mlp_norm",
+      ffn="pythia",
+      layer_norm=True,
+      rotated=0.25,
+      parallel=True,
+      score_scale=0.25,
+    ),
+  ),
 }
+
+
+def config_of(block, **overrides):
+  return models.config(**({"decoder_block": block} | BLOCKS[block][0] | overrides))
 
 
 def packed(cfg):
@@ -70,7 +87,7 @@ def expected(oracle, data):
 
 
 def test_every_supported_block_is_tested():
-  assert set(BLOCKS) == set(ATTENTION_NORMS)
+  assert set(BLOCKS) == set(ATTENTION_NORMS) | {"pythia"}
 
 
 def assert_starts_alike(stock, mudd):
@@ -83,16 +100,15 @@ def assert_starts_alike(stock, mudd):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_starts_as_the_stock_model(block):
-  keys = BLOCKS[block][0] | {"remat_policy": "none"}
-  assert_starts_alike(models.config(decoder_block=block, **keys), models.config(decoder_block=block, mudd=True, **keys))
+  keys = {"remat_policy": "none"}
+  assert_starts_alike(config_of(block, **keys), config_of(block, mudd=True, **keys))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_equals_the_oracle(block):
-  keys, arch = BLOCKS[block]
-  cfg = models.config(decoder_block=block, mudd=True, **keys)
+  cfg = config_of(block, mudd=True)
   model = models.build(cfg)
-  oracle = Oracle(dataclasses.replace(arch, ways=4), models.randomise(model))
+  oracle = Oracle(dataclasses.replace(BLOCKS[block][1], ways=4), models.randomise(model))
   data = packed(cfg)
   found = models.jitted_logits(model, data)
   assert np.abs(found - expected(oracle, data)).max() <= TOLERANCE
@@ -109,13 +125,13 @@ def test_equals_the_oracle(block):
       assert np.abs(found - expected(oracle, data)).max() > 10 * TOLERANCE, oracle.shifted
 
 
-def test_the_oracle_is_the_stock_model_without_connections():
-  """So what the tests above compare with is MaxText's model, not a relative of it."""
-  for block in ("llama2", "gpt3"):
-    keys, arch = BLOCKS[block]
-    cfg = models.config(decoder_block=block, **keys)
+def test_the_oracle_is_the_model_without_connections():
+  """So what the tests above compare with is MaxText's model, not a relative of it; and Pythia's layer without
+  connections is GPT-NeoX."""
+  for block in ("llama2", "gpt3", "pythia"):
+    cfg = config_of(block)
     model = models.build(cfg)
-    oracle = Oracle(arch, models.randomise(model))
+    oracle = Oracle(BLOCKS[block][1], models.randomise(model))
     data = packed(cfg)
     assert np.abs(models.jitted_logits(model, data) - expected(oracle, data)).max() <= TOLERANCE
 
@@ -137,6 +153,11 @@ VARIANTS = {
     {"mudd_source_dilation": 2, "mudd_block_period": 2},
     dataclasses.replace(FIVE, dilation=2, period=2),
   ),
+  "upper half": (
+    {"mudd_depth_start": 0.5, "mudd_dense_streams": "vr"},
+    dataclasses.replace(FIVE, depth_start=0.5, streams="vr"),
+  ),
+  "plain residual": ({"depth_connection": "residual"}, dataclasses.replace(FIVE, ways=0)),
   "SW2": ({"mudd_window": 2}, dataclasses.replace(FIVE, window=2)),
   "pre-norm": ({"mudd_pre_norm": True}, dataclasses.replace(FIVE, pre_norm=True)),
   "pre- and post-norm, released": (
@@ -183,8 +204,8 @@ def test_variants_start_as_the_stock_model(variant):
 
 @pytest.mark.parametrize(("block", "moe"), [("mixtral", "MoeBlock_0"), ("qwen3_moe", "moe_block")])
 def test_experts_are_reallocated(block, moe):
-  keys, arch = BLOCKS[block]
-  cfg = models.config(decoder_block=block, mudd=True, mudd_ffn_reallocation=True, mudd_ffn_round_to=8, **keys)
+  arch = BLOCKS[block][1]
+  cfg = config_of(block, mudd=True, mudd_ffn_reallocation=True, mudd_ffn_round_to=8)
   model = models.build(cfg)
   shapes = {path: value.get_value().shape for path, value in models.parameters(model).items()}
   assert [shapes[f"decoder/layers_{i}/{moe}/wi_0"][-1] for i in range(3)] == [32, 64, 96]

@@ -37,41 +37,58 @@ def close(found, expected, what: str) -> None:
 
 
 def from_pytorch(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The parameters of the PyTorch model by MaxText's paths."""
+  """The parameters of a PyTorch model, MUDDFormer or MUDDPythia, by MaxText's paths."""
   heads, width = 4, 16
   last = max(int(key.split(".")[1]) for key in weights if key.startswith("layers."))
+  is_pythia = "norm.bias" in weights
+  attention_norm, ffn_norm = "pre_self_attention_layer_norm", "post_self_attention_layer_norm"
+  kernels = {"w1": "wi_0", "w3": "wi_1", "w2": "wo"}
+  if is_pythia:
+    attention_norm, ffn_norm, kernels = "pre_self_attention_norm", "pre_mlp_norm", {"w1": "wi", "w2": "wo"}
+
+  def norm(name):
+    """MaxText stores the scale of a LayerNorm less one."""
+    if not is_pythia:
+      return {"scale": weights[f"{name}.weight"]}
+    return {"scale": weights[f"{name}.weight"] - 1, "bias": weights[f"{name}.bias"]}
+
+  def linear(name, split=None):
+    found = {"kernel": weights[f"{name}.weight"].T}
+    if is_pythia:
+      found["bias"] = weights[f"{name}.bias"]
+    return {key: value.reshape(*value.shape[:-1], *split) if split else value for key, value in found.items()}
+
   found = {
     "token_embedder/embedding": weights["tok_embeddings.weight"],
-    "decoder/decoder_norm/scale": weights["norm.weight"],
     "decoder/logits_dense/kernel": weights["output.weight"].T,
   }
+  found |= prefixed("decoder/decoder_norm", norm("norm"))
   for i in range(last + 1):
-    layer = {key.removeprefix(f"layers.{i}."): w for key, w in weights.items() if key.startswith(f"layers.{i}.")}
     to = f"decoder/layers_{i}"
     for name, path in (("wq", "query"), ("wk", "key"), ("wv", "value")):
-      kernel = layer[f"attention.{name}.weight"].T.reshape(-1, heads, width)
-      found[f"{to}/self_attention/{path}/kernel"] = kernel
-    found[f"{to}/self_attention/out/kernel"] = layer["attention.wo.weight"].T.reshape(heads, width, -1)
-    found[f"{to}/self_attention/query_norm/scale"] = layer["attention.q_norm.weight"]
-    found[f"{to}/self_attention/key_norm/scale"] = layer["attention.k_norm.weight"]
-    for name, path in (("w1", "wi_0"), ("w3", "wi_1"), ("w2", "wo")):
-      found[f"{to}/mlp/{path}/kernel"] = layer[f"feed_forward.{name}.weight"].T
-    found[f"{to}/post_self_attention_layer_norm/scale"] = layer["ffn_norm.weight"]
-    norm = f"{to}/pre_self_attention_layer_norm"
+      found |= prefixed(f"{to}/self_attention/{path}", linear(f"layers.{i}.attention.{name}", (heads, width)))
+    out = linear(f"layers.{i}.attention.wo")
+    out["kernel"] = out["kernel"].reshape(heads, width, -1)
+    found |= prefixed(f"{to}/self_attention/out", out)
+    found[f"{to}/self_attention/query_norm/scale"] = weights[f"layers.{i}.attention.q_norm.weight"]
+    found[f"{to}/self_attention/key_norm/scale"] = weights[f"layers.{i}.attention.k_norm.weight"]
+    for name, path in kernels.items():
+      found |= prefixed(f"{to}/mlp/{path}", linear(f"layers.{i}.feed_forward.{name}"))
+    found |= prefixed(f"{to}/{ffn_norm}", norm(f"layers.{i}.ffn_norm"))
     if i == 0:
-      found[f"{norm}/scale"] = layer["attention_norm.weight"]
+      found |= prefixed(f"{to}/{attention_norm}", norm("layers.0.attention_norm"))
     else:
       for c, stream in enumerate("qkv"):
-        found[f"{norm}/{stream}/scale"] = layer[f"attention_norms.{c}.weight"]
-    da = f"decoder/layers_{i}/connection/final_depth_aggregate"
-    if i < last:
-      da = f"decoder/layers_{i + 1}/connection/depth_aggregate"
+        found |= prefixed(f"{to}/{attention_norm}/{stream}", norm(f"layers.{i}.attention_norms.{c}"))
     ways, sources = weights[f"dense_bs.{i}"].shape
     w2 = weights[f"dynamic_dense.{i}.w2.weight"].T
-    found[f"{da}/w1"] = weights[f"dynamic_dense.{i}.w1.weight"].T
-    found[f"{da}/w2"] = w2.reshape(-1, ways, sources)
-    found[f"{da}/a"] = weights[f"dense_bs.{i}"]
+    aggregate = {"w1": weights[f"dynamic_dense.{i}.w1.weight"].T, "w2": w2.reshape(-1, ways, sources)}
+    found |= prefixed(aggregate_path(i, last), aggregate | {"a": weights[f"dense_bs.{i}"]})
   return found
+
+
+def prefixed(path: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return {f"{path}/{key}": value for key, value in values.items()}
 
 
 def from_jax(weights: dict[str, np.ndarray], *, query_scale: float) -> dict[str, np.ndarray]:
@@ -89,7 +106,7 @@ def from_jax(weights: dict[str, np.ndarray], *, query_scale: float) -> dict[str,
     if path[0] == "decoder" and path[1].startswith("layers_"):
       i, rest = int(path[1].split("_")[1]), "/".join(path[2:])
       if rest in moved:
-        key = aggregate_path(i, last) + moved[rest]
+        key = f"{aggregate_path(i, last)}/{moved[rest]}"
       else:
         for stream in "qkv":
           key = key.replace(f"pre_self_attention_layer_norm_{stream}", f"pre_self_attention_layer_norm/{stream}")
@@ -98,7 +115,7 @@ def from_jax(weights: dict[str, np.ndarray], *, query_scale: float) -> dict[str,
     elif path[1].startswith("mudd_prenorm_"):
       key = f"decoder/layers_{path[1].split('_')[-1]}/connection/output_norm/scale"
     elif path[1].startswith("mudd_postnorm_"):
-      key = aggregate_path(int(path[1].split("_")[-1]), last) + "post_norm_r/scale"
+      key = f"{aggregate_path(int(path[1].split('_')[-1]), last)}/post_norm_r/scale"
     found[key] = value * query_scale if key.endswith("query/kernel") else value
   return found
 
@@ -106,8 +123,8 @@ def from_jax(weights: dict[str, np.ndarray], *, query_scale: float) -> dict[str,
 def aggregate_path(i: int, last: int) -> str:
   """Where DA parameters after block i (from 0) live."""
   if i == last:
-    return f"decoder/layers_{i}/connection/final_depth_aggregate/"
-  return f"decoder/layers_{i + 1}/connection/depth_aggregate/"
+    return f"decoder/layers_{i}/connection/final_depth_aggregate"
+  return f"decoder/layers_{i + 1}/connection/depth_aggregate"
 
 
 def walk(model, data):
@@ -140,28 +157,39 @@ def walk(model, data):
   return hidden, aggregates
 
 
-@pytest.fixture(scope="module")
-def muddformer():
-  golden = load_file(models.DATA / "muddformer_tiny" / "golden.safetensors")
-  weights = load_file(models.DATA / "muddformer_tiny" / "model.safetensors")
+PYTORCH = {
+  "muddformer_tiny": {"decoder_block": "qwen3"},
+  "muddpythia_tiny": {
+    "decoder_block": "gpt3",
+    "mudd_decoder_layer": "pythia",
+    "mlp_activations": ["gelu"],
+    "base_num_decoder_layers": 5,
+    "normalization_layer_epsilon": 1e-5,
+  },
+}
+
+
+@pytest.fixture(scope="module", params=PYTORCH)
+def released(request):
+  folder = models.DATA / request.param
+  golden, weights = load_file(folder / "golden.safetensors"), load_file(folder / "model.safetensors")
   rows, length = golden["input_ids"].shape
-  cfg = models.config(
-    **RELEASED, decoder_block="qwen3", use_qk_norm=True, max_target_length=length, per_device_batch_size=rows
-  )
+  keys = RELEASED | PYTORCH[request.param]
+  cfg = models.config(**keys, use_qk_norm=True, max_target_length=length, per_device_batch_size=rows)
   model = models.build(cfg)
   models.set_parameters(model, from_pytorch(weights))
   data = models.batch(cfg) | {"inputs": golden["input_ids"]}
-  return model, data, golden
+  return model, data, golden, keys
 
 
-def test_muddformer_logits(muddformer):
-  model, data, golden = muddformer
+def test_released_logits(released):
+  model, data, golden, _ = released
   found = nnx.jit(models.logits)(model, data)
   assert np.abs(found - golden["logits"]).max() <= LOGITS_TOLERANCE
 
 
-def test_muddformer_intermediates(muddformer):
-  model, data, golden = muddformer
+def test_released_intermediates(released):
+  model, data, golden, _ = released
   hidden, aggregates = nnx.jit(walk)(model, data)
   for i, x in enumerate(hidden):
     close(x, golden[f"hidden.{i}"], f"hidden.{i}")
@@ -247,15 +275,11 @@ def test_fork_loss_and_gradients(fork):
     assert np.abs(value - expected[path]).max() <= 1e-4 * largest, path
 
 
-def test_the_wrong_gelu_is_noticed(muddformer):
+def test_the_wrong_gelu_is_noticed(released):
   """The tolerance tells the two GELUs apart, so it tells smaller mistakes apart too."""
-  model, data, golden = muddformer
+  model, data, golden, keys = released
   other = models.config(
-    **RELEASED,
-    decoder_block="qwen3",
-    use_qk_norm=True,
-    max_target_length=golden["input_ids"].shape[1],
-    mudd_activation="gelu_tanh",
+    **keys, use_qk_norm=True, max_target_length=golden["input_ids"].shape[1], mudd_activation="gelu_tanh"
   )
   changed = models.build(other)
   models.set_parameters(changed, {path: value.get_value() for path, value in models.parameters(model).items()})

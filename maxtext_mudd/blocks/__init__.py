@@ -1,7 +1,7 @@
-"""The MaxText decoder blocks whose stock `__call__` works decoupled, and the name of their attention norm.
+"""The decoder blocks that work with depth connections, and where their norms are.
 
-A block belongs here when attention reads only `norm(x)` and the residual sum is `x + attention`; the tests hold each
-to the stock block at the start and to an independent reference with random weights.
+A stock block belongs here when attention reads only `norm(x)` and the residual sum is `x + attention`; the tests hold
+each to the stock block at the start and to an independent reference with random weights.
 """
 
 ATTENTION_NORMS = {
@@ -13,4 +13,16 @@ ATTENTION_NORMS = {
   "qwen3_moe": "pre_self_attention_layer_norm",
   "gemma": "pre_self_attention_norm",
   "gpt3": "pre_self_attention_norm",
+}
+
+# For connections that read before each sublayer; dotted where the norm is inside another module.
+FEED_FORWARD_NORMS = {
+  "llama2": "post_self_attention_layer_norm",
+  "mistral": "post_self_attention_layer_norm",
+  "mixtral": "post_self_attention_layer_norm",
+  "qwen2": "post_self_attention_layer_norm",
+  "qwen3": "post_self_attention_layer_norm",
+  "qwen3_moe": "post_self_attention_layer_norm",
+  "gemma": "pre_ffw_norm",
+  "gpt3": "mlp.mlp_layer_norm",
 }

@@ -1,1 +1,16 @@
-"""Depth connections: how a block's input is made from the outputs of the blocks before it. One file per family."""
+"""Depth connections: how a block's input is made from what came before it. One file per family, one interface:
+
+carry                   class of what flows from block to block, a pytree
+is_last                 whether this is the connection of the last block
+fit(layer)              makes the stock layer read what `read` returns
+start(embedding)        the carry before the first block
+read(carry)             the input of this block
+write(carry, output)    the carry after it, `output` being what the stock layer returned
+finish(carry)           [B,T,D], the hidden state after the last block
+"""
+
+from maxtext_mudd.connections.dense import DenseConnection
+from maxtext_mudd.connections.hyper_connections import HyperConnection
+
+# Without aggregates a dense connection is the plain residual.
+FAMILIES = {"dense": DenseConnection, "hyper_connections": HyperConnection, "residual": DenseConnection}

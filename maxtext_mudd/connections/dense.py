@@ -4,28 +4,16 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from maxtext.layers.normalizations import RMSNorm
 
 from maxtext_mudd import kernels
+from maxtext_mudd.blocks import ATTENTION_NORMS
 from maxtext_mudd.connections import metrics
 from maxtext_mudd.connections.history import History
-from maxtext_mudd.streams import Streams
+from maxtext_mudd.connections.norms import rms_norm
+from maxtext_mudd.streams import Streams, decouple
 from maxtext_mudd.topology import Aggregate, Topology
 
 POST_NORM_INIT = 1e-3  # scale of the post-norm at the start (paper, Eq. 10)
-
-
-def rms_norm(config, rngs: nnx.Rngs, **kwargs) -> RMSNorm:
-  return RMSNorm(
-    num_features=config.emb_dim,
-    dtype=config.dtype,
-    weight_dtype=config.weight_dtype,
-    shard_mode=config.shard_mode,
-    kernel_axes=("norm",),
-    epsilon=config.normalization_layer_epsilon,
-    rngs=rngs,
-    **kwargs,
-  )
 
 
 class DepthAggregate(nnx.Module):
@@ -110,7 +98,10 @@ class DenseConnection(nnx.Module):
   policy that keeps `decoder_layer_input` keeps the four streams.
   """
 
+  carry = History
+
   def __init__(self, config, topology: Topology, block: int, rngs: nnx.Rngs):
+    self.config = config
     self.is_first = block == 1
     self.is_last = block == topology.num_blocks
     self.pre_normed = config.mudd_pre_norm
@@ -123,6 +114,10 @@ class DenseConnection(nnx.Module):
       self.output_norm = rms_norm(config, rngs)
     self.depth_aggregate = DepthAggregate(config, before, rngs) if before else None
     self.final_depth_aggregate = DepthAggregate(config, final, rngs) if final else None
+
+  def fit(self, layer: nnx.Module) -> None:
+    if self.reads_streams or (self.is_first and self.config.mudd_first_block_norms == "separate"):
+      decouple(layer, ATTENTION_NORMS[self.config.decoder_block.value])
 
   def start(self, embedding: Float[Array, "B T D"]) -> History:
     source = self.embedding_norm(embedding) if self.pre_normed else embedding

@@ -1,0 +1,83 @@
+"""How embeddings and kernels start where `mudd_init` names a rule; norms, biases and connections start as ever.
+
+xavier_normal   N(0, 2/(fan_in + fan_out)): the paper
+normal          N(0, mudd_init_std²), 0.006 in the authors' released JAX code
+pythia          N(0, 2/(5D)), and N(0, (2/(L·√D))²) for what writes to the residual stream: GPT-NeoX's small_init and
+                wang_init, which Pythia and so MUDDPythia use
+"""
+
+import math
+import zlib
+
+from flax import nnx
+import jax
+from maxtext.layers.attentions import Attention
+from maxtext.layers.embeddings import Embed
+
+_RESIDUAL_WRITERS = ("out", "wo")
+_EXPERT_KERNELS = ("wi_0", "wi_1", "wo")
+
+
+def is_stock(config) -> bool:
+  return getattr(config, "mudd_init", "stock") == "stock"
+
+
+def deviation(config, name: str, size: int) -> float:
+  """Standard deviation of one embedding or kernel.
+
+  Args:
+    config: names the rule and the sizes; any rule but `stock`.
+    name: of the module or parameter, as "query" or "wo".
+    size: its number of entries, of one layer and one expert; D times another width.
+  """
+  width = config.emb_dim
+  if config.mudd_init == "normal":
+    return config.mudd_init_std
+  if config.mudd_init == "pythia":
+    return 2 / (config.num_decoder_layers * math.sqrt(width)) if name in _RESIDUAL_WRITERS else math.sqrt(0.4 / width)
+  return math.sqrt(2 / (width + size / width))
+
+
+def initialise(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
+  """Draws the decoder's embeddings and kernels again, each from a key of its own path."""
+  if is_stock(config):
+    return
+  root = jax.random.fold_in(rngs.params.key[...], zlib.crc32(b"mudd_init"))
+  unscaled = _attentions_without_scale(decoder)
+  state = nnx.state(decoder, nnx.Param)
+  for path, param in nnx.to_flat_state(state):
+    path = tuple(map(str, path))
+    name = path[-2] if path[-1] in ("kernel", "embedding") else path[-1]
+    is_expert = path[-1] in _EXPERT_KERNELS
+    if "connection" in path or not (is_expert or path[-1] in ("kernel", "embedding")):
+      continue
+    copies = config.num_experts if is_expert else 1
+    if config.scan_layers and "layers" in path:
+      copies *= config.num_decoder_layers
+    value = param.get_value()
+    std = deviation(config, name, value.size // copies)
+    if name == "query" and path[:-2] in unscaled:
+      std /= math.sqrt(config.head_dim)
+    key = jax.random.fold_in(root, zlib.crc32("/".join(path).encode()))
+    param.set_value((std * jax.random.normal(key, value.shape)).astype(value.dtype))
+  nnx.update(decoder, state)
+
+
+def _attentions_without_scale(decoder: nnx.Module) -> set[tuple[str, ...]]:
+  """Paths of attentions that do not divide scores by √head_dim: there MaxText starts the query kernel that much
+  smaller."""
+  return {
+    tuple(map(str, path))
+    for path, module in nnx.iter_modules(decoder)
+    if isinstance(module, Attention) and module.query_pre_attn_scalar in (None, 1.0) and not module.config.use_qk_norm
+  }
+
+
+class MuddEmbed(Embed):
+  """The stock embedding, started by the rule of `mudd_init`."""
+
+  def __init__(self, num_embeddings, num_features, config, mesh, **kwargs):
+    if not is_stock(config):
+      std = deviation(config, "embedding", num_embeddings * num_features)
+      kwargs["embedding_init"] = jax.nn.initializers.normal(std)
+    super().__init__(num_embeddings, num_features, config, mesh, **kwargs)

@@ -1,12 +1,10 @@
 """Configuration mistakes in one sentence each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import contextlib
 import difflib
-import pathlib
 import re
 
-from maxtext.configs import pyconfig
 import omegaconf
 import pydantic
 import yaml
@@ -14,23 +12,6 @@ import yaml
 
 class ConfigError(ValueError):
   """A configuration that cannot work; one sentence that names the key or file, the value, and what would work."""
-
-
-def check_arguments(argv: Sequence[str] | None, overrides: dict) -> None:
-  """Refuses what MaxText would misread: it takes a first argument that does not end in `.yml` for an override, and
-  trains its default model."""
-  for argument in (argv or ())[2:]:
-    if "=" not in argument:
-      raise ConfigError(f"{argument} is not key=value; overrides follow the one configuration file.")
-  if overrides.get("base_config"):
-    return
-  name = argv[1] if argv and len(argv) > 1 else ""
-  if not name or "=" in name:
-    return
-  if not name.endswith(".yml"):
-    raise ConfigError(f"{name}: a configuration file must end in .yml; rename it or put the file first.")
-  if not pathlib.Path(pyconfig.resolve_config_path(name)).is_file():
-    raise ConfigError(f"{name}: no such configuration file; see yaml/ for those that come with this project.")
 
 
 @contextlib.contextmanager

@@ -1,13 +1,15 @@
 """The only file that replaces anything in MaxText.
 
-Two attributes make the model:
+Three attributes make the model:
   maxtext.configs.pyconfig._initialize_pydantic   reads MuddConfig where it would read MaxTextConfig
   maxtext.models.models.NNXDecoder                is MuddDecoder
+  maxtext.models.models.Embed                     is MuddEmbed, which can start as the paper says
 and two correct what MaxText reports of it:
   maxtext.utils.maxtext_utils.calculate_tflops_training_per_device   counts the aggregates and the re-allocated FFNs
   maxtext.trainers.pre_train.train.record_activation_metrics         logs the statistics of the aggregates
-With `mudd: false` each of them does what it replaces, but for two courtesies of MuddConfig: a relative
-`base_output_directory` is made absolute, and `maxtext_mudd/byte` names the tokenizer of this package.
+With `mudd: false` each of them does what it replaces, but for what `mudd_decoder_layer` and `mudd_init` ask, and three
+courtesies when a configuration is read: more files than one can be named, a relative `base_output_directory` is made
+absolute, and `maxtext_mudd/byte` names the tokenizer of this package.
 
 What imports MaxText's modules is imported inside functions, after the version is known to be right.
 """
@@ -71,7 +73,7 @@ class Reading:
 def _read_mudd_config(stock):
   from maxtext.configs.types import MaxTextConfig
 
-  from maxtext_mudd import errors
+  from maxtext_mudd import config_files, errors
   from maxtext_mudd.config import MuddConfig
 
   @functools.wraps(stock)
@@ -80,8 +82,9 @@ def _read_mudd_config(stock):
       config_class = MuddConfig
     try:
       with errors.one_sentence(config_class):
-        errors.check_arguments(argv, kwargs)
-        config = stock(argv, config_class=config_class, **kwargs)
+        config_files.check(argv, kwargs)
+        argv, laid_over = config_files.split(argv)
+        config = stock(argv, config_class=config_class, **(laid_over | kwargs))
       if _reading.check:
         _reading.check(config)
       return config

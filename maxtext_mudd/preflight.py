@@ -15,7 +15,7 @@ LOCAL_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`; an
 
 
 def check_training(config) -> None:
-  """Raises ConfigError for a local corpus that cannot be read, and for an output folder that takes no files."""
+  """Raises ConfigError for a local corpus that is not named or cannot be read, and for an output folder that takes no files."""
   dataset_type = config.dataset_type.value
   reads_local_files = {
     "grain": config.grain_file_type != "mmap_npy",  # names folders, index files and blends of them
@@ -27,6 +27,8 @@ def check_training(config) -> None:
       key = f"{dataset_type}_{split}_files"
       if getattr(config, key):
         _check_files(key, getattr(config, key), config)
+      elif dataset_type == "hf":  # of grain, MaxText says it itself
+        raise ConfigError(f"{key}='' names no data; set it to files, or to a pattern that matches files.")
   _check_output(config.base_output_directory)
 
 

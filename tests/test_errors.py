@@ -15,7 +15,7 @@ from tests import models, runs
 
 MISTAKES = {
   "mistyped key": (["mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
-  "no value": (["mudd"], "mudd is not key=value; overrides follow the one configuration file."),
+  "no value": (["mudd"], "mudd is not key=value, nor a configuration file, which ends in .yml."),
   "mistyped stock key": (["learning_rte=1"], "learning_rte is not a configuration key; the nearest is learning_rate."),
   "ways": (["mudd_ways=3"], "mudd_ways=3 is not valid: input should be 1 or 4."),
   "expansion": (
@@ -29,10 +29,56 @@ MISTAKES = {
     "mudd_activation='relu' is not valid: input should be 'gelu' or 'gelu_tanh'.",
   ),
   "kernel": (["mudd_kernel=pallas"], "mudd_kernel='pallas' is not valid: input should be 'auto' or 'xla'."),
-  "family": (["depth_connection=sparse"], "depth_connection='sparse' is not valid: input should be 'dense'."),
+  "family": (
+    ["depth_connection=sparse"],
+    "depth_connection='sparse' is not valid: input should be 'dense', 'hyper_connections' or 'residual'.",
+  ),
   "streams": (
     ["mudd_dense_streams=qx"],
     "mudd_dense_streams='qx' must be some of the letters q, k, v and r, each at most once.",
+  ),
+  "key of another family": (
+    ["depth_connection=hyper_connections", "mudd_window=2"],
+    "mudd_window=2 does nothing with depth_connection=hyper_connections; leave it at 0, or set depth_connection=dense.",
+  ),
+  "expansion rate of the dense family": (
+    ["mudd_expansion_rate=2"],
+    "mudd_expansion_rate=2 does nothing with depth_connection=dense; leave it at 4, or set "
+    "depth_connection=hyper_connections.",
+  ),
+  "hyper-connections with dropout": (
+    ["depth_connection=hyper_connections", "enable_dropout=true", "dropout_rate=0.1"],
+    "dropout_rate=0.1 does not work with depth_connection=hyper_connections: MaxText drops parts of the one residual "
+    "stream, and there are several; set it to 0.",
+  ),
+  "hyper-connections with metrics": (
+    ["depth_connection=hyper_connections", "record_internal_nn_metrics=1"],
+    "record_internal_nn_metrics=1 does not work with depth_connection=hyper_connections: MaxText measures the one "
+    "residual stream, and there are several; set it to 0.",
+  ),
+  "hyper-connections in Pythia": (
+    ["depth_connection=hyper_connections", "mudd_decoder_layer=pythia", "decoder_block=gpt3", "mlp_activations=[gelu]"],
+    "mudd_decoder_layer=pythia does not work with depth_connection=hyper_connections: its attention and FFN read one "
+    "input in parallel; use a sequential decoder_block.",
+  ),
+  "Pythia's block": (
+    ["mudd_decoder_layer=pythia"],
+    "decoder_block='llama2' does not work with mudd_decoder_layer=pythia: its LayerNorms and counts are those of gpt3; "
+    "set decoder_block=gpt3.",
+  ),
+  "Pythia's MLP": (
+    ["mudd_decoder_layer=pythia", "decoder_block=gpt3"],
+    "mlp_activations=['silu', 'linear'] does not work with mudd_decoder_layer=pythia: its MLP has one activation, gelu "
+    "or gelu_tanh; set mlp_activations=[gelu].",
+  ),
+  "Pythia's rotation": (
+    ["mudd_decoder_layer=pythia", "decoder_block=gpt3", "mlp_activations=[gelu]", "mudd_rotary_fraction=0.2"],
+    "mudd_rotary_fraction=0.2 does not work with mudd_decoder_layer=pythia: 3.2 of head_dim=16 would be rotated; an "
+    "even number is needed.",
+  ),
+  "depth start": (
+    ["mudd_depth_start=0.9", "mudd_block_period=2", "base_num_decoder_layers=3"],
+    "mudd_depth_start=0.9 leaves no DA in a model of 3 blocks (mudd_block_period=2); lower it.",
   ),
   "streams of one way": (
     ["mudd_ways=1", "mudd_dense_streams=kv"],
@@ -124,13 +170,17 @@ MISTAKES = {
     ["tokenizer_path=maxtext_mudd/bytes"],
     "tokenizer_path=maxtext_mudd/bytes: this package has one tokenizer, maxtext_mudd/byte.",
   ),
-  "file after an override": (
+  "second file that is not there": (
     ["other.yml"],
-    "other.yml is not key=value; overrides follow the one configuration file.",
+    "other.yml: no such configuration file; see yaml/ for those that come with this project.",
   ),
   "weight of a file": (
     ["grain_train_files=a.parquet,heavy"],
     "grain_train_files=a.parquet,heavy: 'heavy' is not a weight; write pattern,number.",
+  ),
+  "no corpus": (
+    ["dataset_type=hf", "hf_path=text", "hf_train_files=''"],
+    "hf_train_files='' names no data; set it to files, or to a pattern that matches files.",
   ),
   "missing corpus": (
     ["grain_train_files=nowhere.parquet"],
@@ -235,17 +285,30 @@ def test_output_that_cannot_be_written(corpus, tmp_path, monkeypatch, capsys):
     ("model.yaml", "mudd: true", "{file}: a configuration file must end in .yml; rename it or put the file first."),
     ("absent.yml", None, "{file}: no such configuration file; see yaml/ for those that come with this project."),
     ("broken.yml", "mudd: [", "A configuration file is not valid YAML: while parsing a flow node"),
-    ("orphan.yml", "base_config: nowhere.yml", "{package}/nowhere.yml: no such configuration file."),
-    ("list.yml", "- mudd", "The configuration cannot be read (TypeError: Cannot merge incompatible container types"),
+    (
+      "orphan.yml",
+      "base_config: nowhere.yml",
+      "{file}: base_config=nowhere.yml: no such configuration file beside it, nor in MaxText.",
+    ),
+    (
+      "rootless.yml",
+      "mudd: true",
+      "{file} has no base_config; write base_config: mudd_base.yml (or base.yml, MaxText's own).",
+    ),
+    ("list.yml", "- mudd", "{file}: a configuration file maps keys to values, as in `mudd: true`."),
     ("latin.yml", b"run_name: \xe9", "'utf-8' codec can't decode byte 0xe9"),
-    ("circle.yml", "base_config: circle.yml", "The configuration cannot be read (RecursionError:"),
+    (
+      "circle.yml",
+      "base_config: circle.yml",
+      "{file}: its base_config leads back to itself; end the chain in base.yml.",
+    ),
   ],
 )
 def test_configuration_files(name, text, message, tmp_path, monkeypatch, capsys):
   file = tmp_path / name
   if text is not None:
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-  expected = message.format(file=file, package=pathlib.Path(models.BASE_YML).parent)
+  expected = message.format(file=file)
   output = f"base_output_directory={tmp_path / 'out'}"
   assert refuse([str(file), "run_name=x", output], monkeypatch, capsys).startswith(expected)
   assert not (tmp_path / "out").exists()

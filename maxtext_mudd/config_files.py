@@ -1,0 +1,81 @@
+"""Which configuration files a command line names: one model, and any number of files whose keys are laid over it."""
+
+from collections.abc import Sequence
+import pathlib
+from typing import Any
+
+from maxtext.configs import pyconfig
+from maxtext.utils.globals import MAXTEXT_CONFIGS_DIR
+import omegaconf
+
+from maxtext_mudd.errors import ConfigError
+
+_BASE = "base_config"
+
+
+def split(argv: Sequence[str] | None) -> tuple[list[str] | None, dict[str, Any]]:
+  """Takes the files after the first out of the arguments, as `MaxText/train.py model.yml data/pile.yml steps=10`.
+
+  Returns:
+    The other arguments, and the values that the files set themselves (not by their `base_config`); a later file goes
+    before an earlier one, and `key=value` before all.
+
+  Raises:
+    ConfigError: an argument after the first is neither key=value nor a YAML file, or a file does not exist.
+  """
+  if not argv:
+    return argv, {}
+  kept, values = list(argv[:2]), {}
+  for argument in argv[2:]:
+    if "=" in argument:
+      kept.append(argument)
+    elif argument.endswith(".yml"):
+      values |= {key: value for key, value in load(argument).items() if key != _BASE}
+    else:
+      raise ConfigError(f"{argument} is not key=value, nor a configuration file, which ends in .yml.")
+  given = {argument.split("=", 1)[0] for argument in kept[2:]}
+  return kept, {key: value for key, value in values.items() if key not in given}
+
+
+def load(name: str) -> dict[str, Any]:
+  """What one file says itself.
+
+  Raises:
+    ConfigError: there is no such file, or it does not map keys to values.
+  """
+  path = pathlib.Path(pyconfig.resolve_config_path(name))
+  if not path.is_file():
+    raise ConfigError(f"{name}: no such configuration file; see yaml/ for those that come with this project.")
+  values = omegaconf.OmegaConf.load(path)
+  if not isinstance(values, omegaconf.DictConfig):
+    raise ConfigError(f"{name}: a configuration file maps keys to values, as in `mudd: true`.")
+  return omegaconf.OmegaConf.to_container(values)
+
+
+def check(argv: Sequence[str] | None, overrides: dict) -> None:
+  """Refuses a first argument that MaxText would misread: it takes one that does not end in `.yml` for an override, and
+  trains its default model."""
+  name = argv[1] if argv and len(argv) > 1 else ""
+  if overrides.get(_BASE) or not name or "=" in name:
+    return
+  if not name.endswith(".yml"):
+    raise ConfigError(f"{name}: a configuration file must end in .yml; rename it or put the file first.")
+  _check_chain(name)
+
+
+def _check_chain(name: str) -> None:
+  """Refuses a file whose chain of `base_config` does not end in one of MaxText's own, which give every key a value."""
+  load(name)
+  path, seen = pathlib.Path(pyconfig.resolve_config_path(name)), []
+  configs = pathlib.Path(MAXTEXT_CONFIGS_DIR)
+  while not path.resolve().is_relative_to(configs.resolve()):
+    if path.resolve() in seen:
+      raise ConfigError(f"{path}: its base_config leads back to itself; end the chain in base.yml.")
+    seen.append(path.resolve())
+    base = load(str(path)).get(_BASE)
+    if not base:
+      raise ConfigError(f"{path} has no base_config; write base_config: mudd_base.yml (or base.yml, MaxText's own).")
+    beside = path.parent / base
+    path = beside if beside.is_file() else configs / base
+    if not path.is_file():
+      raise ConfigError(f"{seen[-1]}: base_config={base}: no such configuration file beside it, nor in MaxText.")

@@ -7,6 +7,7 @@ import logging
 import pathlib
 import sys
 import traceback
+from typing import NoReturn
 
 from absl import app
 
@@ -24,7 +25,7 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
     check: called with the configuration as soon as it is read; raises ConfigError for what cannot work.
   """
   if len(sys.argv) < 2:
-    _exit(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine")
+    exit_with(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine")
   seen = []
 
   def read(config):
@@ -33,26 +34,27 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
       check(config)
 
   try:
-    plugin.install(plugin.Reading(check=read, on_error=lambda error: _exit(str(error))))
+    plugin.install(plugin.Reading(check=read, on_error=lambda error: exit_with(str(error))))
   except versions.UnknownMaxText as error:
-    _exit(str(error))
+    exit_with(str(error))
   try:
     app.run(importlib.import_module(entry_point).main)
   except (MemoryError, PermissionError):
     raise
   except Exception as error:
     if _failed_in(error, "load_state_if_possible"):
-      _exit(_unreadable_checkpoint(seen[-1], error))
+      exit_with(_unreadable_checkpoint(seen[-1], error))
     if _failed_in(error, "validate_completed_steps"):
       folder = pathlib.Path(seen[-1].checkpoint_dir)
-      _exit(f"{folder}: this run has done its steps={seen[-1].steps}; set steps higher to go on.")
+      exit_with(f"{folder}: this run has done its steps={seen[-1].steps}; set steps higher to go on.")
     raise
   finally:
     # MaxText's data iterators clean up when collected, and cannot any more once the interpreter shuts down.
     gc.collect()
 
 
-def _exit(sentence: str) -> None:
+def exit_with(sentence: str) -> NoReturn:
+  """Ends the process as every mistake of a user does."""
   print(f"maxtext-mudd: {sentence}", file=sys.stderr)
   logging.disable()  # of threads that are still ending
   sys.exit(2)

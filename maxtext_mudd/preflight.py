@@ -15,7 +15,8 @@ LOCAL_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`; an
 
 
 def check_training(config) -> None:
-  """Raises ConfigError for a local corpus that is not named or cannot be read, and for an output folder that takes no files."""
+  """Raises ConfigError for a local corpus that is not named or cannot be read, and for an output folder that takes no
+  files."""
   dataset_type = config.dataset_type.value
   reads_local_files = {
     "grain": config.grain_file_type != "mmap_npy",  # names folders, index files and blends of them
@@ -44,7 +45,7 @@ def _check_files(key: str, value: str | list, config) -> None:
       path = f"{path}.bin"  # a .bin and .idx pair is named without its endings
     files = glob.glob(path, recursive=True)
     if not files:
-      raise ConfigError(f"{key}={pattern}: no such file; `make corpus` builds the one that yaml/tiny.yml names.")
+      raise ConfigError(f"{key}={pattern}: no such file; yaml/README.md says where data comes from.")
     for file in map(pathlib.Path, files):
       _check_file(key, file, config)
 

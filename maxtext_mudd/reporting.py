@@ -5,7 +5,7 @@ import re
 
 import jax
 
-from maxtext_mudd import complexity
+from maxtext_mudd.complexity import counts
 from maxtext_mudd.connections.metrics import PREFIX
 
 _FORWARD_AND_BACKWARD = 3
@@ -14,11 +14,11 @@ _FORWARD_AND_BACKWARD = 3
 def connection_tflops(config) -> float:
   """TFLOPs per train step and device beyond what MaxText counts."""
   tokens = config.per_device_batch_size * config.max_target_length * config.gradient_accumulation_steps
-  width = complexity.extra_ffn_width(config)
+  width = counts.extra_ffn_width(config)
   if config.num_experts > 1:
     width *= config.num_experts_per_tok
   feed_forward = 2 * width * config.emb_dim * (len(config.mlp_activations) + 1)
-  return _FORWARD_AND_BACKWARD * tokens * (complexity.aggregate_flops(config) + feed_forward) / 1e12
+  return _FORWARD_AND_BACKWARD * tokens * (counts.connection_flops(config) + feed_forward) / 1e12
 
 
 def with_connection_flops(stock):

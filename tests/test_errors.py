@@ -184,7 +184,7 @@ MISTAKES = {
   ),
   "missing corpus": (
     ["grain_train_files=nowhere.parquet"],
-    "grain_train_files=nowhere.parquet: no such file; `make corpus` builds the one that yaml/tiny.yml names.",
+    "grain_train_files=nowhere.parquet: no such file; yaml/README.md says where data comes from.",
   ),
 }
 

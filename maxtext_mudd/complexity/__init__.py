@@ -1,0 +1,1 @@
+"""What a model costs: exact counts, and the formulas of the paper."""

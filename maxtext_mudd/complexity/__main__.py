@@ -1,0 +1,153 @@
+"""`python3 -m maxtext_mudd.complexity yaml/NAME.yml [key=value ...]`, or `--table 1`, `--table 6`."""
+
+import logging
+import pathlib
+import sys
+
+from maxtext_mudd import plugin, versions
+from maxtext_mudd.complexity import counts, paper
+from maxtext_mudd.launch import exit_with
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+_YAML = next(folder for folder in (_PACKAGE / "yaml", _PACKAGE.parent / "yaml") if folder.is_dir())
+
+# Model, configuration, and the two ratios in percent as Table 1 prints them; there T = 4096.
+TABLE_1 = (
+  ("1.4B", "mudd_1p4b", "0.22", "0.38"),
+  ("1.34B", "mudd_deep_1p34b", "0.49", "0.8"),
+  ("2.8B", "mudd_2p8b", "0.23", "0.4"),
+  ("6.9B", "mudd_6p9b", "0.14", "0.26"),
+)
+# Model, configuration, and the extra memory in percent that Table 7 measured.
+TABLE_6 = (
+  ("405M", "mudd_405m", "29"),
+  ("834M", "mudd_834m", "21"),
+  ("1.4B", "mudd_1p4b", "28"),
+  ("2.8B", "mudd_2p8b", "22"),
+  ("6.9B", "mudd_6p9b", "17"),
+)
+USAGE = (
+  "name a configuration file, as in: python3 -m maxtext_mudd.complexity yaml/mudd_2p8b.yml; or --table 1, --table 6"
+)
+
+
+def main(arguments: list[str]) -> None:
+  if not arguments:
+    exit_with(USAGE)
+  if arguments[0] == "--table" and arguments[1:] not in (["1"], ["6"]):
+    exit_with(f"--table {' '.join(arguments[1:])}: the tables are 1 (parameters and FLOPs) and 6 (activation memory).")
+  logging.disable(logging.WARNING)
+  try:
+    plugin.install(plugin.Reading(on_error=lambda error: exit_with(str(error))))
+  except versions.UnknownMaxText as error:
+    exit_with(str(error))
+  tables = {"1": table_1, "6": table_6}
+  rows = tables[arguments[1]]() if arguments[0] == "--table" else describe(read(arguments))
+  print("\n".join(align(rows)))
+
+
+def read(arguments: list[str], **overrides):
+  from maxtext.configs import pyconfig  # once MaxText is known to be the right one
+
+  return pyconfig.initialize_pydantic(["", *arguments], log_config=False, skip_jax_distributed_system=True, **overrides)
+
+
+def describe(config) -> list[tuple[str, ...]]:
+  """Exact counts beside the paper's formulas, which are those of MUDD: fully dense, four ways."""
+  extra, plain = counts.connection_parameters(config), counts.plain_parameters(config)
+  layers = 12 * config.num_decoder_layers * config.emb_dim**2
+  flops = counts.connection_flops(config) / counts.plain_flops(config)
+  memory = counts.extra_activations(config) / paper.plain_activations(config)
+
+  def formulas(ratio, equation, shorter):
+    return f"{percent(ratio(config))} ({equation}), {percent(ratio(config, rounded=True))} ({shorter})"
+
+  return [
+    (f"L={config.num_decoder_layers} D={config.emb_dim} T={config.max_target_length}", "exact", "paper's formula for MUDD"),
+    ("parameters", f"{plain + extra:,}", ""),
+    ("  without embeddings and connections", f"{counts.plain_parameters(config, embeddings=False):,}", ""),
+    ("  of the connections", f"{extra:,}", ""),
+    ("    over 12LD²", percent(extra / layers), ""),
+    (
+      "    of them W1 and W2, over 12LD²",
+      percent(counts.weight_parameters(config) / layers),
+      formulas(paper.parameter_ratio, "Eq. 13", "η/6"),
+    ),
+    ("extra FLOPs", percent(flops), formulas(paper.flop_ratio, "Eq. 15", "η/(3+ρ/4)")),
+    ("extra activation memory", percent(memory), f"{percent(paper.memory_ratio(config))} (Table 6)"),
+  ]
+
+
+def table_1() -> list[tuple[str, ...]]:
+  rows = [
+    ("", "R_Δparams", "", "", "", "R_ΔFLOPs", "", "", ""),
+    ("model", "Table 1", "η/6", "Eq. 13", "released", "Table 1", "η/(3+ρ/4)", "Eq. 15", "released"),
+  ]
+  for model, name, parameters, flops in TABLE_1:
+    config = read([str(_YAML / f"{name}.yml")], max_target_length=4096)
+    made = counts.weight_parameters(config) / (12 * config.num_decoder_layers * config.emb_dim**2)
+    rows.append(
+      (
+        model,
+        f"{parameters}%",
+        percent(paper.parameter_ratio(config, rounded=True)),
+        percent(paper.parameter_ratio(config)),
+        percent(made),
+        f"{flops}%",
+        percent(paper.flop_ratio(config, rounded=True)),
+        percent(paper.flop_ratio(config)),
+        percent(counts.connection_flops(config) / counts.plain_flops(config)),
+      )
+    )
+  return [
+    *rows,
+    ("",),
+    (
+      "T = 4096. Released: the models of yaml/, whose K is rounded up beyond the next multiple of 64 and whose last DA",
+    ),
+    ("is one stream with K four times as wide; with mudd_hidden_round_to=0 and no such DA it is Eq. 13.",),
+  ]
+
+
+def table_6() -> list[tuple[str, ...]]:
+  rows = [("model", "TFM++", "DenseFormer", "MUDDFM", "DenseFormer", "MUDDFM", "exact", "Table 7")]
+  for model, name, measured in TABLE_6:
+    config = read([str(_YAML / f"{name}.yml")])
+    plain, blocks = paper.plain_activations(config), config.num_decoder_layers
+    rows.append(
+      (
+        model,
+        f"{2 * plain:.0f}",
+        f"{2 * (plain + blocks):.0f}",
+        f"{2 * (plain + blocks + 3):.0f}",
+        percent(paper.memory_ratio(config, streams=0)),
+        percent(paper.memory_ratio(config)),
+        percent(counts.extra_activations(config) / plain),
+        f"{measured}%",
+      )
+    )
+  return [
+    *rows,
+    ("",),
+    (
+      "In bytes per B·T·D: TFM++ 2L + 34 + 6NT/D, DenseFormer 2L more, MUDDFM 2L + 6 more, N heads, T = 2048; then the",
+    ),
+    ("extra over TFM++ by the paper's formula, by counting arrays, and as the paper measured, parameters included.",),
+  ]
+
+
+def percent(ratio: float) -> str:
+  return f"{100 * ratio:.3f}%"
+
+
+def align(rows: list[tuple[str, ...]]) -> list[str]:
+  """Rows as text in columns; a row of one entry stands as it is."""
+  table = [row for row in rows if len(row) > 1]
+  widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+  return [
+    "  ".join(f"{entry:<{w}}" for entry, w in zip(row, widths)).rstrip() if len(row) > 1 else row[0] for row in rows
+  ]
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

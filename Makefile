@@ -63,8 +63,8 @@ compare: $(READY) $(DATA)  ## train the plain and the MUDD model on the same tok
 	    || exit; done
 	@$(PY) -m maxtext_mudd.report '$(OUTPUT)/transformer_tiny-$(STAMP)' '$(OUTPUT)/mudd_tiny-$(STAMP)'
 
-test: $(READY)  ## run the fast tests
-	$(PY) -m pytest -q -m "not slow"
+test: $(READY)  ## run the fast tests, two files at a time
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(READY)  ## run the tests that compile for TPUs (installs libtpu)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt

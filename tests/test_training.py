@@ -4,13 +4,10 @@ import copy
 import math
 
 from flax import nnx
-from flax.core.spmd import logical_axis_rules
 import jax
 from jax._src.ad_checkpoint import saved_residuals  # public only as print_saved_residuals
-from maxtext.common import train_state_nnx
-from maxtext.optimizers import optimizers
 from maxtext.trainers.pre_train import train
-from maxtext.utils import maxtext_utils, sharding
+from maxtext.utils import maxtext_utils
 import numpy as np
 import pytest
 import scipy.special
@@ -18,7 +15,7 @@ import scipy.special
 from maxtext_mudd.complexity import counts
 from maxtext_mudd.connections.history import History
 from maxtext_mudd.decoder import LayerConfig
-from tests import models
+from tests import models, steps
 from tests.test_blocks import MOE
 
 TINY = {"mudd": True, "base_num_decoder_layers": 2}
@@ -138,22 +135,9 @@ def test_router_bias_is_refused_by_name():
 
 
 def train_step_metrics(cfg):
-  """Scalars of one train step, as MaxText logs them."""
-  mesh = maxtext_utils.get_mesh_from_config(cfg)
-  tx = optimizers.get_optimizer(cfg, maxtext_utils.create_learning_rate_schedule(cfg))
-
-  def make_state():
-    model = models.construct(cfg, mesh)
-    return train_state_nnx.TrainStateNNX(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
-
-  with jax.set_mesh(mesh), logical_axis_rules(cfg.logical_axis_rules):
-    shardings = maxtext_utils.get_abstract_state_nnx(cfg, mesh, make_state, True)[2]
-    params_shardings, shardings = sharding.maybe_update_params_sharding_with_opt(cfg, shardings)
-    state = make_state()
-    models.randomise(state.model)
-    graph, state = nnx.split(state)
-    step = jax.jit(lambda state, data: train.train_step(graph, cfg, shardings, params_shardings, state, data))
-    return step(state, models.batch(cfg))[1]["scalar"]
+  """Scalars of one train step of a random model, as MaxText logs them."""
+  step, state = steps.prepare(cfg)
+  return step(state, models.batch(cfg))[1]["scalar"]
 
 
 def test_activation_and_connection_metrics():

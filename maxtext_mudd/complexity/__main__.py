@@ -55,7 +55,8 @@ def read(arguments: list[str], **overrides):
 def describe(config) -> list[tuple[str, ...]]:
   """Exact counts beside the paper's formulas, which are those of MUDD: fully dense, four ways."""
   extra, plain = counts.connection_parameters(config), counts.plain_parameters(config)
-  layers = 12 * config.num_decoder_layers * config.emb_dim**2
+  blocks, width = config.num_decoder_layers, config.emb_dim
+  layers = 12 * blocks * width**2
   flops = counts.connection_flops(config) / counts.plain_flops(config)
   memory = counts.extra_activations(config) / paper.plain_activations(config)
 
@@ -63,7 +64,11 @@ def describe(config) -> list[tuple[str, ...]]:
     return f"{percent(ratio(config))} ({equation}), {percent(ratio(config, rounded=True))} ({shorter})"
 
   return [
-    (f"L={config.num_decoder_layers} D={config.emb_dim} T={config.max_target_length}", "exact", "paper's formula for MUDD"),
+    (
+      f"L={config.num_decoder_layers} D={config.emb_dim} T={config.max_target_length}",
+      "exact",
+      "paper's formula for MUDD",
+    ),
     ("parameters", f"{plain + extra:,}", ""),
     ("  without embeddings and connections", f"{counts.plain_parameters(config, embeddings=False):,}", ""),
     ("  of the connections", f"{extra:,}", ""),

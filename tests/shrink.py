@@ -1,0 +1,36 @@
+"""One rule that makes any model of yaml/ small enough to train here, its kind unchanged."""
+
+SIZES = {
+  "base_num_decoder_layers": 4,
+  "base_emb_dim": 64,
+  "base_num_query_heads": 4,
+  "base_num_kv_heads": 4,
+  "head_dim": 16,
+  "base_mlp_dim": 256,
+  "vocab_size": 128,
+  "max_target_length": 16,
+  "per_device_batch_size": 2,
+}
+HERE = {  # what a CPU, and no corpus, need
+  "hardware": "cpu",
+  "skip_jax_distributed_system": True,
+  "dtype": "float32",
+  "attention": "dot_product",
+  "sparse_matmul": False,
+  "megablox": False,
+  "dataset_type": "synthetic",
+  "enable_checkpointing": False,
+  "log_config": False,
+  "run_name": "shrunk",
+  "jax_cache_dir": "",
+}
+
+
+def overrides(config) -> dict:
+  """Keys that shrink a configuration read at its full size."""
+  changes = SIZES | HERE
+  if config.num_experts > 1:
+    changes |= {"num_experts": 4, "base_moe_mlp_dim": 256}
+  if config.trainable_position_size > 0:
+    changes["trainable_position_size"] = SIZES["max_target_length"]
+  return changes

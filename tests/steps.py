@@ -1,0 +1,36 @@
+"""Train steps of MaxText, in this process."""
+
+from collections.abc import Callable
+
+from flax import nnx
+from flax.core.spmd import logical_axis_rules
+import jax
+from maxtext.common import train_state_nnx
+from maxtext.optimizers import optimizers
+from maxtext.trainers.pre_train import train
+from maxtext.utils import maxtext_utils, sharding
+
+from tests import models
+
+
+def prepare(cfg, **jit_options) -> tuple[Callable, nnx.State]:
+  """A jitted train step, (state, batch) -> (state, metrics), and the state of a random model to start from."""
+  mesh = maxtext_utils.get_mesh_from_config(cfg)
+  tx = optimizers.get_optimizer(cfg, maxtext_utils.create_learning_rate_schedule(cfg))
+
+  def make_state():
+    model = models.construct(cfg, mesh)
+    return train_state_nnx.TrainStateNNX(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
+
+  with jax.set_mesh(mesh), logical_axis_rules(cfg.logical_axis_rules):
+    shardings = maxtext_utils.get_abstract_state_nnx(cfg, mesh, make_state, True)[2]
+    params_shardings, shardings = sharding.maybe_update_params_sharding_with_opt(cfg, shardings)
+    state = make_state()
+    models.randomise(state.model)
+    graph, state = nnx.split(state)
+  state = jax.device_put(state, shardings)  # as it comes back from a step, which is compiled once then
+
+  def step(state, data):
+    return train.train_step(graph, cfg, shardings, params_shardings, state, data)
+
+  return jax.jit(step, **jit_options), state

@@ -1,0 +1,100 @@
+"""What `python3 -m maxtext_mudd.complexity` prints: the paper's tables, and exact counts."""
+
+import re
+
+import pytest
+
+from maxtext_mudd import plugin
+from maxtext_mudd.complexity import __main__ as command
+from maxtext_mudd.complexity import counts, paper
+from tests import models, runs
+
+
+@pytest.fixture(autouse=True)
+def restore_reading():
+  yield
+  plugin.install(plugin.Reading())
+
+
+def printed(capsys, *arguments) -> list[list[str]]:
+  command.main(list(arguments))
+  return [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_table_1(capsys):
+  """The formulas give what the paper prints, rounded as it rounds; the released rule what the golden notes say."""
+  rows = {row[0]: row for row in printed(capsys, "--table", "1") if row[0].endswith("B")}
+  assert set(rows) == {"1.4B", "1.34B", "2.8B", "6.9B"}
+  for row in rows.values():
+    for stated, formula in ((row[1], row[2]), (row[5], row[6])):
+      digits = len(stated.rstrip("%").split(".")[1])
+      assert round(float(formula.rstrip("%")), digits) == float(stated.rstrip("%"))
+  assert rows["2.8B"][4] == "0.349%"
+
+
+def test_table_6(capsys):
+  """By hand at 2.8B: L 32, 32 heads, T 2048, D 2560."""
+  rows = {row[0]: row for row in printed(capsys, "--table", "6")}
+  plain = 2 * 32 + 34 + 6 * 32 * 2048 / 2560
+  assert rows["2.8B"][1:4] == [f"{plain:.0f}", f"{plain + 64:.0f}", f"{plain + 70:.0f}"]
+  assert rows["2.8B"][5] == rows["2.8B"][6] == f"{100 * 70 / plain:.3f}%"
+
+
+def test_one_model(capsys):
+  rows = printed(capsys, str(runs.ROOT / "yaml" / "mudd_2p8b.yml"), "mudd_hidden_round_to=0")
+  (total,) = [row[1] for row in rows if row[0] == "parameters"]
+  assert total == f"{2_795_937_280 + 8_934_429 - dropped_by_exact_widths():,}"
+  (w1_and_w2,) = [row for row in rows if "of them W1 and W2, over 12LD²" in row]
+  assert "0.236% (Eq. 13), 0.228% (η/6)" in w1_and_w2
+
+
+def test_plain_flops():
+  """By hand: 2 heads of 16, T 16, and two FFN matrices in, one out."""
+  cfg = models.config()
+  attention = 2 * (4 * 32 * 32) + 2 * 16 * 32  # projections; scores and sums over T/2 positions
+  assert counts.plain_flops(cfg) == 3 * (attention + 2 * 3 * 32 * 64)
+
+
+def dropped_by_exact_widths() -> int:
+  """W1 and W2 of the 2.8B model at K = (C·N // 64 + 1)·64 less those at K = C·N."""
+  total = 0
+  for block in range(1, 33):
+    ways, factor = (4, 1) if block < 32 else (1, 4)
+    exact = ways * (block + 1) * factor
+    total += ((exact // 64 + 1) * 64 - exact) * (2560 + ways * (block + 1))
+  return total
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "name a configuration file, as in: python3 -m maxtext_mudd.complexity yaml/mudd_2p8b.yml"),
+    (["--table", "2"], "--table 2: the tables are 1 (parameters and FLOPs) and 6 (activation memory)."),
+    (["absent.yml"], "absent.yml: no such configuration file"),
+    ([runs.RUN_YML, "mudd_way=1"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
+  ],
+)
+def test_mistakes(arguments, message, capsys):
+  with pytest.raises(SystemExit) as ended:
+    command.main(arguments)
+  assert ended.value.code == 2
+  assert capsys.readouterr().err.splitlines()[-1].startswith(f"maxtext-mudd: {message}")
+
+
+def test_counts_of_hyper_connections():
+  """By hand: n = 2, D = 32, two sublayers in each of 3 blocks."""
+  cfg = models.config(mudd=True, depth_connection="hyper_connections", mudd_expansion_rate=2)
+  assert counts.connection_parameters(cfg) == 6 * (2 * 3 + 2 + 32 * 3 + 32 + 2 + 32)
+  assert counts.connection_flops(cfg) == 6 * 2 * (2 * (3 + 1) * 32 + 2 * 3 * 32 + 2 * 32)
+  assert counts.extra_activations(cfg) == 3
+
+
+def test_extra_activations_follow_what_aggregates_see():
+  shape = {"mudd": True, "base_num_decoder_layers": 6}
+  assert counts.extra_activations(models.config(**shape)) == 6 + 3
+  assert counts.extra_activations(models.config(**shape, mudd_ways=1)) == 6
+  assert counts.extra_activations(models.config(**shape, mudd_source_dilation=6, mudd_block_period=6)) == 1
+  assert counts.extra_activations(models.config(**shape, depth_connection="residual")) == 0
+  cfg = models.config(**shape)
+  expected = counts.extra_activations(cfg) / paper.plain_activations(cfg)
+  assert paper.memory_ratio(cfg) == pytest.approx(expected)

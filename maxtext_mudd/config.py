@@ -1,5 +1,6 @@
 """The configuration: MaxText's, plus one flat key for every hyperparameter of the paper."""
 
+from collections.abc import Iterable
 import os
 from typing import Literal
 
@@ -11,28 +12,50 @@ from maxtext_mudd.assets import BYTE_TOKENIZER, BYTE_TOKENIZER_FOLDER
 from maxtext_mudd.blocks import ATTENTION_NORMS
 from maxtext_mudd.kernels.reference import ACTIVATIONS
 
-# Keys that not every family of connections reads.
-_FAMILIES_OF = {
-  "mudd_ways": ("dense",),
-  "mudd_dense_streams": ("dense",),
-  "mudd_dynamic": ("dense", "hyper_connections"),
-  "mudd_static": ("dense", "hyper_connections"),
-  "mudd_hidden_expansion": ("dense",),
-  "mudd_last_hidden_expansion": ("dense",),
-  "mudd_hidden_round_to": ("dense",),
-  "mudd_activation": ("dense",),
-  "mudd_weight_norm_scale": ("dense",),
-  "mudd_source_dilation": ("dense",),
-  "mudd_block_period": ("dense",),
-  "mudd_depth_start": ("dense",),
-  "mudd_window": ("dense",),
-  "mudd_pre_norm": ("dense",),
-  "mudd_post_norm": ("dense",),
-  "mudd_post_norm_streams": ("dense",),
-  "mudd_first_block_norms": ("dense",),
-  "mudd_expansion_rate": ("hyper_connections",),
-  "mudd_kernel": ("dense",),
-}
+_WEIGHT_MLP = (
+  "mudd_hidden_expansion",
+  "mudd_last_hidden_expansion",
+  "mudd_hidden_round_to",
+  "mudd_activation",
+  "mudd_weight_norm_scale",
+)
+_WEIGHTS = ("mudd_dynamic", "mudd_static")
+_DENSE = (
+  *_WEIGHT_MLP,
+  "mudd_ways",
+  "mudd_dense_streams",
+  "mudd_source_dilation",
+  "mudd_block_period",
+  "mudd_depth_start",
+  "mudd_window",
+  "mudd_pre_norm",
+  "mudd_post_norm",
+  "mudd_post_norm_streams",
+  "mudd_first_block_norms",
+  "mudd_kernel",
+)
+# Keys that are read only where another has one of these values.
+_READ_WITH = (
+  *(
+    (key, "mudd", (True,))
+    for key in ("depth_connection", "mudd_ffn_reallocation", "mudd_expansion_rate", *_DENSE, *_WEIGHTS)
+  ),
+  *((key, "depth_connection", ("dense",)) for key in _DENSE),
+  *((key, "depth_connection", ("dense", "hyper_connections")) for key in _WEIGHTS),
+  ("mudd_expansion_rate", "depth_connection", ("hyper_connections",)),
+  *((key, "mudd_dynamic", (True,)) for key in _WEIGHT_MLP),
+  ("mudd_post_norm_streams", "mudd_post_norm", (True,)),
+  *((f"mudd_ffn_{key}", "mudd_ffn_reallocation", (True,)) for key in ("first", "last", "round_to")),
+  ("mudd_rotary_fraction", "mudd_decoder_layer", ("pythia",)),
+  ("mudd_init_std", "mudd_init", ("normal",)),
+)
+
+
+def _refuse(settings: Iterable[tuple[bool, str, str]], condition: str) -> None:
+  """Raises for the first (whether it is on, setting, why not and what would work) that is on."""
+  for is_on, setting, reason in settings:
+    if is_on:
+      raise ValueError(f"{setting} does not work with {condition}: {reason}.")
 
 
 class MuddConfig(MaxTextConfig):
@@ -95,13 +118,36 @@ class MuddConfig(MaxTextConfig):
   def _check_model(self):
     if self.mudd_decoder_layer == "pythia":
       self._check_pythia()
+    if self.mudd_init != "stock":
+      self._check_init()
+    self._check_keys_that_do_nothing()
     if self.mudd:
-      self._check_family()
       self._check_streams()
       self._check_feed_forward()
       self._check_sources()
       self._check_stock_features()
     return self
+
+  def _check_init(self):
+    block = self.decoder_block.value
+    refused = (
+      (
+        block not in ATTENTION_NORMS,
+        f"decoder_block={block!r}",
+        f"its rules are for {', '.join(ATTENTION_NORMS)}; use one of these, or mudd_init=stock",
+      ),
+      (
+        self.inhomogeneous_layer_cycle_interval > 1,
+        f"inhomogeneous_layer_cycle_interval={self.inhomogeneous_layer_cycle_interval}",
+        "its rules are for layers that are alike; set it to 1, or mudd_init=stock",
+      ),
+      (
+        self.mtp_num_layers > 0,
+        f"mtp_num_layers={self.mtp_num_layers}",
+        "MaxText starts the layers of MTP by its own rule; set it to 0, or mudd_init=stock",
+      ),
+    )
+    _refuse(refused, f"mudd_init={self.mudd_init}")
 
   def _check_pythia(self):
     rotated = self.head_dim * self.mudd_rotary_fraction
@@ -123,23 +169,26 @@ class MuddConfig(MaxTextConfig):
       ),
       (self.num_experts > 1, f"num_experts={self.num_experts}", "it has one dense MLP; set it to 1"),
       (
+        self.trainable_position_size > 0,
+        f"trainable_position_size={self.trainable_position_size}",
+        "its positions are rotary; leave it at -1",
+      ),
+      (
         self.mtp_num_layers > 0,
         f"mtp_num_layers={self.mtp_num_layers}",
         "MaxText's MTP knows no such layer; set it to 0",
       ),
     )
-    for is_on, setting, reason in refused:
-      if is_on:
-        raise ValueError(f"{setting} does not work with mudd_decoder_layer=pythia: {reason}.")
+    _refuse(refused, "mudd_decoder_layer=pythia")
 
-  def _check_family(self):
-    family = self.depth_connection
-    for key, families in _FAMILIES_OF.items():
-      default = type(self).model_fields[key].default
-      if family not in families and getattr(self, key) != default:
+  def _check_keys_that_do_nothing(self):
+    """An ablation without its ablation would train without a word."""
+    for key, condition, values in _READ_WITH:
+      found, default = getattr(self, key), type(self).model_fields[key].default
+      if found != default and getattr(self, condition) not in values:
         raise ValueError(
-          f"{key}={getattr(self, key)} does nothing with depth_connection={family}; leave it at {default}, or set "
-          f"depth_connection={' or '.join(families)}."
+          f"{key}={found} does nothing with {condition}={getattr(self, condition)}; leave it at {default}, or set "
+          f"{condition}={' or '.join(map(str, values))}."
         )
 
   def _check_streams(self):
@@ -246,9 +295,7 @@ class MuddConfig(MaxTextConfig):
       ),
       (self.use_multimodal, "use_multimodal=True", "visual features are added between layers; set it to False"),
     )
-    for is_on, setting, reason in refused:
-      if is_on:
-        raise ValueError(f"{setting} does not work with mudd=True: {reason}.")
+    _refuse(refused, "mudd=True")
     if self.depth_connection == "hyper_connections":
       self._check_hyper_connections()
 
@@ -270,6 +317,4 @@ class MuddConfig(MaxTextConfig):
         "MaxText measures the one residual stream, and there are several; set it to 0",
       ),
     )
-    for is_on, setting, reason in refused:
-      if is_on:
-        raise ValueError(f"{setting} does not work with depth_connection=hyper_connections: {reason}.")
+    _refuse(refused, "depth_connection=hyper_connections")

@@ -11,30 +11,47 @@ import omegaconf
 from maxtext_mudd.errors import ConfigError
 
 _BASE = "base_config"
+_ROOTS = ("base.yml", "mudd_base.yml")  # what gives keys their defaults and nothing else
 
 
 def split(argv: Sequence[str] | None) -> tuple[list[str] | None, dict[str, Any]]:
   """Takes the files after the first out of the arguments, as `MaxText/train.py model.yml data/pile.yml steps=10`.
 
   Returns:
-    The other arguments, and the values that the files set themselves (not by their `base_config`); a later file goes
-    before an earlier one, and `key=value` before all.
+    The other arguments, and the values that the files set; a later file goes before an earlier one, and `key=value`
+    before all.
 
   Raises:
-    ConfigError: an argument after the first is neither key=value nor a YAML file, or a file does not exist.
+    ConfigError: an argument after the first is neither key=value nor a YAML file; a file does not exist, builds on a
+      model, or comes after no model.
   """
   if not argv:
     return argv, {}
   kept, values = list(argv[:2]), {}
   for argument in argv[2:]:
+    if argument.startswith(f"{_BASE}="):
+      raise ConfigError(f"{argument}: {_BASE} is a key of files alone; name the file itself, before all else.")
     if "=" in argument:
       kept.append(argument)
     elif argument.endswith(".yml"):
-      values |= {key: value for key, value in load(argument).items() if key != _BASE}
+      values |= _laid_over(argument, after=argv[1])
     else:
       raise ConfigError(f"{argument} is not key=value, nor a configuration file, which ends in .yml.")
   given = {argument.split("=", 1)[0] for argument in kept[2:]}
   return kept, {key: value for key, value in values.items() if key not in given}
+
+
+def _laid_over(name: str, after: str) -> dict[str, Any]:
+  """What a further file sets. Its chain is not followed, so it must hold nothing but the keys of this project."""
+  values = load(name)
+  base = values.pop(_BASE, None)
+  if "=" in after:
+    raise ConfigError(f"{name} comes after {after}; name the model's file before all else.")
+  if base and pathlib.Path(base).name not in _ROOTS:
+    raise ConfigError(
+      f"{name} builds on {base}, so it is a model, and cannot be laid over {after}; name one model, before all else."
+    )
+  return values
 
 
 def load(name: str) -> dict[str, Any]:

@@ -31,6 +31,11 @@ def check_training(config) -> None:
       elif dataset_type == "hf":  # of grain, MaxText says it itself
         raise ConfigError(f"{key}='' names no data; set it to files, or to a pattern that matches files.")
   _check_output(config.base_output_directory)
+  if 0 < config.trainable_position_size < config.max_target_length:
+    raise ConfigError(
+      f"trainable_position_size={config.trainable_position_size} is less than max_target_length="
+      f"{config.max_target_length}; make it at least as large."
+    )
 
 
 def _check_files(key: str, value: str | list, config) -> None:
@@ -42,12 +47,23 @@ def _check_files(key: str, value: str | list, config) -> None:
       raise ConfigError(f"{key}={entry}: {weight[0]!r} is not a weight; write pattern,number.")
     path = os.path.expanduser(pattern)
     if key.startswith("grain") and config.grain_file_type == "mmap":
-      path = f"{path}.bin"  # a .bin and .idx pair is named without its endings
-    files = glob.glob(path, recursive=True)
+      files = _check_pair(key, path)
+    else:
+      files = glob.glob(path, recursive=True)
     if not files:
       raise ConfigError(f"{key}={pattern}: no such file; yaml/README.md says where data comes from.")
     for file in map(pathlib.Path, files):
       _check_file(key, file, config)
+
+
+def _check_pair(key: str, path: str) -> list[str]:
+  """Megatron's .bin and .idx, named without their endings."""
+  bins = glob.glob(f"{path}.bin", recursive=True)
+  indices = [f"{name.removesuffix('.bin')}.idx" for name in bins]
+  for index in indices:
+    if not os.path.isfile(index):
+      raise ConfigError(f"{key}={path}: {index} is missing; a .bin file is read with its .idx file.")
+  return bins + indices
 
 
 def _check_file(key: str, file: pathlib.Path, config) -> None:

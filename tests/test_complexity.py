@@ -33,11 +33,14 @@ def test_table_1(capsys):
 
 
 def test_table_6(capsys):
-  """By hand at 2.8B: L 32, 32 heads, T 2048, D 2560."""
+  """By hand, from L, the number of heads, and D."""
   rows = {row[0]: row for row in printed(capsys, "--table", "6")}
-  plain = 2 * 32 + 34 + 6 * 32 * 2048 / 2560
-  assert rows["2.8B"][1:4] == [f"{plain:.0f}", f"{plain + 64:.0f}", f"{plain + 70:.0f}"]
-  assert rows["2.8B"][5] == rows["2.8B"][6] == f"{100 * 70 / plain:.3f}%"
+  sizes = {"405M": (24, 16, 1024), "834M": (24, 24, 1536), "1.4B": (24, 32, 2048), "2.8B": (32, 32, 2560)}
+  for model, (blocks, heads, width) in (sizes | {"6.9B": (32, 32, 4096)}).items():
+    plain = 2 * blocks + 34 + 6 * heads * 2048 / width
+    assert rows[model][1:4] == [f"{plain:.0f}", f"{plain + 2 * blocks:.0f}", f"{plain + 2 * blocks + 6:.0f}"]
+    assert rows[model][4] == f"{100 * 2 * blocks / plain:.3f}%"
+    assert rows[model][5] == rows[model][6] == f"{100 * (2 * blocks + 6) / plain:.3f}%"
 
 
 def test_one_model(capsys):
@@ -95,6 +98,7 @@ def test_extra_activations_follow_what_aggregates_see():
   assert counts.extra_activations(models.config(**shape, mudd_ways=1)) == 6
   assert counts.extra_activations(models.config(**shape, mudd_source_dilation=6, mudd_block_period=6)) == 1
   assert counts.extra_activations(models.config(**shape, depth_connection="residual")) == 0
+  assert counts.extra_activations(models.config(**shape, mudd_pre_norm=True, mudd_post_norm=True)) == 6 + 3 + 6
   cfg = models.config(**shape)
   expected = counts.extra_activations(cfg) / paper.plain_activations(cfg)
   assert paper.memory_ratio(cfg) == pytest.approx(expected)

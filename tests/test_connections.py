@@ -46,10 +46,12 @@ def model_and_oracle(family, block):
   return cfg, model, oracle
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_values_and_gradients(family):
+@pytest.mark.parametrize(
+  ("family", "block"), [*((family, "llama2") for family in FAMILIES), ("MUDD", "pythia"), ("MUDD", "mixtral")]
+)
+def test_values_and_gradients(family, block):
   """Gradients as float64 differences of the oracle, along one random direction in each parameter."""
-  cfg, model, oracle = model_and_oracle(family, "llama2")
+  cfg, model, oracle = model_and_oracle(family, block)
   data = packed(cfg)
   rng = np.random.default_rng(1)
   weight = rng.standard_normal((*data["inputs"].shape, cfg.vocab_size)) / data["inputs"].size

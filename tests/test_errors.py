@@ -41,6 +41,35 @@ MISTAKES = {
     ["depth_connection=hyper_connections", "mudd_window=2"],
     "mudd_window=2 does nothing with depth_connection=hyper_connections; leave it at 0, or set depth_connection=dense.",
   ),
+  "key of connections that are off": (
+    ["mudd=false", "mudd_ffn_reallocation=true"],
+    "mudd_ffn_reallocation=True does nothing with mudd=False; leave it at False, or set mudd=True.",
+  ),
+  "key of the weight MLP without one": (
+    ["mudd_dynamic=false", "mudd_activation=gelu_tanh"],
+    "mudd_activation=gelu_tanh does nothing with mudd_dynamic=False; leave it at gelu, or set mudd_dynamic=True.",
+  ),
+  "streams of a post-norm that is off": (
+    ["mudd_post_norm_streams=qkvr"],
+    "mudd_post_norm_streams=qkvr does nothing with mudd_post_norm=False; leave it at r, or set mudd_post_norm=True.",
+  ),
+  "deviation of another rule": (
+    ["mudd_init=xavier_normal", "mudd_init_std=0.02"],
+    "mudd_init_std=0.02 does nothing with mudd_init=xavier_normal; leave it at 0.006, or set mudd_init=normal.",
+  ),
+  "two models": (
+    [str(runs.ROOT / "yaml" / "mudd_405m.yml")],
+    f"{runs.ROOT}/yaml/mudd_405m.yml builds on transformer_pp_405m.yml, so it is a model, and cannot be laid over "
+    f"{runs.RUN_YML}; name one model, before all else.",
+  ),
+  "base_config as an override": (
+    ["base_config=tiny.yml"],
+    "base_config=tiny.yml: base_config is a key of files alone; name the file itself, before all else.",
+  ),
+  "positions beyond the table": (
+    ["trainable_position_size=8"],
+    "trainable_position_size=8 is less than max_target_length=64; make it at least as large.",
+  ),
   "expansion rate of the dense family": (
     ["mudd_expansion_rate=2"],
     "mudd_expansion_rate=2 does nothing with depth_connection=dense; leave it at 4, or set "
@@ -70,6 +99,25 @@ MISTAKES = {
     ["mudd_decoder_layer=pythia", "decoder_block=gpt3"],
     "mlp_activations=['silu', 'linear'] does not work with mudd_decoder_layer=pythia: its MLP has one activation, gelu "
     "or gelu_tanh; set mlp_activations=[gelu].",
+  ),
+  "Pythia with learned positions": (
+    [
+      "mudd_decoder_layer=pythia",
+      "decoder_block=gpt3",
+      "mlp_activations=[gelu]",
+      "trainable_position_size=64",
+    ],
+    "trainable_position_size=64 does not work with mudd_decoder_layer=pythia: its positions are rotary; leave it at "
+    "-1.",
+  ),
+  "initialisation of MTP": (
+    ["mtp_num_layers=1"],
+    "mtp_num_layers=1 does not work with mudd_init=xavier_normal: MaxText starts the layers of MTP by its own rule; "
+    "set it to 0, or mudd_init=stock.",
+  ),
+  "initialisation of another block": (
+    ["mudd=false", "mudd_ffn_reallocation=false", "decoder_block=gpt_oss"],
+    "decoder_block='gpt_oss' does not work with mudd_init=xavier_normal: its rules are for llama2, mistral, mixtral,",
   ),
   "Pythia's rotation": (
     ["mudd_decoder_layer=pythia", "decoder_block=gpt3", "mlp_activations=[gelu]", "mudd_rotary_fraction=0.2"],
@@ -104,7 +152,7 @@ MISTAKES = {
     "mudd_ffn_reallocation=True needs at least two blocks, and base_num_decoder_layers=1; turn it off.",
   ),
   "decoder block": (
-    ["decoder_block=gpt_oss"],
+    ["decoder_block=gpt_oss", "mudd_init=stock"],
     "decoder_block='gpt_oss' is not supported with mudd=True; supported are llama2, mistral, mixtral, qwen2, qwen3, "
     "qwen3_moe, gemma, gpt3.",
   ),
@@ -152,6 +200,7 @@ MISTAKES = {
       "num_experts_per_tok=2",
       "base_moe_mlp_dim=64",
       "inhomogeneous_layer_cycle_interval=2",
+      "mudd_init=stock",
     ],
     "mudd_ffn_reallocation=True needs experts as wide as the FFN: base_moe_mlp_dim=64, base_mlp_dim=256; make them "
     "equal.",
@@ -250,6 +299,7 @@ def test_corpus_that_cannot_be_read(kind, tmp_path, monkeypatch, capsys):
 def test_files_that_maxtext_finds_are_not_refused(tmp_path, monkeypatch):
   """A hub's own paths, remote files, folders of mmap_npy, Megatron pairs, and the home folder."""
   (tmp_path / "pair.bin").write_bytes(b"1")
+  (tmp_path / "pair.idx").write_bytes(b"1")
   (tmp_path / "home.parquet").write_bytes(pathlib.Path(corpus_file(tmp_path)).read_bytes())
   monkeypatch.setenv("HOME", str(tmp_path))
   output = f"base_output_directory={tmp_path / 'out'}"
@@ -312,6 +362,32 @@ def test_configuration_files(name, text, message, tmp_path, monkeypatch, capsys)
   output = f"base_output_directory={tmp_path / 'out'}"
   assert refuse([str(file), "run_name=x", output], monkeypatch, capsys).startswith(expected)
   assert not (tmp_path / "out").exists()
+
+
+def test_a_data_file_before_the_model(tmp_path, monkeypatch, capsys):
+  data, model = (str(runs.ROOT / "yaml" / name) for name in ("data/synthetic.yml", "mudd_405m.yml"))
+  found = refuse([data, model, "run_name=x"], monkeypatch, capsys)
+  assert found.startswith(f"{model} builds on transformer_pp_405m.yml, so it is a model")
+  found = refuse(["steps=2", data], monkeypatch, capsys)
+  assert found == f"{data} comes after steps=2; name the model's file before all else."
+
+
+def test_files_laid_over_a_model():
+  """What a later file sets itself goes before an earlier one, and key=value before both."""
+  pile, synthetic = (str(runs.ROOT / "yaml" / "data" / f"{name}.yml") for name in ("pile", "synthetic"))
+  argv = ["", runs.RUN_YML, pile, synthetic, "run_name=x", "mmap_eod_id=7"]
+  cfg = pyconfig.initialize_pydantic(argv)
+  assert (cfg.dataset_type.value, cfg.grain_file_type, cfg.mmap_eod_id) == ("synthetic", "mmap", 7)
+  assert (cfg.mudd, cfg.base_emb_dim) == (True, 32)  # the model's
+
+
+def test_a_pair_without_its_index(tmp_path, monkeypatch, capsys):
+  (tmp_path / "pair.bin").write_bytes(b"1")
+  overrides = ["grain_file_type=mmap", f"grain_train_files={tmp_path / 'pair'}", f"base_output_directory={tmp_path}"]
+  expected = (
+    f"grain_train_files={tmp_path}/pair: {tmp_path}/pair.idx is missing; a .bin file is read with its .idx file."
+  )
+  assert refuse([runs.RUN_YML, "run_name=x", *overrides], monkeypatch, capsys) == expected
 
 
 def test_no_arguments(monkeypatch, capsys):

@@ -73,10 +73,12 @@ def test_remat_policies_change_nothing(policy, fully_rematerialised):
 
 
 def test_full_rematerialisation_saves_no_streams():
-  """As many [B,T,D] arrays as the stock model saves: X_0..X_L, and what the final norm keeps."""
+  """As many [B,T,D] arrays as the stock model saves: X_0..X_L, and what the final norm keeps; the normed sources as
+  well where there is a pre-norm, as `complexity` counts them."""
   saved = {}
-  for mudd in (False, True):
-    cfg = models.config(mudd=mudd, base_num_decoder_layers=4, max_target_length=24, remat_policy="full")
+  both_norms = {"mudd": True, "mudd_pre_norm": True, "mudd_post_norm": True}
+  for name, keys in (("stock", {}), ("mudd", {"mudd": True}), ("normed", both_norms)):
+    cfg = models.config(**keys, base_num_decoder_layers=4, max_target_length=24, remat_policy="full")
     graph, params, rest = nnx.split(models.build(cfg), nnx.Param, ...)
     data = models.batch(cfg)
 
@@ -84,8 +86,9 @@ def test_full_rematerialisation_saves_no_streams():
       return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)[0]
 
     shape = (2, cfg.max_target_length, cfg.emb_dim)
-    saved[mudd] = sum(aval.shape == shape for aval, _ in saved_residuals(loss, params))
-  assert saved[True] == saved[False] > 4
+    saved[name] = sum(aval.shape == shape for aval, _ in saved_residuals(loss, params))
+  assert saved["mudd"] == saved["stock"] > 4
+  assert saved["normed"] == saved["stock"] + 4
 
 
 def test_load_balance_loss():

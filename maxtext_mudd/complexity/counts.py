@@ -36,6 +36,8 @@ def extra_ffn_width(config) -> int:
 
 def weight_parameters(config) -> int:
   """W1 and W2 of all aggregates: what the paper counts as extra (Eq. 13)."""
+  if not config.mudd:
+    return 0
   aggregates = topology.from_config(config).aggregates.values()
   return sum(a.hidden * (config.emb_dim + a.ways * len(a.sources)) for a in aggregates)
 
@@ -128,11 +130,13 @@ def plain_flops(config) -> int:
 
 def extra_activations(config) -> int:
   """Activations kept beyond the plain model's at the peak, in arrays of [B,T,D] (Appendix E): gradients of the sources
-  that aggregates see, and the streams of one block; n-1 streams per block of hyper-connections."""
+  that aggregates see, the streams of one block, and the normed sources where there is a pre-norm. Hyper-connections:
+  n-1 more streams into each block but the first, and in the block under way."""
   if not config.mudd:
     return 0
   if config.depth_connection == "hyper_connections":
     return config.num_decoder_layers * (config.mudd_expansion_rate - 1)
   aggregates = topology.from_config(config).aggregates.values()
   seen = {source for aggregate in aggregates for source in aggregate.sources}
-  return max(len(seen) - 1, 0) + max((aggregate.ways - 1 for aggregate in aggregates), default=0)
+  normed = config.num_decoder_layers if config.mudd_pre_norm else 0
+  return max(len(seen) - 1, 0) + max((aggregate.ways - 1 for aggregate in aggregates), default=0) + normed

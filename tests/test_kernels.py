@@ -97,7 +97,10 @@ def test_gradients():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"implementation": "cuda"}, "implementation='cuda' does not exist; use one of auto, xla."),
+    (
+      {"implementation": "cuda"},
+      "implementation='cuda' does not exist; use one of auto, xla, pallas, pallas_interpret.",
+    ),
     ({"activation": "relu"}, "activation='relu' does not exist; use one of gelu, gelu_tanh."),
     ({"sources": []}, "sources is empty; depth_aggregate needs at least the newest block output."),
     ({"ways": 1}, "a has shape [4, 3]; 1 ways and 3 sources need [1, 3]."),

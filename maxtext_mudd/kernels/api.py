@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from maxtext_mudd.kernels import reference
+from maxtext_mudd.kernels import reference, tpu
 
-IMPLEMENTATIONS = ("auto", "xla")
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
+
+# Interpreted as strictly as can be: what the kernel never wrote reads as NaN, and races are looked for.
+_INTERPRETED = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, out_of_bounds_reads="uninitialized")
 
 
 def depth_aggregate(
@@ -37,7 +41,8 @@ def depth_aggregate(
     newest: what the weights are made from, when that is not sources[-1]: X_i itself, where the sources are pre-normed.
     activation: "gelu" (exact) or "gelu_tanh".
     epsilon: added to the mean square in RMSNorm.
-    implementation: "auto" or "xla".
+    implementation: "xla", also for "auto"; "pallas", the fused kernel of TPUs, for bfloat16 and float32 on one device;
+      "pallas_interpret", the same anywhere, slowly, for tests.
 
   Returns:
     C arrays of the shape and dtype of a source.
@@ -68,4 +73,9 @@ def depth_aggregate(
     ):
       if found != wanted:
         raise ValueError(f"{name} has shape {list(found)}; the other arguments need {list(wanted)}.")
-  return reference.depth_aggregate(sources, newest, w1, w2, a, activation=activation, epsilon=epsilon)
+  if not implementation.startswith("pallas"):
+    return reference.depth_aggregate(sources, newest, w1, w2, a, activation=activation, epsilon=epsilon)
+  if dtype.name not in ("bfloat16", "float32"):
+    raise ValueError(f"the sources are {dtype}; implementation={implementation!r} takes bfloat16 or float32.")
+  interpret = _INTERPRETED if implementation == "pallas_interpret" else False
+  return tpu.depth_aggregate(sources, newest, w1, w2, a, activation=activation, epsilon=epsilon, interpret=interpret)

@@ -15,3 +15,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 from maxtext_mudd import plugin
 
 plugin.install()
+
+
+def pytest_collection_modifyitems(items):
+  """The longest files first, so that no worker is left with one of them at the end."""
+  longest = ("test_yaml.py", "test_runs.py", "test_training.py")
+  items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

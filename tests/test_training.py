@@ -223,9 +223,10 @@ def test_gradient_accumulation():
 
 
 def test_reported_flops_count_aggregates_and_reallocated_ffns():
-  shape = {"base_num_decoder_layers": 4, "base_mlp_dim": 256, "mudd_ffn_round_to": 8, "gradient_accumulation_steps": 2}
+  shape = {"base_num_decoder_layers": 4, "base_mlp_dim": 256, "gradient_accumulation_steps": 2}
   plain, *_ = maxtext_utils.calculate_tflops_training_per_device(models.config(**shape), log=False)
-  cfg = models.config(**shape, mudd=True, mudd_ffn_reallocation=True, mudd_ffn_last=2.0, mudd_hidden_round_to=0)
+  keys = {"mudd_ffn_reallocation": True, "mudd_ffn_last": 2.0, "mudd_ffn_round_to": 8, "mudd_hidden_round_to": 0}
+  cfg = models.config(**shape, mudd=True, **keys)
   found, *_ = maxtext_utils.calculate_tflops_training_per_device(cfg, log=False)
   # By hand: DA_1..3 with C = 4, DA_4 with C = 1 and K four times as wide; widths 0.5, 1.0, 1.5, 2.0 of 256.
   d = 32

@@ -379,6 +379,9 @@ def test_files_laid_over_a_model():
   cfg = pyconfig.initialize_pydantic(argv)
   assert (cfg.dataset_type.value, cfg.grain_file_type, cfg.mmap_eod_id) == ("synthetic", "mmap", 7)
   assert (cfg.mudd, cfg.base_emb_dim) == (True, 32)  # the model's
+  text = str(runs.ROOT / "yaml" / "data" / "local_text.yml")
+  cfg = pyconfig.initialize_pydantic(["", runs.RUN_YML, text, "run_name=x", "hf_train_files=a.txt"])
+  assert (cfg.dataset_type.value, cfg.hf_path, cfg.hf_train_files, cfg.packing) == ("hf", "text", "a.txt", True)
 
 
 def test_a_pair_without_its_index(tmp_path, monkeypatch, capsys):

@@ -2,28 +2,30 @@
 
 from collections.abc import Sequence
 
-from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
+import numpy as np
 
-from maxtext_mudd.kernels import reference, tpu
-
-IMPLEMENTATIONS = ("auto", "xla", "pallas", "pallas_interpret")
-
-# Interpreted as strictly as can be: what the kernel never wrote reads as NaN, and races are looked for.
-_INTERPRETED = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, out_of_bounds_reads="uninitialized")
+from maxtext_mudd.kernels import fused, reference, tpu_buffer
+from maxtext_mudd.kernels.choice import DTYPES, IMPLEMENTATIONS, STRICTLY, is_fused
+from maxtext_mudd.kernels.tpu import Settings
 
 
 def depth_aggregate(
-  sources: Sequence[Float[Array, "B T D"]],
+  sources: Sequence[Float[Array, "B T D"]] | Float[Array, "N B T D"],
   w1: Float[Array, "D K"] | None,
   w2: Float[Array, "K C N"] | None,
   a: Float[Array, "C N"],
   *,
   ways: int,
   newest: Float[Array, "B T D"] | None = None,
+  count: int | Int[Array, ""] | None = None,
   activation: str = "gelu",
   epsilon: float = 1e-6,
   implementation: str = "auto",
+  sharding: NamedSharding | None = None,
 ) -> list[Float[Array, "B T D"]]:
   """Mixes the outputs of earlier blocks into `ways` streams, each token with weights of its own (paper, Eqs. 5 and 6).
 
@@ -33,16 +35,22 @@ def depth_aggregate(
   Matrix products run in the dtype of the sources; statistics and sums in float32 or wider.
 
   Args:
-    sources: N arrays of one shape and dtype, oldest first.
+    sources: N arrays of one shape and dtype, oldest first; or, with `count`, one buffer of N entries, for loops over
+      layers that are traced once.
     w1: first weight matrix; None, together with w2, for static weights (`a` alone).
     w2: second weight matrix.
     a: static weights.
     ways: C, the number of streams.
-    newest: what the weights are made from, when that is not sources[-1]: X_i itself, where the sources are pre-normed.
+    newest: what the weights are made from, when that is not the newest source: X_i itself, where the sources are
+      pre-normed.
+    count: how many entries of the buffer are valid, 1 to N, the newest being entry count - 1; where it is traced, it is
+      clipped to that range. Whatever the others hold, and w2[..., count:] and a[:, count:], is ignored, NaN included,
+      and gets a gradient of zero.
     activation: "gelu" (exact) or "gelu_tanh".
     epsilon: added to the mean square in RMSNorm.
-    implementation: "xla", also for "auto"; "pallas", the fused kernel of TPUs, for bfloat16 and float32 on one device;
-      "pallas_interpret", the same anywhere, slowly, for tests.
+    implementation: "xla", plain JAX; "pallas", the fused kernel of TPUs, for bfloat16 and float32; "pallas_interpret",
+      the same anywhere, slowly and strictly, for tests; "auto": "pallas" on TPU, "xla" elsewhere.
+    sharding: of a source, where the fused kernel runs on several devices: batch and length may be split, and D.
 
   Returns:
     C arrays of the shape and dtype of a source.
@@ -54,11 +62,17 @@ def depth_aggregate(
     raise ValueError(f"implementation={implementation!r} does not exist; use one of {', '.join(IMPLEMENTATIONS)}.")
   if activation not in reference.ACTIVATIONS:
     raise ValueError(f"activation={activation!r} does not exist; use one of {', '.join(reference.ACTIVATIONS)}.")
-  if not sources:
+  is_buffer = hasattr(sources, "shape")
+  if is_buffer:
+    _check_buffer(sources, count)
+  elif count is not None:
+    raise ValueError("count goes with one buffer [N,B,T,D]; leave it out where sources are a list.")
+  if not len(sources):
     raise ValueError("sources is empty; depth_aggregate needs at least the newest block output.")
-  newest = sources[-1] if newest is None else newest
-  shape, dtype = sources[-1].shape, sources[-1].dtype
-  for name, x in [("newest", newest), *((f"sources[{j}]", x) for j, x in enumerate(sources))]:
+  shape, dtype = (sources.shape[1:], sources.dtype) if is_buffer else (sources[-1].shape, sources[-1].dtype)
+  alike = [] if newest is None else [("newest", newest)]
+  alike += [] if is_buffer else [(f"sources[{j}]", x) for j, x in enumerate(sources)]
+  for name, x in alike:
     if x.shape != shape or x.dtype != dtype:
       raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, sources[-1] is {dtype}{list(shape)}; make them equal.")
   if a.shape != (ways, len(sources)):
@@ -73,9 +87,33 @@ def depth_aggregate(
     ):
       if found != wanted:
         raise ValueError(f"{name} has shape {list(found)}; the other arguments need {list(wanted)}.")
-  if not implementation.startswith("pallas"):
-    return reference.depth_aggregate(sources, newest, w1, w2, a, activation=activation, epsilon=epsilon)
-  if dtype.name not in ("bfloat16", "float32"):
-    raise ValueError(f"the sources are {dtype}; implementation={implementation!r} takes bfloat16 or float32.")
-  interpret = _INTERPRETED if implementation == "pallas_interpret" else False
-  return tpu.depth_aggregate(sources, newest, w1, w2, a, activation=activation, epsilon=epsilon, interpret=interpret)
+  if is_buffer:
+    count = jnp.clip(jnp.asarray(count, jnp.int32), 1, len(sources))
+  elif newest is None:
+    newest = sources[-1]
+  platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
+  if not is_fused(implementation, platform, dtype):
+    settings = {"activation": activation, "epsilon": epsilon}
+    if is_buffer:
+      return reference.depth_aggregate_buffer(sources, count, newest, w1, w2, a, **settings)
+    return reference.depth_aggregate(sources, newest, w1, w2, a, **settings)
+  if dtype.name not in DTYPES:
+    raise ValueError(f"the sources are {dtype}; implementation={implementation!r} takes {' or '.join(DTYPES)}.")
+  settings = Settings(activation, epsilon, STRICTLY if implementation == "pallas_interpret" else False)
+  if not is_buffer:
+    return fused.depth_aggregate(sources, newest, w1, w2, a, settings, sharding)
+  if sharding is not None:
+    raise ValueError("sharding goes with a list of sources; the kernel takes a buffer on one device.")
+  return tpu_buffer.depth_aggregate(sources, count, newest, w1, w2, a, settings)
+
+
+def _check_buffer(buffer, count) -> None:
+  if buffer.ndim != 4:
+    raise ValueError(f"sources has shape {list(buffer.shape)}; a buffer of sources is [N,B,T,D].")
+  if count is None:
+    raise ValueError("sources is one buffer; give count, the number of its valid entries, or a list of sources.")
+  if isinstance(count, int | np.integer):
+    if not 1 <= count <= buffer.shape[0]:
+      raise ValueError(f"count={count} is not in 1..{buffer.shape[0]}, the number of entries in the buffer.")
+  elif jnp.shape(count) or not jnp.issubdtype(jnp.result_type(count), jnp.integer):
+    raise ValueError(f"count is {jnp.result_type(count)}{list(jnp.shape(count))}; give one int.")

@@ -56,3 +56,23 @@ def aggregate(
 def depth_aggregate(sources, newest, w1, w2, a, *, activation: str, epsilon: float) -> list[Float[Array, "B T D"]]:
   """The whole operation; shapes as in `maxtext_mudd.kernels.depth_aggregate`."""
   return aggregate(sources, mixing_weights(newest, w1, w2, a, activation=activation, epsilon=epsilon))
+
+
+def depth_aggregate_buffer(
+  buffer: Float[Array, "S B T D"], count, newest, w1, w2, a, *, activation: str, epsilon: float
+) -> list[Float[Array, "B T D"]]:
+  """The same of the first `count` entries of a buffer; `newest` None: entry count - 1.
+
+  What is not valid is replaced by zero, not multiplied by it: neither a NaN nor a gradient passes.
+  """
+  if newest is None:
+    newest = jax.lax.dynamic_index_in_dim(buffer, count - 1, keepdims=False)
+  valid = jnp.arange(buffer.shape[0]) < count
+  buffer = jnp.where(valid[:, None, None, None], buffer, 0)
+  w2 = None if w2 is None else jnp.where(valid, w2, 0)
+  weights = mixing_weights(newest, w1, w2, jnp.where(valid, a, 0), activation=activation, epsilon=epsilon)
+  streams = []
+  for of_way in jnp.moveaxis(weights, (2, 3), (0, 1)):
+    total = jnp.sum(of_way[..., None] * buffer.astype(weights.dtype), axis=0)
+    streams.append(total.astype(buffer.dtype))
+  return streams

@@ -1,0 +1,178 @@
+"""The three passes on a mesh: every device its own rows and its own part of D, and small reductions between them."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maxtext_mudd.kernels import tpu, tpu_common
+from maxtext_mudd.kernels.tpu import Aggregate, Gradients, Sent, Settings, Weights
+from maxtext_mudd.kernels.tpu_common import Origin
+
+
+def forward(settings: Settings, sharding: NamedSharding | None, sources, aggregate: Aggregate) -> list:
+  """As `tpu.forward`, of sources laid out as `sharding` says; None: on one device."""
+  if sharding is None:
+    return tpu.forward(settings, sources, aggregate)
+  layout = _Layout(sharding)
+  positions = aggregate.positions
+
+  def local(sources, weights, origin):
+    aggregate = layout.with_hidden(settings, sources, Aggregate(weights, origin, positions))
+    return tpu.forward(settings, sources, aggregate)
+
+  specs = (layout.rows, layout.weights(aggregate.weights), layout.rows)
+  return layout.map(local, specs, layout.rows)(sources, aggregate.weights, aggregate.origin)
+
+
+def backward(
+  settings: Settings,
+  sharding: NamedSharding | None,
+  sources,
+  gradients,
+  aggregate: Aggregate,
+  near: tuple[int, ...],
+  totals=None,
+  again: Aggregate | None = None,
+  keep_hidden: bool = False,
+) -> Gradients:
+  """As `tpu.backward`. `hidden` and `to_hidden` are the same on all devices that share their rows."""
+  if sharding is None:
+    return tpu.backward(settings, sources, gradients, aggregate, near, totals, again, keep_hidden)
+  layout = _Layout(sharding)
+  positions = aggregate.positions
+  again_positions = None if again is None else again.positions
+
+  def local(sources, gradients, weights, origin, totals, again_weights, again_origin):
+    own = Aggregate(weights, origin, positions)
+    before = None if again_positions is None else Aggregate(again_weights, again_origin, again_positions)
+    if layout.width is None or weights.w1 is None:
+      made = tpu.backward(settings, sources, gradients, own, near, totals, before, keep_hidden)
+    else:
+      made = _backward_by_width(settings, layout, sources, gradients, own, near, totals, before, keep_hidden)
+    w1 = made.weights.w1
+    return made._replace(
+      weights=Weights(
+        layout.sum(made.weights.a, layout.all_axes),
+        layout.sum(made.weights.w2, layout.all_axes),
+        None if w1 is None else layout.sum(w1, layout.row_axes),
+      )
+    )
+
+  tokens = P(*layout.rows[:2])
+  weights = layout.weights(aggregate.weights)
+  again_weights, again_origin = (None, None) if again is None else (again.weights, again.origin)
+  keeps = keep_hidden and aggregate.weights.w2 is not None
+  specs = (
+    layout.rows,
+    layout.rows,
+    weights,
+    layout.rows,
+    None if totals is None else layout.rows,
+    None if again is None else layout.weights(again_weights),
+    None if again is None else layout.rows,
+  )
+  out_specs = Gradients(
+    near=layout.rows,
+    newest=layout.rows if aggregate.origin.newest is not None else None,
+    to_hidden=None,
+    weights=weights,
+    hidden=tokens if keeps else None,
+    streams=None if again is None else layout.rows,
+  )
+  call = layout.map(local, specs, out_specs)
+  return call(sources, gradients, aggregate.weights, aggregate.origin, totals, again_weights, again_origin)
+
+
+def push(
+  settings: Settings, sharding: NamedSharding | None, sent: Sequence[Sent], totals, count: int
+) -> list[jax.Array]:
+  """As `tpu.push`; each `Sent` needs its `Origin.hidden`, or static weights."""
+  if sharding is None:
+    return tpu.push(settings, sent, totals, count)
+  layout = _Layout(sharding)
+  positions = [one.positions for one in sent]
+
+  def local(gradients, origins, weights, totals):
+    own = [Sent(*parts) for parts in zip(gradients, origins, weights, positions)]
+    return tpu.push(settings, own, totals, count)
+
+  gradients, origins, weights = ([getattr(one, name) for one in sent] for name in ("gradients", "origin", "weights"))
+  tokens = P(*layout.rows[:2])
+  specs = (layout.rows, tokens, P(), None if totals is None else layout.rows)
+  return layout.map(local, specs, layout.rows)(gradients, origins, weights, totals)
+
+
+class _Layout:
+  """Mesh axes of the rows (B and T) and of the width."""
+
+  def __init__(self, sharding: NamedSharding):
+    batch, length, width = (*sharding.spec, None, None, None)[:3]
+    self.mesh = sharding.mesh
+    self.rows = P(batch, length, width)
+    self.width = width
+    self.row_axes = _names(batch) + _names(length)
+    self.all_axes = self.row_axes + _names(width)
+
+  def map(self, function, in_specs, out_specs):
+    return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+  def weights(self, weights: Weights):
+    return Weights(P(), *(None if x is None else spec for x, spec in zip(weights[1:], (P(), P(self.width, None)))))
+
+  def whole_width(self, x) -> int:
+    return x.shape[-1] * jax.lax.axis_size(self.width)
+
+  def sum(self, x, axes):
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes), x) if axes else x
+
+  def with_hidden(self, settings: Settings, sources, aggregate: Aggregate) -> Aggregate:
+    """Where D is sharded, the hidden layer is made here: its product with W1 is a sum over devices."""
+    if self.width is None or aggregate.weights.w1 is None:
+      return aggregate
+    newest = sources[aggregate.positions[-1]] if aggregate.origin.newest is None else aggregate.origin.newest
+    h, *_ = _hidden(settings, self, newest, aggregate.weights.w1)
+    return aggregate._replace(weights=aggregate.weights._replace(w1=None), origin=Origin(hidden=h))
+
+
+def _names(axes) -> tuple[str, ...]:
+  return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _hidden(settings: Settings, layout: _Layout, newest, w1):
+  """(h, slope of the activation, z, inverse root mean square), after one reduction of [B,T,K+1] numbers."""
+  wide = newest.astype(jnp.float32)
+  square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+  product = jnp.einsum("btd,dk->btk", newest, w1.astype(newest.dtype), preferred_element_type=jnp.float32)
+  summed = layout.sum(jnp.concatenate([product, square], axis=-1), layout.width)
+  inverse = jax.lax.rsqrt(summed[..., -1:] / layout.whole_width(newest) + settings.epsilon)
+  z = inverse * summed[..., :-1]
+  h, slope = tpu_common.activation_and_slope(z, settings.activation)
+  return h.astype(newest.dtype), slope, z, inverse
+
+
+def _backward_by_width(
+  settings, layout, sources, gradients, own: Aggregate, near, totals, before, keep_hidden
+) -> Gradients:
+  """The backward pass where D is sharded: what goes through W1 is done here, around a reduction of [B,T,K] numbers."""
+  newest = sources[-1] if own.origin.newest is None else own.origin.newest
+  w1 = own.weights.w1.astype(newest.dtype)
+  h, slope, z, inverse = _hidden(settings, layout, newest, w1)
+  given = Aggregate(own.weights._replace(w1=None), Origin(hidden=h), own.positions)
+  if before is not None:
+    before = layout.with_hidden(settings, sources, before)
+  made = tpu.backward(settings, sources, gradients, given, near, totals, before)
+  dz = layout.sum(made.to_hidden, layout.width) * slope
+  along = jnp.sum(dz * z, axis=-1, keepdims=True) / layout.whole_width(newest)
+  scaled = (dz * inverse).astype(newest.dtype)
+  dw1 = jnp.einsum("btd,btk->dk", newest, scaled, preferred_element_type=jnp.float32)
+  to_newest = jnp.einsum("btk,dk->btd", scaled, w1, preferred_element_type=jnp.float32)
+  to_newest -= newest.astype(jnp.float32) * (inverse**2 * along)
+  if own.origin.newest is None:
+    made = made._replace(near=[*made.near[:-1], (made.near[-1] + to_newest).astype(newest.dtype)])
+  else:
+    made = made._replace(newest=to_newest.astype(newest.dtype))
+  weights = made.weights._replace(w1=dw1)
+  return made._replace(weights=weights, to_hidden=None, hidden=h if keep_hidden else None)

@@ -1,0 +1,403 @@
+"""What depth-wise aggregation costs on TPUs, from compiling it for them: no TPU is needed, only libtpu.
+
+    python benchmarks/tpu_static_cost.py --chips v5p,v6e --shapes 2p8b --implementations pallas
+
+Each row is one compilation. Its bracket is the larger of two times that it cannot beat: HBM bytes over bandwidth, and
+the cycles that each core is scheduled for over the clock. Bytes are those of the compiled program, with every copy
+around a kernel; `cost_analysis` is kept beside them in the JSON, but it sees into no kernel, and counts what stays in
+VMEM. Cycles are the compiler's own schedule, weighted by its loops. Nothing runs: the bandwidth achieved is unknown.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import tpu_schedule
+from tpu_schedule import NotUnderstood
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One JAX device of a kind: `cores` share its memory and its bandwidth. Inferred figures are named in `inferred`."""
+
+  topology: str
+  cores: int
+  gigahertz: float
+  gigabytes: float  # per second
+  inferred: str = ""
+
+
+# The TPU7x has two dies, each a device of its own with half of 7380 GB/s; its clock is what the ratio of its bf16 peak
+# (2307 TFLOP/s, two cores) to a v6e's (918, one core) makes of the v6e's, with the MXUs that the schedules show alike.
+CHIPS = {
+  "v5e": Chip("v5e:2x2", 1, 1.5, 819),
+  "v5p": Chip("v5p:2x2x1", 2, 1.75, 2765),
+  "v6e": Chip("v6e:2x2x1", 1, 1.75, 1640, "clock"),
+  "tpu7x": Chip("tpu7x:2x2x1", 1, 2.2, 3690, "clock, and bandwidth as half a chip's"),
+}
+SHAPES = {  # name: L, D
+  "405m": (24, 1024),
+  "1p4b": (24, 2048),
+  "2p8b": (32, 2560),
+  "6p9b": (32, 4096),
+  "1p34b_deepnarrow": (42, 1536),
+}
+LISTS = {  # the options that take several names, and the names
+  "chips": CHIPS,
+  "shapes": SHAPES,
+  "implementations": ("xla", "pallas"),
+  "directions": ("forward", "backward"),
+}
+ROUND_HIDDEN_TO = 64  # as the configuration's default
+MOST_UNSCHEDULED = 0.01  # of the bytes may belong to instructions without a schedule, or no cycles are given
+
+
+# ---------------------------------------------------------------- bytes of a Pallas kernel
+
+
+def pallas_calls(jaxpr):
+  from jax._src import core  # no public walk over nested jaxprs
+
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "pallas_call":
+      yield equation
+    else:
+      for inner in core.jaxprs_in_params(equation.params):
+        yield from pallas_calls(inner)
+
+
+def kernel_bytes(equation, cores: int) -> int:
+  """HBM bytes of one kernel: a block is moved whenever its index differs from that of the step before."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  mapping = equation.params["grid_mapping"]
+  if mapping.num_index_operands:
+    raise NotUnderstood("The kernel's blocks depend on prefetched scalars; their bytes cannot be counted here.")
+  steps = np.stack(np.unravel_index(np.arange(math.prod(mapping.grid)), mapping.grid)).astype(np.int32)
+  total = 0
+  for block in mapping.block_mappings:
+    whole = block.array_aval
+    if re.search("<(any|hbm)>", str(block.transformed_block_aval)):  # moved by the kernel itself: once, it is assumed
+      total += math.prod(whole.shape) * whole.dtype.itemsize
+      continue
+    sizes = np.array([getattr(x, "block_size", x if isinstance(x, int) else 1) for x in block.block_shape])
+    index_map = block.index_map_jaxpr
+    indices = jax.vmap(functools.partial(jax.core.eval_jaxpr, index_map.jaxpr, index_map.consts))(
+      *(jnp.asarray(x) for x in steps)
+    )
+    starts = np.stack([np.asarray(x) for x in indices], axis=1) * sizes
+    moved = np.minimum(sizes, np.array(whole.shape) - starts).prod(1)
+    fresh = np.ones(len(starts), bool)
+    fresh[1:] = (starts[1:] != starts[:-1]).any(1)
+    fresh[:: -(-len(starts) // cores)] = True  # each core begins afresh
+    total += int(moved[fresh].sum()) * whole.dtype.itemsize
+  return total
+
+
+def kernel_loops(jaxpr) -> set[int]:
+  """Trips of the loops as the kernel was written; the dump's must be among them."""
+  from jax._src import core
+
+  found = set()
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "scan":
+      found.add(equation.params["length"] // equation.params["unroll"])
+    for inner in core.jaxprs_in_params(equation.params):
+      found |= kernel_loops(inner)
+  return found
+
+
+# ---------------------------------------------------------------- one compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  chip: str
+  shape: str
+  implementation: str
+  direction: str
+  sources: int
+  width: int
+  ways: int
+  hidden: int
+  batch: int
+  length: int
+
+
+def compile_case(case: Case):
+  """(the traced program, the compiled one) of one direction; backward is the vjp, whose residuals are the inputs."""
+  import jax
+  from jax.experimental import topologies
+  import jax.numpy as jnp
+  import numpy as np
+
+  from maxtext_mudd import kernels
+
+  topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[case.chip].topology)
+  mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+  one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
+
+  call = functools.partial(kernels.depth_aggregate, ways=case.ways, implementation=case.implementation)
+  row = array(case.batch, case.length, case.width)
+  w1, w2 = array(case.width, case.hidden), array(case.hidden, case.ways, case.sources)
+  args = ([row] * case.sources, w1, w2, array(case.ways, case.sources))
+  if case.direction == "forward":
+    step = call
+  else:
+
+    def step(xs, w1, w2, a, cotangents):
+      return jax.vjp(call, xs, w1, w2, a)[1](cotangents)
+
+    args = (*args, [row] * case.ways)
+  traced = jax.jit(step).trace(*args)
+  return traced, traced.lower().compile()
+
+
+def floor_bytes(case: Case) -> int:
+  """Every input read once and every output written once, in bfloat16."""
+  row = case.batch * case.length * case.width
+  weights = case.width * case.hidden + case.ways * case.sources * (case.hidden + 1)
+  rows = case.sources + case.ways if case.direction == "forward" else 2 * case.sources + case.ways
+  return 2 * (rows * row + weights * (1 if case.direction == "forward" else 2))
+
+
+def measure(case: Case, folder: pathlib.Path) -> dict:
+  """One row of the table."""
+  chip = CHIPS[case.chip]
+  traced, compiled = compile_case(case)
+  program = tpu_schedule.computations(compiled.as_text())
+  sizes = tpu_schedule.hlo_bytes(program)
+  kernels = read_kernels(program, traced.jaxpr.jaxpr, folder, chip)
+  sizes.update({name: kernel["hbm_bytes"] for name, kernel in kernels.items()})
+  hbm = sum(sizes.values())
+  cycles, unscheduled = 0, 0
+  schedules = tpu_schedule.Schedules(program, folder)
+  for x in program[""]:
+    schedule = kernels.get(x.name) or schedules.of(x)
+    cycles += schedule["cycles"] if schedule else 0
+    unscheduled += sizes[x.name] if not schedule and x.opcode not in tpu_schedule.DMA else 0
+  if unscheduled > MOST_UNSCHEDULED * hbm:
+    cycles = None
+  large = [x for x in program[""] if sizes[x.name] > hbm / 100]
+  cores = [kernels[x.name]["cores"] if x.name in kernels else fusion_cores(x, chip) for x in large]
+  row = dataclasses.asdict(case) | {
+    "hbm_bytes": hbm,
+    "floor_bytes": floor_bytes(case),
+    "around_kernel_bytes": hbm - sum(x["hbm_bytes"] for x in kernels.values()),
+    "analysed_bytes": compiled.cost_analysis().get("bytes accessed"),
+    "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    "vmem_bytes": max(map(tpu_schedule.vmem_bytes, program[""])),
+    "cycles": cycles,
+    "unscheduled_bytes": unscheduled,
+    "cores": None if None in cores else min(cores),
+    "kernels": list(kernels.values()),
+    "hbm_seconds": hbm / (chip.gigabytes * 1e9),
+    "cycle_seconds": None if cycles is None else cycles / (chip.gigahertz * 1e9),
+  }
+  row["floor_seconds"] = row["floor_bytes"] / (chip.gigabytes * 1e9)
+  row["bracket_seconds"] = max(row["hbm_seconds"], row["cycle_seconds"] or 0)
+  row["bound"] = "HBM" if row["bracket_seconds"] == row["hbm_seconds"] else "cycles"
+  return row
+
+
+def read_kernels(program, jaxpr, folder: pathlib.Path, chip: Chip) -> dict[str, dict]:
+  """The Pallas kernels of a program: what their schedules say, held against the kernels as they were traced."""
+  equations = {x.params["name"]: x for x in pallas_calls(jaxpr)}
+  found = {}
+  for x in program[""]:
+    if tpu_schedule.KERNEL not in x.line:
+      continue
+    equation = next((e for name, e in equations.items() if name in x.name), None)
+    if equation is None:
+      raise NotUnderstood(f"The kernel {x.name} of the HLO was not found in the traced program.")
+    schedule = tpu_schedule.read(folder, x.name)
+    written = kernel_loops(equation.params["jaxpr"])
+    strange = [y.trips for y in schedule.loops if not y.is_grid and y.trips not in written]
+    if strange:
+      raise NotUnderstood(f"{x.name} loops {strange} times by its schedule; as written, {sorted(written)} times.")
+    grid = equation.params["grid_mapping"].grid
+    cores = kernel_cores(schedule, grid, chip)
+    more = {"grid": grid, "cores": cores, "hbm_bytes": kernel_bytes(equation, cores or 1)}
+    found[x.name] = describe(schedule) | more
+  return found
+
+
+def kernel_cores(schedule, grid: tuple[int, ...], chip: Chip) -> int | None:
+  """How many cores share a kernel: its grid over that of one core. None where the compiler does not show it."""
+  if chip.cores == 1:
+    return 1
+  if not schedule.grid:
+    return None
+  cores = -(-math.prod(grid) // math.prod(schedule.grid))
+  return cores if cores == 1 or (cores == chip.cores and schedule.names_core) else None
+
+
+def fusion_cores(x: tpu_schedule.Instruction, chip: Chip) -> int | None:
+  """As XLA notes it with a fusion of its own; of copies it notes nothing."""
+  if chip.cores == 1:
+    return 1
+  return chip.cores if re.search(r'"megacore_split_dim":"\d+"', x.line) else None
+
+
+def describe(schedule) -> dict:
+  inner = schedule.inner
+  counted = schedule.counted(inner) if inner else {}
+  return {
+    "name": schedule.name,
+    "cycles": schedule.cycles,
+    "core_grid": schedule.grid,
+    "loops": [dataclasses.asdict(x) | {"trips": x.trips} for x in schedule.loops],
+    "cycles_per_step": schedule.parts(),
+    "busy": schedule.busy(),
+    "slots": schedule.slots,
+    "inner_bundles": inner.last - inner.first + 1 if inner else None,
+    "inner_counts": counted,
+    "inner_spills": schedule.spills(inner) if inner else None,
+  }
+
+
+# ---------------------------------------------------------------- the table
+
+COLUMNS = ("chip", "shape", "N", "code", "direction", "units", "HBM / floor", "VMEM MB", "kcycles", "cores", "spills")
+COLUMNS += ("slots, %", "HBM µs", "cycles µs", "bound by", "bracket / floor")
+SHOWN = {"MATMUL": "matmul", "MATPUSH": "push", "VALU": "VALU", "VLOAD": "load", "VSTORE": "store", "XLU": "XLU"}
+NOTES = f"""
+Units: HBM bytes in arrays of [B,T,D], every instruction around the kernel included; what a kernel moves by DMAs of its
+own counts once. HBM / floor: 1 where each input is read once and each output written once. VMEM: the most that one
+kernel or fusion holds. Cycles: of one core, weighted by loops, latencies included; "-" where instructions without a
+schedule move more than {MOST_UNSCHEDULED:.0%} of the bytes. Cores: those that share each large instruction, by the grid
+that the schedule gives one core or by XLA's note; "?" where the compiler does not show it. Spills: vector registers
+stored to VMEM plus those loaded back, in every trip through the kernel's inner loop.
+Slots taken, of all cycles: {", ".join(SHOWN.values())}.
+Bracket: the larger of HBM time and cycle time, here over the floor's time. Nothing ran on a TPU.
+Inferred: {"; ".join(f"{name}, {x.inferred}" for name, x in CHIPS.items() if x.inferred)}.
+"""
+
+
+def cells(row: dict) -> list[str]:
+  kernel = max(row["kernels"], key=lambda k: k["cycles"], default=None)
+  unit = 2 * row["batch"] * row["length"] * row["width"]
+  return [
+    *(str(row[x]) for x in ("chip", "shape", "sources", "implementation", "direction")),
+    f"{row['hbm_bytes'] / unit:.1f}",
+    f"{row['hbm_bytes'] / row['floor_bytes']:.3f}",
+    f"{row['vmem_bytes'] / 2**20:.1f}",
+    "-" if row["cycles"] is None else f"{row['cycles'] / 1e3:.0f}",
+    str(row["cores"] or "?"),
+    str(kernel["inner_spills"]) if kernel else "-",
+    " ".join(f"{100 * kernel['busy'][x]:.0f}" for x in SHOWN) if kernel else "-",
+    f"{row['hbm_seconds'] * 1e6:.0f}",
+    "-" if row["cycles"] is None else f"{row['cycle_seconds'] * 1e6:.0f}",
+    row["bound"],
+    f"{row['bracket_seconds'] / row['floor_seconds']:.2f}",
+  ]
+
+
+def markdown(rows: list[dict]) -> str:
+  lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  for name, known in LISTS.items():
+    parser.add_argument(f"--{name}", default=",".join(known), help="comma-separated; by default all: %(default)s")
+  parser.add_argument("--sources", type=int, help="N; by default L + 1")
+  parser.add_argument("--ways", type=int, default=4)
+  parser.add_argument("--batch", type=int, default=8)
+  parser.add_argument("--length", type=int, default=2048)
+  parser.add_argument("--output", help="name of the .md and .json to write to benchmarks/results/")
+  parser.add_argument("--keep", type=pathlib.Path, help="a new folder, to keep the compiler's dumps in")
+  options = parser.parse_args()
+  problem = refusal(options)
+  if problem:
+    print(problem, file=sys.stderr)
+    return 2
+  rows, failed = [], False
+  print(markdown([]), end="", flush=True)
+  for case in cases(options):
+    try:
+      rows.append(in_own_process(case, options.keep))
+      print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+    except NotUnderstood as error:
+      print(error, file=sys.stderr, flush=True)
+      failed = True
+  print(NOTES)
+  if options.output:
+    folder = pathlib.Path(__file__).resolve().parent / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{options.output}.md").write_text(markdown(rows) + NOTES)
+    (folder / f"{options.output}.json").write_text(json.dumps(rows, indent=1) + "\n")
+  return 2 if failed else 0
+
+
+def refusal(options) -> str | None:
+  for key, known in LISTS.items():
+    for name in getattr(options, key).split(","):
+      if name not in known:
+        return f"--{key} has {name!r}; use some of {', '.join(known)}."
+  if importlib.util.find_spec("libtpu") is None:
+    return "libtpu is not installed; pip install libtpu, on Linux."
+  if options.keep and options.keep.exists():
+    return f"--keep {options.keep} is there already; name a new folder."
+  return None
+
+
+def cases(options):
+  from maxtext_mudd import topology
+
+  chips, shapes, implementations, directions = (getattr(options, key).split(",") for key in LISTS)
+  for shape, chip, implementation, direction in itertools.product(shapes, chips, implementations, directions):
+    blocks, width = SHAPES[shape]
+    sources = options.sources or blocks + 1
+    hidden = topology.hidden_width(options.ways, sources, expansion=1, round_to=ROUND_HIDDEN_TO)
+    sizes = (sources, width, options.ways, hidden, options.batch, options.length)
+    yield Case(chip, shape, implementation, direction, *sizes)
+
+
+def in_own_process(case: Case, keep: pathlib.Path | None) -> dict:
+  """libtpu reads where to dump once, when it is loaded."""
+  name = "-".join((case.chip, case.shape, case.implementation, case.direction))
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = (keep or pathlib.Path(scratch)).absolute() / name
+    folder.mkdir(parents=True)
+    environment = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "TPU_SKIP_MDS_QUERY": "1",
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened
+      "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
+    }
+    command = [sys.executable, __file__, "_one", json.dumps(dataclasses.asdict(case)), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+      raise NotUnderstood(f"{name}: {error_line(done.stderr)}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def error_line(trace: str) -> str:
+  """What an exception says, of a whole trace."""
+  lines = [x for x in trace.splitlines() if x.strip()]
+  named = [x.partition(": ")[2] for x in lines if re.match(r"[\w.]+(Error|NotUnderstood): ", x)]
+  return (named or lines or ["the compilation ended without a word."])[-1]
+
+
+if __name__ == "__main__":
+  if sys.argv[1:2] == ["_one"]:
+    print(json.dumps(measure(Case(**json.loads(sys.argv[2])), pathlib.Path(sys.argv[3]))))
+  else:
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What the static cost of kernels is read from: a schedule cut down by hand from libtpu 0.0.52's, and a small HLO."""
+
+import pathlib
+import sys
+
+import jax
+from jax.experimental import pallas as pl
+import jax.numpy as jnp
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import tpu_schedule
+import tpu_static_cost
+
+DATA = pathlib.Path(__file__).parent / "data" / "tpu_schedule"
+
+# Per core 79 steps of a grid, each with 13 trips of an inner loop of 8 bundles; two bundles for the first step only.
+SCHEDULE = (DATA / "packed-bundles-post-ra.txt").read_text()
+SLOTS = (DATA / "per-bundle-utilization.txt").read_text()
+
+HLO = """HloModule jit_f, is_scheduled=true
+
+%body (p.1: bf16[8,128]) -> bf16[8,128] {
+  %p.1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %negate.1 = bf16[8,128]{1,0:T(8,128)(2,1)} negate(%p.1)
+}
+
+ENTRY %main (x.1: bf16[100,192], w.1: f32[3,5]) -> bf16[100,192] {
+  %x.1 = bf16[100,192]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.1 = f32[3,5]{0,1:T(4,128)} parameter(1)
+  %bitcast.1 = bf16[100,192]{1,0:T(8,128)(2,1)} bitcast(%x.1)
+  %fusion.1 = (bf16[100,192]{1,0:T(8,128)(2,1)S(1)}, bf16[100,192]{1,0:T(8,128)(2,1)}) fusion(%bitcast.1), kind=kLoop
+  %get-tuple-element.1 = bf16[100,192]{1,0:T(8,128)(2,1)} get-tuple-element(%fusion.1), index=1
+  %copy.1 = f32[3,5]{1,0:T(4,128)} copy(%w.1)
+  %copy-start.1 = (f32[3,5]{1,0:T(4,128)S(1)}, f32[3,5]{1,0:T(4,128)}, u32[]{:S(2)}) copy-start(%copy.1)
+  %copy-done.1 = f32[3,5]{1,0:T(4,128)S(1)} copy-done(%copy-start.1)
+  %zero.1 = bf16[8,128]{1,0:T(8,128)(2,1)} constant(0)
+  %while.1 = bf16[8,128]{1,0:T(8,128)(2,1)} while(%zero.1), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %kernel.1 = bf16[100,192]{1,0:T(8,128)(2,1)} custom-call(%bitcast.1), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_a_schedule_weighs_its_loops():
+  schedule = tpu_schedule.parse("kernel.1", SCHEDULE, SLOTS)
+  assert schedule.grid == (1, 79) and schedule.names_core
+  assert [(x.trips, x.is_grid) for x in schedule.loops] == [(79, True), (13, False)]
+  assert schedule.cycles == 2 + 2 + 79 * (28 - 2 - 8) + 79 * 13 * 8
+  assert schedule.parts() == {"before": 11 + 2 / 79, "inner": 13 * 8, "after": 7}
+  counted = schedule.counted(schedule.inner)
+  assert (counted["MATMUL"], counted["VLOAD:FILL"], counted["VSTORE:SPILL"]) == (12, 1, 1)
+  assert schedule.busy()["MATMUL"] == (79 * 4 + 79 * 13 * 12) / (4 * schedule.cycles)
+
+
+@pytest.mark.parametrize(
+  ("old", "new", "message"),
+  [
+    (", 13 /* loop exit test */", ", %s8_s8", "no constant number of trips"),
+    ("%s12015_s8 = sadd.s32 1,", "%s12015_s8 = sadd.s32 2,", "does not count by one"),
+    (", 81 /* loop exit test */", ", 60 /* loop exit test */", "no outermost loop is that of a pipeline"),
+    ("   0x2   :", "   0x3   :", "Bundle 0x3 of the schedule stands where 0x2"),
+    ("  0x1d   :", "  dummy  :", "29 bundles, but the use of the slots is given for 30"),
+  ],
+)
+def test_a_schedule_that_is_not_understood(old, new, message):
+  assert old in SCHEDULE
+  with pytest.raises(tpu_schedule.NotUnderstood, match=message):
+    tpu_schedule.parse("kernel.1", SCHEDULE.replace(old, new), SLOTS)
+
+
+def test_bytes_of_an_hlo():
+  program = tpu_schedule.computations(HLO)
+  sizes = tpu_schedule.hlo_bytes(program)
+  row, small = 104 * 256 * 2, 4 * 128 * 4  # as tiled; of w, by columns, two tiles
+  assert sizes == {"fusion.1": 2 * row, "copy.1": small * 3, "copy-start.1": small, "negate.1": 3 * 2 * 8 * 128 * 2}
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_bytes_of_a_kernel(cores):
+  """The last block is cut short, a block that stays is read once per core, one that is visited again, again."""
+
+  def kernel(x, w, y, out):
+    out[...] = x[...] + w[...] + y[...]
+
+  def call(x, w, y):
+    rows = pl.BlockSpec((32, 128), lambda i: (i, 0))
+    whole, turn = pl.BlockSpec((1, 128), lambda i: (0, 0)), pl.BlockSpec((1, 128), lambda i: (i % 2, 0))
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(kernel, grid=(4,), in_specs=[rows, whole, turn], out_specs=rows, out_shape=out)(x, w, y)
+
+  shapes = [jax.ShapeDtypeStruct((n, 128), jnp.float32) for n in (100, 1, 2)]
+  (equation,) = tpu_static_cost.pallas_calls(jax.make_jaxpr(call)(*shapes).jaxpr)
+  assert tpu_static_cost.kernel_bytes(equation, cores) == 128 * 4 * (100 + cores + 4 + 100)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--chips", "v5p,v9"), ("--shapes", "9b"), ("--directions", "up")])
+def test_an_unknown_name(option, value, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["tpu_static_cost.py", option, value])
+  assert tpu_static_cost.main() == 2
+  assert capsys.readouterr().err.startswith(f"{option} has {value.split(',')[-1]!r}; use some of ")

@@ -7,7 +7,7 @@ from typing import Literal
 from maxtext.configs.types import MaxTextConfig
 from pydantic import Field, model_validator
 
-from maxtext_mudd import topology
+from maxtext_mudd import kernels, topology
 from maxtext_mudd.assets import BYTE_TOKENIZER, BYTE_TOKENIZER_FOLDER
 from maxtext_mudd.blocks import ATTENTION_NORMS
 from maxtext_mudd.kernels.reference import ACTIVATIONS
@@ -33,6 +33,7 @@ _DENSE = (
   "mudd_post_norm_streams",
   "mudd_first_block_norms",
   "mudd_kernel",
+  "mudd_streams",
 )
 # Keys that are read only where another has one of these values.
 _READ_WITH = (
@@ -44,6 +45,7 @@ _READ_WITH = (
   *((key, "depth_connection", ("dense", "hyper_connections")) for key in _WEIGHTS),
   ("mudd_expansion_rate", "depth_connection", ("hyper_connections",)),
   *((key, "mudd_dynamic", (True,)) for key in _WEIGHT_MLP),
+  ("mudd_streams", "remat_policy", ("custom",)),
   ("mudd_post_norm_streams", "mudd_post_norm", (True,)),
   *((f"mudd_ffn_{key}", "mudd_ffn_reallocation", (True,)) for key in ("first", "last", "round_to")),
   ("mudd_rotary_fraction", "mudd_decoder_layer", ("pythia",)),
@@ -99,7 +101,12 @@ class MuddConfig(MaxTextConfig):
     "stock", description="How embeddings and kernels start: as in MaxText, or by a rule. Also without connections."
   )
   mudd_init_std: float = Field(0.006, gt=0, allow_inf_nan=False, description="Deviation of mudd_init=normal.")
-  mudd_kernel: Literal["auto", "xla"] = Field("auto", description="Implementation of depth-wise aggregation.")
+  mudd_kernel: Literal["auto", "xla", "pallas", "pallas_interpret"] = Field(
+    "auto", description="Depth-wise aggregation: fused on TPU (pallas) and plain elsewhere (xla), or as named."
+  )
+  mudd_streams: Literal["remat", "device", "offload"] = Field(
+    "remat", description="With remat_policy=custom: make the streams again in the backward pass, keep or offload them."
+  )
 
   @model_validator(mode="before")
   @classmethod
@@ -121,6 +128,10 @@ class MuddConfig(MaxTextConfig):
     if self.mudd_init != "stock":
       self._check_init()
     self._check_keys_that_do_nothing()
+    if self.mudd_streams == "device":
+      self.tensors_on_device = [*self.tensors_on_device, topology.STREAMS_NAME]
+    if self.mudd_streams == "offload":
+      self.tensors_to_offload = [*self.tensors_to_offload, topology.STREAMS_NAME]
     if self.mudd:
       self._check_streams()
       self._check_feed_forward()
@@ -269,6 +280,16 @@ class MuddConfig(MaxTextConfig):
       )
     refused = (
       (self.scan_layers, "scan_layers=True", "layers are not scanned yet with mudd=True; set scan_layers=False"),
+      (
+        self.mudd_kernel == "pallas" and self.hardware != "tpu",
+        f"hardware={self.hardware}",
+        "mudd_kernel=pallas is compiled for TPUs; use mudd_kernel=auto",
+      ),
+      (
+        self.mudd_kernel.startswith("pallas") and self.dtype.value not in kernels.DTYPES,
+        f"dtype={self.dtype.value}",
+        f"mudd_kernel={self.mudd_kernel} takes {' or '.join(kernels.DTYPES)}; use one of these, or mudd_kernel=xla",
+      ),
       (self.fused_qkv, "fused_qkv=True", "q, k and v have inputs of their own; set fused_qkv=False"),
       (self.share_kv_projections, "share_kv_projections=True", "k and v have inputs of their own; set it to False"),
       (self.attention_type == "mla", "attention_type='mla'", "its latent is made of one input; use 'global'"),

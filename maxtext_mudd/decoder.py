@@ -8,9 +8,11 @@ import jax
 from maxtext.common.common_types import MODEL_MODE_TRAIN
 from maxtext.configs.pyconfig import HyperParameters
 from maxtext.layers.nnx_decoders import NNXDecoder
+import numpy as np
 
 from maxtext_mudd import connections, initializers, topology
 from maxtext_mudd.blocks.pythia import PythiaDecoderLayer, layer_norm
+from maxtext_mudd.connections import chain
 
 _CONNECTION_SEED = 0x6D756464  # keeps the keys of the connections apart from those of the stock layers
 
@@ -58,15 +60,41 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
       # Keys of its own, so that stock parameters start as they would without connections.
       key = jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + block)
       family = connections.FAMILIES[config.depth_connection]
-      self.connection = family(config, model_topology, block, nnx.Rngs(params=key))
+      self.connection = family(config, model_topology, block, self.mesh, nnx.Rngs(params=key))
       self.connection.fit(self)
 
     @functools.wraps(layer_class.__call__)
     def __call__(self, inputs, *args, **kwargs):
       carry = inputs if isinstance(inputs, self.connection.carry) else self.connection.start(inputs)
-      output, kv_cache = super().__call__(self.connection.read(carry), *args, **kwargs)
-      carry = self.connection.write(carry, output)
+      if self.connection.recomputed:
+        carry, kv_cache = self._recomputed(carry, args, kwargs)
+      else:
+        block_input, carry = self.connection.read(carry)
+        output, kv_cache = super().__call__(block_input, *args, **kwargs)
+        carry = self.connection.write(carry, output)
       return self.connection.finish(carry) if self.connection.is_last else carry, kv_cache
+
+    def _recomputed(self, carry: chain.Chain, args, kwargs):
+      """The same by `chain.through_block`, which takes pure functions of arrays."""
+      graphdef, params, others = nnx.split(self, nnx.Param, ...)
+      leaves, tree = jax.tree.flatten((args, kwargs))
+      is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
+
+      def block(state, sums, output, arrays):
+        arrays = iter(arrays)
+        args, kwargs = jax.tree.unflatten(tree, [next(arrays) if own else x for own, x in zip(is_array, leaves)])
+        layer = nnx.merge(graphdef, *state)
+        output, kv_cache = layer_class.__call__(layer, layer.connection.block_input(sums, output), *args, **kwargs)
+        _, _, others = nnx.split(layer, nnx.Param, ...)
+        return layer.connection.source(output), output, (kv_cache, others)
+
+      connection = self.connection
+      module = connection.depth_aggregate
+      arrays = [x for own, x in zip(is_array, leaves) if own]
+      link = connection.link(module, carry)
+      carry, (kv_cache, others) = chain.through_block(link, block, (params, others), carry, module.weights(), arrays)
+      nnx.update(self, others)
+      return carry, kv_cache
 
   ConnectedLayer.__name__ = ConnectedLayer.__qualname__ = f"Connected{layer_class.__name__}"
   return ConnectedLayer
@@ -82,6 +110,12 @@ class MuddDecoder(NNXDecoder):
   def __init__(self, config, mesh, quant=None, model_mode=MODEL_MODE_TRAIN, *, rngs):
     super().__init__(config, mesh, quant, model_mode, rngs=rngs)
     initializers.initialise(self, config, rngs)
+
+  def get_remat_policy(self):
+    policy = super().get_remat_policy()
+    if policy is None and getattr(self.config, "mudd", False) and self.config.remat_policy == "full":
+      policy = jax.checkpoint_policies.save_only_these_names(chain.LAST_OUTPUT_NAME)
+    return policy
 
   def get_norm_layer(self, num_features, rngs):
     if _is_pythia(self.config):

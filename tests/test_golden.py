@@ -139,21 +139,22 @@ def walk(model, data):
     following = getattr(decoder, f"layers_{i + 1}", None)
     if following is None:
       history = carry
-      output, _ = type(layer).__mro__[1].__call__(layer, layer.connection.read(history), *rest)
+      block_input, history = layer.connection.read(history)
+      output, _ = type(layer).__mro__[1].__call__(layer, block_input, *rest)
       history = layer.connection.write(history, output)
       da = layer.connection.final_depth_aggregate
     else:
       history, _ = layer(carry, *rest)
       da = following.connection.depth_aggregate
     carry = history
-    hidden.append(history.newest)
+    hidden.append(history.output)
     weights = reference.mixing_weights(
-      history.newest,
+      history.output,
       *da.operands(),
       activation=decoder.config.mudd_activation,
       epsilon=decoder.config.normalization_layer_epsilon,
     )
-    aggregates.append((weights, da(history)))
+    aggregates.append((weights, da.streams(da(history), history.output)))
   return hidden, aggregates
 
 

@@ -1,10 +1,11 @@
 """Depth connections: how a block's input is made from what came before it. One file per family, one interface:
 
-carry                   class of what flows from block to block, a pytree
+carry                   class, or classes, of what flows from block to block, a pytree
 is_last                 whether this is the connection of the last block
+recomputed              whether the block is computed again in the backward pass of `chain.through_block`
 fit(layer)              makes the stock layer read what `read` returns
 start(embedding)        the carry before the first block
-read(carry)             the input of this block
+read(carry)             the input of this block, and the carry behind it
 write(carry, output)    the carry after it, `output` being what the stock layer returned
 finish(carry)           [B,T,D], the hidden state after the last block
 """

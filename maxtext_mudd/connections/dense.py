@@ -2,16 +2,21 @@
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
+from maxtext.utils import sharding
 
 from maxtext_mudd import kernels
 from maxtext_mudd.blocks import ATTENTION_NORMS
-from maxtext_mudd.connections import metrics
+from maxtext_mudd.connections import chain, metrics
+from maxtext_mudd.connections.chain import Chain
 from maxtext_mudd.connections.history import History
 from maxtext_mudd.connections.norms import rms_norm
+from maxtext_mudd.kernels.tpu import Settings, Weights
 from maxtext_mudd.streams import Streams, decouple
-from maxtext_mudd.topology import Aggregate, Topology
+from maxtext_mudd.topology import STREAMS_NAME, Aggregate, Topology
 
 POST_NORM_INIT = 1e-3  # scale of the post-norm at the start (paper, Eq. 10)
 
@@ -63,30 +68,38 @@ class DepthAggregate(nnx.Module):
       w1 = self.weight_norm_scale[...][:, None] * w1
     return w1, self.w2[...], a
 
-  def __call__(self, history: History) -> dict[str, Float[Array, "B T D"]]:
-    """The streams this DA makes, by name; each [B,T,D] in the dtype of the sources."""
-    config = self.config
+  def weights(self) -> Weights:
+    """The same for the fused passes."""
+    w1, w2, a = self.operands()
+    return Weights(a, w2, w1)
+
+  def __call__(self, history: History) -> list[Float[Array, "B T D"]]:
+    """The sums of Eq. 5, in plain JAX: C arrays [B,T,D] in the dtype of the sources."""
     sources = [history.sources[j] for j in self.aggregate.sources]
-    operands = self.operands()
-    settings = {"activation": config.mudd_activation, "epsilon": config.normalization_layer_epsilon}
-    with jax.default_matmul_precision(config.matmul_precision.value):
-      outputs = kernels.depth_aggregate(
-        sources,
-        *operands,
-        ways=self.aggregate.ways,
-        newest=history.newest,
-        implementation=config.mudd_kernel,
-        **settings,
-      )
-      streams = {}
-      for stream, x in zip(self.aggregate.streams, outputs):
-        if config.mudd_post_norm:
-          if self._is_post_normed(stream):
-            x = getattr(self, f"post_norm_{stream}")(x)
-          x = x + history.newest
-        streams[stream] = x
-      if config.record_internal_nn_metrics:
-        metrics.sow(self, history.newest, operands, streams, **settings)
+    return kernels.depth_aggregate(
+      sources,
+      *self.operands(),
+      ways=self.aggregate.ways,
+      newest=history.output,
+      implementation="xla",
+      **self.settings(),
+    )
+
+  def settings(self) -> dict:
+    return {"activation": self.config.mudd_activation, "epsilon": self.config.normalization_layer_epsilon}
+
+  def streams(self, sums, output: Float[Array, "B T D"]) -> dict[str, Float[Array, "B T D"]]:
+    """The streams by name, from the sums of Eq. 5 and X_i: post-normed where that is on."""
+    config = self.config
+    streams = {}
+    for stream, x in zip(self.aggregate.streams, sums):
+      if config.mudd_post_norm:
+        if self._is_post_normed(stream):
+          x = getattr(self, f"post_norm_{stream}")(x)
+        x = x + output
+      streams[stream] = x
+    if config.record_internal_nn_metrics:
+      metrics.sow(self, output, self.operands(), streams, **self.settings())
     return streams
 
 
@@ -98,15 +111,20 @@ class DenseConnection(nnx.Module):
   policy that keeps `decoder_layer_input` keeps the four streams.
   """
 
-  carry = History
+  carry = (History, Chain)
 
-  def __init__(self, config, topology: Topology, block: int, rngs: nnx.Rngs):
+  def __init__(self, config, topology: Topology, block: int, mesh: jax.sharding.Mesh, rngs: nnx.Rngs):
     self.config = config
+    self.topology = topology
+    self.mesh = mesh
+    self.fused = kernels.is_fused(config.mudd_kernel, mesh.devices.flat[0].platform, config.dtype)
     self.is_first = block == 1
     self.is_last = block == topology.num_blocks
     self.pre_normed = config.mudd_pre_norm
     before = topology.before(block)
     final = topology.aggregates.get(block) if self.is_last else None
+    # Where the whole block is computed again in the backward pass, one fused pass makes its streams for it.
+    self.recomputed = self.fused and before is not None and config.remat_policy == "full"
     self.reads_streams = before is not None and before.streams != "x"
     if config.mudd_pre_norm:
       if self.is_first:
@@ -119,25 +137,68 @@ class DenseConnection(nnx.Module):
     if self.reads_streams or (self.is_first and self.config.mudd_first_block_norms == "separate"):
       decouple(layer, ATTENTION_NORMS[self.config.decoder_block.value])
 
-  def start(self, embedding: Float[Array, "B T D"]) -> History:
+  def start(self, embedding: Float[Array, "B T D"]) -> History | Chain:
     source = self.embedding_norm(embedding) if self.pre_normed else embedding
+    if self.fused:
+      return Chain((source,), embedding if self.pre_normed else None)
     return History((source,), embedding)
 
-  def read(self, history: History) -> Streams | Float[Array, "B T D"]:
+  def read(self, carry: History | Chain) -> tuple[Streams | Float[Array, "B T D"], History | Chain]:
     """The input of this block: four streams, or one array where they are all the same."""
+    sums, after = self._aggregate(self.depth_aggregate, carry)
+    return self.block_input(sums, carry.output), after
+
+  def block_input(self, sums, output: Float[Array, "B T D"]) -> Streams | Float[Array, "B T D"]:
+    """The same from the sums of Eq. 5 and X_i."""
     if self.depth_aggregate is None:
-      return history.newest
-    made = self.depth_aggregate(history)
+      return output
+    with self._precision():
+      made = self.depth_aggregate.streams(sums, output)
     if "x" in made:
       return made["x"]
-    return Streams(*(made.get(stream, history.newest) for stream in "qkvr"))
+    return Streams(*(made.get(stream, output) for stream in "qkvr"))
 
-  def write(self, history: History, output: Float[Array, "B T D"]) -> History:
-    return history.append(self.output_norm(output) if self.pre_normed else output, output)
+  def write(self, carry: History | Chain, output: Float[Array, "B T D"]) -> History | Chain:
+    return carry.append(self.source(output), output)
 
-  def finish(self, history: History) -> Float[Array, "B T D"]:
+  def source(self, output: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """What later aggregates mix."""
+    return self.output_norm(output) if self.pre_normed else output
+
+  def finish(self, carry: History | Chain) -> Float[Array, "B T D"]:
     """The hidden state after the last block."""
     if self.final_depth_aggregate is None:
-      return history.newest
-    (hidden,) = self.final_depth_aggregate(history).values()
+      return carry.output
+    if isinstance(carry, Chain):
+      carry = chain.name_last(carry)
+    sums, _ = self._aggregate(self.final_depth_aggregate, carry)
+    with self._precision():
+      (hidden,) = self.final_depth_aggregate.streams(sums, carry.output).values()
     return hidden
+
+  def _aggregate(self, module: DepthAggregate | None, carry):
+    if module is None:
+      return None, carry
+    with self._precision():
+      if isinstance(carry, Chain):
+        sums, carry = chain.aggregate(self.link(module, carry), carry, module.weights())
+      else:
+        sums = module(carry)
+    return [checkpoint_name(x, STREAMS_NAME) for x in sums], carry
+
+  def link(self, module: DepthAggregate, carry: Chain) -> chain.Link:
+    place = chain.place(self.topology, module.aggregate.block)
+    settings = Settings(**module.settings(), interpret=kernels.interpretation(self.config.mudd_kernel))
+    return chain.Link(place, settings, _layout(self.config, self.mesh, carry.output.shape))
+
+  def _precision(self):
+    return jax.default_matmul_precision(self.config.matmul_precision.value)
+
+
+def _layout(config, mesh, shape) -> NamedSharding | None:
+  """How block outputs lie on the mesh; None on one device."""
+  if mesh.size == 1:
+    return None
+  names = ("activation_batch", "activation_norm_length", "activation_embed")
+  spec = sharding.logical_to_mesh_axes(names, mesh, rules=config.logical_axis_rules)
+  return NamedSharding(mesh, sharding.adjust_pspec_for_indivisible_shapes(spec, shape, mesh))

@@ -13,11 +13,11 @@ class History:
 
   Attributes:
     sources: what the aggregates mix, one [B,T,D] array each, oldest first; pre-normed where `mudd_pre_norm` is on.
-    newest: X_i as the block returned it, [B,T,D]; the same array as the last source unless pre-normed.
+    output: X_i as the block returned it, [B,T,D]; the same array as the last source unless pre-normed.
   """
 
   sources: tuple[Float[Array, "B T D"], ...]
-  newest: Float[Array, "B T D"]
+  output: Float[Array, "B T D"]
 
   def append(self, source, output) -> "History":
     return History((*self.sources, source), output)

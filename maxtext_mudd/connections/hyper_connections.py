@@ -140,7 +140,9 @@ class HyperConnection(nnx.Module):
 
   carry = HyperStreams
 
-  def __init__(self, config, topology: Topology, block: int, rngs: nnx.Rngs):
+  recomputed = False
+
+  def __init__(self, config, topology: Topology, block: int, mesh: jax.sharding.Mesh, rngs: nnx.Rngs):
     self.config = config
     self.is_last = block == topology.num_blocks
     self.attention = SublayerConnection(config, 2 * (block - 1), rngs)
@@ -158,8 +160,8 @@ class HyperConnection(nnx.Module):
   def start(self, embedding: Float[Array, "B T D"]) -> HyperStreams:
     return HyperStreams((embedding,) * self.config.mudd_expansion_rate)
 
-  def read(self, hyper: HyperStreams) -> SublayerInput:
-    return self.attention(hyper, after=lambda written: self.feed_forward(written, after=lambda last: last))
+  def read(self, hyper: HyperStreams) -> tuple[SublayerInput, HyperStreams]:
+    return self.attention(hyper, after=lambda written: self.feed_forward(written, after=lambda last: last)), hyper
 
   def write(self, hyper: HyperStreams, output: HyperStreams) -> HyperStreams:
     return output

@@ -313,19 +313,22 @@ def computations(hlo: str) -> dict[str, list[Instruction]]:
   return found
 
 
-def hlo_bytes(parts: dict[str, list[Instruction]], name: str = "") -> collections.Counter:
-  """HBM bytes by instruction, of all but the Pallas kernels: operands read, results written, loops weighted."""
+def hlo_bytes(parts: dict[str, list[Instruction]], name: str = "", kernels: bool = False) -> collections.Counter:
+  """HBM bytes by instruction: operands read, results written, loops weighted. Of Pallas kernels only if asked for, and
+  as if they read and wrote each array once; an array that one updates in place is read once and written once."""
   total = collections.Counter()
   results = {x.name: x.result for x in parts[name]}
   for x in parts[name]:
     written = array_bytes(x.result)
-    if x.opcode in FREE or x.opcode.endswith("-done") or KERNEL in x.line or "ConcatBitcast" in x.line:
+    if x.opcode in FREE or x.opcode.endswith("-done") or "ConcatBitcast" in x.line:
+      continue
+    if KERNEL in x.line and not kernels:
       continue
     if x.opcode == "while":
       trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', x.line)
       if not trips:
         raise NotUnderstood(f"The HLO loop {x.name} has no known number of trips.")
-      for inner, size in hlo_bytes(parts, re.search(r"body=%([\w.\-]+)", x.line)[1]).items():
+      for inner, size in hlo_bytes(parts, re.search(r"body=%([\w.\-]+)", x.line)[1], kernels).items():
         total[inner] += size * int(trips[1])
     elif x.opcode in ("call", "conditional", "async-start"):
       raise NotUnderstood(f"The HLO instruction {x.name} is a {x.opcode}, whose bytes are not counted here.")

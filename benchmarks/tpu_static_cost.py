@@ -11,17 +11,15 @@ VMEM. Cycles are the compiler's own schedule, weighted by its loops. Nothing run
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
 import math
-import os
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
 
+import record
 import tpu_schedule
 from tpu_schedule import NotUnderstood
 
@@ -309,8 +307,7 @@ def cells(row: dict) -> list[str]:
 
 
 def markdown(rows: list[dict]) -> str:
-  lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+  return record.table(COLUMNS, [cells(row) for row in rows])
 
 
 def main() -> int:
@@ -328,6 +325,7 @@ def main() -> int:
   if problem:
     print(problem, file=sys.stderr)
     return 2
+  about = record.facts(", ".join(f"{x} (compiled for {CHIPS[x].topology})" for x in options.chips.split(",")))
   rows, failed = [], False
   print(markdown([]), end="", flush=True)
   for case in cases(options):
@@ -339,10 +337,7 @@ def main() -> int:
       failed = True
   print(NOTES)
   if options.output:
-    folder = pathlib.Path(__file__).resolve().parent / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{options.output}.md").write_text(markdown(rows) + NOTES)
-    (folder / f"{options.output}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    record.write(options.output, about, markdown(rows) + NOTES, rows)
   return 2 if failed else 0
 
 
@@ -351,11 +346,9 @@ def refusal(options) -> str | None:
     for name in getattr(options, key).split(","):
       if name not in known:
         return f"--{key} has {name!r}; use some of {', '.join(known)}."
-  if importlib.util.find_spec("libtpu") is None:
-    return "libtpu is not installed; pip install libtpu, on Linux."
   if options.keep and options.keep.exists():
     return f"--keep {options.keep} is there already; name a new folder."
-  return None
+  return record.missing_libtpu()
 
 
 def cases(options):
@@ -371,29 +364,12 @@ def cases(options):
 
 
 def in_own_process(case: Case, keep: pathlib.Path | None) -> dict:
-  """libtpu reads where to dump once, when it is loaded."""
   name = "-".join((case.chip, case.shape, case.implementation, case.direction))
   with tempfile.TemporaryDirectory() as scratch:
     folder = (keep or pathlib.Path(scratch)).absolute() / name
     folder.mkdir(parents=True)
-    environment = os.environ | {
-      "JAX_PLATFORMS": "cpu",
-      "TPU_SKIP_MDS_QUERY": "1",
-      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened
-      "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
-    }
-    command = [sys.executable, __file__, "_one", json.dumps(dataclasses.asdict(case)), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-      raise NotUnderstood(f"{name}: {error_line(done.stderr)}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def error_line(trace: str) -> str:
-  """What an exception says, of a whole trace."""
-  lines = [x for x in trace.splitlines() if x.strip()]
-  named = [x.partition(": ")[2] for x in lines if re.match(r"[\w.]+(Error|NotUnderstood): ", x)]
-  return (named or lines or ["the compilation ended without a word."])[-1]
+    dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    return record.in_own_process(__file__, name, [json.dumps(dataclasses.asdict(case)), str(folder)], dump)
 
 
 if __name__ == "__main__":

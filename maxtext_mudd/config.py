@@ -33,7 +33,6 @@ _DENSE = (
   "mudd_post_norm_streams",
   "mudd_first_block_norms",
   "mudd_kernel",
-  "mudd_streams",
 )
 # Keys that are read only where another has one of these values.
 _READ_WITH = (
@@ -45,7 +44,6 @@ _READ_WITH = (
   *((key, "depth_connection", ("dense", "hyper_connections")) for key in _WEIGHTS),
   ("mudd_expansion_rate", "depth_connection", ("hyper_connections",)),
   *((key, "mudd_dynamic", (True,)) for key in _WEIGHT_MLP),
-  ("mudd_streams", "remat_policy", ("custom",)),
   ("mudd_post_norm_streams", "mudd_post_norm", (True,)),
   *((f"mudd_ffn_{key}", "mudd_ffn_reallocation", (True,)) for key in ("first", "last", "round_to")),
   ("mudd_rotary_fraction", "mudd_decoder_layer", ("pythia",)),
@@ -104,9 +102,6 @@ class MuddConfig(MaxTextConfig):
   mudd_kernel: Literal["auto", "xla", "pallas", "pallas_interpret"] = Field(
     "auto", description="Depth-wise aggregation: fused on TPU (pallas) and plain elsewhere (xla), or as named."
   )
-  mudd_streams: Literal["remat", "device", "offload"] = Field(
-    "remat", description="With remat_policy=custom: make the streams again in the backward pass, keep or offload them."
-  )
 
   @model_validator(mode="before")
   @classmethod
@@ -128,10 +123,6 @@ class MuddConfig(MaxTextConfig):
     if self.mudd_init != "stock":
       self._check_init()
     self._check_keys_that_do_nothing()
-    if self.mudd_streams == "device":
-      self.tensors_on_device = [*self.tensors_on_device, topology.STREAMS_NAME]
-    if self.mudd_streams == "offload":
-      self.tensors_to_offload = [*self.tensors_to_offload, topology.STREAMS_NAME]
     if self.mudd:
       self._check_streams()
       self._check_feed_forward()

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import dataclasses
 
 WAYS = "qkvr"  # query, key, value and residual stream, in the order of the paper and of the released code
-STREAMS_NAME = "mudd_streams"  # of the aggregates' results, for policies of rematerialisation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,10 @@ MISTAKES = {
     ["mudd_activation=relu"],
     "mudd_activation='relu' is not valid: input should be 'gelu' or 'gelu_tanh'.",
   ),
-  "kernel": (["mudd_kernel=pallas"], "mudd_kernel='pallas' is not valid: input should be 'auto' or 'xla'."),
+  "kernel": (
+    ["mudd_kernel=triton"],
+    "mudd_kernel='triton' is not valid: input should be 'auto', 'xla', 'pallas' or 'pallas_interpret'.",
+  ),
   "family": (
     ["depth_connection=sparse"],
     "depth_connection='sparse' is not valid: input should be 'dense', 'hyper_connections' or 'residual'.",
@@ -209,6 +212,15 @@ MISTAKES = {
     ["shard_mode=explicit"],
     "shard_mode=explicit does not work with mudd=True: the aggregates leave sharding to the compiler; use "
     "shard_mode=auto.",
+  ),
+  "a kernel for another device": (
+    ["mudd_kernel=pallas"],
+    "hardware=cpu does not work with mudd=True: mudd_kernel=pallas is compiled for TPUs; use mudd_kernel=auto.",
+  ),
+  "a dtype that the kernel does not take": (
+    ["mudd_kernel=pallas_interpret", "dtype=float16"],
+    "dtype=float16 does not work with mudd=True: mudd_kernel=pallas_interpret takes bfloat16 or float32; use one of "
+    "these, or mudd_kernel=xla.",
   ),
   "Muon": (
     ["opt_type=muon"],

@@ -72,23 +72,38 @@ def test_remat_policies_change_nothing(policy, fully_rematerialised):
     np.testing.assert_allclose(gradient, expected[path], atol=1e-4 * largest, rtol=0, err_msg=str(path))
 
 
+def saved_outputs(**keys) -> list[str]:
+  """Where each [B,T,D] array comes from that the forward pass of a training step keeps for the backward pass."""
+  cfg = models.config(**keys, base_num_decoder_layers=4, max_target_length=24)
+  graph, params, rest = nnx.split(models.build(cfg), nnx.Param, ...)
+  data = models.batch(cfg)
+
+  def loss(params):
+    return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)[0]
+
+  shape = (2, cfg.max_target_length, cfg.emb_dim)
+  return [why for aval, why in saved_residuals(loss, params) if aval.shape == shape]
+
+
 def test_full_rematerialisation_saves_no_streams():
-  """As many [B,T,D] arrays as the stock model saves: X_0..X_L, and what the final norm keeps; the normed sources as
-  well where there is a pre-norm, as `complexity` counts them."""
-  saved = {}
-  both_norms = {"mudd": True, "mudd_pre_norm": True, "mudd_post_norm": True}
-  for name, keys in (("stock", {}), ("mudd", {"mudd": True}), ("normed", both_norms)):
-    cfg = models.config(**keys, base_num_decoder_layers=4, max_target_length=24, remat_policy="full")
-    graph, params, rest = nnx.split(models.build(cfg), nnx.Param, ...)
-    data = models.batch(cfg)
+  """As many arrays as the stock model saves: X_0..X_L, and what the final norm keeps; the normed sources as well where
+  there is a pre-norm, as `complexity` counts them."""
+  full = {"remat_policy": "full"}
+  stock = len(saved_outputs(**full))
+  assert len(saved_outputs(mudd=True, **full)) == stock > 4
+  assert len(saved_outputs(mudd=True, mudd_pre_norm=True, mudd_post_norm=True, **full)) == stock + 4
 
-    def loss(params, graph=graph, rest=rest, cfg=cfg, data=data):
-      return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)[0]
 
-    shape = (2, cfg.max_target_length, cfg.emb_dim)
-    saved[name] = sum(aval.shape == shape for aval, _ in saved_residuals(loss, params))
-  assert saved["mudd"] == saved["stock"] > 4
-  assert saved["normed"] == saved["stock"] + 4
+@pytest.mark.parametrize("kernel", ["xla", "pallas_interpret"])
+def test_streams_are_kept_by_name(kernel):
+  """What the aggregates make is MaxText's `decoder_layer_input`: four streams for each of the blocks 2 to 4, the
+  embedding for block 1."""
+  custom = {"mudd": True, "mudd_kernel": kernel, "remat_policy": "custom"}
+  named = {
+    where: sum("named 'decoder_layer_input'" in why for why in saved_outputs(**custom, decoder_layer_input=where))
+    for where in ("remat", "device")
+  }
+  assert named == {"remat": 0, "device": 13}
 
 
 def test_load_balance_loss():

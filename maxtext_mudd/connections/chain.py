@@ -137,7 +137,7 @@ def aggregate(link: Link, chain: Chain, weights: Weights) -> tuple[list[Float[Ar
     return _streams(link, chain, weights), _behind(link, chain, weights, echoes=False)
 
   def forward(chain, weights):
-    return call(chain, weights), (chain, weights)
+    return call(chain, weights), (_kept(chain), weights)
 
   def backward(inputs, cotangents):
     to_streams, to_chain = cotangents
@@ -165,8 +165,8 @@ def through_block(
     source, output, rest = block(state, _streams(link, chain, weights), chain.output, arguments)
     return _behind(link, chain, weights, echoes).append(source, output), rest
 
-  def forward(*inputs):
-    return call(*inputs), inputs
+  def forward(state, chain, weights, arguments):
+    return call(state, chain, weights, arguments), (state, _kept(chain), weights, arguments)
 
   def backward(inputs, cotangents):
     state, chain, weights, arguments = inputs
@@ -186,6 +186,11 @@ def through_block(
 
   call.defvjp(forward, backward)
   return call(state, chain, weights, arguments)
+
+
+def _kept(chain: Chain) -> Chain:
+  """What the backward pass needs of a chain: not the zeros."""
+  return dataclasses.replace(chain, echo=None if chain.echo is None else [], mail=[])
 
 
 def _streams(link: Link, chain: Chain, weights: Weights) -> list:

@@ -2,7 +2,6 @@
 
 from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
@@ -16,7 +15,7 @@ from maxtext_mudd.connections.history import History
 from maxtext_mudd.connections.norms import rms_norm
 from maxtext_mudd.kernels.tpu import Settings, Weights
 from maxtext_mudd.streams import Streams, decouple
-from maxtext_mudd.topology import STREAMS_NAME, Aggregate, Topology
+from maxtext_mudd.topology import Aggregate, Topology
 
 POST_NORM_INIT = 1e-3  # scale of the post-norm at the start (paper, Eq. 10)
 
@@ -184,7 +183,7 @@ class DenseConnection(nnx.Module):
         sums, carry = chain.aggregate(self.link(module, carry), carry, module.weights())
       else:
         sums = module(carry)
-    return [checkpoint_name(x, STREAMS_NAME) for x in sums], carry
+    return sums, carry
 
   def link(self, module: DepthAggregate, carry: Chain) -> chain.Link:
     place = chain.place(self.topology, module.aggregate.block)

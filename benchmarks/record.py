@@ -1,0 +1,77 @@
+"""Measurements in processes of their own, and results files that say how they were made."""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+from tpu_schedule import NotUnderstood
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# No device is opened.
+COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+def missing_libtpu() -> str | None:
+  if importlib.util.find_spec("libtpu") is None:
+    return "libtpu is not installed; pip install libtpu, on Linux."
+  return None
+
+
+def in_own_process(script: str, name: str, arguments: list[str], init_args: str = "") -> dict:
+  """The JSON that `script _one ARGUMENTS` prints last. libtpu reads its flags once, when it is loaded."""
+  environment = os.environ | COMPILE_ONLY | {"LIBTPU_INIT_ARGS": init_args}
+  command = [sys.executable, script, "_one", *arguments]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True)
+  if done.returncode:
+    raise NotUnderstood(f"{name}: {error_line(done.stderr)}")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def error_line(trace: str) -> str:
+  """What an exception says, of a whole trace."""
+  lines = [x for x in trace.splitlines() if x.strip()]
+  named = [x.partition(": ")[2] for x in lines if re.match(r"[\w.]+(Error|NotUnderstood): ", x)]
+  return (named or lines or ["the compilation ended without a word."])[-1]
+
+
+def facts(chips: str) -> dict[str, str]:
+  """What a result depends on; taken before measuring."""
+  script = pathlib.Path(sys.argv[0]).resolve().relative_to(ROOT)
+  return {
+    "command": shlex.join(["python", str(script), *sys.argv[1:]]),
+    "date": datetime.date.today().isoformat(),
+    "chips": chips,
+    "commit": commit(),
+    **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "maxtext")},
+  }
+
+
+def commit() -> str:
+  """Of the maxtext_mudd that is imported, and whether it has been changed since."""
+  folder = pathlib.Path(importlib.util.find_spec("maxtext_mudd").origin).parents[1]
+
+  def git(*arguments):
+    return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True).stdout.strip()
+
+  changed = git("status", "--porcelain", "--", "maxtext_mudd", "yaml")
+  return (git("rev-parse", "--short", "HEAD") or "unknown") + (", with changes not committed" if changed else "")
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+  return "".join("| " + " | ".join(line) + " |\n" for line in (columns, ["---"] * len(columns), *rows))
+
+
+def write(name: str, about: dict[str, str], text: str, rows: list[dict]) -> None:
+  """results/NAME.md and results/NAME.json."""
+  folder = pathlib.Path(__file__).resolve().parent / "results"
+  folder.mkdir(exist_ok=True)
+  head = "".join(f"- {key}: {f'`{value}`' if key == 'command' else value}\n" for key, value in about.items())
+  (folder / f"{name}.md").write_text(f"# {name}\n\n{head}\n{text}")
+  (folder / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")

@@ -1,0 +1,115 @@
+"""The chain of fused passes: a model's loss and gradients are those of the plain form, on one device and on meshes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from maxtext_mudd import topology
+from maxtext_mudd.connections import chain
+from tests import models, runs
+from tests.test_blocks import MOE
+from tests.test_training import value_and_gradients
+
+BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
+
+# Seven blocks make a full group of aggregates, and one that is not. With both norms the random models are well
+# conditioned; without, float32 rounding alone moves some gradients by a few 1e-5 of their largest entry.
+CASES = {
+  "both norms": ({"base_num_decoder_layers": 7, **BOTH_NORMS}, 2e-5),
+  "MUDD": ({"base_num_decoder_layers": 7}, 2e-4),
+  "static, Eq. 10": (
+    {"base_num_decoder_layers": 6, **BOTH_NORMS, "mudd_post_norm_streams": "qkvr", "mudd_dynamic": False},
+    2e-5,
+  ),
+  "static": ({"base_num_decoder_layers": 6, "mudd_dynamic": False}, 2e-5),
+  "one way, window": ({"base_num_decoder_layers": 6, "mudd_ways": 1, "mudd_window": 3}, 1e-4),
+  "2×2": ({"base_num_decoder_layers": 11, "mudd_source_dilation": 2, "mudd_block_period": 2, **BOTH_NORMS}, 2e-5),
+  "no DA at the end, two streams": (
+    {"base_num_decoder_layers": 7, "mudd_block_period": 3, "mudd_dense_streams": "qr"},
+    1e-4,
+  ),
+  "experts": ({"base_num_decoder_layers": 5, "decoder_block": "mixtral", **MOE, **BOTH_NORMS}, 2e-5),
+  "dropout": ({"base_num_decoder_layers": 3, "enable_dropout": True, "dropout_rate": 0.2, **BOTH_NORMS}, 2e-5),
+  "metrics": ({"base_num_decoder_layers": 3, "record_internal_nn_metrics": 1, **BOTH_NORMS}, 2e-5),
+}
+FAST = ("both norms",)
+
+
+def case(name, policy):
+  keys, budget = CASES[name]
+  return pytest.param(keys, budget, policy, id=f"{name}, {policy}", marks=() if name in FAST else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+  ("keys", "budget", "policy"), [case(name, policy) for name in CASES for policy in ("full", "minimal")]
+)
+def test_loss_and_gradients(keys, budget, policy):
+  """Under full rematerialisation blocks and aggregates go back together; otherwise each for itself."""
+  keys = {"mudd": True, **keys}
+  expected_loss, expected_aux, expected = value_and_gradients(models.config(**keys, mudd_kernel="xla"))
+  fused = models.config(**keys, mudd_kernel="pallas_interpret", remat_policy=policy)
+  loss, aux, gradients = value_and_gradients(fused)
+  assert loss == pytest.approx(expected_loss, abs=5e-6)
+  assert float(aux["moe_lb_loss"]) == pytest.approx(float(expected_aux["moe_lb_loss"]), rel=1e-5)
+  for path, gradient in gradients.items():
+    largest = np.abs(expected[path]).max()
+    assert largest > 0, path
+    np.testing.assert_allclose(gradient, expected[path], atol=budget * largest, rtol=0, err_msg=str(path))
+
+
+def test_groups_count_from_the_top():
+  def connected(num_blocks):
+    return topology.dense(
+      num_blocks,
+      (1,) * num_blocks,
+      ways=4,
+      dense_streams="qkvr",
+      dynamic=True,
+      dilation=1,
+      period=1,
+      window=0,
+      depth_start=0.0,
+      hidden_expansion=1.0,
+      last_hidden_expansion=4.0,
+      round_to=64,
+    )
+
+  seven = connected(7)
+  floors = {block: chain.place(seven, block).floor for block in range(1, 8)}
+  assert floors == {1: 1, 2: 1, 3: 1, 4: 4, 5: 4, 6: 4, 7: 4}
+  assert [block for block in floors if chain.place(seven, block).is_first] == [1, 4]
+  assert [block for block in floors if chain.place(seven, block).is_top] == [7]
+  assert [block for block in floors if chain.place(seven, block).in_top_group] == [4, 5, 6, 7]
+  assert [member.block for member in chain.place(seven, 4).above] == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    pytest.param({"ici_fsdp_parallelism": 8}, marks=pytest.mark.slow),
+    pytest.param({"ici_fsdp_parallelism": 4, "ici_tensor_parallelism": 2}, marks=pytest.mark.slow),
+    pytest.param({"ici_fsdp_parallelism": 4, "ici_context_parallelism": 2}, marks=pytest.mark.slow),
+    {"ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2, "ici_context_parallelism": 2},
+  ],
+  ids=lambda mesh: ", ".join(f"{key.split('_')[1]} {size}" for key, size in mesh.items()),
+)
+def test_on_meshes(mesh):
+  """Eight devices, with the aggregates of two groups: the plain form's results, and no collective moves a source."""
+  keys = {"mudd": True, "base_num_decoder_layers": 5, "per_device_batch_size": 1, "remat_policy": "full", **BOTH_NORMS}
+  devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  finished = subprocess.run(
+    [sys.executable, "-m", "tests.on_mesh", json.dumps(keys | mesh)],
+    cwd=runs.ROOT,
+    env=os.environ | devices,
+    capture_output=True,
+    text=True,
+  )
+  assert finished.returncode == 0, finished.stderr[-4000:]
+  found = json.loads(finished.stdout.splitlines()[-1])
+  assert found["loss"] == pytest.approx(found["expected"], abs=5e-6)
+  assert max(found["errors"].values()) <= 2e-5
+  assert found["collectives"] == []

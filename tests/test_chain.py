@@ -27,7 +27,7 @@ CASES = {
   ),
   "static": ({"base_num_decoder_layers": 6, "mudd_dynamic": False}, 2e-5),
   "one way, window": ({"base_num_decoder_layers": 6, "mudd_ways": 1, "mudd_window": 3}, 1e-4),
-  "2×2": ({"base_num_decoder_layers": 11, "mudd_source_dilation": 2, "mudd_block_period": 2, **BOTH_NORMS}, 2e-5),
+  "2x2": ({"base_num_decoder_layers": 11, "mudd_source_dilation": 2, "mudd_block_period": 2, **BOTH_NORMS}, 2e-5),
   "no DA at the end, two streams": (
     {"base_num_decoder_layers": 7, "mudd_block_period": 3, "mudd_dense_streams": "qr"},
     1e-4,
@@ -56,8 +56,8 @@ def test_loss_and_gradients(keys, budget, policy):
   assert loss == pytest.approx(expected_loss, abs=5e-6)
   assert float(aux["moe_lb_loss"]) == pytest.approx(float(expected_aux["moe_lb_loss"]), rel=1e-5)
   for path, gradient in gradients.items():
-    largest = np.abs(expected[path]).max()
-    assert largest > 0, path
+    largest = np.abs(expected[path]).max()  # zero for the norm of a source that nothing sees, with 2x2
+    assert largest > 0 or "output_norm" in path, path
     np.testing.assert_allclose(gradient, expected[path], atol=budget * largest, rtol=0, err_msg=str(path))
 
 

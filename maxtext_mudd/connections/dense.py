@@ -199,5 +199,6 @@ def _layout(config, mesh, shape) -> NamedSharding | None:
   if mesh.size == 1:
     return None
   names = ("activation_batch", "activation_norm_length", "activation_embed")
-  spec = sharding.logical_to_mesh_axes(names, mesh, rules=config.logical_axis_rules)
+  rules = sharding.get_logical_axis_rules() or config.logical_axis_rules  # evaluation may have its own
+  spec = sharding.logical_to_mesh_axes(names, mesh, rules=rules)
   return NamedSharding(mesh, sharding.adjust_pspec_for_indivisible_shapes(spec, shape, mesh))

@@ -115,8 +115,8 @@ def valid(shape: Shape, first_row, x):
 
 
 def product(x, y, dimensions=((1,), (0,))):
-  """A product with a float32 result; float32 operands are multiplied as such."""
-  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  """A product with a float32 result; float32 operands are multiplied as such, whatever precision is set outside."""
+  precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   return jax.lax.dot_general(x, y, (dimensions, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 

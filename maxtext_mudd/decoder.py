@@ -75,7 +75,7 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
       return self.connection.finish(carry) if self.connection.is_last else carry, kv_cache
 
     def _recomputed(self, carry: chain.Chain, args, kwargs):
-      """The same by `chain.through_block`, which takes pure functions of arrays."""
+      """The same by `connection.through`, which takes a pure function of arrays."""
       graphdef, params, others = nnx.split(self, nnx.Param, ...)
       leaves, tree = jax.tree.flatten((args, kwargs))
       is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
@@ -88,11 +88,8 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
         _, _, others = nnx.split(layer, nnx.Param, ...)
         return layer.connection.source(output), output, (kv_cache, others)
 
-      connection = self.connection
-      module = connection.depth_aggregate
       arrays = [x for own, x in zip(is_array, leaves) if own]
-      link = connection.link(module, carry)
-      carry, (kv_cache, others) = chain.through_block(link, block, (params, others), carry, module.weights(), arrays)
+      carry, (kv_cache, others) = self.connection.through(block, (params, others), carry, arrays)
       nnx.update(self, others)
       return carry, kv_cache
 

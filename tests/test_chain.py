@@ -5,6 +5,10 @@ import os
 import subprocess
 import sys
 
+from flax import nnx
+import jax
+from maxtext.layers import quantizations
+from maxtext.trainers.pre_train import train
 import numpy as np
 import pytest
 
@@ -36,17 +40,19 @@ CASES = {
   "dropout": ({"base_num_decoder_layers": 3, "enable_dropout": True, "dropout_rate": 0.2, **BOTH_NORMS}, 2e-5),
   "metrics": ({"base_num_decoder_layers": 3, "record_internal_nn_metrics": 1, **BOTH_NORMS}, 2e-5),
 }
-FAST = ("both norms",)
+POLICIES = ("full", "minimal", "none", "custom", "minimal_offloaded")
+FAST = "both norms, full"
 
 
-def case(name, policy):
-  keys, budget = CASES[name]
-  return pytest.param(keys, budget, policy, id=f"{name}, {policy}", marks=() if name in FAST else pytest.mark.slow)
+def cases():
+  """Every case under the two policies that make blocks again, and one under the others."""
+  for name, (keys, budget) in CASES.items():
+    for policy in POLICIES if name == "both norms" else POLICIES[:2]:
+      label = f"{name}, {policy}"
+      yield pytest.param(keys, budget, policy, id=label, marks=() if label == FAST else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(
-  ("keys", "budget", "policy"), [case(name, policy) for name in CASES for policy in ("full", "minimal")]
-)
+@pytest.mark.parametrize(("keys", "budget", "policy"), cases())
 def test_loss_and_gradients(keys, budget, policy):
   """Under full rematerialisation blocks and aggregates go back together; otherwise each for itself."""
   keys = {"mudd": True, **keys}
@@ -59,6 +65,27 @@ def test_loss_and_gradients(keys, budget, policy):
     largest = np.abs(expected[path]).max()  # zero for the norm of a source that nothing sees, with 2x2
     assert largest > 0 or "output_norm" in path, path
     np.testing.assert_allclose(gradient, expected[path], atol=budget * largest, rtol=0, err_msg=str(path))
+
+
+@pytest.mark.slow
+def test_blocks_made_again_are_quantized():
+  """Qwix quantizes what is traced while the model is called, which the backward pass of a block is not."""
+  conversions = {}
+  for policy in ("minimal", "full"):
+    quantized = {"quantization": "int8", "use_qwix_quantization": True}
+    sizes = {"base_num_decoder_layers": 2, "base_mlp_dim": 48, "max_target_length": 8, "per_device_batch_size": 1}
+    cfg = models.config(mudd=True, mudd_kernel="pallas_interpret", remat_policy=policy, **quantized, **sizes)
+    model = models.build(cfg)
+    with jax.set_mesh(model.decoder.mesh):
+      model = quantizations.maybe_quantize_model(model, cfg)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    data = models.batch(cfg)
+
+    def loss(params, graph=graph, rest=rest, cfg=cfg, data=data):
+      return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)[0]
+
+    conversions[policy] = str(jax.make_jaxpr(jax.grad(loss))(params)).count("new_dtype=int8")
+  assert conversions["full"] == conversions["minimal"] > 0
 
 
 def test_groups_count_from_the_top():

@@ -1,7 +1,7 @@
 """The aggregates of a whole model as one chain of fused passes, whose backward pass moves as little memory as it can.
 
 Differentiated one by one, every aggregate adds to the gradient of every source before it: a read and a write of all the
-sums, once per block. Here only the gradients that the next blocks need are added at once; the rest of a group of GROUP
+sums, once per block. Here only the gradients that the next blocks need are added at once; the rest of a group of
 aggregates follows in one pass, when the group's lowest one is reached. And where a block is computed again in the
 backward pass, its streams are made in the pass that goes back through the aggregate above it, which reads the same
 sources anyway.
@@ -13,6 +13,7 @@ writer, so nothing is ever added to it. The gradients of sources, parameters and
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +22,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from maxtext_mudd.kernels import sharded
-from maxtext_mudd.kernels.tpu import Aggregate as Pass
+from maxtext_mudd.kernels import sharded, tpu
 from maxtext_mudd.kernels.tpu import Sent, Settings, Weights
 from maxtext_mudd.kernels.tpu_common import Origin
 from maxtext_mudd.topology import Aggregate, Topology
 
-GROUP = 4  # within 3 % of the best uniform number for 24 to 42 blocks
+AGGREGATES_PER_GROUP = 4  # within 3 % of the best uniform number for 24 to 42 blocks
 LAST_OUTPUT_NAME = "mudd_last_output"  # for the policy of rematerialisation
 
 
@@ -107,8 +107,8 @@ def place(topology: Topology, block: int) -> Place:
   blocks = sorted(topology.aggregates)
   number = blocks.index(block)
   top = len(blocks) - 1
-  last = top - (top - number) // GROUP * GROUP
-  first = max(0, last - GROUP + 1)
+  last = top - (top - number) // AGGREGATES_PER_GROUP * AGGREGATES_PER_GROUP
+  first = max(0, last - AGGREGATES_PER_GROUP + 1)
   aggregate_at = topology.aggregates.get
   return Place(
     aggregate=aggregate_at(block),
@@ -159,17 +159,21 @@ def through_block(
     the chain with the block's output, and what else it returned.
   """
   echoes = not link.place.is_top
+  # Traced once, here: what is in force around the model's call, like quantization by interception, is not any more when
+  # the backward pass is traced.
+  sums = jax.eval_shape(functools.partial(_streams, link), chain, weights)
+  block, closed_over = jax.closure_convert(block, state, sums, chain.output, arguments)
 
   @jax.custom_vjp
-  def call(state, chain, weights, arguments):
-    source, output, rest = block(state, _streams(link, chain, weights), chain.output, arguments)
+  def call(state, chain, weights, arguments, closed_over):
+    source, output, rest = block(state, _streams(link, chain, weights), chain.output, arguments, *closed_over)
     return _behind(link, chain, weights, echoes).append(source, output), rest
 
-  def forward(state, chain, weights, arguments):
-    return call(state, chain, weights, arguments), (state, _kept(chain), weights, arguments)
+  def forward(state, chain, weights, arguments, closed_over):
+    return call(state, chain, weights, arguments, closed_over), (state, _kept(chain), weights, arguments, closed_over)
 
   def backward(inputs, cotangents):
-    state, chain, weights, arguments = inputs
+    state, chain, weights, arguments, closed_over = inputs
     to_chain, to_rest = cotangents
     streams = to_chain.echo if echoes else _streams(link, chain, weights)
     to_source, to_output = to_chain.sources[-1], to_chain.newest
@@ -179,13 +183,13 @@ def through_block(
       source, output, rest = block(*inputs)
       return (source, None if chain.newest is None else output, rest)
 
-    _, vjp = jax.vjp(outputs, state, streams, chain.output, arguments)
-    to_state, to_streams, to_newest, to_arguments = vjp((to_source, to_output, to_rest))
+    _, vjp = jax.vjp(outputs, state, streams, chain.output, arguments, *closed_over)
+    to_state, to_streams, to_newest, to_arguments, *to_closed_over = vjp((to_source, to_output, to_rest))
     to_chain, to_weights = _send_back(link, chain, weights, to_streams, to_chain, to_newest)
-    return to_state, to_chain, to_weights, to_arguments
+    return to_state, to_chain, to_weights, to_arguments, to_closed_over
 
   call.defvjp(forward, backward)
-  return call(state, chain, weights, arguments)
+  return call(state, chain, weights, arguments, closed_over)
 
 
 def _kept(chain: Chain) -> Chain:
@@ -195,7 +199,7 @@ def _kept(chain: Chain) -> Chain:
 
 def _streams(link: Link, chain: Chain, weights: Weights) -> list:
   own = link.place.aggregate.sources
-  one = Pass(weights, Origin(newest=chain.newest if weights.w1 is not None else None), tuple(range(len(own))))
+  one = tpu.Aggregate(weights, Origin(newest=chain.newest if weights.w1 is not None else None), tuple(range(len(own))))
   return sharded.forward(link.settings, link.sharding, [chain.sources[j] for j in own], one)
 
 
@@ -237,7 +241,7 @@ def _send_back(
   again = None
   if chain.echo is not None:
     origin = Origin(newest=chain.newest_before if chain.weights.w1 is not None else None)
-    again = Pass(chain.weights, origin, _positions(place.before, read))
+    again = tpu.Aggregate(chain.weights, origin, _positions(place.before, read))
   near = tuple(j for j in own.sources if j >= place.floor)
   totals = list(behind.sources)
   apart = chain.newest is not None and weights.w1 is not None
@@ -246,7 +250,7 @@ def _send_back(
     sharding,
     [chain.sources[j] for j in read],
     to_streams,
-    Pass(weights, Origin(newest=chain.newest if apart else None), _positions(own, read)),
+    tpu.Aggregate(weights, Origin(newest=chain.newest if apart else None), _positions(own, read)),
     near=tuple(read.index(j) for j in near),
     totals=None if place.is_top else [totals[j] for j in near],
     again=again,

@@ -1,5 +1,8 @@
 """The dense family: static or dynamic weights, one way or one per stream (DenseFormer, DDFormer, MUDD)."""
 
+from collections.abc import Callable
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -180,12 +183,17 @@ class DenseConnection(nnx.Module):
       return None, carry
     with self._precision():
       if isinstance(carry, Chain):
-        sums, carry = chain.aggregate(self.link(module, carry), carry, module.weights())
+        sums, carry = chain.aggregate(self._link(module, carry), carry, module.weights())
       else:
         sums = module(carry)
     return sums, carry
 
-  def link(self, module: DepthAggregate, carry: Chain) -> chain.Link:
+  def through(self, block: Callable, state, carry: Chain, arguments) -> tuple[Chain, Any]:
+    """The carry behind this block, which is computed again in the backward pass: `chain.through_block`."""
+    module = self.depth_aggregate
+    return chain.through_block(self._link(module, carry), block, state, carry, module.weights(), arguments)
+
+  def _link(self, module: DepthAggregate, carry: Chain) -> chain.Link:
     place = chain.place(self.topology, module.aggregate.block)
     settings = Settings(**module.settings(), interpret=kernels.interpretation(self.config.mudd_kernel))
     return chain.Link(place, settings, _layout(self.config, self.mesh, carry.output.shape))

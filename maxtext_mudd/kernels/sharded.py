@@ -38,7 +38,7 @@ def backward(
   again: Aggregate | None = None,
   keep_hidden: bool = False,
 ) -> Gradients:
-  """As `tpu.backward`. `hidden` and `to_hidden` are the same on all devices that share their rows."""
+  """As `tpu.backward`, of an aggregate without `Origin.hidden`. `hidden` is the same on all devices that share rows."""
   if sharding is None:
     return tpu.backward(settings, sources, gradients, aggregate, near, totals, again, keep_hidden)
   layout = _Layout(sharding)
@@ -145,7 +145,7 @@ def _hidden(settings: Settings, layout: _Layout, newest, w1):
   """(h, slope of the activation, z, inverse root mean square), after one reduction of [B,T,K+1] numbers."""
   wide = newest.astype(jnp.float32)
   square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-  product = jnp.einsum("btd,dk->btk", newest, w1.astype(newest.dtype), preferred_element_type=jnp.float32)
+  product = tpu_common.product(newest, w1.astype(newest.dtype), ((2,), (0,)))
   summed = layout.sum(jnp.concatenate([product, square], axis=-1), layout.width)
   inverse = jax.lax.rsqrt(summed[..., -1:] / layout.whole_width(newest) + settings.epsilon)
   z = inverse * summed[..., :-1]
@@ -167,8 +167,8 @@ def _backward_by_width(
   dz = layout.sum(made.to_hidden, layout.width) * slope
   along = jnp.sum(dz * z, axis=-1, keepdims=True) / layout.whole_width(newest)
   scaled = (dz * inverse).astype(newest.dtype)
-  dw1 = jnp.einsum("btd,btk->dk", newest, scaled, preferred_element_type=jnp.float32)
-  to_newest = jnp.einsum("btk,dk->btd", scaled, w1, preferred_element_type=jnp.float32)
+  dw1 = tpu_common.product(newest, scaled, ((0, 1), (0, 1)))
+  to_newest = tpu_common.product(scaled, w1, ((2,), (1,)))
   to_newest -= newest.astype(jnp.float32) * (inverse**2 * along)
   if own.origin.newest is None:
     made = made._replace(near=[*made.near[:-1], (made.near[-1] + to_newest).astype(newest.dtype)])

@@ -16,8 +16,6 @@ from maxtext_mudd.kernels import tpu_common as common
 from maxtext_mudd.kernels.tpu_common import GROUP, Operands, Origin, Shape
 from maxtext_mudd.kernels.tpu_forward import write_streams
 
-CORES = 2  # of a v4 or v5p: each adds up the weight gradients of its own row blocks
-
 
 class Again(NamedTuple):
   """The aggregate whose streams are made again: `newest` is the index of its newest source."""
@@ -76,7 +74,7 @@ def backward(
   shape: Shape, rows: Rows, whole: Whole, near: tuple[int, ...], again: int | None, *, keep_hidden: bool, interpret
 ) -> tuple[Made, Sums]:
   """`near`: indices of the near sources; `again`: of the newest source of the aggregate made again."""
-  cores = CORES if shape.blocks % CORES == 0 else 1
+  cores = common.CORES if shape.blocks % common.CORES == 0 else 1
   steps = shape.blocks // cores
   ways, sources = len(rows.gradients), len(rows.sources)
   hidden = 0 if whole.w2 is None else whole.w2.shape[1]

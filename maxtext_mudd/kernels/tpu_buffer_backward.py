@@ -15,7 +15,6 @@ from maxtext_mudd.kernels.tpu_buffer_common import BufferShape
 from maxtext_mudd.kernels.tpu_common import GROUP, Operands, Origin
 
 SUMMED = 512  # columns per product in a sum of products
-CORES = 2  # of a v4 or v5p: each adds up the weight gradients of its own row blocks
 
 
 class Sums(NamedTuple):
@@ -33,7 +32,7 @@ def backward(shape: BufferShape, count, buffer, newest, gradients, operands: Ope
     gradients: of the C streams, [rows,D].
     w2: W2 [G,K,C·n]; the rest as in the forward pass.
   """
-  cores = CORES if shape.blocks % CORES == 0 else 1
+  cores = common.CORES if shape.blocks % common.CORES == 0 else 1
   steps = shape.blocks // cores
 
   def row_block(core, step):

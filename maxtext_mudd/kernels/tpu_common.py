@@ -20,8 +20,9 @@ import jax.numpy as jnp
 
 from maxtext_mudd.kernels.reference import ACTIVATIONS
 
-VMEM_LIMIT = 100 * 2**20
+VMEM_LIMIT = 100 * 2**20  # above what chips with 64 MB have: there the compiler's own limit holds
 GROUP = 8  # tokens per product: the sublanes of a float32 tile
+CORES = 2  # of a v4 or v5p: each adds up the weight gradients of its own row blocks
 CHUNK = 128  # columns per product: wider ones leave more results at a time than a core has registers
 
 # Bytes of all row blocks that go in or out in one grid step. VMEM, 64 MB on a v5p, holds them twice, the weights, and

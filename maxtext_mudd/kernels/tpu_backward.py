@@ -94,7 +94,7 @@ def backward(
     streams=None if whole.again is None else [one] * whole.again.a.shape[0],
   )
   sums = Sums(
-    a=jax.ShapeDtypeStruct((cores, ways, 1, sources), jnp.float32),
+    a=jax.ShapeDtypeStruct((cores, ways, 1, GROUP * sources), jnp.float32),
     w2=jax.ShapeDtypeStruct((cores, ways, hidden, sources), jnp.float32) if hidden else None,
     w1=None if whole.w1 is None else jax.ShapeDtypeStruct((cores, 1, *whole.w1.shape), jnp.float32),
   )
@@ -124,7 +124,8 @@ def backward(
     interpret=interpret,
     name="depth_aggregate_backward",
   )(rows, whole)
-  return made, Sums(sums.a.sum(0)[:, 0], *(None if x is None else x.sum(0) for x in sums[1:]))
+  to_a = sums.a.reshape(cores, ways, sources, GROUP).sum((0, 3))
+  return made, Sums(to_a, *(None if x is None else x.sum(0) for x in sums[1:]))
 
 
 def _body(shape: Shape, steps: int, near, again, rows: Rows, whole: Whole, made: Made, sums: Sums, scratch):
@@ -203,9 +204,9 @@ def _weight_gradients(shape: Shape, block_start, rows: Rows, whole: Whole, made:
   dh = jnp.zeros((), jnp.float32)
   for c in range(len(rows.gradients)):
     pairs = jnp.where(own, scratch["pairs"][c], 0.0)
-    dw = sum(common.product(part, one_hot) for part in common.halves(pairs, shape.dtype))
-    sums.a[0, c] += jnp.sum(dw, axis=0, keepdims=True)
+    sums.a[0, c] += jnp.sum(pairs, axis=0, keepdims=True)  # exact; eight lanes per source, added up outside
     if whole.w2 is not None:
+      dw = sum(common.product(part, one_hot) for part in common.halves(pairs, shape.dtype))
       for part in common.halves(dw, shape.dtype):
         sums.w2[0, c] += common.product(scratch["hidden"][...], part, ((0,), (0,)))
         dh += common.product(part, whole.w2[c], ((1,), (1,)))

@@ -113,8 +113,8 @@ def _body(
     h = None if newest is None else scratch["h"][...]
     buffers.fill_factors(scratch["factors"], shape, h, operands, group)
     _products(shape, block_start, left, slots, gradients, to_buffer, scratch)
-    dw = _weight_gradients(shape, scratch["pairs"])
-    sums.a[0, group] += jnp.sum(dw, axis=0, keepdims=True)
+    dw, da = _weight_gradients(shape, scratch["pairs"])
+    sums.a[0, group] += da
     if newest is not None:
       sums.w2[0, group] += common.product(h.astype(jnp.float32), dw, ((0,), (0,)))
       scratch["to_h"][...] += common.product(dw, w2[group].astype(jnp.float32), ((1,), (1,)))
@@ -168,13 +168,15 @@ def _products(shape: BufferShape, block_start, left, slots, gradients, to_buffer
 
 
 def _weight_gradients(shape: BufferShape, pairs):
-  """Gradients of the weights of one group, [block,C·n], from dO @ X^T [C,block,8n] of all pairs of eight tokens."""
+  """Gradients of the weights of one group, [block,C·n], and their exact sum over tokens, [1,C·n]; from dO @ X^T
+  [C,block,8n] of all pairs of eight tokens."""
   lanes = GROUP * shape.slots
   own = common.own_token(shape.block, lanes)
   slot = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, (lanes, shape.slots), 0), GROUP)
   one_hot = (slot == jax.lax.broadcasted_iota(jnp.int32, (lanes, shape.slots), 1)).astype(shape.dtype)
-  made = []
+  made, summed = [], []
   for c in range(pairs.shape[0]):
-    parts = common.halves(jnp.where(own, pairs[c], 0.0), shape.dtype)
-    made.append(sum(common.product(part, one_hot) for part in parts))
-  return jnp.concatenate(made, axis=1)
+    of_own = jnp.where(own, pairs[c], 0.0)
+    made.append(sum(common.product(part, one_hot) for part in common.halves(of_own, shape.dtype)))
+    summed.append(common.product(jnp.sum(of_own, axis=0, keepdims=True), one_hot.astype(jnp.float32)))
+  return jnp.concatenate(made, axis=1), jnp.concatenate(summed, axis=1)

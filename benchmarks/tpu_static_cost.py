@@ -346,6 +346,10 @@ def refusal(options) -> str | None:
     for name in getattr(options, key).split(","):
       if name not in known:
         return f"--{key} has {name!r}; use some of {', '.join(known)}."
+  for name in ("sources", "ways", "batch", "length"):
+    value = getattr(options, name)
+    if value is not None and value < 1:
+      return f"--{name} is {value}; at least 1 is needed."
   if options.keep and options.keep.exists():
     return f"--keep {options.keep} is there already; name a new folder."
   return record.missing_libtpu()

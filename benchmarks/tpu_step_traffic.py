@@ -209,7 +209,7 @@ def refusal(options) -> str | None:
     return f"--yaml {options.yaml} is not a file; name one, such as yaml/mudd_2p8b.yml."
   if options.layers is not None and options.layers < 1:
     return f"--layers is {options.layers}; at least 1 is needed."
-  if options.batch <= 0:
+  if not options.batch > 0:
     return f"--batch is {options.batch:g}; more than 0 is needed."
   return record.missing_libtpu()
 

@@ -271,16 +271,6 @@ class MuddConfig(MaxTextConfig):
       )
     refused = (
       (self.scan_layers, "scan_layers=True", "layers are not scanned yet with mudd=True; set scan_layers=False"),
-      (
-        self.mudd_kernel == "pallas" and self.hardware != "tpu",
-        f"hardware={self.hardware}",
-        "mudd_kernel=pallas is compiled for TPUs; use mudd_kernel=auto",
-      ),
-      (
-        self.mudd_kernel.startswith("pallas") and self.dtype.value not in kernels.DTYPES,
-        f"dtype={self.dtype.value}",
-        f"mudd_kernel={self.mudd_kernel} takes {' or '.join(kernels.DTYPES)}; use one of these, or mudd_kernel=xla",
-      ),
       (self.fused_qkv, "fused_qkv=True", "q, k and v have inputs of their own; set fused_qkv=False"),
       (self.share_kv_projections, "share_kv_projections=True", "k and v have inputs of their own; set it to False"),
       (self.attention_type == "mla", "attention_type='mla'", "its latent is made of one input; use 'global'"),
@@ -308,6 +298,19 @@ class MuddConfig(MaxTextConfig):
       (self.use_multimodal, "use_multimodal=True", "visual features are added between layers; set it to False"),
     )
     _refuse(refused, "mudd=True")
+    kernel_refused = (
+      (
+        self.mudd_kernel == "pallas" and self.hardware != "tpu",
+        f"hardware={self.hardware}",
+        "it is compiled for TPUs; use mudd_kernel=auto",
+      ),
+      (
+        self.mudd_kernel.startswith("pallas") and self.dtype.value not in kernels.DTYPES,
+        f"dtype={self.dtype.value}",
+        f"it takes {' or '.join(kernels.DTYPES)}; use one of these, or mudd_kernel=xla",
+      ),
+    )
+    _refuse(kernel_refused, f"mudd_kernel={self.mudd_kernel}")
     if self.depth_connection == "hyper_connections":
       self._check_hyper_connections()
 

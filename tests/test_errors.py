@@ -215,12 +215,12 @@ MISTAKES = {
   ),
   "a kernel for another device": (
     ["mudd_kernel=pallas"],
-    "hardware=cpu does not work with mudd=True: mudd_kernel=pallas is compiled for TPUs; use mudd_kernel=auto.",
+    "hardware=cpu does not work with mudd_kernel=pallas: it is compiled for TPUs; use mudd_kernel=auto.",
   ),
   "a dtype that the kernel does not take": (
     ["mudd_kernel=pallas_interpret", "dtype=float16"],
-    "dtype=float16 does not work with mudd=True: mudd_kernel=pallas_interpret takes bfloat16 or float32; use one of "
-    "these, or mudd_kernel=xla.",
+    "dtype=float16 does not work with mudd_kernel=pallas_interpret: it takes bfloat16 or float32; use one of these, or "
+    "mudd_kernel=xla.",
   ),
   "Muon": (
     ["opt_type=muon"],

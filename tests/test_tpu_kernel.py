@@ -17,13 +17,11 @@ from maxtext_mudd import kernels
 
 # B, T, D, N, C, K, dtype, has newest, dynamic, activation; B·T not in whole groups of eight, nor D in lanes, but once.
 CASES = {
-  "whole tiles": (1, 16, 128, 2, 4, 16, "float32", False, True, "gelu"),
   "odd sizes": (2, 5, 24, 3, 4, 16, "float32", False, True, "gelu"),
   "one way, tanh, pre-normed": (3, 7, 40, 5, 1, 8, "float32", True, True, "gelu_tanh"),
   "static": (2, 13, 40, 5, 4, 0, "float32", False, False, "gelu"),
-  "bfloat16": (2, 24, 128, 5, 4, 64, "bfloat16", False, True, "gelu"),
 }
-BUDGETS = {"float32": (2e-6, 5e-6), "bfloat16": (2**-8, 2**-6)}  # of values, of gradients
+BUDGETS = {"float32": (2e-6, 5e-6)}  # of values, of gradients
 
 
 def operands(case):

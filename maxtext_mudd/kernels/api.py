@@ -75,6 +75,10 @@ def depth_aggregate(
   for name, x in alike:
     if x.shape != shape or x.dtype != dtype:
       raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, sources[-1] is {dtype}{list(shape)}; make them equal.")
+  if len(shape) != 3 or not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"a source is {dtype}{list(shape)}; give floating-point arrays [B,T,D].")
+  if a is None:
+    raise ValueError("a is missing; the static weights [C,N] are needed, zeros at the least.")
   if a.shape != (ways, len(sources)):
     wanted = [ways, len(sources)]
     raise ValueError(f"a has shape {list(a.shape)}; {ways} ways and {len(sources)} sources need {wanted}.")

@@ -60,7 +60,12 @@ def fully_rematerialised():
   return value_and_gradients(models.config(**TINY, remat_policy="full"))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+FAST = ("none", "minimal_with_context", "qkv_proj_offloaded", "save_out_proj", "custom")
+
+
+@pytest.mark.parametrize(
+  "policy", [policy if policy in FAST else pytest.param(policy, marks=pytest.mark.slow) for policy in POLICIES]
+)
 def test_remat_policies_change_nothing(policy, fully_rematerialised):
   keys = {"decoder_layer_input": "offload", "out_proj": "device"} if policy == "custom" else {}
   loss, _, gradients = value_and_gradients(models.config(**TINY, remat_policy=policy, **keys))

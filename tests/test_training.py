@@ -184,7 +184,8 @@ def test_connection_metrics_are_what_they_say():
   da = model.decoder.layers_2.connection.depth_aggregate
   rng = np.random.default_rng(0)
   xs = [rng.standard_normal((2, 16, 32)).astype(np.float32) for _ in range(3)]
-  da(History(tuple(map(jax.numpy.asarray, xs)), jax.numpy.asarray(xs[-1])))
+  history = History(tuple(map(jax.numpy.asarray, xs)), jax.numpy.asarray(xs[-1]))
+  da.streams(da(history), history.output)
   sown = {path[-1]: float(value.get_value()[0]) for path, value in nnx.to_flat_state(nnx.pop(da, nnx.Intermediate))}
 
   normed = xs[-1] / np.sqrt(np.square(xs[-1]).mean(-1, keepdims=True) + 1e-6)
@@ -202,9 +203,9 @@ def test_connection_metrics_are_what_they_say():
 def test_matmul_precision_reaches_the_weight_mlp():
   """MaxText's key, which decides whether float32 products are float32 on accelerators."""
   cfg = models.config(mudd=True, matmul_precision="highest", remat_policy="none")
-  da = models.build(cfg).decoder.layers_2.connection.depth_aggregate
+  connection = models.build(cfg).decoder.layers_2.connection
   x = jax.numpy.ones((1, 4, 32))
-  jaxpr = str(jax.make_jaxpr(lambda x: da(History((x, x, x), x)))(x))
+  jaxpr = str(jax.make_jaxpr(lambda x: jax.tree.leaves(connection.read(History((x, x, x), x))[0]))(x))
   assert jaxpr.count("dot_general") == jaxpr.count("Precision.HIGHEST, Precision.HIGHEST") == 2
 
 

@@ -8,9 +8,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from maxtext_mudd.kernels import fused, reference, tpu_buffer
+from maxtext_mudd.kernels import buffer, fused, reference
 from maxtext_mudd.kernels.choice import DTYPES, IMPLEMENTATIONS, STRICTLY, is_fused
-from maxtext_mudd.kernels.tpu import Settings
+from maxtext_mudd.kernels.tpu import Settings, Weights
 
 
 def depth_aggregate(
@@ -106,9 +106,8 @@ def depth_aggregate(
   settings = Settings(activation, epsilon, STRICTLY if implementation == "pallas_interpret" else False)
   if not is_buffer:
     return fused.depth_aggregate(sources, newest, w1, w2, a, settings, sharding)
-  if sharding is not None:
-    raise ValueError("sharding goes with a list of sources; the kernel takes a buffer on one device.")
-  return tpu_buffer.depth_aggregate(sources, count, newest, w1, w2, a, settings)
+  apart = None if w1 is None else newest
+  return buffer.depth_aggregate(buffer.Passes(True, settings, sharding), sources, count, apart, Weights(a, w2, w1))
 
 
 def _check_buffer(buffer, count) -> None:

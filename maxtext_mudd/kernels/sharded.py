@@ -1,4 +1,4 @@
-"""The three passes on a mesh: every device its own rows and its own part of D, and small reductions between them."""
+"""The passes on a mesh: every device its own rows and its own part of D, and small reductions between them."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxtext_mudd.kernels import tpu, tpu_common
+from maxtext_mudd.kernels import tpu, tpu_buffer, tpu_common
 from maxtext_mudd.kernels.tpu import Aggregate, Gradients, Sent, Settings, Weights
+from maxtext_mudd.kernels.tpu_buffer import BufferGradients
 from maxtext_mudd.kernels.tpu_common import Origin
 
 
@@ -52,14 +53,7 @@ def backward(
       made = tpu.backward(settings, sources, gradients, own, near, totals, before, keep_hidden)
     else:
       made = _backward_by_width(settings, layout, sources, gradients, own, near, totals, before, keep_hidden)
-    w1 = made.weights.w1
-    return made._replace(
-      weights=Weights(
-        layout.sum(made.weights.a, layout.all_axes),
-        layout.sum(made.weights.w2, layout.all_axes),
-        None if w1 is None else layout.sum(w1, layout.row_axes),
-      )
-    )
+    return made._replace(weights=layout.sum_weights(made.weights))
 
   tokens = P(*layout.rows[:2])
   weights = layout.weights(aggregate.weights)
@@ -105,6 +99,74 @@ def push(
   return layout.map(local, specs, layout.rows)(gradients, origins, weights, totals)
 
 
+def buffer_forward(settings: Settings, sharding: NamedSharding | None, buffer, count, newest, weights: Weights) -> list:
+  """As `tpu_buffer.forward`; `newest` None: entry count - 1. `sharding` is that of one source."""
+  if sharding is None:
+    return tpu_buffer.forward(settings, buffer, count, weights, Origin(newest))
+  layout = _Layout(sharding)
+
+  def local(buffer, count, newest, weights):
+    origin = Origin(newest)
+    if layout.width is not None and weights.w1 is not None:
+      h, *_ = _hidden(settings, layout, _newest(buffer, count, newest), weights.w1)
+      weights, origin = weights._replace(w1=None), Origin(hidden=h)
+    return tpu_buffer.forward(settings, buffer, count, weights, origin)
+
+  rows = None if newest is None else layout.rows
+  call = layout.map(local, (layout.entries, P(), rows, layout.weights(weights)), layout.rows)
+  return call(buffer, count, newest, weights)
+
+
+def buffer_backward(
+  settings: Settings,
+  sharding: NamedSharding | None,
+  buffer,
+  count,
+  newest,
+  weights: Weights,
+  gradients,
+  totals,
+) -> BufferGradients:
+  """As `tpu_buffer.backward`; the rest as in `buffer_forward`."""
+  if sharding is None:
+    return tpu_buffer.backward(settings, buffer, count, gradients, weights, Origin(newest), totals)
+  layout = _Layout(sharding)
+
+  def local(buffer, count, newest, weights, gradients, totals):
+    if layout.width is None or weights.w1 is None:
+      made = tpu_buffer.backward(settings, buffer, count, gradients, weights, Origin(newest), totals)
+    else:
+      x, w1 = _newest(buffer, count, newest), weights.w1
+      given = _hidden(settings, layout, x, w1)
+      static = weights._replace(w1=None)
+      made = tpu_buffer.backward(settings, buffer, count, gradients, static, Origin(hidden=given[0]), totals)
+      dw1, to_newest = _through_norm(layout, x, w1, given, made.to_hidden)
+      made = made._replace(weights=made.weights._replace(w1=dw1), to_hidden=None)
+      if newest is None:
+        own = jax.lax.dynamic_index_in_dim(made.buffer, count - 1, keepdims=False)
+        own = (own + to_newest).astype(own.dtype)
+        made = made._replace(buffer=jax.lax.dynamic_update_index_in_dim(made.buffer, own, count - 1, 0))
+      else:
+        made = made._replace(newest=to_newest.astype(newest.dtype))
+    return made._replace(weights=layout.sum_weights(made.weights))
+
+  rows = None if newest is None else layout.rows
+  specs = (
+    layout.entries,
+    P(),
+    rows,
+    layout.weights(weights),
+    layout.rows,
+    None if totals is None else layout.entries,
+  )
+  out_specs = BufferGradients(layout.entries, rows, None, layout.weights(weights))
+  return layout.map(local, specs, out_specs)(buffer, count, newest, weights, gradients, totals)
+
+
+def _newest(buffer, count, newest):
+  return jax.lax.dynamic_index_in_dim(buffer, count - 1, keepdims=False) if newest is None else newest
+
+
 class _Layout:
   """Mesh axes of the rows (B and T) and of the width."""
 
@@ -112,6 +174,7 @@ class _Layout:
     batch, length, width = (*sharding.spec, None, None, None)[:3]
     self.mesh = sharding.mesh
     self.rows = P(batch, length, width)
+    self.entries = P(None, batch, length, width)
     self.width = width
     self.row_axes = _names(batch) + _names(length)
     self.all_axes = self.row_axes + _names(width)
@@ -121,6 +184,11 @@ class _Layout:
 
   def weights(self, weights: Weights):
     return Weights(P(), *(None if x is None else spec for x, spec in zip(weights[1:], (P(), P(self.width, None)))))
+
+  def sum_weights(self, gradients: Weights) -> Weights:
+    """Over the devices that have a part of them."""
+    a, w2, w1 = gradients
+    return Weights(self.sum(a, self.all_axes), self.sum(w2, self.all_axes), self.sum(w1, self.row_axes))
 
   def whole_width(self, x) -> int:
     return x.shape[-1] * jax.lax.axis_size(self.width)
@@ -158,21 +226,28 @@ def _backward_by_width(
 ) -> Gradients:
   """The backward pass where D is sharded: what goes through W1 is done here, around a reduction of [B,T,K] numbers."""
   newest = sources[-1] if own.origin.newest is None else own.origin.newest
-  w1 = own.weights.w1.astype(newest.dtype)
-  h, slope, z, inverse = _hidden(settings, layout, newest, w1)
-  given = Aggregate(own.weights._replace(w1=None), Origin(hidden=h), own.positions)
+  w1 = own.weights.w1
+  given = _hidden(settings, layout, newest, w1)
+  h = given[0]
+  static = Aggregate(own.weights._replace(w1=None), Origin(hidden=h), own.positions)
   if before is not None:
     before = layout.with_hidden(settings, sources, before)
-  made = tpu.backward(settings, sources, gradients, given, near, totals, before)
-  dz = layout.sum(made.to_hidden, layout.width) * slope
-  along = jnp.sum(dz * z, axis=-1, keepdims=True) / layout.whole_width(newest)
-  scaled = (dz * inverse).astype(newest.dtype)
-  dw1 = tpu_common.product(newest, scaled, ((0, 1), (0, 1)))
-  to_newest = tpu_common.product(scaled, w1, ((2,), (1,)))
-  to_newest -= newest.astype(jnp.float32) * (inverse**2 * along)
+  made = tpu.backward(settings, sources, gradients, static, near, totals, before)
+  dw1, to_newest = _through_norm(layout, newest, w1, given, made.to_hidden)
   if own.origin.newest is None:
     made = made._replace(near=[*made.near[:-1], (made.near[-1] + to_newest).astype(newest.dtype)])
   else:
     made = made._replace(newest=to_newest.astype(newest.dtype))
   weights = made.weights._replace(w1=dw1)
   return made._replace(weights=weights, to_hidden=None, hidden=h if keep_hidden else None)
+
+
+def _through_norm(layout: _Layout, newest, w1, given, to_hidden):
+  """Gradients of W1 and, float32, of X_i, from that of the hidden layer; `given` as `_hidden` returned it."""
+  _, slope, z, inverse = given
+  dz = layout.sum(to_hidden, layout.width) * slope
+  along = jnp.sum(dz * z, axis=-1, keepdims=True) / layout.whole_width(newest)
+  scaled = (dz * inverse).astype(newest.dtype)
+  dw1 = tpu_common.product(newest, scaled, ((0, 1), (0, 1)))
+  to_newest = tpu_common.product(scaled, w1.astype(newest.dtype), ((2,), (1,)))
+  return dw1, to_newest - newest.astype(jnp.float32) * (inverse**2 * along)

@@ -1,16 +1,17 @@
-"""The fused kernel on a buffer of sources, of which a number known only at run time is valid, as a differentiable
-operation: layouts outside the kernels, and which pass makes what."""
+"""The two passes of the fused kernel on a buffer of sources, of which a number known only at run time is valid: layouts
+outside the kernels, block sizes."""
 
 import dataclasses
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from maxtext_mudd.kernels import tpu_buffer_backward, tpu_buffer_forward
-from maxtext_mudd.kernels.tpu import Settings
+from maxtext_mudd.kernels.tpu import Settings, Weights
 from maxtext_mudd.kernels.tpu_buffer_common import SLOTS, BufferShape
-from maxtext_mudd.kernels.tpu_common import GROUP, Operands, repeat_columns
+from maxtext_mudd.kernels.tpu_common import GROUP, Operands, Origin, repeat_columns
 
 # Of [block,D] arrays in VMEM. A v5p has 64 MB, and the weights, the sums of their gradients and what the compiler keeps
 # in between need room too.
@@ -18,10 +19,81 @@ _VMEM_BYTES = 36 * 2**20
 _LARGEST_BLOCK = 128
 
 
-def depth_aggregate(buffer, count, newest, w1, w2, a, settings: Settings):
-  """As `reference.depth_aggregate_buffer`. The backward pass keeps the inputs alone."""
+class BufferGradients(NamedTuple):
+  """What the backward pass makes; shapes of what they are gradients of.
+
+  Attributes:
+    buffer: of the buffer, added to the totals where there are any.
+    newest: of `Origin.newest`, to_hidden: of `Origin.hidden`; None where there is none.
+    weights: float32.
+  """
+
+  buffer: Float[Array, "S B T D"]
+  newest: Float[Array, "B T D"] | None
+  to_hidden: Float[Array, "B T K"] | None
+  weights: Weights
+
+
+def forward(settings: Settings, buffer: Float[Array, "S B T D"], count, weights: Weights, origin: Origin) -> list:
+  """The streams of the first `count` entries."""
+  shape = _shape(settings, buffer)
+  operands, _ = _laid_out(shape, count, weights)
+  ways = weights.a.shape[0]
+  sums = ways * 4 // shape.dtype.itemsize  # float32, and once where inputs and outputs are there twice
+  shape = _with_block(shape, 2 * (shape.slots + 1 + ways) + sums)
+  rows, origin = _rows(buffer), jax.tree.map(_rows, origin)
+  streams = tpu_buffer_forward.forward(shape, count[None], rows, origin, operands, interpret=settings.interpret)
+  return [x.reshape(buffer.shape[1:]) for x in streams]
+
+
+def backward(
+  settings: Settings,
+  buffer: Float[Array, "S B T D"],
+  count,
+  gradients,
+  weights: Weights,
+  origin: Origin,
+  totals: Float[Array, "S B T D"] | None = None,
+) -> BufferGradients:
+  """Gradients of everything. With `totals`, entries that are not valid are left alone or undefined; else zero."""
+  shape = _shape(settings, buffer)
+  operands, plain = _laid_out(shape, count, weights)
+  groups = 2 if totals is None else 3
+  shape = _with_block(shape, 2 * (groups * shape.slots + 2 + weights.a.shape[0]))
+  to_buffer, to_origin, sums = tpu_buffer_backward.backward(
+    shape,
+    count[None],
+    _rows(buffer),
+    [_rows(x) for x in gradients],
+    jax.tree.map(_rows, origin),
+    operands,
+    plain,
+    None if totals is None else _rows(totals),
+    interpret=settings.interpret,
+  )
+
+  def of_weights(x, like):
+    x = _by_entry(shape, x.reshape(*x.shape[:2], weights.a.shape[0], shape.slots))
+    return _valid(shape, count, x).reshape(like.shape)
+
+  lead = buffer.shape[1:3]
+  to_newest, to_hidden = (None if x is None else x.reshape(*lead, -1) for x in to_origin)
+  return BufferGradients(
+    to_buffer.reshape(buffer.shape),
+    to_newest,
+    to_hidden,
+    Weights(of_weights(sums.a, weights.a), None if sums.w2 is None else of_weights(sums.w2, weights.w2), sums.w1),
+  )
+
+
+def _rows(x):
+  """[...,B,T,n] -> [...,B·T,n]."""
+  return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
+def _shape(settings: Settings, buffer) -> BufferShape:
   entries, batch, length, width = buffer.shape
-  shape = BufferShape(
+  return BufferShape(
     rows=batch * length,
     width=width,
     block=GROUP,  # each pass takes larger ones
@@ -31,10 +103,6 @@ def depth_aggregate(buffer, count, newest, w1, w2, a, settings: Settings):
     entries=entries,
     slots=min(SLOTS, entries),
   )
-  rows = buffer.reshape(entries, shape.rows, width)
-  apart = None if newest is None or w1 is None else newest.reshape(shape.rows, width)
-  streams = _aggregate(shape, settings.interpret, count, rows, apart, w1, w2, a)
-  return [x.reshape(batch, length, width) for x in streams]
 
 
 def _with_block(shape: BufferShape, arrays: int) -> BufferShape:
@@ -62,44 +130,13 @@ def _valid(shape: BufferShape, count, x):
   return jnp.where(jnp.arange(shape.entries) < count, x, 0)
 
 
-def _laid_out(shape: BufferShape, count, w1, w2, a) -> tuple[Operands, jax.Array | None]:
+def _laid_out(shape: BufferShape, count, weights: Weights) -> tuple[Operands, jax.Array | None]:
   """The operands by group of n entries, with repeated columns; and W2 as [G,K,C·n]."""
-  static = repeat_columns(_by_group(shape, _valid(shape, count, a.astype(jnp.float32)))[:, :, None])
-  if w1 is None:
+  a = _by_group(shape, _valid(shape, count, weights.a.astype(jnp.float32)))
+  static = repeat_columns(a[:, :, None])
+  if weights.w2 is None:
     return Operands(static), None
-  w2 = _by_group(shape, _valid(shape, count, w2.astype(shape.dtype)))
+  w2 = _by_group(shape, _valid(shape, count, weights.w2.astype(shape.dtype)))
   by_way = repeat_columns(jnp.swapaxes(w2, 1, 2))
-  return Operands(static, by_way, w1.astype(shape.dtype)), w2.reshape(*w2.shape[:2], -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _aggregate(shape, interpret, count, buffer, newest, w1, w2, a):
-  operands, _ = _laid_out(shape, count, w1, w2, a)
-  ways = a.shape[0]
-  sums = ways * 4 // shape.dtype.itemsize  # float32, and once where inputs and outputs are there twice
-  shape = _with_block(shape, 2 * (shape.slots + 1 + ways) + sums)
-  return tpu_buffer_forward.forward(shape, count[None], buffer, newest, operands, interpret=interpret)
-
-
-def _forward(shape, interpret, *inputs):
-  return _aggregate(shape, interpret, *inputs), inputs
-
-
-def _backward(shape, interpret, inputs, gradients):
-  count, buffer, newest, w1, w2, a = inputs
-  operands, plain = _laid_out(shape, count, w1, w2, a)
-  shape = _with_block(shape, 2 * (2 * shape.slots + 2 + a.shape[0]))
-  to_buffer, to_newest, sums = tpu_buffer_backward.backward(
-    shape, count[None], buffer, newest, gradients, operands, plain, interpret=interpret
-  )
-
-  def of_weights(x, like):
-    x = _by_entry(shape, x.reshape(*x.shape[:2], a.shape[0], shape.slots))
-    return _valid(shape, count, x).reshape(like.shape).astype(like.dtype)
-
-  if w1 is None:
-    return None, to_buffer, None, None, None, of_weights(sums.a, a)
-  return None, to_buffer, to_newest, sums.w1.astype(w1.dtype), of_weights(sums.w2, w2), of_weights(sums.a, a)
-
-
-_aggregate.defvjp(_forward, _backward)
+  w1 = None if weights.w1 is None else weights.w1.astype(shape.dtype)
+  return Operands(static, by_way, w1), w2.reshape(*w2.shape[:2], -1)

@@ -52,14 +52,33 @@ def slot_specs(shape: BufferShape, row_block):
   return [spec(slot) for slot in range(shape.slots)]
 
 
-def row_spec(shape: BufferShape, row_block):
-  """Of an array [rows,D], read or written once for each row block."""
-  return pl.BlockSpec((shape.block, shape.width), lambda *at: (row_block(*at[:-2]), 0))
+def row_spec(shape: BufferShape, row_block, width: int | None = None):
+  """Of an array [rows,n], D wide if not told, read or written once for each row block."""
+  return pl.BlockSpec((shape.block, width or shape.width), lambda *at: (row_block(*at[:-2]), 0))
 
 
-def newest_spec(shape: BufferShape, row_block):
-  """Of the newest entry, which makes the weights and so must be there before the first group: it is read twice."""
-  return pl.BlockSpec((None, shape.block, shape.width), lambda *at: (at[-1][0] - 1, row_block(*at[:-2]), 0))
+def row_specs(shape: BufferShape, row_block, tree):
+  return jax.tree.map(lambda x: row_spec(shape, row_block, x.shape[1]), tree)
+
+
+def newest_of(shape: BufferShape, row_block, buffer, origin: common.Origin, operands: common.Operands):
+  """(array, its spec) of the newest entry where the weights are made from it: then it must be there before the first
+  group, so it is read twice. Otherwise None, twice."""
+  if operands.w2 is None or origin.newest is not None or origin.hidden is not None:
+    return None, None
+  spec = pl.BlockSpec((None, shape.block, shape.width), lambda *at: (at[-1][0] - 1, row_block(*at[:-2]), 0))
+  return buffer, spec
+
+
+def group_spec(shape: BufferShape, row_block):
+  """Of all slots of a group at once; groups without a valid entry stand for the last that has one."""
+
+  def index(*at):
+    *outer, group, count = at
+    last_group = jax.lax.div(count[0] - 1, shape.slots)
+    return jnp.minimum(group, last_group), row_block(*outer), 0
+
+  return pl.BlockSpec((shape.slots, shape.block, shape.width), index)
 
 
 def stack_slots(shape: BufferShape, slots, rows, first_row, left, columns):

@@ -45,7 +45,7 @@ _READ_WITH = (
   ("mudd_expansion_rate", "depth_connection", ("hyper_connections",)),
   *((key, "mudd_dynamic", (True,)) for key in _WEIGHT_MLP),
   ("mudd_post_norm_streams", "mudd_post_norm", (True,)),
-  *((f"mudd_ffn_{key}", "mudd_ffn_reallocation", (True,)) for key in ("first", "last", "round_to")),
+  *((f"mudd_ffn_{key}", "mudd_ffn_reallocation", (True,)) for key in ("first", "last", "round_to", "groups")),
   ("mudd_rotary_fraction", "mudd_decoder_layer", ("pythia",)),
   ("mudd_init_std", "mudd_init", ("normal",)),
 )
@@ -90,6 +90,9 @@ class MuddConfig(MaxTextConfig):
   mudd_ffn_first: float = Field(0.5, gt=0, allow_inf_nan=False, description="Width of the first FFN, as a factor.")
   mudd_ffn_last: float = Field(1.5, gt=0, allow_inf_nan=False, description="Width of the last FFN, as a factor.")
   mudd_ffn_round_to: int = Field(128, ge=1, description="FFN widths are multiples of this.")
+  mudd_ffn_groups: int = Field(
+    0, ge=0, description="Groups of blocks with one FFN width, the mean of Eq. 9; to scan layers. 0: each its own."
+  )
   mudd_expansion_rate: int = Field(4, ge=1, description="n: residual streams of hyper_connections (DHC×n).")
   mudd_decoder_layer: Literal["stock", "pythia"] = Field(
     "stock", description="The decoder layer: MaxText's of `decoder_block`, or Pythia's. Also without connections."
@@ -256,6 +259,16 @@ class MuddConfig(MaxTextConfig):
       raise ValueError(
         "mudd_ffn_reallocation=True needs at least two blocks, and base_num_decoder_layers=1; turn it off."
       )
+    if self.mudd_ffn_groups > self.num_decoder_layers:
+      raise ValueError(
+        f"mudd_ffn_groups={self.mudd_ffn_groups} is more than the model has blocks; use at most "
+        f"{self.num_decoder_layers}, or 0 for a width of its own in each."
+      )
+    if self.scan_layers and not self.mudd_ffn_groups:
+      raise ValueError(
+        "scan_layers=True does not work with mudd_ffn_reallocation=True: every FFN has a width of its own; scan groups "
+        "of equal width with mudd_ffn_groups=4, say, or set scan_layers=False."
+      )
     widths = topology.from_config(self).ffn_widths
     if 0 in widths:
       raise ValueError(
@@ -270,7 +283,11 @@ class MuddConfig(MaxTextConfig):
         f"decoder_block={block!r} is not supported with mudd=True; supported are {', '.join(ATTENTION_NORMS)}."
       )
     refused = (
-      (self.scan_layers, "scan_layers=True", "layers are not scanned yet with mudd=True; set scan_layers=False"),
+      (
+        self.inhomogeneous_layer_cycle_interval > 1,
+        f"inhomogeneous_layer_cycle_interval={self.inhomogeneous_layer_cycle_interval}",
+        "an aggregate follows each single block; set it to 1",
+      ),
       (self.fused_qkv, "fused_qkv=True", "q, k and v have inputs of their own; set fused_qkv=False"),
       (self.share_kv_projections, "share_kv_projections=True", "k and v have inputs of their own; set it to False"),
       (self.attention_type == "mla", "attention_type='mla'", "its latent is made of one input; use 'global'"),
@@ -316,6 +333,7 @@ class MuddConfig(MaxTextConfig):
 
   def _check_hyper_connections(self):
     refused = (
+      (self.scan_layers, "scan_layers=True", "its blocks start differently; set scan_layers=False"),
       (
         self.mudd_decoder_layer != "stock",
         f"mudd_decoder_layer={self.mudd_decoder_layer}",

@@ -12,7 +12,7 @@ import numpy as np
 
 from maxtext_mudd import connections, initializers, topology
 from maxtext_mudd.blocks.pythia import PythiaDecoderLayer, layer_norm
-from maxtext_mudd.connections import chain
+from maxtext_mudd.connections import chain, scanned
 
 _CONNECTION_SEED = 0x6D756464  # keeps the keys of the connections apart from those of the stock layers
 
@@ -53,14 +53,12 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
   class ConnectedLayer(layer_class):
     """Reads what flows between blocks and adds its own; the last layer returns the hidden state instead."""
 
-    def __init__(self, *, config, model_topology, block, rngs, **kwargs):
-      width = model_topology.ffn_widths[block - 1]
-      layer_config = config if width == config.mlp_dim else LayerConfig(config, width)
+    def __init__(self, *, config, ffn_width, connect, seed, rngs, **kwargs):
+      layer_config = config if ffn_width == config.mlp_dim else LayerConfig(config, ffn_width)
       super().__init__(config=layer_config, rngs=rngs, **kwargs)
       # Keys of its own, so that stock parameters start as they would without connections.
-      key = jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + block)
-      family = connections.FAMILIES[config.depth_connection]
-      self.connection = family(config, model_topology, block, self.mesh, nnx.Rngs(params=key))
+      key = jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + seed)
+      self.connection = connect(mesh=self.mesh, rngs=nnx.Rngs(params=key))
       self.connection.fit(self)
 
     @functools.wraps(layer_class.__call__)
@@ -74,17 +72,18 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
         carry = self.connection.write(carry, output)
       return self.connection.finish(carry) if self.connection.is_last else carry, kv_cache
 
-    def _recomputed(self, carry: chain.Chain, args, kwargs):
+    def _recomputed(self, carry, args, kwargs):
       """The same by `connection.through`, which takes a pure function of arrays."""
       graphdef, params, others = nnx.split(self, nnx.Param, ...)
       leaves, tree = jax.tree.flatten((args, kwargs))
       is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
 
-      def block(state, sums, output, arrays):
+      def block(state, *inputs):
+        *inputs, arrays = inputs
         arrays = iter(arrays)
         args, kwargs = jax.tree.unflatten(tree, [next(arrays) if own else x for own, x in zip(is_array, leaves)])
         layer = nnx.merge(graphdef, *state)
-        output, kv_cache = layer_class.__call__(layer, layer.connection.block_input(sums, output), *args, **kwargs)
+        output, kv_cache = layer_class.__call__(layer, layer.connection.block_input(*inputs), *args, **kwargs)
         _, _, others = nnx.split(layer, nnx.Param, ...)
         return layer.connection.source(output), output, (kv_cache, others)
 
@@ -95,6 +94,18 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
 
   ConnectedLayer.__name__ = ConnectedLayer.__qualname__ = f"Connected{layer_class.__name__}"
   return ConnectedLayer
+
+
+class LayerGroups(nnx.Module):
+  """Stacks of scanned layers, one for each FFN width, in their order: `group_0`, `group_1`, ..."""
+
+  def __init__(self, stacks):
+    self.number = len(stacks)
+    for k, stack in enumerate(stacks):
+      setattr(self, f"group_{k}", stack)
+
+  def __iter__(self):
+    return (getattr(self, f"group_{k}") for k in range(self.number))
 
 
 class MuddDecoder(NNXDecoder):
@@ -127,8 +138,54 @@ class MuddDecoder(NNXDecoder):
   def _create_and_register_layer(self, layer_cls, rngs, base_name, i, **layer_kwargs):
     if getattr(self.config, "mudd", False):
       layer_cls = connected(layer_cls)
-      layer_kwargs |= {"model_topology": topology.from_config(self.config), "block": i + 1}
+      own, block = topology.from_config(self.config), i + 1
+      family = connections.FAMILIES[self.config.depth_connection]
+      connect = functools.partial(family, self.config, own, block)
+      layer_kwargs |= {"ffn_width": own.ffn_widths[i], "connect": connect, "seed": block}
     super()._create_and_register_layer(layer_cls, rngs, base_name, i, **layer_kwargs)
+
+  def _create_scanned_layers(self, decoder_layer_class, length, metadata_axis_name, rngs, **layer_kwargs):
+    create = super()._create_scanned_layers
+    if not getattr(self.config, "mudd", False):
+      return create(decoder_layer_class, length, metadata_axis_name, rngs, **layer_kwargs)
+    own = topology.from_config(self.config)
+    key = jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED)
+    self.connection = scanned.Ends(self.config, own, self.mesh, nnx.Rngs(params=key))
+    stacks = []
+    for blocks in own.groups:
+      keys = {
+        "ffn_width": own.ffn_widths[blocks[0] - 1],
+        "connect": functools.partial(scanned.ScannedConnection, self.config, own, blocks),
+        "seed": 0,
+      }
+      stack = create(connected(decoder_layer_class), len(blocks), metadata_axis_name, rngs, **keys, **layer_kwargs)
+      scanned.pad(stack, stack.connection, self.config.param_scan_axis)
+      stacks.append(stack)
+    return stacks[0] if len(stacks) == 1 else LayerGroups(stacks)
+
+  def _apply_layers_sequentially(self, layers, x_in, *args, **kwargs):
+    apply = super()._apply_layers_sequentially
+    if not getattr(self.config, "mudd", False):
+      return apply(layers, x_in, *args, **kwargs)
+    del kwargs["length"]
+    carry, per_layer = self.connection.start(x_in, self._rematerialisation()), {}
+    for name in ("kv_caches_stacked", "forced_routed_experts_scanned"):
+      per_layer[name] = kwargs.pop(name, None)
+    for stack in layers if isinstance(layers, LayerGroups) else [layers]:
+      blocks = stack.connection.table.blocks
+      own = {name: None if x is None else x[blocks[0] - 1 : blocks[-1]] for name, x in per_layer.items()}
+      carry, _, _ = apply(stack, carry, *args, length=len(blocks), skip_block_remat=True, **own, **kwargs)
+      if own["kv_caches_stacked"] is not None:  # a list that is changed in place
+        per_layer["kv_caches_stacked"][blocks[0] - 1 : blocks[-1]] = own["kv_caches_stacked"]
+    return self.connection.finish(carry), layers, None
+
+  def _rematerialisation(self):
+    """`Buffer.rematerialise` for the policy of the configuration."""
+    if self.config.remat_policy == "full":
+      return None
+    if self.config.remat_policy in (None, "none"):
+      return lambda block: block
+    return functools.partial(jax.checkpoint, policy=self.get_remat_policy(), prevent_cse=False)
 
 
 def _is_pythia(config) -> bool:

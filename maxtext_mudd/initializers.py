@@ -51,10 +51,10 @@ def initialise(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
     is_expert = path[-1] in _EXPERT_KERNELS
     if "connection" in path or not (is_expert or path[-1] in ("kernel", "embedding")):
       continue
+    value = param.get_value()
     copies = config.num_experts if is_expert else 1
     if config.scan_layers and "layers" in path:
-      copies *= config.num_decoder_layers
-    value = param.get_value()
+      copies *= value.shape[config.param_scan_axis]
     std = deviation(config, name, value.size // copies)
     if name == "query" and path[:-2] in unscaled:
       std /= math.sqrt(config.head_dim)

@@ -5,6 +5,7 @@ import re
 
 import jax
 
+from maxtext_mudd import topology
 from maxtext_mudd.complexity import counts
 from maxtext_mudd.connections.metrics import PREFIX
 
@@ -42,12 +43,24 @@ def with_connection_metrics(stock):
     for path, value in jax.tree_util.tree_leaves_with_path(intermediate_outputs):
       keys = [str(getattr(entry, "key", "")) for entry in path]
       name = next((key for key in keys if key.startswith(PREFIX)), None)
-      layer = next((re.fullmatch(r"layers_(\d+)", key) for key in keys if key.startswith("layers_")), None)
-      if name and layer:
-        after = int(layer.group(1)) + ("final_depth_aggregate" in keys)
-        statistic, stream = name.removeprefix(PREFIX).rsplit("_", 1)
-        # MaxText sums what layers sow over the microbatches of a step.
-        mean = value / config.gradient_accumulation_steps
+      if name is None:
+        continue
+      statistic, stream = name.removeprefix(PREFIX).rsplit("_", 1)
+      # MaxText sums what layers sow over the microbatches of a step.
+      for after, mean in _by_aggregate(keys, value / config.gradient_accumulation_steps, config):
         output_metrics["scalar"][f"mudd/{statistic}/{stream}/da_{after:03d}"] = mean
 
   return record
+
+
+def _by_aggregate(keys: list[str], value, config):
+  """(number of the aggregate, its value) of what was sown under a path; scanned layers sow all at once."""
+  layer = next((re.fullmatch(r"layers_(\d+)", key) for key in keys if key.startswith("layers_")), None)
+  if layer:
+    yield int(layer.group(1)) + ("final_depth_aggregate" in keys), value
+  elif "final_depth_aggregate" in keys:
+    yield config.num_decoder_layers, value
+  else:
+    own = topology.from_config(config)
+    group = next((int(key.removeprefix("group_")) for key in keys if key.startswith("group_")), 0)
+    yield from ((block - 1, mean) for block, mean in zip(own.groups[group], value) if own.before(block))

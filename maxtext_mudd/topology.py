@@ -44,6 +44,12 @@ class Topology:
   aggregates: Mapping[int, Aggregate]
   ffn_widths: tuple[int, ...]
 
+  @property
+  def groups(self) -> tuple[range, ...]:
+    """Runs of blocks of equal feed-forward width."""
+    starts = [i for i, width in enumerate(self.ffn_widths) if i == 0 or width != self.ffn_widths[i - 1]]
+    return tuple(range(start + 1, end + 1) for start, end in zip(starts, [*starts[1:], self.num_blocks]))
+
   def before(self, block: int) -> Aggregate | None:
     """The aggregate that feeds `block`; None where the block reads the newest output as it is."""
     return self.aggregates.get(block - 1)
@@ -62,10 +68,16 @@ def hidden_width(ways: int, sources: int, *, expansion: float, round_to: int) ->
   return (width // round_to + 1) * round_to if round_to else width
 
 
-def ffn_widths(width: int, num_blocks: int, *, first: float, last: float, round_to: int) -> tuple[int, ...]:
+def ffn_widths(
+  width: int, num_blocks: int, *, first: float, last: float, round_to: int, groups: int = 0
+) -> tuple[int, ...]:
   """Feed-forward widths that grow linearly from first·width to last·width (paper, Eq. 9), rounded half to even to a
-  multiple of `round_to` (released)."""
-  factors = ((last - first) * i / (num_blocks - 1) + first for i in range(num_blocks))
+  multiple of `round_to` (released). Groups of blocks, as equal in size as can be, share their mean; 0: no groups."""
+  factors = [(last - first) * i / (num_blocks - 1) + first for i in range(num_blocks)]
+  for group in range(groups):
+    members = range(group * num_blocks // groups, (group + 1) * num_blocks // groups)
+    mean = sum(factors[i] for i in members) / len(members)
+    factors = [mean if i in members else factor for i, factor in enumerate(factors)]
   return tuple(round(width * factor / round_to) * round_to for factor in factors)
 
 
@@ -113,6 +125,7 @@ def from_config(config) -> Topology:
       first=config.mudd_ffn_first,
       last=config.mudd_ffn_last,
       round_to=config.mudd_ffn_round_to,
+      groups=config.mudd_ffn_groups,
     )
   if config.depth_connection != "dense":
     return Topology(num_blocks, {}, widths)

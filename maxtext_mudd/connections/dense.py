@@ -90,8 +90,12 @@ class DepthAggregate(nnx.Module):
   def settings(self) -> dict:
     return {"activation": self.config.mudd_activation, "epsilon": self.config.normalization_layer_epsilon}
 
-  def streams(self, sums, output: Float[Array, "B T D"]) -> dict[str, Float[Array, "B T D"]]:
-    """The streams by name, from the sums of Eq. 5 and X_i: post-normed where that is on."""
+  def streams(self, sums, output: Float[Array, "B T D"], operands=None, newest=-1) -> dict[str, Float[Array, "B T D"]]:
+    """The streams by name, from the sums of Eq. 5 and X_i: post-normed where that is on.
+
+    Args:
+      operands, newest: of the sums, and the column of the newest source, where that is not the last of its own.
+    """
     config = self.config
     streams = {}
     for stream, x in zip(self.aggregate.streams, sums):
@@ -101,8 +105,15 @@ class DepthAggregate(nnx.Module):
         x = x + output
       streams[stream] = x
     if config.record_internal_nn_metrics:
-      metrics.sow(self, output, self.operands(), streams, **self.settings())
+      metrics.sow(self, output, operands or self.operands(), streams, newest, **self.settings())
     return streams
+
+
+def has_own_norms(config, topology: Topology, block: int) -> bool:
+  """Whether a block has LN_q, LN_k and LN_v."""
+  before = topology.before(block)
+  reads_streams = before is not None and before.streams != "x"
+  return reads_streams or (block == 1 and config.mudd_first_block_norms == "separate")
 
 
 class DenseConnection(nnx.Module):
@@ -127,7 +138,7 @@ class DenseConnection(nnx.Module):
     final = topology.aggregates.get(block) if self.is_last else None
     # Where the whole block is computed again in the backward pass, one fused pass makes its streams for it.
     self.recomputed = self.fused and before is not None and config.remat_policy == "full"
-    self.reads_streams = before is not None and before.streams != "x"
+    self.has_own_norms = has_own_norms(config, topology, block)
     if config.mudd_pre_norm:
       if self.is_first:
         self.embedding_norm = rms_norm(config, rngs)
@@ -136,7 +147,7 @@ class DenseConnection(nnx.Module):
     self.final_depth_aggregate = DepthAggregate(config, final, rngs) if final else None
 
   def fit(self, layer: nnx.Module) -> None:
-    if self.reads_streams or (self.is_first and self.config.mudd_first_block_norms == "separate"):
+    if self.has_own_norms:
       decouple(layer, ATTENTION_NORMS[self.config.decoder_block.value])
 
   def start(self, embedding: Float[Array, "B T D"]) -> History | Chain:
@@ -196,13 +207,13 @@ class DenseConnection(nnx.Module):
   def _link(self, module: DepthAggregate, carry: Chain) -> chain.Link:
     place = chain.place(self.topology, module.aggregate.block)
     settings = Settings(**module.settings(), interpret=kernels.interpretation(self.config.mudd_kernel))
-    return chain.Link(place, settings, _layout(self.config, self.mesh, carry.output.shape))
+    return chain.Link(place, settings, source_sharding(self.config, self.mesh, carry.output.shape))
 
   def _precision(self):
     return jax.default_matmul_precision(self.config.matmul_precision.value)
 
 
-def _layout(config, mesh, shape) -> NamedSharding | None:
+def source_sharding(config, mesh, shape) -> NamedSharding | None:
   """How block outputs lie on the mesh; None on one device."""
   if mesh.size == 1:
     return None

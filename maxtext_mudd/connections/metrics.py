@@ -16,15 +16,16 @@ def sow(
   newest: Float[Array, "B T D"],
   operands: tuple,
   streams: Mapping[str, Float[Array, "B T D"]],
+  column=-1,
   **settings,
 ) -> None:
   """Sows, per stream, scalars averaged over tokens:
 
-  older_weight: share of the absolute weight that goes to other sources than the newest;
+  older_weight: share of the absolute weight that goes to other sources than the newest, which is in `column`;
   norm: root mean square of the stream.
   """
   weights = jnp.abs(reference.mixing_weights(newest, *operands, **settings))
-  older = 1 - weights[..., -1] / (jnp.sum(weights, axis=-1) + jnp.finfo(weights.dtype).tiny)
+  older = 1 - jnp.take(weights, column, axis=-1) / (jnp.sum(weights, axis=-1) + jnp.finfo(weights.dtype).tiny)
   for c, (stream, x) in enumerate(streams.items()):
     module.sow(nnx.Intermediate, f"{PREFIX}older_weight_{stream}", jnp.mean(older[:, :, c]))
     module.sow(nnx.Intermediate, f"{PREFIX}norm_{stream}", jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))))

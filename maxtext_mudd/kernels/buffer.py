@@ -5,12 +5,12 @@ A loop over layers that is traced once keeps its history in such a buffer. Its o
 the sums of gradients so far, which grow in place.
 """
 
+import contextlib
 import functools
 from typing import NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from maxtext_mudd.kernels import reference, sharded
@@ -23,11 +23,13 @@ class Passes(NamedTuple):
   Attributes:
     fused: whether by the fused kernel.
     sharding: of a source; None on one device, and in plain JAX, which the compiler shards.
+    precision: of matrix products in plain JAX; None: what is set around.
   """
 
   fused: bool
   settings: Settings
   sharding: NamedSharding | None = None
+  precision: str | None = None
 
 
 class Gradients(NamedTuple):
@@ -67,9 +69,7 @@ def backward(
       did, and these entries get zero.
   """
   if passes.fused:
-    made = sharded.buffer_backward(
-      passes.settings, passes.sharding, buffer, count, newest, weights, gradients, totals
-    )
+    made = sharded.buffer_backward(passes.settings, passes.sharding, buffer, count, newest, weights, gradients, totals)
     to_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), made.weights, weights)
     return Gradients(made.buffer, made.newest, to_weights)
   _, vjp = jax.vjp(functools.partial(_plain(passes), count=count), buffer, newest, weights)
@@ -80,7 +80,8 @@ def backward(
 def _plain(passes: Passes):
   def call(buffer, newest, weights: Weights, count):
     settings = {"activation": passes.settings.activation, "epsilon": passes.settings.epsilon}
-    return reference.depth_aggregate_buffer(buffer, count, newest, weights.w1, weights.w2, weights.a, **settings)
+    with contextlib.nullcontext() if passes.precision is None else jax.default_matmul_precision(passes.precision):
+      return reference.depth_aggregate_buffer(buffer, count, newest, weights.w1, weights.w2, weights.a, **settings)
 
   return call
 

@@ -1,0 +1,1 @@
+"""Checkpoints in other layouts and of other projects."""

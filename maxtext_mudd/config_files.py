@@ -77,11 +77,15 @@ def check(argv: Sequence[str] | None, overrides: dict) -> None:
     return
   if not name.endswith(".yml"):
     raise ConfigError(f"{name}: a configuration file must end in .yml; rename it or put the file first.")
-  _check_chain(name)
+  chain(name)
 
 
-def _check_chain(name: str) -> None:
-  """Refuses a file whose chain of `base_config` does not end in one of MaxText's own, which give every key a value."""
+def chain(name: str) -> list[pathlib.Path]:
+  """The files that a configuration is made of, less MaxText's own.
+
+  Raises:
+    ConfigError: the chain of `base_config` does not end in one of MaxText's own, which give every key a value.
+  """
   load(name)
   path, seen = pathlib.Path(pyconfig.resolve_config_path(name)), []
   configs = pathlib.Path(MAXTEXT_CONFIGS_DIR)
@@ -96,3 +100,4 @@ def _check_chain(name: str) -> None:
     path = beside if beside.is_file() else configs / base
     if not path.is_file():
       raise ConfigError(f"{seen[-1]}: base_config={base}: no such configuration file beside it, nor in MaxText.")
+  return seen

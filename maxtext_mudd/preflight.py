@@ -1,5 +1,6 @@
 """What a training run reads and writes, looked at before anything is compiled or written."""
 
+from collections.abc import Iterator
 import glob
 import os
 import pathlib
@@ -17,19 +18,11 @@ LOCAL_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`; an
 def check_training(config) -> None:
   """Raises ConfigError for a local corpus that is not named or cannot be read, and for an output folder that takes no
   files."""
-  dataset_type = config.dataset_type.value
-  reads_local_files = {
-    "grain": config.grain_file_type != "mmap_npy",  # names folders, index files and blends of them
-    "hf": config.hf_path in LOCAL_LOADERS,
-  }
-  if reads_local_files.get(dataset_type):
-    splits = ("train", "eval") if config.eval_interval > 0 else ("train",)
-    for split in splits:
-      key = f"{dataset_type}_{split}_files"
-      if getattr(config, key):
-        _check_files(key, getattr(config, key), config)
-      elif dataset_type == "hf":  # of grain, MaxText says it itself
-        raise ConfigError(f"{key}='' names no data; set it to files, or to a pattern that matches files.")
+  for key, value in data_files(config):
+    if value:
+      _check_files(key, value, config)
+    elif key.startswith("hf"):  # of grain, MaxText says it itself
+      raise ConfigError(f"{key}='' names no data; set it to files, or to a pattern that matches files.")
   _check_output(config.base_output_directory)
   if 0 < config.trainable_position_size < config.max_target_length:
     raise ConfigError(
@@ -38,9 +31,27 @@ def check_training(config) -> None:
     )
 
 
+def data_files(config) -> Iterator[tuple[str, str | list]]:
+  """The keys that name files of text or tokens for this configuration to read, with their values."""
+  dataset_type = config.dataset_type.value
+  reads_local_files = {
+    "grain": config.grain_file_type != "mmap_npy",  # names folders, index files and blends of them
+    "hf": config.hf_path in LOCAL_LOADERS,
+  }
+  if reads_local_files.get(dataset_type):
+    for split in ("train", "eval") if config.eval_interval > 0 else ("train",):
+      key = f"{dataset_type}_{split}_files"
+      yield key, getattr(config, key)
+
+
+def entries(value: str | list) -> list[str]:
+  """The patterns, each with a weight or without, that such a key holds."""
+  return list(map(str, value if isinstance(value, list) else str(value).split(";")))
+
+
 def _check_files(key: str, value: str | list, config) -> None:
-  for entry in value if isinstance(value, list) else str(value).split(";"):
-    pattern, *weight = str(entry).split(",")
+  for entry in entries(value):
+    pattern, *weight = entry.split(",")
     if REMOTE in pattern:
       continue
     if weight and not re.fullmatch(r"[0-9.eE+-]+", weight[0]):

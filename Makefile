@@ -6,6 +6,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 UV := uv==0.13.9
+XPK_VENV := .venv-xpk
+XPK := $(XPK_VENV)/bin/xpk
 export JAX_PLATFORMS ?= cpu
 export HF_HUB_OFFLINE ?= 1
 export TPU_SKIP_MDS_QUERY ?= 1
@@ -22,7 +24,20 @@ DATA := $(CORPUS)/train.parquet $(CORPUS)/eval.parquet
 WHEEL_DIR ?= dist
 OVERRIDES := $(if $(STEPS),steps=$(STEPS)) $(ARGS)
 
-.PHONY: help setup corpus train compare test test-slow lint format lock wheel clean
+CLUSTER ?=
+TPU_TYPE ?=
+NUM_SLICES ?=
+WORKLOAD ?=
+MAX_RESTARTS ?= 0
+ZONE ?=
+XPK_ARGS ?=
+DRY_RUN ?=
+MANIFEST ?=
+PROJECT ?= $(if $(filter-out 0,$(DRY_RUN)),,$(shell gcloud config get project 2>/dev/null))
+COMMIT = $(shell git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null)
+DOCKER_IMAGE ?= gcr.io/$(or $(PROJECT),your-project)/maxtext-mudd:$(or $(COMMIT),latest)
+
+.PHONY: help setup corpus train compare xpk image test test-slow lint format lock wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -63,7 +78,31 @@ compare: $(READY) $(DATA)  ## train the plain and the MUDD model on the same tok
 	    || exit; done
 	@$(PY) -m maxtext_mudd.report '$(OUTPUT)/transformer_tiny-$(STAMP)' '$(OUTPUT)/mudd_tiny-$(STAMP)'
 
-test: $(READY)  ## run the fast tests, two files at a time
+$(XPK): requirements/xpk.txt | $(READY)
+	$(PY) -m venv --clear $(XPK_VENV)
+	@if $(PY) -m uv --version >/dev/null 2>&1; then \
+	  $(PY) -m uv pip install --quiet --python $(XPK_VENV)/bin/python -r requirements/xpk.txt; \
+	else \
+	  $(XPK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/xpk.txt; \
+	fi
+	@touch $@
+
+xpk: $(READY) $(XPK)  ## submit CONFIG to CLUSTER as WORKLOAD (docs/cluster.md); DRY_RUN=1 writes the manifest only
+	@ARGS="$${STEPS:+steps=$$STEPS }$$ARGS"; \
+	$(PY) -m maxtext_mudd.cluster 'XPK=$(XPK)' 'CONFIG=$(CONFIG)' 'CLUSTER=$(CLUSTER)' 'TPU_TYPE=$(TPU_TYPE)' \
+	  'NUM_SLICES=$(NUM_SLICES)' 'WORKLOAD=$(WORKLOAD)' 'OUTPUT=$(OUTPUT)' 'MAX_RESTARTS=$(MAX_RESTARTS)' \
+	  'PROJECT=$(PROJECT)' 'ZONE=$(ZONE)' 'DOCKER_IMAGE=$(DOCKER_IMAGE)' 'DRY_RUN=$(DRY_RUN)' 'MANIFEST=$(MANIFEST)' \
+	  "ARGS=$$ARGS" "XPK_ARGS=$$XPK_ARGS"
+
+image:  ## build DOCKER_IMAGE for clusters, and push it (docs/cluster.md)
+	@case '$(DOCKER_IMAGE)' in \
+	  *-dirty) echo 'make: $(DOCKER_IMAGE) would be named after a commit that it is not; commit the changes first.' >&2; exit 2;; \
+	  */your-project/*) echo 'make: PROJECT is not set and gcloud has none; set it: make image PROJECT=my-project' >&2; exit 2;; \
+	esac
+	docker build --platform linux/amd64 --tag '$(DOCKER_IMAGE)' .
+	docker push '$(DOCKER_IMAGE)'
+
+test: $(READY) $(XPK)  ## run the fast tests, two files at a time
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(READY)  ## run the tests that compile for TPUs (installs libtpu)
@@ -79,12 +118,12 @@ format: $(READY)  ## format and sort imports
 	$(VENV)/bin/ruff format .
 
 lock: $(READY)  ## pin requirements/*.in again
-	cd requirements && for name in runtime dev tpu cuda; do \
+	cd requirements && for name in runtime dev tpu cuda xpk; do \
 	  ../$(PY) -m uv pip compile --quiet --no-annotate --no-header --python-version 3.12 \
 	    --python-platform x86_64-manylinux_2_31 $$name.in -o $$name.txt; done
 
 wheel: $(READY)  ## build dist/maxtext_mudd-*.whl
 	$(PY) -m uv build --quiet --wheel --out-dir $(WHEEL_DIR) .
 
-clean:  ## remove .venv, caches and built files; runs and corpus stay
-	rm -rf $(VENV) .cache dist .pytest_cache .ruff_cache
+clean:  ## remove .venv, .venv-xpk, caches and built files; runs and corpus stay
+	rm -rf $(VENV) $(XPK_VENV) .cache build dist .pytest_cache .ruff_cache

@@ -1,5 +1,6 @@
 """Measurements in processes of their own, and results files that say how they were made."""
 
+from collections.abc import Sequence
 import datetime
 import importlib.metadata
 import importlib.util
@@ -8,12 +9,14 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 from tpu_schedule import NotUnderstood
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 # No device is opened.
 COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -41,21 +44,25 @@ def error_line(trace: str) -> str:
   return (named or lines or ["the compilation ended without a word."])[-1]
 
 
-def facts(chips: str) -> dict[str, str]:
+def facts(
+  hardware: str, label: str = "chips", packages: Sequence[str] = ("jax", "jaxlib", "libtpu", "maxtext")
+) -> dict[str, str]:
   """What a result depends on; taken before measuring."""
   script = pathlib.Path(sys.argv[0]).resolve().relative_to(ROOT)
   return {
     "command": shlex.join(["python", str(script), *sys.argv[1:]]),
     "date": datetime.date.today().isoformat(),
-    "chips": chips,
+    label: hardware,
     "commit": commit(),
-    **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "maxtext")},
+    **{name: importlib.metadata.version(name) for name in packages},
   }
 
 
 def commit() -> str:
   """Of the maxtext_mudd that is imported, and whether it has been changed since."""
   folder = pathlib.Path(importlib.util.find_spec("maxtext_mudd").origin).parents[1]
+  if not shutil.which("git"):
+    return "unknown"
 
   def git(*arguments):
     return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True).stdout.strip()
@@ -68,10 +75,11 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
   return "".join("| " + " | ".join(line) + " |\n" for line in (columns, ["---"] * len(columns), *rows))
 
 
-def write(name: str, about: dict[str, str], text: str, rows: list[dict]) -> None:
-  """results/NAME.md and results/NAME.json."""
-  folder = pathlib.Path(__file__).resolve().parent / "results"
-  folder.mkdir(exist_ok=True)
+def write(name: str, about: dict[str, str], text: str, rows: list[dict]) -> pathlib.Path:
+  """results/NAME.md and results/NAME.json, or beside each other where NAME is a path; the two without their endings."""
+  place = pathlib.Path(name).absolute() if len(pathlib.Path(name).parts) > 1 else RESULTS / name
+  place.parent.mkdir(parents=True, exist_ok=True)
   head = "".join(f"- {key}: {f'`{value}`' if key == 'command' else value}\n" for key, value in about.items())
-  (folder / f"{name}.md").write_text(f"# {name}\n\n{head}\n{text}")
-  (folder / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+  place.with_name(f"{place.name}.md").write_text(f"# {place.name}\n\n{head}\n{text}")
+  place.with_name(f"{place.name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+  return place

@@ -281,7 +281,6 @@ def run(options) -> None:
   check_options(options)
   with contextlib.redirect_stdout(sys.stderr):  # MaxText prints
     plugin.install()
-    logging.disable(logging.WARNING)
     import contenders
     import jax
 
@@ -314,4 +313,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+  logging.disable(logging.WARNING)  # MaxText's
   sys.exit(main(sys.argv[1:]))

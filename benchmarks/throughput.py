@@ -93,20 +93,22 @@ class Comparison:
     contenders.check_pair(stock, config, (self.stock_yaml, self.yaml), derived=not self.options.baseline)
     return stock, config
 
-  def measure(self, name: str, stock_config, config, deadline: float) -> dict:
-    """One row of the results.
+  def measure(self, name: str, keys: dict, deadline: float) -> dict:
+    """One row of the results, with the keys of a variant.
 
     Raises:
-      ConfigError: one of the two does not fit the device.
+      ConfigError: one of the two cannot work, or does not fit the device.
     """
     import contenders
     import train_steps
 
+    stock_config, config = self.configurations(keys)
     limit = chips.memory_bytes(self.device)
     train_steps.set_up(config)
     if self.stock is None or self.stock.config.get_keys() != stock_config.get_keys():
       self.free()
-      stock = self.compile(_stem(self.stock_yaml), stock_config)
+      shared = [f"{key}={value}" for key, value in contenders.of_stock(keys).items()]
+      stock = self.compile(" ".join([_stem(self.stock_yaml), *shared]), stock_config)
       train_steps.check_fit(stock, 0, limit)
       stock.load()
       self.stock = stock
@@ -188,7 +190,9 @@ def measure_all(options, variants: dict[str, dict]) -> list[dict]:
   start = time.monotonic()
   comparison = Comparison(options, (options.baseline or contenders.plain_model(options.config), options.config))
   say(f"baseline: {comparison.stock_yaml}")
-  rows, pending = [], {"": {}, **variants}
+  # Those that share a baseline in a row, so that it is compiled once.
+  alike = sorted(variants.items(), key=lambda item: sorted(contenders.of_stock(item[1]).items()))
+  rows, pending = [], {"": {}} | dict(alike)
   try:
     for i, (variant, keys) in enumerate(pending.items()):
       name = f"{_stem(options.config)} {variant}".strip()
@@ -196,8 +200,7 @@ def measure_all(options, variants: dict[str, dict]) -> list[dict]:
       try:
         if now > end:
           raise ConfigError(f"--time-limit {options.time_limit:g} s was reached before it.")
-        configs = comparison.configurations(keys)
-        rows.append(comparison.measure(name, *configs, deadline=now + (end - now) / (len(pending) - i)))
+        rows.append(comparison.measure(name, keys, deadline=now + (end - now) / (len(pending) - i)))
       except Exception as error:
         if not variant:
           raise

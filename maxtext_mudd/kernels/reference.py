@@ -68,11 +68,7 @@ def depth_aggregate_buffer(
   if newest is None:
     newest = jax.lax.dynamic_index_in_dim(buffer, count - 1, keepdims=False)
   valid = jnp.arange(buffer.shape[0]) < count
-  buffer = jnp.where(valid[:, None, None, None], buffer, 0)
+  sources = [jnp.where(valid[j], x, 0) for j, x in enumerate(buffer)]
   w2 = None if w2 is None else jnp.where(valid, w2, 0)
-  weights = mixing_weights(newest, w1, w2, jnp.where(valid, a, 0), activation=activation, epsilon=epsilon)
-  streams = []
-  for of_way in jnp.moveaxis(weights, (2, 3), (0, 1)):
-    total = jnp.sum(of_way[..., None] * buffer.astype(weights.dtype), axis=0)
-    streams.append(total.astype(buffer.dtype))
-  return streams
+  a = jnp.where(valid, a, 0)
+  return depth_aggregate(sources, newest, w1, w2, a, activation=activation, epsilon=epsilon)

@@ -1,0 +1,223 @@
+"""Scanned layers: the model of single layers; what they keep for the backward pass; padding that stays zero."""
+
+from flax import nnx
+import jax
+from maxtext.trainers.pre_train import train
+import numpy as np
+import pytest
+
+from maxtext_mudd.checkpoints import layout
+from tests import models, steps
+from tests.test_blocks import BLOCKS
+from tests.test_training import POLICIES
+
+RELATIVE = 1e-6  # in float32: of the largest logit, of the norm of all gradients together
+OF_TENSOR = 4e-6  # of the largest entry of one gradient, where sums over tokens may cancel
+SMALL = {"base_num_decoder_layers": 3}
+BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
+
+CASES = {
+  "MUDD": SMALL,
+  "both norms": {"base_num_decoder_layers": 4, **BOTH_NORMS},
+  "2x2, and norms of block 1": {
+    "base_num_decoder_layers": 5,
+    "mudd_source_dilation": 2,
+    "mudd_block_period": 2,
+    "mudd_first_block_norms": "separate",
+  },
+  "2x2, both norms": {"base_num_decoder_layers": 5, "mudd_source_dilation": 2, "mudd_block_period": 2, **BOTH_NORMS},
+  "window, one way": {"base_num_decoder_layers": 4, "mudd_ways": 1, "mudd_window": 2},
+  "one way, norms of block 1": {**SMALL, "mudd_ways": 1, "mudd_first_block_norms": "separate"},
+  "two streams": {**SMALL, "mudd_dense_streams": "qv", "mudd_weight_norm_scale": True},
+  "residual stream, in the upper half": {
+    "base_num_decoder_layers": 4,
+    "mudd_dense_streams": "r",
+    "mudd_depth_start": 0.5,
+  },
+  "static": {**SMALL, "mudd_dynamic": False},
+  "dynamic": {**SMALL, "mudd_static": False},
+  "dynamic, both norms": {**SMALL, "mudd_static": False, **BOTH_NORMS},
+  "pre-norm": {"base_num_decoder_layers": 4, "mudd_block_period": 3, "mudd_pre_norm": True},
+  "one block": {"base_num_decoder_layers": 1},
+  "groups": {
+    "base_num_decoder_layers": 5,
+    "mudd_ffn_reallocation": True,
+    "mudd_ffn_groups": 2,
+    "mudd_ffn_round_to": 8,
+    **BOTH_NORMS,
+  },
+  "plain, groups": {
+    "base_num_decoder_layers": 4,
+    "depth_connection": "residual",
+    "mudd_ffn_reallocation": True,
+    "mudd_ffn_groups": 2,
+    "mudd_ffn_round_to": 8,
+  },
+  "fused": {**SMALL, **BOTH_NORMS, "mudd_kernel": "pallas_interpret"},
+  "fused, 2x2": {
+    "base_num_decoder_layers": 4,
+    "mudd_source_dilation": 2,
+    "mudd_block_period": 2,
+    **BOTH_NORMS,
+    "mudd_kernel": "pallas_interpret",
+  },
+  **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
+}
+FAST = ("MUDD", "2x2, both norms", "groups", "mixtral")
+
+
+def run(cfg, values):
+  """(logits, loss, what MaxText returns with it, gradients by path) of the model with these parameters."""
+  model = models.build(cfg)
+  models.set_parameters(model, values)
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  data = models.batch(cfg)
+
+  def loss(params):
+    return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)
+
+  (value, aux), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  by_path = {"/".join(map(str, path)): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(gradients)}
+  return np.asarray(models.jitted_logits(model, data)), float(value), aux, by_path
+
+
+def random_values(cfg):
+  """Small enough for a well-conditioned model: with larger ones float32 rounding alone comes to more than 1e-6."""
+  values = models.randomise(models.build(cfg))
+  return {path: x / 2 if path.endswith(("kernel", "w1", "w2", "embedding")) else x for path, x in values.items()}
+
+
+def largest(x):
+  return np.abs(x).max()
+
+
+def check_gradients(found, expected):
+  errors = {path: found[path] - x for path, x in expected.items()}
+  norm, error = (np.sqrt(sum(np.square(x).sum() for x in tree.values())) for tree in (expected, errors))
+  assert error <= RELATIVE * norm
+  for path, x in errors.items():
+    assert largest(x) <= OF_TENSOR * largest(expected[path]), path
+
+
+@pytest.mark.parametrize("case", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in CASES])
+def test_same_as_single_layers(case):
+  keys = {"mudd": True, **CASES[case]}
+  single = models.config(**{key: value for key, value in keys.items() if key != "mudd_kernel"})
+  scanned = models.config(**keys, scan_layers=True)
+  values = random_values(single)
+  stacked = layout.stack(values, scanned)
+  back = layout.unstack(stacked, scanned)
+  assert back.keys() == values.keys()
+  assert all(np.array_equal(back[path], x) for path, x in values.items())
+
+  logits, loss, aux, gradients = run(single, values)
+  found_logits, found_loss, found_aux, found = run(scanned, stacked)
+  assert found_loss == pytest.approx(loss, rel=RELATIVE)
+  assert float(found_aux["moe_lb_loss"]) == pytest.approx(float(aux["moe_lb_loss"]), rel=RELATIVE)
+  np.testing.assert_allclose(found_logits, logits, atol=RELATIVE * largest(logits), rtol=0)
+  check_gradients(layout.unstack(found, scanned), gradients)
+  for path, x in layout.stack(layout.unstack(found, scanned), scanned).items():
+    np.testing.assert_array_equal(found[path], x, err_msg=f"padding of {path} has a gradient")
+
+
+@pytest.fixture(scope="module")
+def fully_rematerialised():
+  cfg = models.config(mudd=True, **CASES["both norms"], scan_layers=True, remat_policy="full")
+  single = models.config(mudd=True, **CASES["both norms"])
+  values = layout.stack(random_values(single), cfg)
+  return values, run(cfg, values)
+
+
+@pytest.mark.parametrize(
+  "policy", [x if x == "minimal" else pytest.param(x, marks=pytest.mark.slow) for x in POLICIES if x != "full"]
+)
+def test_remat_policies_change_nothing(policy, fully_rematerialised):
+  values, (_, loss, _, gradients) = fully_rematerialised
+  keys = {"decoder_layer_input": "offload", "out_proj": "device"} if policy == "custom" else {}
+  cfg = models.config(mudd=True, **CASES["both norms"], scan_layers=True, remat_policy=policy, **keys)
+  _, found_loss, _, found = run(cfg, values)
+  assert found_loss == pytest.approx(loss, rel=RELATIVE)
+  check_gradients(found, gradients)
+
+
+def residuals(cfg):
+  """Shapes of what goes from the forward to the backward pass of the model, as JAX's own `saved_residuals` has them."""
+  from jax._src.ad_checkpoint import saved_residuals  # what jax.ad_checkpoint.print_saved_residuals prints
+
+  model = models.build(cfg)
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  data = models.batch(cfg)
+
+  def loss(params):
+    return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)[0]
+
+  return [aval.shape for aval, _ in saved_residuals(loss, params)]
+
+
+@pytest.mark.parametrize("policy", ["full", "minimal"])
+def test_the_history_is_kept_once(policy):
+  """Four blocks, so a buffer of five; batch, length and width are like nothing else's."""
+  sizes = {"per_device_batch_size": 3, "max_target_length": 7, "base_emb_dim": 40, "base_num_decoder_layers": 4}
+  kept = residuals(models.config(mudd=True, **sizes, scan_layers=True, remat_policy=policy))
+  histories = [shape for shape in kept if shape[-3:] == (3, 7, 40) and len(shape) > 3]
+  of_blocks = [shape for shape in histories if shape != (5, 3, 7, 40)]
+  if policy == "full":
+    assert of_blocks == []
+  # Minimal keeps products: of attention's output and of the FFN, [L,B,T,D] each. No streams.
+  assert len(of_blocks) <= 2 and all(shape == (4, 3, 7, 40) for shape in of_blocks)
+  assert (5, 3, 7, 40) in histories
+
+
+def test_padding_stays_zero_in_training():
+  """Weight decay included; everything else moves."""
+  keys = {"mudd_block_period": 2, "mudd_weight_norm_scale": True}
+  keys |= {"adam_weight_decay": 0.1, "learning_rate": 0.01, "warmup_steps_fraction": 0.0}
+  cfg = models.config(mudd=True, base_num_decoder_layers=4, scan_layers=True, **keys)
+  step, state = steps.prepare(cfg)
+
+  def parameters(state):
+    return {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state["model"].filter(nnx.Param))}
+
+  ones = {path: np.ones_like(x.get_value()) for path, x in parameters(state).items()}
+  exists = {path: x > 0 for path, x in layout.stack(layout.unstack(ones, cfg), cfg).items()}
+  partly = [path for path, x in exists.items() if not x.all()]
+  assert len(partly) == 6  # w1, w2, a, the norm's scale, LN_k and LN_v
+  for path, variable in parameters(state).items():
+    variable.set_value(np.where(exists[path], variable.get_value(), 0))
+  start = {path: np.asarray(x.get_value()) for path, x in parameters(state).items()}
+  for _ in range(3):
+    state, _ = step(state, models.batch(cfg))
+  for path, variable in parameters(state).items():
+    moved = np.asarray(variable.get_value()) != start[path]
+    assert not moved[~exists[path]].any(), path
+    assert moved[exists[path]].mean() > 0.5, path
+
+
+def test_a_new_model_is_the_plain_transformer():
+  """And its padding is zero."""
+  keys = {"base_num_decoder_layers": 4, "scan_layers": True}
+  cfg = models.config(mudd=True, **keys, mudd_weight_norm_scale=True)
+  model, stock = models.build(cfg), models.build(models.config(**keys))
+  values = {path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()}
+  for path, x in layout.stack(layout.unstack(values, cfg), cfg).items():
+    np.testing.assert_array_equal(values[path], x)
+  data = models.batch(cfg)
+  for path, x in models.parameters(stock).items():
+    if path in values:
+      np.testing.assert_array_equal(values[path], x.get_value(), err_msg=path)
+  np.testing.assert_allclose(models.jitted_logits(model, data), models.jitted_logits(stock, data), atol=2e-6)
+  spread = np.asarray(model.decoder.layers.connection.depth_aggregate.w1[...])[:, 1:].std()
+  assert spread == pytest.approx(cfg.emb_dim**-0.5, rel=0.05)
+
+
+def test_metrics_are_those_of_single_layers():
+  keys = {"mudd": True, "base_num_decoder_layers": 4, "record_internal_nn_metrics": 1}
+  keys |= {"mudd_block_period": 2, "mudd_ffn_reallocation": True, "mudd_ffn_groups": 2, "mudd_ffn_round_to": 8}
+  logged = []
+  for scan in (False, True):
+    cfg = models.config(**keys, scan_layers=scan)
+    step, state = steps.prepare(cfg)
+    logged.append(step(state, models.batch(cfg))[1]["scalar"])
+  of_connections = [{key for key in scalars if key.startswith("mudd/")} for scalars in logged]
+  assert of_connections[0] == of_connections[1]
+  assert {key.rsplit("/", 1)[1] for key in of_connections[0]} == {"da_002", "da_004"}

@@ -96,7 +96,8 @@ def check_gradients(found, expected):
   norm, error = (np.sqrt(sum(np.square(x).sum() for x in tree.values())) for tree in (expected, errors))
   assert error <= RELATIVE * norm
   for path, x in errors.items():
-    assert largest(x) <= OF_TENSOR * largest(expected[path]), path
+    if not path.endswith("key/bias"):  # attention does not feel it: what gradient it has is rounding
+      assert largest(x) <= OF_TENSOR * largest(expected[path]), path
 
 
 @pytest.mark.parametrize("case", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in CASES])

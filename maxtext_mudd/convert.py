@@ -1,0 +1,52 @@
+"""Converts checkpoints.
+
+    python3 -m maxtext_mudd.convert layout --from runs/a --to runs/b yaml/mudd_tiny.yml scan_layers=true key=value ...
+
+layout: the latest checkpoint of a run, from single layers to scanned ones or back, as the configuration says; the new
+run goes on by `run_name=b` with this configuration.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from maxtext_mudd import launch, plugin
+from maxtext_mudd.errors import ConfigError
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog="python3 -m maxtext_mudd.convert", description=__doc__.split("\n")[0])
+  commands = parser.add_subparsers(dest="command", required=True)
+  layout = commands.add_parser("layout", help="between single and scanned layers (scan_layers)")
+  layout.add_argument("--from", dest="source", required=True, metavar="RUN", help="folder of the run to convert")
+  layout.add_argument("--to", dest="target", required=True, metavar="RUN", help="folder of the new run")
+  layout.add_argument("--step", type=int, help="which checkpoint; the latest if not told")
+  layout.add_argument("config", metavar="CONFIG.yml")
+  layout.add_argument("overrides", nargs="*", metavar="key=value")
+  args = parser.parse_args(argv)
+  try:
+    step = _layout(args)
+  except ConfigError as error:
+    launch.exit_with(str(error))
+  print(f"{args.target}: checkpoint of step {step}, to be gone on with by run_name={pathlib.Path(args.target).name}")
+
+
+def _layout(args) -> int:
+  for folder in (args.source, args.target):
+    if "://" in folder:
+      raise ConfigError(f"{folder} is not a local folder; copy the run first.")
+  plugin.install(plugin.Reading(on_error=lambda error: launch.exit_with(str(error))))
+  import jax
+  from maxtext.configs import pyconfig
+
+  from maxtext_mudd.checkpoints import relayout
+
+  jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's trainer does
+  source, target = (pathlib.Path(x).absolute() for x in (args.source, args.target))
+  named = [f"run_name={target.name}", f"base_output_directory={target.parent}", "enable_checkpointing=true"]
+  config = pyconfig.initialize(["", args.config, *args.overrides, *named])
+  return relayout.convert(config, source, target, args.step)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

@@ -5,12 +5,12 @@ A stock layer computes `norm(x)`, attention of it, and `x + attention`. With `St
 the paper, with the layer's own `__call__` unchanged.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 from maxtext.layers.attentions import Attention
 from maxtext.models.gpt3 import Gpt3MultiHeadAttention
@@ -24,14 +24,15 @@ class Streams:
   Attributes:
     q, k, v: inputs of the query, key and value projections, [B,T,D].
     r: the residual stream, [B,T,D]; None after the norms, where nothing reads it.
-    has_own_norms: where layers are scanned, whether this one has LN_k and LN_v, or LN_q for all; None: it has.
+    norm_parameter: where layers are scanned, some may have LN_q for all streams: (parameter of LN_k or LN_v, of LN_q)
+      -> the one that holds in this layer. None: every stream has its own.
   """
 
   q: Any
   k: Any
   v: Any
   r: Any = None
-  has_own_norms: Any = None
+  norm_parameter: Callable | None = dataclasses.field(default=None, metadata={"static": True})
 
   def __add__(self, update: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return self.r + update
@@ -53,15 +54,15 @@ class StreamNorm(nnx.Module):
     self.v = nnx.clone(norm)
 
   def __call__(self, inputs: Streams | Float[Array, "B T D"], **kwargs) -> Streams:
-    has_own = inputs.has_own_norms if isinstance(inputs, Streams) else None
-    norms = {"q": self.q, "k": self._own_or_q(self.k, has_own), "v": self._own_or_q(self.v, has_own)}
+    choose = inputs.norm_parameter if isinstance(inputs, Streams) else None
+    norms = {"q": self.q, "k": self._chosen(self.k, choose), "v": self._chosen(self.v, choose)}
     return Streams(*(norm(pick(inputs, c), **kwargs) for c, norm in norms.items()))
 
-  def _own_or_q(self, norm: nnx.Module, has_own) -> nnx.Module:
-    if has_own is None:
+  def _chosen(self, norm: nnx.Module, choose: Callable | None) -> nnx.Module:
+    if choose is None:
       return norm
     graphdef, own = nnx.split(norm)
-    return nnx.merge(graphdef, jax.tree.map(lambda x, of_q: jnp.where(has_own, x, of_q), own, nnx.state(self.q)))
+    return nnx.merge(graphdef, jax.tree.map(choose, own, nnx.state(self.q)))
 
 
 class MultiwayAttention(Attention):

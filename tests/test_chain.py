@@ -114,19 +114,28 @@ def test_groups_count_from_the_top():
   assert [member.block for member in chain.place(seven, 4).above] == [5, 6, 7]
 
 
-@pytest.mark.parametrize(
-  "mesh",
-  [
-    pytest.param({"ici_fsdp_parallelism": 8}, marks=pytest.mark.slow),
-    pytest.param({"ici_fsdp_parallelism": 4, "ici_tensor_parallelism": 2}, marks=pytest.mark.slow),
-    pytest.param({"ici_fsdp_parallelism": 4, "ici_context_parallelism": 2}, marks=pytest.mark.slow),
-    {"ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2, "ici_context_parallelism": 2},
-  ],
-  ids=lambda mesh: ", ".join(f"{key.split('_')[1]} {size}" for key, size in mesh.items()),
+MESHES = (
+  {"ici_fsdp_parallelism": 8},
+  {"ici_fsdp_parallelism": 4, "ici_tensor_parallelism": 2},
+  {"ici_fsdp_parallelism": 4, "ici_context_parallelism": 2},
+  {"ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2, "ici_context_parallelism": 2},
 )
-def test_on_meshes(mesh):
+
+
+def on_meshes():
+  """One of them fast."""
+  for scan in (False, True):
+    for mesh in MESHES:
+      sizes = ", ".join(f"{key.split('_')[1]} {size}" for key, size in mesh.items())
+      marks = () if scan and mesh == MESHES[-1] else pytest.mark.slow
+      yield pytest.param(mesh, scan, id=f"{sizes}{', scanned' if scan else ''}", marks=marks)
+
+
+@pytest.mark.parametrize(("mesh", "scan"), on_meshes())
+def test_on_meshes(mesh, scan):
   """Eight devices, with the aggregates of two groups: the plain form's results, and no collective moves a source."""
-  keys = {"mudd": True, "base_num_decoder_layers": 5, "per_device_batch_size": 1, "remat_policy": "full", **BOTH_NORMS}
+  keys = {"mudd": True, "scan_layers": scan, "per_device_batch_size": 1, "remat_policy": "full", **BOTH_NORMS}
+  keys["base_num_decoder_layers"] = 3 if scan else 5
   devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
   finished = subprocess.run(
     [sys.executable, "-m", "tests.on_mesh", json.dumps(keys | mesh)],

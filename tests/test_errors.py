@@ -178,7 +178,12 @@ MISTAKES = {
   ),
   "scan": (
     ["scan_layers=true"],
-    "scan_layers=True does not work with mudd=True: layers are not scanned yet with mudd=True; set scan_layers=False.",
+    "scan_layers=True does not work with mudd_ffn_reallocation=True: every FFN has a width of its own; scan groups of "
+    "equal width with mudd_ffn_groups=4, say, or set scan_layers=False.",
+  ),
+  "more groups than blocks": (
+    ["mudd_ffn_groups=7"],
+    "mudd_ffn_groups=7 is more than the model has blocks; use at most 2, or 0 for a width of its own in each.",
   ),
   "no DA left": (
     ["mudd_block_period=2", "mudd_dense_streams=qk"],
@@ -431,5 +436,5 @@ def test_status_of_the_process(tmp_path):
 
 def test_as_a_library_the_same_sentence_is_raised():
   with pytest.raises(ConfigError) as error:
-    models.config(mudd=True, scan_layers=True)
-  assert str(error.value).startswith("scan_layers=True does not work with mudd=True")
+    models.config(mudd=True, depth_connection="hyper_connections", scan_layers=True)
+  assert str(error.value).startswith("scan_layers=True does not work with depth_connection=hyper_connections")

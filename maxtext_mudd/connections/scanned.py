@@ -137,8 +137,14 @@ class ScannedConnection(nnx.Module):
         made = {stream: jnp.where(connected, x, output) for stream, x in made.items()}
     if "x" in made and not any(own.has_own_norms):
       return made["x"]
-    has_own_norms = None if all(own.has_own_norms) else own.at("has_own_norms", count)
-    return Streams(*(made.get(stream, made.get("x", output)) for stream in "qkvr"), has_own_norms)
+    choose = None
+    if not all(own.has_own_norms):
+      here = own.at("has_own_norms", count)
+
+      def choose(parameter, of_q):
+        return jnp.where(here, parameter, of_q)
+
+    return Streams(*(made.get(stream, made.get("x", output)) for stream in "qkvr"), choose)
 
   def source(self, output: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """What later aggregates mix."""

@@ -10,7 +10,7 @@ import argparse
 import pathlib
 import sys
 
-from maxtext_mudd import launch, plugin
+from maxtext_mudd import launch, plugin, versions
 from maxtext_mudd.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
   args = parser.parse_args(argv)
   try:
     step = _layout(args)
-  except ConfigError as error:
+  except (ConfigError, versions.UnknownMaxText) as error:
     launch.exit_with(str(error))
   print(f"{args.target}: checkpoint of step {step}, to be gone on with by run_name={pathlib.Path(args.target).name}")
 
@@ -35,7 +35,7 @@ def _layout(args) -> int:
   for folder in (args.source, args.target):
     if "://" in folder:
       raise ConfigError(f"{folder} is not a local folder; copy the run first.")
-  plugin.install(plugin.Reading(on_error=lambda error: launch.exit_with(str(error))))
+  plugin.install()
   import jax
   from maxtext.configs import pyconfig
 

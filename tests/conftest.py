@@ -19,5 +19,5 @@ plugin.install()
 
 def pytest_collection_modifyitems(items):
   """The longest files first, so that no worker is left with one of them at the end."""
-  longest = ("test_yaml.py", "test_runs.py", "test_training.py")
+  longest = ("test_runs.py", "test_training.py", "test_scan.py", "test_chain.py", "test_yaml.py")
   items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

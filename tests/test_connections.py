@@ -46,8 +46,14 @@ def model_and_oracle(family, block):
   return cfg, model, oracle
 
 
+def fast_or_slow(pairs):
+  fast = {("MUDD", "llama2"), ("DHC×4", "llama2"), ("DHC×4", "gpt3"), ("MUDD", "mixtral")}
+  return [pytest.param(*pair, marks=() if pair in fast else pytest.mark.slow) for pair in pairs]
+
+
 @pytest.mark.parametrize(
-  ("family", "block"), [*((family, "llama2") for family in FAMILIES), ("MUDD", "pythia"), ("MUDD", "mixtral")]
+  ("family", "block"),
+  fast_or_slow([*((family, "llama2") for family in FAMILIES), ("MUDD", "pythia"), ("MUDD", "mixtral")]),
 )
 def test_values_and_gradients(family, block):
   """Gradients as float64 differences of the oracle, along one random direction in each parameter."""
@@ -99,8 +105,9 @@ def test_hyper_connections_on_every_block(block):
   assert np.abs(models.jitted_logits(model, data) - expected(oracle, data)).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("block", ["llama2", "mixtral", "gpt3"])
-@pytest.mark.parametrize("family", HYPER)
+@pytest.mark.parametrize(
+  ("family", "block"), fast_or_slow((family, block) for family in HYPER for block in ("llama2", "mixtral", "gpt3"))
+)
 def test_hyper_connections_start_as_the_plain_model(family, block):
   stock = config_of(block, remat_policy="none")
   data = packed(stock)

@@ -13,6 +13,7 @@ from maxtext_mudd.kernels.choice import DTYPES, IMPLEMENTATIONS, STRICTLY, is_fu
 from maxtext_mudd.kernels.tpu import Settings, Weights
 
 
+@jax.named_scope("depth_aggregate")
 def depth_aggregate(
   sources: Sequence[Float[Array, "B T D"]] | Float[Array, "N B T D"],
   w1: Float[Array, "D K"] | None,

@@ -40,6 +40,7 @@ class Gradients(NamedTuple):
   weights: Weights
 
 
+@jax.named_scope("depth_aggregate")
 def forward(
   passes: Passes,
   buffer: Float[Array, "S B T D"],
@@ -53,6 +54,7 @@ def forward(
   return _plain(passes)(buffer, newest, weights, count)
 
 
+@jax.named_scope("depth_aggregate")
 def backward(
   passes: Passes,
   buffer: Float[Array, "S B T D"],

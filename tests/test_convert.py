@@ -1,0 +1,103 @@
+"""Training checkpoints between single and scanned layers: both layouts go on as if nothing had happened."""
+
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from maxtext_mudd import convert
+from tests import runs
+
+KEYS = [
+  "dataset_type=synthetic",
+  "eval_interval=-1",
+  "async_checkpointing=false",
+  "mudd_ffn_groups=2",
+  "mudd_pre_norm=true",
+  "mudd_post_norm=true",
+]
+SCANNED = [*KEYS, "scan_layers=true"]
+SINGLE = [*KEYS, "scan_layers=false"]
+
+
+def train(folder, name, keys, steps):
+  return runs.train(runs.LAUNCHER, runs.RUN_YML, folder, name, *keys, f"steps={steps}")
+
+
+def converted(folder, source, target, keys, *options):
+  command = ["--from", str(folder / source), "--to", str(folder / target), *options, runs.RUN_YML, *keys]
+  finished = subprocess.run(
+    [sys.executable, "-m", "maxtext_mudd.convert", "layout", *command],
+    cwd=runs.ROOT,
+    env=runs.environment(),
+    capture_output=True,
+    text=True,
+  )
+  assert finished.returncode == 0, finished.stderr[-2000:]
+  return finished.stdout
+
+
+def leaves(folder, name, step):
+  tree = ocp.PyTreeCheckpointer().restore(folder / name / "checkpoints" / str(step) / "items")
+  del tree["nnx_aux"]  # random states
+  flat = {}
+
+  def visit(path, x):
+    if isinstance(x, dict | list | tuple):
+      for key, value in x.items() if isinstance(x, dict) else enumerate(x):
+        visit((*path, key), value)
+    elif x is not None:
+      flat[path] = np.asarray(x)
+
+  visit((), tree)
+  return flat
+
+
+@pytest.mark.slow
+def test_both_layouts_go_on(tmp_path):
+  train(tmp_path, "single", SINGLE, 3)
+  assert "checkpoint of step 2" in converted(tmp_path, "single", "scanned", SCANNED)
+  converted(tmp_path, "scanned", "back", SINGLE)
+  before, after = leaves(tmp_path, "single", 2), leaves(tmp_path, "back", 2)
+  assert before.keys() == after.keys()
+  assert all(np.array_equal(after[path], x) for path, x in before.items())
+
+  uninterrupted = train(tmp_path, "whole", SINGLE, 6)
+  for name, keys in (("scanned", SCANNED), ("back", SINGLE)):
+    went_on = train(tmp_path, name, keys, 6)
+    assert sorted(went_on) == [3, 4, 5]
+    for step, loss in went_on.items():
+      assert loss == pytest.approx(uninterrupted[step], rel=1e-6)
+
+
+def refusal(capsys, *arguments) -> str:
+  with pytest.raises(SystemExit) as ended:
+    convert.main(["layout", *map(str, arguments)])
+  logging.disable(logging.NOTSET)
+  assert ended.value.code == 2
+  return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_refusals(tmp_path, capsys):
+  """One sentence each, nothing written."""
+  run, there = tmp_path / "run", tmp_path / "there"
+  there.mkdir()
+  common = (runs.RUN_YML, *SCANNED)
+  assert refusal(capsys, "--from", run, "--to", there, *common).endswith(
+    f"{there} exists already; name a run that does not."
+  )
+  new = tmp_path / "new"
+  found = refusal(capsys, "--from", run, "--to", new, *common)
+  assert found.endswith(f"{run} is not the folder of a run: it has no checkpoints/.")
+  (run / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
+  found = refusal(capsys, "--from", run, "--to", new, *common)
+  assert found.endswith(f"{run / 'checkpoints'} holds no complete checkpoint.")
+  (run / "checkpoints" / "7" / "items").mkdir(parents=True)
+  found = refusal(capsys, "--from", run, "--to", new, "--step", 5, *common)
+  assert found.endswith(f"{run / 'checkpoints'} has no checkpoint of step 5; it has 7.")
+  found = refusal(capsys, "--from", "gs://bucket/run", "--to", new, *common)
+  assert found.endswith("gs://bucket/run is not a local folder; copy the run first.")
+  assert not new.exists() and not (tmp_path / ".new.partial").exists()

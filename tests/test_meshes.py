@@ -1,0 +1,47 @@
+"""Training on eight virtual devices: the losses of one device, and no source is gathered."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import runs
+from tests.test_blocks import MOE
+
+DENSE = {"base_num_decoder_layers": 4, "learning_rate": 1e-3, "warmup_steps_fraction": 0.0}
+MESHES = {
+  "FSDP 8": ({"ici_fsdp_parallelism": 8}, DENSE),
+  "tensor 2, FSDP 4": ({"ici_tensor_parallelism": 2, "ici_fsdp_parallelism": 4}, DENSE),
+  "context 2, FSDP 4": ({"ici_context_parallelism": 2, "ici_fsdp_parallelism": 4}, DENSE),
+  "data 2, FSDP 4": ({"ici_data_parallelism": 2, "ici_fsdp_parallelism": 4}, DENSE),
+  "expert 4, FSDP 2": (
+    {"ici_expert_parallelism": 4, "ici_fsdp_parallelism": 2},
+    DENSE | MOE | {"decoder_block": "mixtral"},
+  ),
+}
+
+
+def train(devices: int, **keys) -> dict:
+  finished = subprocess.run(
+    [sys.executable, "-m", "tests.train_on_mesh", json.dumps({"mudd": True, **keys})],
+    cwd=runs.ROOT,
+    env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+    capture_output=True,
+    text=True,
+  )
+  assert finished.returncode == 0, finished.stderr[-4000:]
+  return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
+@pytest.mark.parametrize("name", MESHES)
+def test_five_steps(name, scan):
+  mesh, keys = MESHES[name]
+  one = train(1, **keys, scan_layers=scan, per_device_batch_size=8)
+  eight = train(8, **keys, **mesh, scan_layers=scan, per_device_batch_size=1)
+  assert one["losses"][-1] < one["losses"][0]
+  assert eight["losses"] == pytest.approx(one["losses"], abs=1e-5)
+  assert eight["gathered"] == []

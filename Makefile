@@ -37,7 +37,7 @@ PROJECT ?= $(if $(filter-out 0,$(DRY_RUN)),,$(shell gcloud config get project 2>
 COMMIT = $(shell git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null)
 DOCKER_IMAGE ?= gcr.io/$(or $(PROJECT),your-project)/maxtext-mudd:$(or $(COMMIT),latest)
 
-.PHONY: help setup corpus train compare xpk image test test-slow lint format lock wheel clean
+.PHONY: help setup corpus train compare xpk image test test-slow aot lint format lock wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -105,9 +105,13 @@ image:  ## build DOCKER_IMAGE for clusters, and push it (docs/cluster.md)
 test: $(READY) $(XPK)  ## run the fast tests, two files at a time
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
-test-slow: $(READY)  ## run the tests that compile for TPUs (installs libtpu)
+test-slow: $(READY)  ## run the slow tests; some compile for TPUs (installs libtpu)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt
 	$(PY) -m pytest -q -m slow
+
+aot: $(READY)  ## compile the paper's models for their pods (installs libtpu; half an hour on two cores)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt
+	$(PY) benchmarks/aot.py --output $(STAMP)-aot $(ARGS)
 
 lint: $(READY)  ## check style and formatting
 	$(VENV)/bin/ruff check .

@@ -13,8 +13,8 @@ import collections
 import json
 import pathlib
 import sys
-import time
 
+import compiled_step
 import record
 import tpu_schedule
 from tpu_schedule import NotUnderstood
@@ -24,62 +24,14 @@ FORMS = {
   "xla": {"mudd_kernel": "xla"},
   "fused": {"mudd_kernel": "auto"},
 }
-COMMON = {
-  "mudd_ffn_reallocation": False,
-  "remat_policy": "full",
-  "scan_layers": False,
-  "enable_checkpointing": False,
-  "log_config": False,
-  "run_name": "step_traffic",
-  "skip_jax_distributed_system": True,
-  "compile_topology_num_slices": 1,
-}
-INIT_ARGS = "--xla_tpu_spmd_rng_bit_generator_unsafe=true"  # as train_compile sets it
+COMMON = {"mudd_ffn_reallocation": False, "remat_policy": "full", "scan_layers": False}
 OURS = "depth_aggregate_"
 PASSES = ("forward", "backward", "push")
 
 
-# ---------------------------------------------------------------- one compilation
-
-
-def compile_step(yaml: str, topology: str, keys: dict):
-  """(the configuration, the compiled step, seconds), as train_compile makes it, which keeps neither."""
-  import jax
-
-  from maxtext_mudd import plugin
-
-  plugin.install()
-  from flax.core.spmd import logical_axis_rules
-  from maxtext.configs import pyconfig
-  from maxtext.trainers.pre_train import train, train_compile
-  from maxtext.utils import accelerator_to_spec_map, maxtext_utils, sharding
-
-  chips = accelerator_to_spec_map.UserFacingNameToSystemCharacteristics.get(topology)
-  if chips is None or chips.platform != "tpu":
-    raise NotUnderstood(f"--topology has {topology!r}; use a TPU topology of MaxText's, such as v5p-8 or v6e-8.")
-  jax.config.update("jax_default_prng_impl", "unsafe_rbg")
-  config = pyconfig.initialize(["", yaml], compile_topology=topology, **COMMON, **keys)
-  mesh = train_compile.get_topology_mesh(config)
-  args, kwargs, state, _, model = train_compile.get_shaped_inputs(mesh, config)
-  params, state = sharding.maybe_update_params_sharding_with_opt(config, state)
-  signature = maxtext_utils.get_functional_train_with_signature(
-    train.train_step,
-    sharding.get_input_data_sharding(config, mesh),
-    sharding.build_zero1_input_state_mesh_shardings(config, state, params),
-    model,
-    config,
-    params,
-  )
-  step, *shardings_and_argnums = signature
-  rules = logical_axis_rules(config.logical_axis_rules)
-  start = time.monotonic()
-  compiled = train_compile.jit_and_compile(step, args, kwargs, mesh, *shardings_and_argnums, config, rules)
-  return config, compiled, time.monotonic() - start
-
-
 def measure(form: str, yaml: str, topology: str, keys: dict, keep: str | None) -> dict:
   """One row of the table."""
-  config, compiled, seconds = compile_step(yaml, topology, keys | FORMS[form])
+  config, compiled, seconds = compiled_step.compile_step(yaml, topology, COMMON | keys | FORMS[form])
   hlo = compiled.as_text()
   if keep:
     (pathlib.Path(keep) / f"{form}.txt").write_text(hlo)
@@ -189,7 +141,7 @@ def main() -> int:
   print(record.table(COLUMNS, []), end="", flush=True)
   for form in options.which.split(","):
     try:
-      rows.append(record.in_own_process(__file__, form, [json.dumps([form, *case])], INIT_ARGS))
+      rows.append(record.in_own_process(__file__, form, [json.dumps([form, *case])], compiled_step.INIT_ARGS))
       print(record.table(COLUMNS, [cells(rows[-1], stock_of(rows))]).splitlines()[-1], flush=True)
     except NotUnderstood as error:
       print(error, file=sys.stderr, flush=True)

@@ -1,0 +1,135 @@
+"""Compiles the paper's models for their pods: seconds, and memory against that of the chip. No TPU is needed.
+
+    python benchmarks/aot.py --models 405m,2p8b --output 2026-11-22-aot
+
+Each row is MaxText's train step of one configuration of yaml/, with the batch of that file, compiled ahead of time on
+this host for all chips of the topology. `stock` is the plain model of the same size, run by MaxText as it is
+published. Nothing runs.
+"""
+
+import argparse
+import json
+import sys
+
+import compiled_step
+import record
+from tpu_schedule import NotUnderstood
+
+# Where the paper's batch is what yaml/ says, and a v6e-8.
+MODELS = {"405m": ("v5p-16", "v6e-8"), "1p4b": ("v5p-32",), "2p8b": ("v5p-128",), "6p9b": ("v5p-128",)}
+UNSCANNED = ("405m",)
+GROUPS = 4  # of FFN width, where layers are scanned
+CHIP_GB = {"v5p": 95.74, "v6e": 31.25}  # what the compiler gives a program, in GiB as it says them
+COLUMNS = [
+  "model",
+  "topology",
+  "layers",
+  "code",
+  "compile, s",
+  "to stock",
+  "arguments GB",
+  "temporaries GB",
+  "to stock",
+]
+COLUMNS += ["both, of the chip"]
+NOTES = f"""
+Of one chip. Scanned MUDD models have {GROUPS} groups of blocks of equal FFN width (mudd_ffn_groups={GROUPS}), unscanned
+ones a width for each block, as in the paper. Arguments: parameters, moments and data; they are updated in place.
+Temporaries: the most memory held beside them, by the compiler's own account. To stock: of the row above it.
+Compile seconds are of this host and vary with what else it does. Nothing ran on a TPU.
+"""
+
+
+def cases(models: list[str]):
+  """(model, topology, whether scanned, whether MUDD) of each row."""
+  for model in models:
+    for topology in MODELS[model]:
+      for scan in (True, False) if model in UNSCANNED else (True,):
+        for mudd in (False, True):
+          yield model, topology, scan, mudd
+
+
+def measure(model: str, topology: str, scan: bool, mudd: bool, keys: dict) -> dict:
+  keys = {"scan_layers": scan, **keys}
+  if mudd and scan:
+    keys["mudd_ffn_groups"] = GROUPS
+  yaml = f"yaml/{'mudd' if mudd else 'transformer_pp'}_{model}.yml"
+  config, compiled, seconds = compiled_step.compile_step(yaml, topology, keys)
+  memory = compiled.memory_analysis()
+  return {
+    "model": model,
+    "yaml": yaml,
+    "topology": topology,
+    "scan_layers": scan,
+    "mudd": mudd,
+    "per_device_batch_size": config.per_device_batch_size,
+    "compile_seconds": seconds,
+    "argument_bytes": memory.argument_size_in_bytes,
+    "temporary_bytes": memory.temp_size_in_bytes,
+  }
+
+
+def cells(row: dict, stock: dict | None) -> list[str]:
+  def ratio(key):
+    return f"{row[key] / stock[key]:.2f}" if row["mudd"] and stock else "-"
+
+  chip = CHIP_GB[row["topology"].split("-")[0]] * 2**30
+  return [
+    f"{row['model']}, batch {row['per_device_batch_size']:g}",
+    row["topology"],
+    "scanned" if row["scan_layers"] else "single",
+    "MUDD" if row["mudd"] else "stock",
+    f"{row['compile_seconds']:.0f}",
+    ratio("compile_seconds"),
+    f"{row['argument_bytes'] / 1e9:.2f}",
+    f"{row['temporary_bytes'] / 1e9:.2f}",
+    ratio("temporary_bytes"),
+    f"{100 * (row['argument_bytes'] + row['temporary_bytes']) / chip:.0f} %",
+  ]
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--models", default=",".join(MODELS), help="comma-separated; by default all: %(default)s")
+  parser.add_argument("--output", help="name of the .md and .json to write to benchmarks/results/")
+  parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all rows, as per_device_batch_size=4")
+  options = parser.parse_args()
+  models = options.models.split(",")
+  unknown = [model for model in models if model not in MODELS]
+  wrong = [x for x in options.overrides if "=" not in x]
+  problem = record.missing_libtpu()
+  if unknown:
+    problem = f"--models has {unknown[0]!r}; use some of {', '.join(MODELS)}."
+  elif wrong:
+    problem = f"{wrong[0]!r} is not key=value."
+  if problem:
+    print(problem, file=sys.stderr)
+    return 2
+  keys = dict(x.split("=", 1) for x in options.overrides)
+  about = record.facts(", ".join(sorted({topology for model in models for topology in MODELS[model]})))
+  rows, lines, failed, stock = [], [], False, None
+  print(record.table(COLUMNS, []), end="", flush=True)
+  for case in cases(models):
+    try:
+      row = record.in_own_process(
+        __file__, " ".join(map(str, case)), [json.dumps([*case, keys])], compiled_step.INIT_ARGS
+      )
+    except NotUnderstood as error:
+      print(error, file=sys.stderr, flush=True)
+      failed, stock = True, None
+      continue
+    stock = stock if row["mudd"] else row
+    rows.append(row)
+    lines.append(cells(row, stock))
+    print(record.table(COLUMNS, lines[-1:]).splitlines()[-1], flush=True)
+  print(NOTES)
+  if options.output:
+    record.write(options.output, about, record.table(COLUMNS, lines) + NOTES, rows)
+  return 2 if failed else 0
+
+
+if __name__ == "__main__":
+  if sys.argv[1:2] == ["_one"]:
+    print(json.dumps(measure(*json.loads(sys.argv[2]))))
+  else:
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Training on eight virtual devices: the losses of one device, and no source is gathered."""
+"""Training on eight virtual devices: the losses of one device, and no source is gathered but where D is sharded."""
 
 import json
 import os
@@ -10,7 +10,9 @@ import pytest
 from tests import runs
 from tests.test_blocks import MOE
 
-DENSE = {"base_num_decoder_layers": 4, "learning_rate": 1e-3, "warmup_steps_fraction": 0.0}
+# Well conditioned, and not with Adam: that makes full steps of gradients that are nothing but rounding.
+DENSE = {"base_num_decoder_layers": 4, "mudd_pre_norm": True, "mudd_post_norm": True}
+DENSE |= {"opt_type": "sgd", "learning_rate": 0.01, "warmup_steps_fraction": 0.0}
 MESHES = {
   "FSDP 8": ({"ici_fsdp_parallelism": 8}, DENSE),
   "tensor 2, FSDP 4": ({"ici_tensor_parallelism": 2, "ici_fsdp_parallelism": 4}, DENSE),
@@ -44,4 +46,5 @@ def test_five_steps(name, scan):
   eight = train(8, **keys, **mesh, scan_layers=scan, per_device_batch_size=1)
   assert one["losses"][-1] < one["losses"][0]
   assert eight["losses"] == pytest.approx(one["losses"], abs=1e-5)
-  assert eight["gathered"] == []
+  if "tensor" not in name:  # there the compiler gathers X_i for W1 in plain JAX; the fused form: tests/test_chain.py
+    assert eight["gathered"] == []

@@ -31,12 +31,12 @@ def gathered(text: str, cfg) -> list[str]:
 def main(overrides: dict) -> None:
   cfg = models.config(**overrides)
   step, state = steps.prepare(cfg)
-  compiled = step.lower(state, models.batch(cfg)).compile()
+  text = step.lower(state, models.batch(cfg)).compile().as_text()
   losses = []
   for _ in range(STEPS):
-    state, metrics = compiled(state, models.batch(cfg))
+    state, metrics = step(state, models.batch(cfg))
     losses.append(float(metrics["scalar"]["learning/loss"]))
-  print(json.dumps({"losses": losses, "gathered": gathered(compiled.as_text(), cfg)}))
+  print(json.dumps({"losses": losses, "gathered": gathered(text, cfg)}))
 
 
 if __name__ == "__main__":

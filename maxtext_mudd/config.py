@@ -315,6 +315,8 @@ class MuddConfig(MaxTextConfig):
       (self.use_multimodal, "use_multimodal=True", "visual features are added between layers; set it to False"),
     )
     _refuse(refused, "mudd=True")
+    if self.scan_layers:
+      self._check_scanned()
     kernel_refused = (
       (
         self.mudd_kernel == "pallas" and self.hardware != "tpu",
@@ -330,6 +332,26 @@ class MuddConfig(MaxTextConfig):
     _refuse(kernel_refused, f"mudd_kernel={self.mudd_kernel}")
     if self.depth_connection == "hyper_connections":
       self._check_hyper_connections()
+
+  def _check_scanned(self):
+    refused = (
+      (
+        self.param_scan_axis > 1,
+        f"param_scan_axis={self.param_scan_axis}",
+        "norms have two dimensions where they are stacked; use 0 or 1",
+      ),
+      (
+        self.parameter_memory_host_offload,
+        "parameter_memory_host_offload=True",
+        "all layers would be kept on the device for the backward pass; set scan_layers=False",
+      ),
+      (
+        bool(self.quantization) and self.use_qwix_quantization,
+        "use_qwix_quantization=True",
+        "the backward pass would make the streams again without quantization; set scan_layers=False",
+      ),
+    )
+    _refuse(refused, "mudd=True and scan_layers=True")
 
   def _check_hyper_connections(self):
     refused = (

@@ -98,6 +98,10 @@ def test_refusals(tmp_path, capsys):
   (run / "checkpoints" / "7" / "items").mkdir(parents=True)
   found = refusal(capsys, "--from", run, "--to", new, "--step", 5, *common)
   assert found.endswith(f"{run / 'checkpoints'} has no checkpoint of step 5; it has 7.")
+  found = refusal(capsys, "--from", run, "--to", new, *common)
+  assert f"{run / 'checkpoints' / '7'} cannot be read; it is damaged, or not a checkpoint of MaxText" in found
+  found = refusal(capsys, "--from", run, "--to", new, str(runs.ROOT / "tests" / "stock.yml"))
+  assert "mudd=False: layouts of models with connections are converted" in found
   found = refusal(capsys, "--from", "gs://bucket/run", "--to", new, *common)
   assert found.endswith("gs://bucket/run is not a local folder; copy the run first.")
   assert not new.exists() and not (tmp_path / ".new.partial").exists()

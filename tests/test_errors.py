@@ -181,6 +181,21 @@ MISTAKES = {
     "scan_layers=True does not work with mudd_ffn_reallocation=True: every FFN has a width of its own; scan groups of "
     "equal width with mudd_ffn_groups=4, say, or set scan_layers=False.",
   ),
+  "axis of scanned layers": (
+    ["scan_layers=true", "mudd_ffn_reallocation=false", "param_scan_axis=2"],
+    "param_scan_axis=2 does not work with mudd=True and scan_layers=True: norms have two dimensions where they are "
+    "stacked; use 0 or 1.",
+  ),
+  "parameters of scanned layers on the host": (
+    ["scan_layers=true", "mudd_ffn_reallocation=false", "parameter_memory_host_offload=true"],
+    "parameter_memory_host_offload=True does not work with mudd=True and scan_layers=True: all layers would be kept on "
+    "the device for the backward pass; set scan_layers=False.",
+  ),
+  "Qwix in scanned layers": (
+    ["scan_layers=true", "mudd_ffn_reallocation=false", "quantization=int8", "use_qwix_quantization=true"],
+    "use_qwix_quantization=True does not work with mudd=True and scan_layers=True: the backward pass would make the "
+    "streams again without quantization; set scan_layers=False.",
+  ),
   "more groups than blocks": (
     ["mudd_ffn_groups=7"],
     "mudd_ffn_groups=7 is more than the model has blocks; use at most 2, or 0 for a width of its own in each.",

@@ -21,7 +21,7 @@ def gathered(text: str, cfg) -> list[str]:
   found = []
   for line in text.splitlines():
     made = re.search(r"= \(?\w+\[([\d,]+)\]\S* (?:all-gather|all-to-all)(?:-start)?\(", line)
-    if made and "depth_aggregate" in line:
+    if made and re.search(r'op_name="jit\([^"]*depth_aggregate', line):  # not parameters, which have it in their names
       size = math.prod(map(int, made[1].split(",")))
       if size >= rows * cfg.emb_dim // cfg.num_target_devices:
         found.append(line.strip())

@@ -39,11 +39,12 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
     ConfigError: a folder or checkpoint that is missing or there already, or does not fit the configuration. Nothing is
       left behind then.
   """
+  if not config.mudd:
+    raise ConfigError("mudd=False: layouts of models with connections are converted; name such a configuration.")
   if target.exists():
     raise ConfigError(f"{target} exists already; name a run that does not.")
   step, folder = _checkpoint(source, step)
-  restored = ocp.PyTreeCheckpointer().restore(epath.Path(folder / _STATE))
-  values = {path: x for path, x in _by_path(restored).items() if "/rngs/" not in path}
+  values = {path: x for path, x in _by_path(_restored(folder)).items() if "/rngs/" not in path}
   scanned = any("/decoder/layers/" in path for path in values)
   if scanned == config.scan_layers:
     raise ConfigError(
@@ -75,6 +76,20 @@ def _checkpoint(source: pathlib.Path, step: int | None) -> tuple[int, pathlib.Pa
   if step not in found:
     raise ConfigError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}.")
   return step, found[step]
+
+
+def _restored(folder: pathlib.Path):
+  """The saved tree on this host, whatever devices it was saved from."""
+  path, checkpointer = epath.Path(folder / _STATE), ocp.PyTreeCheckpointer()
+  try:
+    saved = checkpointer.metadata(path).item_metadata.tree
+    as_numpy = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved, is_leaf=lambda x: hasattr(x, "dtype")
+    )
+    return checkpointer.restore(path, restore_args=as_numpy)
+  except Exception as error:  # Orbax raises all kinds
+    cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    raise ConfigError(f"{folder} cannot be read; it is damaged, or not a checkpoint of MaxText ({cause}).") from error
 
 
 def _by_path(tree) -> dict[str, np.ndarray]:

@@ -3,6 +3,8 @@
 Differentiated as it stands, a loop over blocks keeps the buffer of every turn. But the history is append-only, so that
 the buffer after the last block serves for all of them. It reaches the backward pass of each block as a cotangent:
 `Buffer.mirror` is zero and nothing reads it in the forward pass; `close` sends the final buffer back as its "gradient".
+So gradients are those of losses that read the hidden state behind the last block, as every loss of MaxText's training
+does, be it with others; a loss of nothing but what blocks sow gets none of the history, and wrong gradients.
 """
 
 from collections.abc import Callable

@@ -14,6 +14,7 @@ from tests import runs
 KEYS = [
   "dataset_type=synthetic",
   "eval_interval=-1",
+  "dtype=float32",
   "async_checkpointing=false",
   "mudd_ffn_groups=2",
   "mudd_pre_norm=true",

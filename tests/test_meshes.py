@@ -12,6 +12,7 @@ from tests.test_blocks import MOE
 
 # Well conditioned, and not with Adam: that makes full steps of gradients that are nothing but rounding.
 DENSE = {"base_num_decoder_layers": 4, "mudd_pre_norm": True, "mudd_post_norm": True}
+DENSE["max_target_length"] = 128  # a source is larger than any parameter then
 DENSE |= {"opt_type": "sgd", "learning_rate": 0.01, "warmup_steps_fraction": 0.0}
 MESHES = {
   "FSDP 8": ({"ici_fsdp_parallelism": 8}, DENSE),

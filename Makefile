@@ -103,7 +103,7 @@ image:  ## build DOCKER_IMAGE for clusters, and push it (docs/cluster.md)
 	docker push '$(DOCKER_IMAGE)'
 
 test: $(READY) $(XPK)  ## run the fast tests, two files at a time
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(READY)  ## run the slow tests; some compile for TPUs (installs libtpu)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt

@@ -127,7 +127,7 @@ def check(case, found, expected, budgets):
     assert not np.asarray(gradients[-2][..., count:]).any()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in CASES])
 def test_float64_is_the_truth(case):
   with jax.enable_x64(True):
     args, cotangents = jax.tree.map(lambda x: x.astype(jnp.float64), operands(case))

@@ -123,14 +123,13 @@ MESHES = (
 
 
 def on_meshes():
-  """One of them fast."""
   for scan in (False, True):
     for mesh in MESHES:
       sizes = ", ".join(f"{key.split('_')[1]} {size}" for key, size in mesh.items())
-      marks = () if scan and mesh == MESHES[-1] else pytest.mark.slow
-      yield pytest.param(mesh, scan, id=f"{sizes}{', scanned' if scan else ''}", marks=marks)
+      yield pytest.param(mesh, scan, id=f"{sizes}{', scanned' if scan else ''}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "scan"), on_meshes())
 def test_on_meshes(mesh, scan):
   """Eight devices, with the aggregates of two groups: the plain form's results, and no collective moves a source."""

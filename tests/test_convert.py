@@ -15,6 +15,7 @@ KEYS = [
   "dataset_type=synthetic",
   "eval_interval=-1",
   "dtype=float32",
+  "learning_rate_schedule_steps=6",
   "async_checkpointing=false",
   "mudd_ffn_groups=2",
   "mudd_pre_norm=true",

@@ -63,7 +63,7 @@ CASES = {
   },
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
 }
-FAST = ("MUDD", "2x2, both norms", "groups", "mixtral")
+FAST = ("MUDD", "2x2, both norms")
 
 
 def run(cfg, values):

@@ -60,7 +60,7 @@ def fully_rematerialised():
   return value_and_gradients(models.config(**TINY, remat_policy="full"))
 
 
-FAST = ("none", "minimal_with_context", "qkv_proj_offloaded", "save_out_proj", "custom")
+FAST = ("none", "qkv_proj_offloaded", "custom")
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,12 @@ def facts(
 ) -> dict[str, str]:
   """What a result depends on; taken before measuring."""
   script = pathlib.Path(sys.argv[0]).resolve().relative_to(ROOT)
+  arguments = list(sys.argv[1:])
+  if "--keep" in arguments:  # a folder of this machine, which changes nothing in the result
+    at = arguments.index("--keep")
+    del arguments[at : at + 2]
   return {
-    "command": shlex.join(["python", str(script), *sys.argv[1:]]),
+    "command": shlex.join(["python", str(script), *arguments]),
     "date": datetime.date.today().isoformat(),
     label: hardware,
     "commit": commit(),

@@ -1,10 +1,12 @@
 """The configuration: MaxText's, plus one flat key for every hyperparameter of the paper."""
 
 from collections.abc import Iterable
+import difflib
 import os
 from typing import Literal
 
 from maxtext.configs.types import MaxTextConfig
+from maxtext.utils import accelerator_to_spec_map
 from pydantic import Field, model_validator
 
 from maxtext_mudd import kernels, topology
@@ -105,6 +107,15 @@ class MuddConfig(MaxTextConfig):
   mudd_kernel: Literal["auto", "xla", "pallas", "pallas_interpret"] = Field(
     "auto", description="Depth-wise aggregation: fused on TPU (pallas) and plain elsewhere (xla), or as named."
   )
+
+  @model_validator(mode="before")
+  @classmethod
+  def _check_topology(cls, values: dict) -> dict:
+    name, known = values.get("compile_topology"), accelerator_to_spec_map.UserFacingNameToSystemCharacteristics
+    if name and not values.get("internal_compile") and name not in known:
+      nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+      raise ValueError(f"compile_topology={name}: there is no such topology; the nearest is {nearest}.")
+    return values
 
   @model_validator(mode="before")
   @classmethod

@@ -5,6 +5,7 @@ import functools
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from maxtext.common.common_types import MODEL_MODE_TRAIN
 from maxtext.configs.pyconfig import HyperParameters
 from maxtext.layers.nnx_decoders import NNXDecoder
@@ -177,7 +178,9 @@ class MuddDecoder(NNXDecoder):
       carry, _, _ = apply(stack, carry, *args, length=len(blocks), skip_block_remat=True, **own, **kwargs)
       if own["kv_caches_stacked"] is not None:  # a list that is changed in place
         per_layer["kv_caches_stacked"][blocks[0] - 1 : blocks[-1]] = own["kv_caches_stacked"]
-    return self.connection.finish(carry), layers, None
+    hidden, sown = self.connection.finish(carry, nnx.state(layers, _is_floating_state))
+    nnx.update(layers, sown)
+    return hidden, layers, None
 
   def _rematerialisation(self):
     """`Buffer.rematerialise` for the policy of the configuration."""
@@ -186,6 +189,13 @@ class MuddDecoder(NNXDecoder):
     if self.config.remat_policy in (None, "none"):
       return lambda block: block
     return functools.partial(jax.checkpoint, policy=self.get_remat_policy(), prevent_cse=False)
+
+
+def _is_floating_state(path, variable) -> bool:
+  """What layers sow or update, and a loss may read."""
+  if isinstance(variable, nnx.Param):
+    return False
+  return all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(nnx.pure(variable)))
 
 
 def _is_pythia(config) -> bool:

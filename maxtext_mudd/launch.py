@@ -5,11 +5,13 @@ import gc
 import importlib
 import logging
 import pathlib
+import signal
 import sys
 import traceback
 from typing import NoReturn
 
 from absl import app
+from absl import logging as absl_logging
 
 from maxtext_mudd import plugin, versions
 
@@ -18,7 +20,9 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   """Runs the `main` of a stock MaxText module as its own script does.
 
   An unknown MaxText, a configuration that cannot work, and a checkpoint that cannot be restored end the process with
-  one sentence on stderr and status 2; nothing has been written then.
+  one sentence on stderr and status 2; nothing has been written then. So does a step that does not fit the device, which
+  only its compiler, or its first run, can tell. A run that saved and stopped because of a SIGTERM ends with 143, for
+  what starts it again; MaxText's own script ends with 0.
 
   Args:
     entry_point: name of the module.
@@ -27,9 +31,14 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   if len(sys.argv) < 2:
     exit_with(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine")
   seen = []
+  termination = _Termination()
+  absl_logging.get_absl_logger().addHandler(termination)
 
   def read(config):
+    from maxtext_mudd import devices  # once MaxText is known to be the right one
+
     seen.append(config)
+    devices.check_mesh(config)
     if check:
       check(config)
 
@@ -47,10 +56,24 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
     if _failed_in(error, "validate_completed_steps"):
       folder = pathlib.Path(seen[-1].checkpoint_dir)
       exit_with(f"{folder}: this run has done its steps={seen[-1].steps}; set steps higher to go on.")
+    if seen and (sentence := _out_of_memory(error, seen[-1])):
+      exit_with(sentence)
     raise
   finally:
     # MaxText's data iterators clean up when collected, and cannot any more once the interpreter shuts down.
     gc.collect()
+    if termination.seen:
+      sys.exit(128 + signal.SIGTERM)
+
+
+class _Termination(logging.Handler):
+  """Whether MaxText stopped a run in good order because of a SIGTERM: it says so in its log alone."""
+
+  seen = False
+
+  def emit(self, record: logging.LogRecord) -> None:
+    if record.getMessage().startswith("Training stopped: Job received termination signal"):
+      self.seen = True
 
 
 def exit_with(sentence: str) -> NoReturn:
@@ -58,6 +81,12 @@ def exit_with(sentence: str) -> NoReturn:
   print(f"maxtext-mudd: {sentence}", file=sys.stderr)
   logging.disable()  # of threads that are still ending
   sys.exit(2)
+
+
+def _out_of_memory(error: Exception, config) -> str | None:
+  from maxtext_mudd import devices
+
+  return devices.out_of_memory(error, config)
 
 
 def _failed_in(error: BaseException, function: str) -> bool:

@@ -4,18 +4,23 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 from maxtext.configs import pyconfig
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from maxtext_mudd import plugin, preflight, train
+from maxtext_mudd import devices, plugin, preflight, train
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
 
 MISTAKES = {
   "mistyped key": (["mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
   "no value": (["mudd"], "mudd is not key=value, nor a configuration file, which ends in .yml."),
+  "topology": (
+    ["compile_topology=v5p-9", "compile_topology_num_slices=1"],
+    "compile_topology=v5p-9: there is no such topology; the nearest is v5p-896.",
+  ),
   "mistyped stock key": (["learning_rte=1"], "learning_rte is not a configuration key; the nearest is learning_rate."),
   "ways": (["mudd_ways=3"], "mudd_ways=3 is not valid: input should be 1 or 4."),
   "expansion": (
@@ -453,3 +458,67 @@ def test_as_a_library_the_same_sentence_is_raised():
   with pytest.raises(ConfigError) as error:
     models.config(mudd=True, depth_connection="hyper_connections", scan_layers=True)
   assert str(error.value).startswith("scan_layers=True does not work with depth_connection=hyper_connections")
+
+
+V5P_32 = {"compile_topology": "v5p-32", "compile_topology_num_slices": 1, "hardware": "tpu"}  # 16 chips
+MESHES = {
+  "too few": (
+    {"ici_fsdp_parallelism": 4, "ici_tensor_parallelism": 2},
+    "ici_fsdp_parallelism=4, ici_tensor_parallelism=2: the product 8 of the mesh is not the 16 devices of a slice; "
+    "set one of them to -1, or change them to a product of 16.",
+  ),
+  "no divisor": (
+    {"ici_tensor_parallelism": 3},
+    "ici_tensor_parallelism=3: the product 3 of the mesh does not divide the 16 devices of a slice, for "
+    "ici_fsdp_parallelism=-1 takes what is left; use divisors of 16.",
+  ),
+  "two that take what is left": (
+    {"ici_tensor_parallelism": -1},
+    "ici_fsdp_parallelism=-1 and ici_tensor_parallelism=-1: only one axis can take the devices of a slice that are "
+    "left; set the other.",
+  ),
+  "slices": (
+    {"compile_topology_num_slices": 4, "dcn_data_parallelism": 3},
+    "dcn_data_parallelism=3: the product 3 of the mesh is not the 4 slices; set one of them to -1, or change them to a "
+    "product of 4.",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", MESHES)
+def test_a_mesh_that_does_not_fit_the_devices(case):
+  keys, sentence = MESHES[case]
+  with pytest.raises(ConfigError) as error:
+    devices.check_mesh(models.config(**V5P_32 | keys))
+  assert str(error.value) == sentence
+
+
+def test_a_mesh_that_fits():
+  devices.check_mesh(models.config(**V5P_32, ici_fsdp_parallelism=-1, ici_tensor_parallelism=4))
+  devices.check_mesh(models.config(**V5P_32 | {"compile_topology_num_slices": 4, "dcn_fsdp_parallelism": 2}))
+
+
+TOO_LARGE = {
+  "by a compiler": (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 19.03G of 15.75G "
+    "hbm. Exceeded hbm capacity by 3.28G.\n\nTotal hbm usage >= 19.28G",
+    "needs 19.03G of the chip's 15.75G, 3.28G too much",
+  ),
+  "by a device": (
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5368709120 bytes.",
+    "found no room for 5.00G more",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_a_batch_that_does_not_fit(case):
+  message, needs = TOO_LARGE[case]
+  cfg = models.config(per_device_batch_size=512, remat_policy="minimal")
+  found = devices.out_of_memory(jax.errors.JaxRuntimeError(message), cfg)
+  assert found == (
+    f"per_device_batch_size=512 with max_target_length=16 does not fit: the step {needs}; use a smaller batch "
+    "(gradient_accumulation_steps makes up for it), remat_policy=full (here minimal), or more devices to shard over."
+  )
+  assert devices.out_of_memory(ValueError(message), cfg) is None
+  assert devices.out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: x"), cfg) is None

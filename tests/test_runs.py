@@ -119,3 +119,28 @@ def test_a_truncated_checkpoint_is_reported_and_kept(folder, overrides, losses):
   assert f"maxtext-mudd: {newest}: the newest checkpoint cannot be restored and is left as it is" in finished.stderr
   assert "move it away to resume from the one before it" in finished.stderr
   assert contents() == before
+
+
+@pytest.mark.slow
+def test_a_run_that_was_told_to_end_is_not_taken_for_completed(folder, overrides):
+  """SIGTERM, as before a preemption: MaxText saves and stops; the status tells a cluster to start the run again."""
+  one_process = {"JOB_INDEX": "0", "JOB_COMPLETION_INDEX": "0", "PROCESSES_IN_JOB": "1", "JAX_PROCESS_COUNT": "1"}
+  keys = ["steps=1000000", "checkpoint_period=1000000", "enable_autocheckpoint=true", "eval_interval=-1"]
+  keys += ["hardware=cpu", "skip_jax_distributed_system=false"]
+  process = subprocess.Popen(
+    runs.command(runs.LAUNCHER, runs.RUN_YML, folder / "output", "told", *overrides, *keys),
+    cwd=runs.ROOT,
+    env=runs.environment(JAX_COORDINATOR_ADDRESS="localhost", **one_process),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  said = ""
+  while "completed step: 2," not in said:
+    said = process.stderr.readline()
+    assert said, f"ended with {process.wait()} before it was told"
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=300)
+  assert process.returncode == 128 + signal.SIGTERM
+  saved = [int(entry.name) for entry in (folder / "output" / "told" / "checkpoints").iterdir()]
+  assert max(saved) > 2

@@ -61,6 +61,9 @@ CASES = {
     **BOTH_NORMS,
     "mudd_kernel": "pallas_interpret",
   },
+  "blocks first in parameters": {**SMALL, **BOTH_NORMS, "param_scan_axis": 0},
+  "multi-token prediction": {**SMALL, **BOTH_NORMS, "mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1},
+  "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
 }
 FAST = ("MUDD", "2x2, both norms")
@@ -79,6 +82,10 @@ def run(cfg, values):
   (value, aux), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
   by_path = {"/".join(map(str, path)): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(gradients)}
   return np.asarray(models.jitted_logits(model, data)), float(value), aux, by_path
+
+
+def with_dropout(model, data, enable: bool):
+  return model(data["inputs"], data["inputs_position"], data["inputs_segmentation"], enable_dropout=enable)
 
 
 def random_values(cfg):
@@ -119,6 +126,57 @@ def test_same_as_single_layers(case):
   check_gradients(layout.unstack(found, scanned), gradients)
   for path, x in layout.stack(layout.unstack(found, scanned), scanned).items():
     np.testing.assert_array_equal(found[path], x, err_msg=f"padding of {path} has a gradient")
+
+
+@pytest.mark.slow
+def test_gradients_of_what_is_sown_alone():
+  """A router's loss reads no hidden state behind the last block; its gradients need the history all the same."""
+  keys, _ = BLOCKS["mixtral"]
+  keys = {"mudd": True, **SMALL, **BOTH_NORMS, "decoder_block": "mixtral", **keys}
+  single = models.config(**keys)
+  scanned = models.config(**keys, scan_layers=True)
+  values = random_values(single)
+
+  def gradients(cfg, values):
+    model = models.build(cfg)
+    models.set_parameters(model, values)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+      aux = train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(models.batch(cfg)), None, None)[1]
+      return aux["moe_lb_loss"]
+
+    found = jax.jit(jax.grad(loss))(params)
+    return {"/".join(map(str, path)): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(found)}
+
+  found = layout.unstack(gradients(scanned, layout.stack(values, scanned)), scanned)
+  expected = gradients(single, values)
+  assert largest(expected["decoder/layers_1/connection/depth_aggregate/w1"]) > 0
+  check_gradients(found, {path: x for path, x in expected.items() if x.any()})
+  assert not any(found[path].any() for path, x in expected.items() if not x.any())
+
+
+def test_dropout_is_the_same_in_both_passes():
+  """The derivative along the gradient is that of the loss, whose masks are made again in the backward pass."""
+  cfg = models.config(mudd=True, **SMALL, **BOTH_NORMS, scan_layers=True, dropout_rate=0.3, enable_dropout=True)
+  model = models.build(cfg)
+  models.randomise(model)
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  data = models.batch(cfg)
+
+  @jax.jit
+  def loss(params):
+    return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)[0]
+
+  gradient = jax.jit(jax.grad(loss))(params)
+  norm = np.sqrt(sum(float(np.square(x).sum()) for x in jax.tree.leaves(gradient)))
+  step = 0.01 / norm
+  ahead, behind = (
+    float(loss(jax.tree.map(lambda x, g, sign=sign: x + sign * step * g / norm, params, gradient))) for sign in (1, -1)
+  )
+  assert (ahead - behind) / (2 * step) == pytest.approx(norm, rel=0.01)
+  on, off = (np.asarray(with_dropout(model, data, enable)) for enable in (True, False))
+  assert np.abs(on - off).max() > 0.01
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 Differentiated as it stands, a loop over blocks keeps the buffer of every turn. But the history is append-only, so that
 the buffer after the last block serves for all of them. It reaches the backward pass of each block as a cotangent:
 `Buffer.mirror` is zero and nothing reads it in the forward pass; `close` sends the final buffer back as its "gradient".
-So gradients are those of losses that read the hidden state behind the last block, as every loss of MaxText's training
-does, be it with others; a loss of nothing but what blocks sow gets none of the history, and wrong gradients.
 """
 
 from collections.abc import Callable
@@ -42,20 +40,21 @@ class Buffer:
 
 
 @jax.custom_vjp
-def _close(sources, mirror, newest):
-  return sources, newest
+def _close(sources, mirror, others):
+  return sources, others
 
 
 _close.defvjp(
-  lambda sources, mirror, newest: ((sources, newest), sources),
+  lambda sources, mirror, others: ((sources, others), sources),
   lambda final, gradients: (gradients[0], final, gradients[1]),
 )
 
 
-def close(buffer: Buffer) -> tuple[Float[Array, "S B T D"], Float[Array, "B T D"] | None]:
-  """`sources` and `newest` behind the last block, the only way to use them: it hands the sources to the backward
-  pass."""
-  return _close(buffer.sources, buffer.mirror, buffer.newest)
+def close(buffer: Buffer, sown: Any) -> tuple[Float[Array, "S B T D"], Float[Array, "B T D"] | None, Any]:
+  """`sources` and `newest` behind the last block, and what blocks left beside them: floating arrays, as losses of
+  routers. Whatever a loss reads of them comes from here, for this hands the sources to the backward pass."""
+  sources, (newest, sown) = _close(buffer.sources, buffer.mirror, (buffer.newest, sown))
+  return sources, newest, sown
 
 
 class Link(NamedTuple):

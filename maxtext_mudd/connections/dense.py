@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from maxtext.utils import sharding
 
@@ -32,9 +33,10 @@ class DepthAggregate(nnx.Module):
   `mudd_weight_norm_scale` or `mudd_post_norm` ask for them.
   """
 
-  def __init__(self, config, aggregate: Aggregate, rngs: nnx.Rngs):
+  def __init__(self, config, aggregate: Aggregate, mesh: jax.sharding.Mesh, rngs: nnx.Rngs):
     self.config = config
     self.aggregate = aggregate
+    self.mesh = mesh
     ways, sources = aggregate.ways, len(aggregate.sources)
     dtype = config.weight_dtype
     if config.mudd_dynamic:
@@ -68,7 +70,14 @@ class DepthAggregate(nnx.Module):
     w1 = self.w1[...]
     if self.config.mudd_weight_norm_scale:
       w1 = self.weight_norm_scale[...][:, None] * w1
-    return w1, self.w2[...], a
+    return self._by_width(w1), self.w2[...], a
+
+  def _by_width(self, w1: Float[Array, "D K"]) -> Float[Array, "D K"]:
+    """Laid out as the width of sources is: else the compiler gathers X_i, many times as large, for their product."""
+    layout = source_sharding(self.config, self.mesh, (1, 1, w1.shape[0]))
+    if layout is None or len(layout.spec) < 3 or layout.spec[2] is None:
+      return w1
+    return jax.lax.with_sharding_constraint(w1, NamedSharding(self.mesh, P(layout.spec[2], None)))
 
   def weights(self) -> Weights:
     """The same for the fused passes."""
@@ -143,8 +152,8 @@ class DenseConnection(nnx.Module):
       if self.is_first:
         self.embedding_norm = rms_norm(config, rngs)
       self.output_norm = rms_norm(config, rngs)
-    self.depth_aggregate = DepthAggregate(config, before, rngs) if before else None
-    self.final_depth_aggregate = DepthAggregate(config, final, rngs) if final else None
+    self.depth_aggregate = DepthAggregate(config, before, mesh, rngs) if before else None
+    self.final_depth_aggregate = DepthAggregate(config, final, mesh, rngs) if final else None
 
   def fit(self, layer: nnx.Module) -> None:
     if self.has_own_norms:

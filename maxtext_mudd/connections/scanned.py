@@ -88,7 +88,7 @@ class ScannedConnection(nnx.Module):
     if config.mudd_pre_norm:
       self.output_norm = rms_norm(config, rngs)
     padded = self.table.padded
-    self.depth_aggregate = DepthAggregate(config, padded, rngs) if padded else None
+    self.depth_aggregate = DepthAggregate(config, padded, mesh, rngs) if padded else None
 
   def fit(self, layer: nnx.Module) -> None:
     if any(self.table.has_own_norms):
@@ -160,7 +160,7 @@ class Ends(nnx.Module):
     self.mesh = mesh
     final = topology.aggregates.get(topology.num_blocks)
     self.embedding_norm = rms_norm(config, rngs) if config.mudd_pre_norm else None
-    self.final_depth_aggregate = DepthAggregate(config, final, rngs) if final else None
+    self.final_depth_aggregate = DepthAggregate(config, final, mesh, rngs) if final else None
 
   def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None) -> Buffer:
     source = embedding if self.embedding_norm is None else self.embedding_norm(embedding)
@@ -173,9 +173,12 @@ class Ends(nnx.Module):
     newest = None if self.embedding_norm is None else embedding
     return Buffer(sources, mirror, jnp.ones((), jnp.int32), newest, rematerialise)
 
-  def finish(self, carry: Buffer) -> Float[Array, "B T D"]:
-    """The hidden state after the last block."""
-    sources, newest = buffers.close(carry)
+  def finish(self, carry: Buffer, sown: Any) -> tuple[Float[Array, "B T D"], Any]:
+    """The hidden state after the last block, and what blocks left beside it, both to be read from here alone."""
+    sources, newest, sown = buffers.close(carry, sown)
+    return self._hidden(sources, newest), sown
+
+  def _hidden(self, sources, newest) -> Float[Array, "B T D"]:
     output = sources[-1] if newest is None else newest
     module = self.final_depth_aggregate
     if module is None:

@@ -1,0 +1,61 @@
+"""Whether a configuration fits the devices that it is for."""
+
+import math
+import re
+
+import jax
+from maxtext.utils import max_utils
+
+from maxtext_mudd.errors import ConfigError
+
+_OF_COMPILERS = r"Used (?P<used>\S+) of (?P<has>\S+) hbm. Exceeded hbm capacity by (?P<excess>\S+?)\.?(?:\s|$)"
+_OF_RUNS = r"Out of memory (?:while trying to allocate|allocating) (?P<bytes>\d+) bytes"
+
+
+def check_mesh(config) -> None:
+  """Raises ConfigError for parallelisms whose product is not the number of devices, or of slices."""
+  if config.elastic_enabled or config.subslice_shape:  # their devices are known later
+    return
+  slices = max(config.num_slices, 1)
+  _check_product(config, "ici", config.num_target_devices // slices, "devices of a slice")
+  if slices > 1:
+    _check_product(config, "dcn", slices, "slices")
+
+
+def _check_product(config, prefix: str, target: int, what: str) -> None:
+  values = getattr(config, f"{prefix}_parallelism")
+  try:
+    max_utils.fill_unspecified_mesh_axes(list(values), target, prefix.upper())
+    return
+  except AssertionError:
+    pass
+  given = {f"{prefix}_{axis}_parallelism": value for axis, value in zip(config.mesh_axes, values)}
+  fixed = {key: value for key, value in given.items() if value not in (1, -1)}
+  left = [key for key, value in given.items() if value == -1]
+  named = ", ".join(f"{key}={value}" for key, value in fixed.items()) or "all are 1"
+  if len(left) > 1:
+    raise ConfigError(f"{left[0]}=-1 and {left[1]}=-1: only one axis can take the {what} that are left; set the other.")
+  product = math.prod(fixed.values())
+  if left:
+    reason = f"does not divide the {target} {what}, for {left[0]}=-1 takes what is left; use divisors of {target}"
+  else:
+    reason = f"is not the {target} {what}; set one of them to -1, or change them to a product of {target}"
+  raise ConfigError(f"{named}: the product {product} of the mesh {reason}.")
+
+
+def out_of_memory(error: Exception, config) -> str | None:
+  """One sentence if this is a compiler's or a device's refusal of a step that is too large."""
+  if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
+    return None
+  message = " ".join(str(error).split())
+  if found := re.search(_OF_COMPILERS, message):
+    needs = f"needs {found['used']} of the chip's {found['has']}, {found['excess']} too much"
+  elif found := re.search(_OF_RUNS, message):
+    needs = f"found no room for {int(found['bytes']) / 2**30:.2f}G more"
+  else:
+    needs = f"needs more memory than the device has ({message[:200]})"
+  return (
+    f"per_device_batch_size={config.per_device_batch_size:g} with max_target_length={config.max_target_length} does "
+    f"not fit: the step {needs}; use a smaller batch (gradient_accumulation_steps makes up for it), remat_policy=full "
+    f"(here {config.remat_policy}), or more devices to shard over."
+  )

@@ -37,6 +37,11 @@ PROJECT ?= $(if $(filter-out 0,$(DRY_RUN)),,$(shell gcloud config get project 2>
 COMMIT = $(shell git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null)
 DOCKER_IMAGE ?= gcr.io/$(or $(PROJECT),your-project)/maxtext-mudd:$(or $(COMMIT),latest)
 
+# Variables that reach XPK, and $(call refuse,NAME,CHARACTER,WHAT) for what make or a shell would take for its own in them.
+REQUEST := CONFIG CLUSTER TPU_TYPE NUM_SLICES WORKLOAD OUTPUT MAX_RESTARTS PROJECT ZONE DOCKER_IMAGE DRY_RUN MANIFEST
+refuse = $(if $(and $(filter command environment,$(origin $(1))),$(findstring $(2),$(value $(1)))),\
+  $(error $(1) has $(3), which does not reach the container as it is; write the value without))
+
 .PHONY: help setup corpus train compare xpk image test test-slow aot lint format lock wheel clean
 
 help:  ## list the targets
@@ -88,6 +93,8 @@ $(XPK): requirements/xpk.txt | $(READY)
 	@touch $@
 
 xpk: $(READY) $(XPK)  ## submit CONFIG to CLUSTER as WORKLOAD (docs/cluster.md); DRY_RUN=1 writes the manifest only
+	$(foreach name,$(REQUEST),$(call refuse,$(name),',a single quote))
+	$(foreach name,$(REQUEST) STEPS ARGS XPK_ARGS,$(call refuse,$(name),$$,a dollar sign))
 	@ARGS="$${STEPS:+steps=$$STEPS }$$ARGS"; \
 	$(PY) -m maxtext_mudd.cluster 'XPK=$(XPK)' 'CONFIG=$(CONFIG)' 'CLUSTER=$(CLUSTER)' 'TPU_TYPE=$(TPU_TYPE)' \
 	  'NUM_SLICES=$(NUM_SLICES)' 'WORKLOAD=$(WORKLOAD)' 'OUTPUT=$(OUTPUT)' 'MAX_RESTARTS=$(MAX_RESTARTS)' \

@@ -35,7 +35,8 @@ COLUMNS += ["both, of the chip"]
 NOTES = f"""
 Of one chip. Scanned MUDD models have {GROUPS} groups of blocks of equal FFN width (mudd_ffn_groups={GROUPS}), unscanned
 ones a width for each block, as in the paper. Arguments: parameters, moments and data; they are updated in place.
-Temporaries: the most memory held beside them, by the compiler's own account. To stock: of the row above it.
+Temporaries: the most memory held beside them, by the compiler's own account, with outputs that do not take the place of
+arguments. To stock: of the row above it.
 Compile seconds are of this host and vary with what else it does. Nothing ran on a TPU.
 """
 
@@ -54,31 +55,32 @@ def measure(model: str, topology: str, scan: bool, mudd: bool, keys: dict) -> di
   if mudd and scan:
     keys["mudd_ffn_groups"] = GROUPS
   yaml = f"yaml/{'mudd' if mudd else 'transformer_pp'}_{model}.yml"
-  config, compiled, seconds = compiled_step.compile_step(yaml, topology, keys)
+  row = {"model": model, "yaml": yaml, "topology": topology, "scan_layers": scan, "mudd": mudd}
+  try:
+    config, compiled, seconds = compiled_step.compile_step(yaml, topology, keys)
+  except compiled_step.DoesNotFit as error:
+    return row | {"does_not_fit": str(error)}
   memory = compiled.memory_analysis()
-  return {
-    "model": model,
-    "yaml": yaml,
-    "topology": topology,
-    "scan_layers": scan,
-    "mudd": mudd,
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return row | {
     "per_device_batch_size": config.per_device_batch_size,
     "compile_seconds": seconds,
     "argument_bytes": memory.argument_size_in_bytes,
-    "temporary_bytes": memory.temp_size_in_bytes,
+    "temporary_bytes": memory.temp_size_in_bytes + outputs,
   }
 
 
 def cells(row: dict, stock: dict | None) -> list[str]:
   def ratio(key):
-    return f"{row[key] / stock[key]:.2f}" if row["mudd"] and stock else "-"
+    return f"{row[key] / stock[key]:.2f}" if row["mudd"] and stock and key in stock else "-"
 
   chip = CHIP_GB[row["topology"].split("-")[0]] * 2**30
+  case = [row["topology"], "scanned" if row["scan_layers"] else "single", "MUDD" if row["mudd"] else "stock"]
+  if "does_not_fit" in row:
+    return [row["model"], *case, *["-"] * 5, "does not fit"]
   return [
     f"{row['model']}, batch {row['per_device_batch_size']:g}",
-    row["topology"],
-    "scanned" if row["scan_layers"] else "single",
-    "MUDD" if row["mudd"] else "stock",
+    *case,
     f"{row['compile_seconds']:.0f}",
     ratio("compile_seconds"),
     f"{row['argument_bytes'] / 1e9:.2f}",
@@ -120,11 +122,15 @@ def main() -> int:
       continue
     stock = stock if row["mudd"] else row
     rows.append(row)
+    if "does_not_fit" in row:
+      print(row["does_not_fit"], file=sys.stderr, flush=True)
     lines.append(cells(row, stock))
     print(record.table(COLUMNS, lines[-1:]).splitlines()[-1], flush=True)
-  print(NOTES)
+  small = [f"- {row['model']} on {row['topology']}: {row['does_not_fit']}\n" for row in rows if "does_not_fit" in row]
+  notes = NOTES + "".join(["\n", *small] if small else [])
+  print(notes)
   if options.output:
-    record.write(options.output, about, record.table(COLUMNS, lines) + NOTES, rows)
+    record.write(options.output, about, record.table(COLUMNS, lines) + notes, rows)
   return 2 if failed else 0
 
 

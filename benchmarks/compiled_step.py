@@ -14,8 +14,16 @@ ALWAYS = {
 INIT_ARGS = "--xla_tpu_spmd_rng_bit_generator_unsafe=true"  # as train_compile sets it
 
 
+class DoesNotFit(Exception):
+  """The compiler's refusal of a step that is larger than the chip's memory, in one sentence."""
+
+
 def compile_step(yaml: str, topology: str, keys: dict):
-  """(the configuration, the compiled step, seconds), as train_compile makes it, which keeps neither."""
+  """(the configuration, the compiled step, seconds), as train_compile makes it, which keeps neither.
+
+  Raises:
+    DoesNotFit.
+  """
   import jax
 
   from maxtext_mudd import plugin
@@ -45,5 +53,12 @@ def compile_step(yaml: str, topology: str, keys: dict):
   step, *shardings_and_argnums = signature
   rules = logical_axis_rules(config.logical_axis_rules)
   start = time.monotonic()
-  compiled = train_compile.jit_and_compile(step, args, kwargs, mesh, *shardings_and_argnums, config, rules)
+  try:
+    compiled = train_compile.jit_and_compile(step, args, kwargs, mesh, *shardings_and_argnums, config, rules)
+  except jax.errors.JaxRuntimeError as error:
+    from maxtext_mudd import devices
+
+    if sentence := devices.out_of_memory(error, config):
+      raise DoesNotFit(sentence) from None
+    raise
   return config, compiled, time.monotonic() - start

@@ -1,7 +1,6 @@
 """Which models are compared: a configuration, the plain model that belongs to it, and variants of its keys."""
 
 from collections.abc import Mapping, Sequence
-import math
 import pathlib
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax
 from maxtext.configs import pyconfig
 from maxtext.configs.types import MaxTextConfig
 
-from maxtext_mudd import config_files
+from maxtext_mudd import config_files, devices
 from maxtext_mudd.config import MuddConfig
 from maxtext_mudd.errors import ConfigError
 
@@ -125,7 +124,7 @@ def read(name: str, overrides: Sequence[str], keys: Mapping[str, Any]):
   config = pyconfig.HyperParameters(values)
   if config.hardware.removesuffix("_multiprocess") != _hardware():
     raise ConfigError(f"hardware={config.hardware}: JAX finds a {_hardware()} here; leave hardware out.")
-  check_mesh(config, jax.device_count())
+  devices.check_mesh(config)
   return config
 
 
@@ -160,23 +159,3 @@ def different_keys(stock, config) -> dict[str, list]:
   ours, theirs = config.get_keys(), stock.get_keys()
   differ = (key for key in ours if str(ours[key]) != str(theirs[key]) and not key.startswith("dump_"))
   return {key: [str(theirs[key]), str(ours[key])] for key in differ}
-
-
-def check_mesh(config, devices: int) -> None:
-  """Raises ConfigError where the axes of the mesh do not make up the devices."""
-  slices = max(config.num_slices, 1)
-  kinds = [("ici", config.ici_parallelism, devices // slices)]
-  if slices > 1:
-    kinds.append(("dcn", config.dcn_parallelism, slices))
-  for kind, sizes, count in kinds:
-    axes = {f"{kind}_{axis}_parallelism": size for axis, size in zip(config.mesh_axes, sizes)}
-    asked = math.prod(size for size in sizes if size != -1)
-    open_axes = [axis for axis, size in axes.items() if size == -1]
-    if len(open_axes) > 1:
-      raise ConfigError(f"{'=-1 and '.join(open_axes)}=-1: one axis at most can take the rest of the devices.")
-    if count % asked if open_axes else count != asked:
-      named = ", ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or f"{kind} axes of 1"
-      raise ConfigError(
-        f"{named} makes a mesh of {asked} device{'s'[: asked - 1]}, which does not divide the {count} here; "
-        "change them, or set one to -1 to take the rest."
-      )

@@ -1,6 +1,5 @@
 """MaxText's train step of one configuration: compiled ahead of time, then run on a state of its own."""
 
-import re
 import time
 
 from flax import nnx
@@ -11,6 +10,7 @@ from maxtext.input_pipeline.input_pipeline_interface import create_data_iterator
 from maxtext.trainers.pre_train import train
 from maxtext.utils import max_utils, maxtext_utils, model_creation_utils, sharding, train_utils
 
+from maxtext_mudd import devices
 from maxtext_mudd.errors import ConfigError
 
 
@@ -126,26 +126,10 @@ def _fitting(step: TrainStep, function):
   try:
     return function()
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    sentence = devices.out_of_memory(error, step.config)
+    if sentence is None:
       raise
-    raise ConfigError(out_of_memory(step.name, step.config.per_device_batch_size, str(error))) from None
-
-
-def out_of_memory(name: str, batch: float, message: str) -> str:
-  """What the runtime or the compiler says, with the size that it names."""
-  beyond = re.search(r"[Ee]xceed\w* (?:\w+ )?capacity by ([\d.]+ ?[KMGT]?i?B?)", message)
-  asked = re.search(r"allocat\w+ ([\d.]+ ?(?:[KMGT]i?B|bytes|B))", message)
-  cause = "the device is out of memory"
-  if beyond:
-    cause = f"it exceeds the device's memory by {beyond.group(1)}"
-  elif asked:
-    cause = f"the device is out of memory where {_gigabytes(asked.group(1))} more are asked for"
-  return f"per_device_batch_size={batch:g} does not fit ({name}): {cause}; lower it, or max_target_length."
-
-
-def _gigabytes(size: str) -> str:
-  number = re.fullmatch(r"(\d+) ?(?:bytes|B)", size)
-  return f"{int(number.group(1)) / 1e9:.1f} GB" if number else size
+    raise ConfigError(f"{step.name}: {sentence}") from None
 
 
 def check_fit(step: TrainStep, held_bytes: int, limit: int | None) -> None:

@@ -3,11 +3,12 @@
     python3 -m maxtext_mudd.convert layout --from runs/a --to runs/b yaml/mudd_tiny.yml scan_layers=true key=value ...
 
 layout: the latest checkpoint of a run, from single layers to scanned ones or back, as the configuration says; the new
-run goes on by `run_name=b` with this configuration.
+run goes on by `run_name=b` with this configuration. Any one machine will do, whatever devices the run is for.
 """
 
 import argparse
 import pathlib
+import re
 import sys
 
 from maxtext_mudd import launch, plugin, versions
@@ -43,9 +44,20 @@ def _layout(args) -> int:
 
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's trainer does
   source, target = (pathlib.Path(x).absolute() for x in (args.source, args.target))
-  named = [f"run_name={target.name}", f"base_output_directory={target.parent}", "enable_checkpointing=true"]
-  config = pyconfig.initialize(["", args.config, *args.overrides, *named])
+  named = {"run_name": target.name, "base_output_directory": target.parent, "enable_checkpointing": True}
+  config = pyconfig.initialize(
+    ["", args.config, *args.overrides, *(f"{key}={x}" for key, x in (named | _here()).items())]
+  )
   return relayout.convert(config, source, target, args.step)
+
+
+def _here() -> dict:
+  """Keys for the devices of this machine, whatever the run is for: a checkpoint is the same on any mesh."""
+  from maxtext.configs.types import MaxTextConfig
+
+  axes = [key for key in MaxTextConfig.model_fields if re.fullmatch(r"(ici|dcn)_\w+_parallelism", key)]
+  one = {"skip_jax_distributed_system": True, "num_slices": 1}
+  return one | dict.fromkeys(axes, 1) | {"ici_fsdp_parallelism": -1}
 
 
 if __name__ == "__main__":

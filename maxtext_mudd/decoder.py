@@ -122,9 +122,12 @@ class MuddDecoder(NNXDecoder):
 
   def get_remat_policy(self):
     policy = super().get_remat_policy()
-    if policy is None and getattr(self.config, "mudd", False) and self.config.remat_policy == "full":
+    if policy is None and getattr(self.config, "mudd", False) and self._remat_policy_name() == "full":
       policy = jax.checkpoint_policies.save_only_these_names(chain.LAST_OUTPUT_NAME)
     return policy
+
+  def _remat_policy_name(self) -> str:
+    return getattr(self, "remat_policy_override", None) or self.config.remat_policy
 
   def get_norm_layer(self, num_features, rngs):
     if _is_pythia(self.config):
@@ -183,11 +186,9 @@ class MuddDecoder(NNXDecoder):
     return hidden, layers, None
 
   def _rematerialisation(self):
-    """`Buffer.rematerialise` for the policy of the configuration."""
-    if self.config.remat_policy == "full":
+    """`Buffer.rematerialise` for the policy. MaxText's "none" names nothing to be kept, as "full" does."""
+    if self._remat_policy_name() in ("full", "none"):
       return None
-    if self.config.remat_policy in (None, "none"):
-      return lambda block: block
     return functools.partial(jax.checkpoint, policy=self.get_remat_policy(), prevent_cse=False)
 
 

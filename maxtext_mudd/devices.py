@@ -8,14 +8,20 @@ from maxtext.utils import max_utils
 
 from maxtext_mudd.errors import ConfigError
 
-_OF_COMPILERS = r"Used (?P<used>\S+) of (?P<has>\S+) hbm. Exceeded hbm capacity by (?P<excess>\S+?)\.?(?:\s|$)"
-_OF_RUNS = r"Out of memory (?:while trying to allocate|allocating) (?P<bytes>\d+) bytes"
+# What compilers, and devices, say; the TPU compiler's sizes end in G, others' in GiB.
+_SIZE = r"([\d.]+ ?[KMGT]?(?:i?B|bytes)?)"
+_EXCEEDED = re.compile(rf"(?:Used {_SIZE} of {_SIZE} (?:\w+). )?Exceeded (?:\w+ )?capacity by {_SIZE}")
+_ALLOCATED = re.compile(rf"allocat\w+ {_SIZE}")
+_FREE = re.compile(rf"{_SIZE} free")
 
 
 def check_mesh(config) -> None:
-  """Raises ConfigError for parallelisms whose product is not the number of devices, or of slices."""
+  """Raises ConfigError for parallelisms whose product is not the number of devices, or of slices; and what JAX raises
+  where it has no devices."""
   if config.elastic_enabled or config.subslice_shape:  # their devices are known later
     return
+  if not config.compile_topology:
+    jax.devices()  # MaxText's configuration takes none for one
   slices = max(config.num_slices, 1)
   _check_product(config, "ici", config.num_target_devices // slices, "devices of a slice")
   if slices > 1:
@@ -48,10 +54,13 @@ def out_of_memory(error: Exception, config) -> str | None:
   if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
     return None
   message = " ".join(str(error).split())
-  if found := re.search(_OF_COMPILERS, message):
-    needs = f"needs {found['used']} of the chip's {found['has']}, {found['excess']} too much"
-  elif found := re.search(_OF_RUNS, message):
-    needs = f"found no room for {int(found['bytes']) / 2**30:.2f}G more"
+  exceeded, allocated, free = (pattern.search(message) for pattern in (_EXCEEDED, _ALLOCATED, _FREE))
+  if exceeded and exceeded[1]:
+    needs = f"needs {exceeded[1]} of the chip's {exceeded[2]}, {exceeded[3]} too much"
+  elif exceeded:
+    needs = f"needs {exceeded[3]} more than the device has"
+  elif allocated:
+    needs = f"asks for {_gigabytes(allocated[1])} more{f', and {free[1]} are free' if free else ' than are free'}"
   else:
     needs = f"needs more memory than the device has ({message[:200]})"
   return (
@@ -59,3 +68,8 @@ def out_of_memory(error: Exception, config) -> str | None:
     f"not fit: the step {needs}; use a smaller batch (gradient_accumulation_steps makes up for it), remat_policy=full "
     f"(here {config.remat_policy}), or more devices to shard over."
   )
+
+
+def _gigabytes(size: str) -> str:
+  number = re.fullmatch(r"(\d+)(?: ?(?:bytes|B))?", size)
+  return f"{int(number[1]) / 2**30:.2f}GiB" if number else size

@@ -48,6 +48,10 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
     exit_with(str(error))
   try:
     app.run(importlib.import_module(entry_point).main)
+  except SystemExit as ended:  # as every run does that ends by itself
+    if termination.seen and not ended.code:
+      sys.exit(128 + signal.SIGTERM)
+    raise
   except (MemoryError, PermissionError):
     raise
   except Exception as error:
@@ -62,8 +66,6 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   finally:
     # MaxText's data iterators clean up when collected, and cannot any more once the interpreter shuts down.
     gc.collect()
-    if termination.seen:
-      sys.exit(128 + signal.SIGTERM)
 
 
 class _Termination(logging.Handler):

@@ -117,12 +117,11 @@ RUNS_THAT_CANNOT_WORK = {
   ),
   "mesh": (
     {"ARGS": "ici_fsdp_parallelism=3"},
-    "The ici_*_parallelism keys do not fit NUM_SLICES=2 of TPU_TYPE=v5p-16: Number of devices per slice 8 does not "
-    "match the product of the ICI parallelism 3.",
+    "ici_fsdp_parallelism=3: the product 3 of the mesh is not the 8 devices of a slice; set one of them to -1, or",
   ),
   "mesh of slices": (
     {"ARGS": "dcn_data_parallelism=4"},
-    "The dcn_*_parallelism keys do not fit NUM_SLICES=2 of TPU_TYPE=v5p-16: Number of slices 2",
+    "dcn_data_parallelism=4: the product 4 of the mesh is not the 2 slices; set one of them to -1, or",
   ),
   "slices that are not there": (
     {"NUM_SLICES": "1", "ARGS": "dcn_data_parallelism=2"},
@@ -231,7 +230,7 @@ def test_manifest_that_cannot_be_written(tmp_path, capsys):
 
 
 def test_without_xpk(capsys):
-  assert main("/no/xpk", capsys) == "XPK=/no/xpk: no such program; make xpk installs it."
+  assert main("/no/xpk", capsys) == "XPK=/no/xpk cannot be run (No such file or directory); make xpk installs it."
 
 
 @pytest.fixture
@@ -333,6 +332,21 @@ def taken(name: str) -> bool:
     return False
 
 
+@pytest.mark.parametrize(
+  ("variable", "sentence"),
+  [
+    ("ARGS=hf_path=$x", "ARGS has a dollar sign, which does not reach the container as it is"),
+    ("OUTPUT=gs://my-bucket/it's", "OUTPUT has a single quote, which does not reach the container as it is"),
+  ],
+)
+@needs_xpk
+def test_make_refuses_what_it_would_change(variable, sentence):
+  line = ["make", "xpk", "CONFIG=yaml/mudd_405m.yml", "WORKLOAD=x", "OUTPUT=gs://my-bucket", "DRY_RUN=1", variable]
+  finished = subprocess.run(line, cwd=ROOT, env=without_make(), capture_output=True, text=True)
+  assert finished.returncode == 2
+  assert sentence in finished.stderr
+
+
 @needs_xpk
 def test_make(tmp_path):
   """The issue's own line: quotes, STEPS and ARGS go through make and two shells."""
@@ -346,12 +360,15 @@ def test_make(tmp_path):
     "ARGS=yaml/data/synthetic.yml 'hf_path=two \"words\"'",
     f"MANIFEST={manifest}",
   ]
-  environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-  finished = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+  finished = subprocess.run(line, cwd=ROOT, env=without_make(), capture_output=True, text=True)
   assert finished.returncode == 0, finished.stderr
   written = manifest.read_text()
   assert "steps=10 yaml/data/synthetic.yml 'hf_path=two \"words\"') &" in written
   assert "image: gcr.io/your-project/maxtext-mudd:" in written
+
+
+def without_make() -> dict[str, str]:
+  return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
 
 
 def documented(start: str) -> list[list[str]]:

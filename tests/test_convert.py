@@ -9,7 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from maxtext_mudd import convert
-from tests import runs
+from maxtext_mudd.checkpoints import layout
+from tests import models, runs
 
 KEYS = [
   "dataset_type=synthetic",
@@ -25,8 +26,8 @@ SCANNED = [*KEYS, "scan_layers=true"]
 SINGLE = [*KEYS, "scan_layers=false"]
 
 
-def train(folder, name, keys, steps):
-  return runs.train(runs.LAUNCHER, runs.RUN_YML, folder, name, *keys, f"steps={steps}")
+def train(folder, name, keys, steps, **environment):
+  return runs.train(runs.LAUNCHER, runs.RUN_YML, folder, name, *keys, f"steps={steps}", **environment)
 
 
 def converted(folder, source, target, keys, *options):
@@ -75,6 +76,24 @@ def test_both_layouts_go_on(tmp_path):
       assert loss == pytest.approx(uninterrupted[step], rel=1e-6)
 
 
+@pytest.mark.slow
+def test_a_run_of_eight_devices_goes_on_on_one(tmp_path):
+  """From its place in the data, too. With SGD: Adam makes full steps of gradients that are nothing but rounding."""
+  common = [x for x in KEYS if x != "dataset_type=synthetic"] + runs.build_corpus(tmp_path)
+  common += ["opt_type=sgd", "learning_rate=0.01"]
+  many = [*common, "scan_layers=true", "per_device_batch_size=1"]
+  eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  train(tmp_path, "eight", many, 3, **eight)
+  one = [*common, "scan_layers=false", "per_device_batch_size=8"]
+  converted(tmp_path, "eight", "one", one)
+  expected = train(tmp_path, "eight", many, 6, **eight)
+  went_on = train(tmp_path, "one", one, 6)
+  assert sorted(went_on) == [3, 4, 5]
+  assert len(set(went_on.values())) == 3
+  for step, loss in went_on.items():
+    assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
 def refusal(capsys, *arguments) -> str:
   with pytest.raises(SystemExit) as ended:
     convert.main(["layout", *map(str, arguments)])
@@ -104,6 +123,23 @@ def test_refusals(tmp_path, capsys):
   assert f"{run / 'checkpoints' / '7'} cannot be read; it is damaged, or not a checkpoint of MaxText" in found
   found = refusal(capsys, "--from", run, "--to", new, str(runs.ROOT / "tests" / "stock.yml"))
   assert "mudd=False: layouts of models with connections are converted" in found
+  # A run of a pod, converted here.
+  pod = (str(runs.ROOT / "yaml" / "mudd_405m.yml"), "scan_layers=true", "mudd_ffn_groups=4", "ici_fsdp_parallelism=8")
+  assert refusal(capsys, "--from", there, "--to", new, *pod).endswith(
+    "is not the folder of a run: it has no checkpoints/."
+  )
   found = refusal(capsys, "--from", "gs://bucket/run", "--to", new, *common)
   assert found.endswith("gs://bucket/run is not a local folder; copy the run first.")
   assert not new.exists() and not (tmp_path / ".new.partial").exists()
+
+
+def test_another_number_of_layers():
+  """Is not taken for fewer."""
+  keys = {"mudd": True, "mudd_block_period": 5}
+  five, three = ({**keys, "base_num_decoder_layers": n} for n in (5, 3))
+  single = {path: x.get_value() for path, x in models.parameters(models.build(models.config(**five))).items()}
+  with pytest.raises(KeyError, match="layers_3"):
+    layout.stack(single, models.config(**three, scan_layers=True))
+  stacked = layout.stack(single, models.config(**five, scan_layers=True))
+  with pytest.raises(ValueError, match="is of 5 layers, not 3"):
+    layout.unstack(stacked, models.config(**three, scan_layers=True))

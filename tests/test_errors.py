@@ -504,10 +504,19 @@ TOO_LARGE = {
     "hbm. Exceeded hbm capacity by 3.28G.\n\nTotal hbm usage >= 19.28G",
     "needs 19.03G of the chip's 15.75G, 3.28G too much",
   ),
-  "by a device": (
-    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5368709120 bytes.",
-    "found no room for 5.00G more",
+  "by a compiler that says less": (
+    "RESOURCE_EXHAUSTED: Exceeded memory capacity by 4.5GiB",
+    "needs 4.5GiB more than the device has",
   ),
+  "by a GPU": (
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5368709120 bytes.",
+    "asks for 5.00GiB more than are free",
+  ),
+  "by a TPU": (
+    "RESOURCE_EXHAUSTED: Attempting to allocate 5.25G. That was not possible. There are 3.13G free.",
+    "asks for 5.25G more, and 3.13G are free",
+  ),
+  "by one that says nothing": ("RESOURCE_EXHAUSTED", "needs more memory than the device has (RESOURCE_EXHAUSTED)"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Training on eight virtual devices: the losses of one device, and no source is gathered but where D is sharded."""
+"""Training on eight virtual devices: the losses of one device, and no source is gathered."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests import runs
+from tests import runs, train_on_mesh
 from tests.test_blocks import MOE
 
 # Well conditioned, and not with Adam: that makes full steps of gradients that are nothing but rounding.
@@ -21,7 +21,7 @@ MESHES = {
   "data 2, FSDP 4": ({"ici_data_parallelism": 2, "ici_fsdp_parallelism": 4}, DENSE),
   "expert 4, FSDP 2": (
     {"ici_expert_parallelism": 4, "ici_fsdp_parallelism": 2},
-    DENSE | MOE | {"decoder_block": "mixtral"},
+    DENSE | MOE | {"decoder_block": "mixtral", "base_moe_mlp_dim": 16},
   ),
 }
 
@@ -47,5 +47,18 @@ def test_five_steps(name, scan):
   eight = train(8, **keys, **mesh, scan_layers=scan, per_device_batch_size=1)
   assert one["losses"][-1] < one["losses"][0]
   assert eight["losses"] == pytest.approx(one["losses"], abs=1e-5)
-  if "tensor" not in name:  # there the compiler gathers X_i for W1 in plain JAX; the fused form: tests/test_chain.py
-    assert eight["gathered"] == []
+  assert eight["in_aggregates"] == []
+  if "tensor" not in name:  # there D is sharded, and attention and FFN gather their inputs, as in stock MaxText
+    assert eight["elsewhere"] == []
+
+
+def test_what_counts_as_gathered():
+  source = '%a = f32[1,128,32]{2,1,0} all-gather(%x), metadata={op_name="jit(step)/while/depth_aggregate/mul"}'
+  several = '%b = (f32[8,16]{1,0}, (bf16[4,1,64,32]{3,2,1,0}, u32[])) all-to-all-start(%y), op_name="jit(step)/x"'
+  others = (
+    '%c = f32[32,64]{1,0} all-gather(%z), metadata={op_name="jit(step)/depth_aggregate/w1"}',  # a parameter
+    '%d = f32[1,128,2,16]{3,2,1,0} all-gather(%k), metadata={op_name="jit(step)/attention"}',  # keys of all tokens
+    '%e = f32[1,128,32]{2,1,0} add(%x, %x), metadata={op_name="jit(step)/depth_aggregate/add"}',
+  )
+  found = train_on_mesh.gathered("\n".join((source, several, *others)), 32, 4096)
+  assert found == {"in_aggregates": [source], "elsewhere": [several]}

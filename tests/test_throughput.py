@@ -140,7 +140,7 @@ REFUSALS = {
   ),
   "mesh": (
     ["--config", TINY, "ici_fsdp_parallelism=3"],
-    "ici_fsdp_parallelism=3 makes a mesh of 3 devices, which does not divide the 1 here; change them, or set one to -1",
+    "ici_fsdp_parallelism=3: the product 3 of the mesh is not the 1 devices of a slice; set one of them to -1, or",
   ),
   "topology": (
     ["--config", TINY, "compile_topology=v5p-8"],
@@ -176,27 +176,6 @@ def test_what_does_not_fit_is_said_by_how_much():
   assert str(refused.value) == (
     "per_device_batch_size=2 does not fit (mudd): 30.0 GB of arguments and 12.5 GB of temporaries, and 30.0 GB of the "
     "baseline beside it exceed the device's 70.0 GB by 2.5 GB; lower it, or max_target_length."
-  )
-
-
-@pytest.mark.parametrize(
-  ("message", "cause"),
-  [
-    (
-      "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12500000000 bytes.",
-      "the device is out of memory where 12.5 GB more are asked for",
-    ),
-    (
-      "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.13G of "
-      "15.75G hbm. Exceeded hbm capacity by 4.38G.",
-      "it exceeds the device's memory by 4.38G",
-    ),
-    ("RESOURCE_EXHAUSTED", "the device is out of memory"),
-  ],
-)
-def test_out_of_memory(message, cause):
-  assert train_steps.out_of_memory("m", 8.0, message) == (
-    f"per_device_batch_size=8 does not fit (m): {cause}; lower it, or max_target_length."
   )
 
 

@@ -87,10 +87,26 @@ def test_the_table_lists_every_configuration():
   assert set(table()) == set(NAMES) - TINY
 
 
+# Of each kind of model; the others are built, and trained when shrunk, with the slow tests.
+FAST = ("mudd_405m", "mudd_moe_1p8b_a405m", "muddpythia_1p4b", "transformer_pp_405m", "ablation/sparse_2x2")
+FAST += ("baseline/dhc4_405m", "mudd_tiny", "transformer_tiny")
+
+
+def marked(names):
+  for name in sorted(names):
+    yield pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", marked(set(NAMES) - TINY))
+def test_parameters_of_the_model_itself(name):
+  config = read(name)
+  assert abstract_parameters(config) == counts.parameters(config)
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - TINY))
 def test_size(name):
   config = read(name)
-  assert abstract_parameters(config) == counts.parameters(config) == table()[name]
+  assert counts.parameters(config) == table()[name]
   size = size_of(name)
   layers, width, heads, ffn, rate, rows, tokens = SIZES[size]
   if name.split("/")[-1].startswith("transformer_") and "_pp" not in name:
@@ -155,14 +171,7 @@ def train_two_steps(config):
   return _trained[key]
 
 
-def trained():
-  """The variants differ in few keys, so most of them train with the slow tests."""
-  fast = ("ablation/sparse_2x2", "baseline/dhc4_405m")
-  for name in NAMES:
-    yield pytest.param(name, marks=pytest.mark.slow if "/" in name and name not in fast else ())
-
-
-@pytest.mark.parametrize("name", trained())
+@pytest.mark.parametrize("name", marked(NAMES))
 def test_trains_when_shrunk(name):
   config = read(name, **shrink.overrides(read(name)))
   losses, still = train_two_steps(config)

@@ -23,7 +23,7 @@ def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
   """For `scan_layers: true`, from values for `scan_layers: false`.
 
   Raises:
-    KeyError: a layer lacks a parameter that others have.
+    KeyError: a layer lacks a parameter that others have, or the configuration has fewer layers.
   """
   own = topology.from_config(config)
   layers, made = {}, {}
@@ -33,6 +33,8 @@ def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
       made[path] = value
       continue
     root, block, name = found[1] + "decoder/", int(found[2]) + 1, found[3]
+    if block > own.num_blocks:
+      raise KeyError(path)
     if name.startswith((_EMBEDDING_NORM, _FINAL)):
       made[root + name] = value
     else:
@@ -55,7 +57,11 @@ def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
 
 
 def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
-  """For `scan_layers: false`, from values for `scan_layers: true`."""
+  """For `scan_layers: false`, from values for `scan_layers: true`.
+
+  Raises:
+    ValueError: the configuration has another number of layers.
+  """
   own = topology.from_config(config)
   made = {}
   for path, value in values.items():
@@ -69,11 +75,14 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
     else:
       root, name = found[1] + "decoder/", found[3]
       blocks = own.groups[int(found[2] or 0)]
+      axis = min(config.param_scan_axis, value.ndim - 1)
+      if value.shape[axis] != len(blocks):
+        raise ValueError(f"{path} is of {value.shape[axis]} layers, not {len(blocks)}")
       table = scanned.table(config, own, blocks)
       exists = scanned.existing(config, table, tuple(name.split("/")))
       for k, block in enumerate(blocks):
         if exists is None or exists[k].any():
-          single = np.take(value, k, min(config.param_scan_axis, value.ndim - 1))
+          single = np.take(value, k, axis)
           single_name = _single_name(name, config, own, block)
           made[f"{root}layers_{block - 1}/{single_name}"] = _trimmed(name, single, own.before(block))
   return made

@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import os
-import re
 
 from maxtext_mudd import config_files, plugin, preflight
 from maxtext_mudd.cluster.request import IN_IMAGE, ROOT, Request
@@ -30,7 +29,9 @@ def check(request: Request) -> list[str]:
     config, known = _read(request, files)
   _check_hardware(config, request)
   if known:
-    _check_mesh(config, request)
+    from maxtext_mudd import devices
+
+    devices.check_mesh(config)
   return [path for key, value in preflight.data_files(config) for path in _local(key, value, config)]
 
 
@@ -72,23 +73,6 @@ def _check_hardware(config, request: Request) -> None:
       "skip_jax_distributed_system=True would let every host train by itself; add skip_jax_distributed_system=false "
       "to ARGS."
     )
-
-
-def _check_mesh(config, request: Request) -> None:
-  from maxtext.utils.max_utils import fill_unspecified_mesh_axes
-
-  slices = request.num_slices
-  for link, axes, size in (
-    ("ici", config.ici_parallelism, config.num_target_devices // slices),
-    ("dcn", config.dcn_parallelism, slices),
-  ):
-    try:
-      fill_unspecified_mesh_axes(list(axes), size, link.upper())
-    except AssertionError as error:
-      reason = re.sub(r"\s+", " ", str(error)).rstrip(".")
-      raise ConfigError(
-        f"The {link}_*_parallelism keys do not fit NUM_SLICES={slices} of TPU_TYPE={request.tpu_type}: {reason}."
-      ) from None
 
 
 def _local(key: str, value: str | list, config) -> list[str]:

@@ -72,8 +72,8 @@ def _run(xpk: str, xpk_arguments: list[str], **options) -> subprocess.CompletedP
     environment["TELEMETRY_ENABLED"] = "false"  # XPK would tell its makers of a dry run, too
   try:
     return subprocess.run([xpk, *xpk_arguments], env=environment, text=True, check=False, **options)
-  except FileNotFoundError:
-    raise ConfigError(f"XPK={xpk}: no such program; make xpk installs it.") from None
+  except OSError as error:
+    raise ConfigError(f"XPK={xpk} cannot be run ({error.strerror}); make xpk installs it.") from None
 
 
 def _reason(request: Request, finished: subprocess.CompletedProcess) -> str:

@@ -3,6 +3,7 @@
 Differentiated as it stands, a loop over blocks keeps the buffer of every turn. But the history is append-only, so that
 the buffer after the last block serves for all of them. It reaches the backward pass of each block as a cotangent:
 `Buffer.mirror` is zero and nothing reads it in the forward pass; `close` sends the final buffer back as its "gradient".
+Where sources are pre-normed, each block's own X_i is kept besides, as stock layers keep their input.
 """
 
 from collections.abc import Callable

@@ -97,18 +97,16 @@ def depth_aggregate(
   elif newest is None:
     newest = sources[-1]
   platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
-  if not is_fused(implementation, platform, dtype):
-    settings = {"activation": activation, "epsilon": epsilon}
-    if is_buffer:
-      return reference.depth_aggregate_buffer(sources, count, newest, w1, w2, a, **settings)
-    return reference.depth_aggregate(sources, newest, w1, w2, a, **settings)
-  if dtype.name not in DTYPES:
+  runs_fused = is_fused(implementation, platform, dtype)
+  if runs_fused and dtype.name not in DTYPES:
     raise ValueError(f"the sources are {dtype}; implementation={implementation!r} takes {' or '.join(DTYPES)}.")
   settings = Settings(activation, epsilon, STRICTLY if implementation == "pallas_interpret" else False)
-  if not is_buffer:
+  if is_buffer:
+    passes = buffer.Passes(runs_fused, settings, sharding)
+    return buffer.depth_aggregate(passes, sources, count, newest if w1 is not None else None, Weights(a, w2, w1))
+  if runs_fused:
     return fused.depth_aggregate(sources, newest, w1, w2, a, settings, sharding)
-  apart = None if w1 is None else newest
-  return buffer.depth_aggregate(buffer.Passes(True, settings, sharding), sources, count, apart, Weights(a, w2, w1))
+  return reference.depth_aggregate(sources, newest, w1, w2, a, activation=activation, epsilon=epsilon)
 
 
 def _check_buffer(buffer, count) -> None:

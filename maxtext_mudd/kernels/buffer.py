@@ -10,11 +10,14 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from maxtext_mudd.kernels import reference, sharded
 from maxtext_mudd.kernels.tpu import Settings, Weights
+
+PARTS = 4  # a buffer is read by quarters: more save little traffic and take long to compile
 
 
 class Passes(NamedTuple):
@@ -51,7 +54,7 @@ def forward(
   """The streams of the first `count` entries; arguments as of `depth_aggregate`."""
   if passes.fused:
     return sharded.buffer_forward(passes.settings, passes.sharding, buffer, count, newest, weights)
-  return _plain(passes)(buffer, newest, weights, count)
+  return _on_valid_parts(functools.partial(_plain, passes), buffer, newest, weights, count)
 
 
 @jax.named_scope("depth_aggregate")
@@ -74,18 +77,32 @@ def backward(
     made = sharded.buffer_backward(passes.settings, passes.sharding, buffer, count, newest, weights, gradients, totals)
     to_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), made.weights, weights)
     return Gradients(made.buffer, made.newest, to_weights)
-  _, vjp = jax.vjp(functools.partial(_plain(passes), count=count), buffer, newest, weights)
-  made = Gradients(*vjp(list(gradients)))
-  return made if totals is None else made._replace(buffer=totals + made.buffer)
+  if totals is None:
+    totals = jnp.zeros_like(buffer)
+  plain = functools.partial(_plain_backward, passes)
+  return _on_valid_parts(plain, buffer, newest, weights, count, list(gradients), totals)
 
 
-def _plain(passes: Passes):
-  def call(buffer, newest, weights: Weights, count):
-    settings = {"activation": passes.settings.activation, "epsilon": passes.settings.epsilon}
-    with contextlib.nullcontext() if passes.precision is None else jax.default_matmul_precision(passes.precision):
-      return reference.depth_aggregate_buffer(buffer, count, newest, weights.w1, weights.w2, weights.a, **settings)
+def _on_valid_parts(function, buffer, newest, weights, count, *arguments):
+  """`function` of the smallest number of entries, in parts of the buffer, that holds all valid ones."""
+  part = -(-len(buffer) // PARTS)
+  branches = [functools.partial(function, size) for size in range(part, len(buffer) + part, part)]
+  return jax.lax.switch((count - 1) // part, branches, buffer, newest, weights, count, *arguments)
 
-  return call
+
+def _plain(passes: Passes, size: int, buffer, newest, weights: Weights, count):
+  """In plain JAX, of the first `size` entries."""
+  settings = {"activation": passes.settings.activation, "epsilon": passes.settings.epsilon}
+  w2, a = (None if x is None else x[..., :size] for x in (weights.w2, weights.a))
+  with contextlib.nullcontext() if passes.precision is None else jax.default_matmul_precision(passes.precision):
+    return reference.depth_aggregate_buffer(buffer[:size], count, newest, weights.w1, w2, a, **settings)
+
+
+def _plain_backward(passes: Passes, size: int, buffer, newest, weights: Weights, count, gradients, totals) -> Gradients:
+  aggregate = functools.partial(_plain, passes, size, count=count)
+  _, vjp = jax.vjp(aggregate, buffer[:size], newest, weights)
+  made = Gradients(*vjp(gradients))
+  return made._replace(buffer=totals.at[:size].add(made.buffer))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -60,6 +60,15 @@ def _refuse(settings: Iterable[tuple[bool, str, str]], condition: str) -> None:
       raise ValueError(f"{setting} does not work with {condition}: {reason}.")
 
 
+def _nearest(topology: str, known: Iterable[str]) -> str:
+  """Of the same chips, the nearest number of them; else the most similar name."""
+  chips, _, number = str(topology).rpartition("-")
+  of_chips = [name for name in known if name.rpartition("-")[0] == chips and name.rpartition("-")[2].isdigit()]
+  if of_chips and number.isdigit():
+    return min(of_chips, key=lambda name: abs(int(name.rpartition("-")[2]) - int(number)))
+  return difflib.get_close_matches(str(topology), known, n=1, cutoff=0.0)[0]
+
+
 class MuddConfig(MaxTextConfig):
   """MaxText's configuration with MUDD connections; every combination that cannot work is refused here."""
 
@@ -112,9 +121,13 @@ class MuddConfig(MaxTextConfig):
   @classmethod
   def _check_topology(cls, values: dict) -> dict:
     name, known = values.get("compile_topology"), accelerator_to_spec_map.UserFacingNameToSystemCharacteristics
-    if name and not values.get("internal_compile") and name not in known:
-      nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-      raise ValueError(f"compile_topology={name}: there is no such topology; the nearest is {nearest}.")
+    if not name or values.get("internal_compile"):
+      return values
+    if name not in known:
+      raise ValueError(f"compile_topology={name}: there is no such topology; the nearest is {_nearest(name, known)}.")
+    slices = values.get("compile_topology_num_slices")
+    if slices is None or int(slices) < 1:
+      raise ValueError(f"compile_topology_num_slices={slices} is not a number of slices; set it to 1 or more.")
     return values
 
   @model_validator(mode="before")

@@ -23,12 +23,12 @@ def check_mesh(config) -> None:
   if not config.compile_topology:
     jax.devices()  # MaxText's configuration takes none for one
   slices = max(config.num_slices, 1)
-  _check_product(config, "ici", config.num_target_devices // slices, "devices of a slice")
+  _check_product(config, "ici", config.num_target_devices // slices, "device", " of a slice")
   if slices > 1:
-    _check_product(config, "dcn", slices, "slices")
+    _check_product(config, "dcn", slices, "slice", "")
 
 
-def _check_product(config, prefix: str, target: int, what: str) -> None:
+def _check_product(config, prefix: str, target: int, unit: str, where: str) -> None:
   values = getattr(config, f"{prefix}_parallelism")
   try:
     max_utils.fill_unspecified_mesh_axes(list(values), target, prefix.upper())
@@ -39,13 +39,17 @@ def _check_product(config, prefix: str, target: int, what: str) -> None:
   fixed = {key: value for key, value in given.items() if value not in (1, -1)}
   left = [key for key, value in given.items() if value == -1]
   named = ", ".join(f"{key}={value}" for key, value in fixed.items()) or "all are 1"
+  what = f"{unit}s{where}"
   if len(left) > 1:
     raise ConfigError(f"{left[0]}=-1 and {left[1]}=-1: only one axis can take the {what} that are left; set the other.")
   product = math.prod(fixed.values())
-  if left:
-    reason = f"does not divide the {target} {what}, for {left[0]}=-1 takes what is left; use divisors of {target}"
+  count = f"one {unit}{where}" if target == 1 else f"{target} {what}"
+  if target == 1:
+    reason = f"is not the {count}; leave them at 1"
+  elif left:
+    reason = f"does not divide the {count}, for {left[0]}=-1 takes what is left; use divisors of {target}"
   else:
-    reason = f"is not the {target} {what}; set one of them to -1, or change them to a product of {target}"
+    reason = f"is not the {count}; set one of them to -1, or change them to a product of {target}"
   raise ConfigError(f"{named}: the product {product} of the mesh {reason}.")
 
 

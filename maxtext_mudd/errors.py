@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import difflib
 import re
+import traceback
 
 import omegaconf
 import pydantic
@@ -33,7 +34,15 @@ def one_sentence(config_class: type[pydantic.BaseModel]) -> Iterator[None]:
     unknown = re.match(r"'([^']*)' not in '", str(error))
     raise ConfigError(_unknown_key(unknown.group(1), config_class) if unknown else _one_line(error)) from error
   except (TypeError, KeyError, AttributeError, ImportError, OverflowError, RecursionError) as error:
+    if failed_in(error, "initialize_jax_for_cpu"):
+      sentence = "hardware=cpu: MaxText finds no other hosts to join; on one, set skip_jax_distributed_system=true."
+      raise ConfigError(sentence) from error
     raise ConfigError(f"The configuration cannot be read ({type(error).__name__}: {_one_line(error)}).") from error
+
+
+def failed_in(error: BaseException, function: str) -> bool:
+  """Whether the error passed through this function of MaxText, which has no exceptions of its own to tell."""
+  return any(frame.f_code.co_name == function for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _unknown_key(key: str, config_class: type[pydantic.BaseModel]) -> str:

@@ -7,13 +7,12 @@ import logging
 import pathlib
 import signal
 import sys
-import traceback
 from typing import NoReturn
 
 from absl import app
 from absl import logging as absl_logging
 
-from maxtext_mudd import plugin, versions
+from maxtext_mudd import errors, plugin, versions
 
 
 def launch(entry_point: str, check: Callable | None = None) -> None:
@@ -55,9 +54,9 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   except (MemoryError, PermissionError):
     raise
   except Exception as error:
-    if _failed_in(error, "load_state_if_possible"):
+    if errors.failed_in(error, "load_state_if_possible"):
       exit_with(_unreadable_checkpoint(seen[-1], error))
-    if _failed_in(error, "validate_completed_steps"):
+    if errors.failed_in(error, "validate_completed_steps"):
       folder = pathlib.Path(seen[-1].checkpoint_dir)
       exit_with(f"{folder}: this run has done its steps={seen[-1].steps}; set steps higher to go on.")
     if seen and (sentence := _out_of_memory(error, seen[-1])):
@@ -89,11 +88,6 @@ def _out_of_memory(error: Exception, config) -> str | None:
   from maxtext_mudd import devices
 
   return devices.out_of_memory(error, config)
-
-
-def _failed_in(error: BaseException, function: str) -> bool:
-  """Whether the error passed through this function of MaxText, which has no exceptions of its own to tell."""
-  return any(frame.f_code.co_name == function for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _unreadable_checkpoint(config, error: Exception) -> str:

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from maxtext_mudd import convert
-from maxtext_mudd.checkpoints import layout
+from maxtext_mudd.checkpoints import layout, relayout
 from tests import models, runs
 
 KEYS = [
@@ -135,11 +135,30 @@ def test_refusals(tmp_path, capsys):
 
 def test_another_number_of_layers():
   """Is not taken for fewer."""
-  keys = {"mudd": True, "mudd_block_period": 5}
-  five, three = ({**keys, "base_num_decoder_layers": n} for n in (5, 3))
+  five, three = ({"mudd": True, "base_num_decoder_layers": n} for n in (5, 3))
   single = {path: x.get_value() for path, x in models.parameters(models.build(models.config(**five))).items()}
-  with pytest.raises(KeyError, match="layers_3"):
+  with pytest.raises(ValueError, match=r"it has decoder/layers_3/.*, of more layers than 3"):
     layout.stack(single, models.config(**three, scan_layers=True))
   stacked = layout.stack(single, models.config(**five, scan_layers=True))
   with pytest.raises(ValueError, match="is of 5 layers, not 3"):
     layout.unstack(stacked, models.config(**three, scan_layers=True))
+
+
+def test_groups_that_are_not_the_run_s():
+  keys = {"mudd": True, "base_num_decoder_layers": 6, "mudd_ffn_reallocation": True, "mudd_ffn_round_to": 8}
+  single = models.config(**keys)
+  values = {path: x.get_value() for path, x in models.parameters(models.build(single)).items()}
+  with pytest.raises(ValueError, match=r"mlp/w\S+ is .* and .* in blocks that mudd_ffn_groups=2 scans together"):
+    layout.stack(values, models.config(**keys, mudd_ffn_groups=2, scan_layers=True))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  (tmp_path / "run" / "checkpoints" / "7" / "items").mkdir(parents=True)
+  for name, value in {"_restored": {}, "_fit": None}.items():
+    monkeypatch.setattr(relayout, name, lambda *_, value=value: value)
+  monkeypatch.setattr(relayout, "_write", fail)
+  found = refusal(capsys, "--from", tmp_path / "run", "--to", tmp_path / "new", runs.RUN_YML, *SCANNED)
+  assert found.endswith(f"{tmp_path / 'new'} cannot be written (No space left on device); name a folder that can be.")

@@ -18,8 +18,16 @@ MISTAKES = {
   "mistyped key": (["mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
   "no value": (["mudd"], "mudd is not key=value, nor a configuration file, which ends in .yml."),
   "topology": (
-    ["compile_topology=v5p-9", "compile_topology_num_slices=1"],
-    "compile_topology=v5p-9: there is no such topology; the nearest is v5p-896.",
+    ["compile_topology=v5p-17", "compile_topology_num_slices=1"],
+    "compile_topology=v5p-17: there is no such topology; the nearest is v5p-16.",
+  ),
+  "chips": (
+    ["compile_topology=v5q-16", "compile_topology_num_slices=1"],
+    "compile_topology=v5q-16: there is no such topology; the nearest is v5p-16.",
+  ),
+  "topology without slices": (
+    ["compile_topology=v5p-16"],
+    "compile_topology_num_slices=-1 is not a number of slices; set it to 1 or more.",
   ),
   "mistyped stock key": (["learning_rte=1"], "learning_rte is not a configuration key; the nearest is learning_rate."),
   "ways": (["mudd_ways=3"], "mudd_ways=3 is not valid: input should be 1 or 4."),
@@ -428,6 +436,11 @@ def test_a_pair_without_its_index(tmp_path, monkeypatch, capsys):
     f"grain_train_files={tmp_path}/pair: {tmp_path}/pair.idx is missing; a .bin file is read with its .idx file."
   )
   assert refuse([runs.RUN_YML, "run_name=x", *overrides], monkeypatch, capsys) == expected
+
+
+def test_a_cpu_that_would_wait_for_other_hosts(monkeypatch, capsys):
+  found = refuse([str(runs.ROOT / "yaml" / "mudd_405m.yml"), "run_name=x", "hardware=cpu"], monkeypatch, capsys)
+  assert found == "hardware=cpu: MaxText finds no other hosts to join; on one, set skip_jax_distributed_system=true."
 
 
 def test_no_arguments(monkeypatch, capsys):

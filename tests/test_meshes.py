@@ -21,7 +21,7 @@ MESHES = {
   "data 2, FSDP 4": ({"ici_data_parallelism": 2, "ici_fsdp_parallelism": 4}, DENSE),
   "expert 4, FSDP 2": (
     {"ici_expert_parallelism": 4, "ici_fsdp_parallelism": 2},
-    DENSE | MOE | {"decoder_block": "mixtral", "base_moe_mlp_dim": 16},
+    DENSE | MOE | {"decoder_block": "mixtral", "base_mlp_dim": 16, "base_moe_mlp_dim": 16},
   ),
 }
 

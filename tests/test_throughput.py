@@ -140,7 +140,7 @@ REFUSALS = {
   ),
   "mesh": (
     ["--config", TINY, "ici_fsdp_parallelism=3"],
-    "ici_fsdp_parallelism=3: the product 3 of the mesh is not the 1 devices of a slice; set one of them to -1, or",
+    "ici_fsdp_parallelism=3: the product 3 of the mesh is not the one device of a slice; leave them at 1.",
   ),
   "topology": (
     ["--config", TINY, "compile_topology=v5p-8"],

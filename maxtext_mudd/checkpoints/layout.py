@@ -23,7 +23,8 @@ def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
   """For `scan_layers: true`, from values for `scan_layers: false`.
 
   Raises:
-    KeyError: a layer lacks a parameter that others have, or the configuration has fewer layers.
+    KeyError: a layer lacks a parameter that others have.
+    ValueError: the configuration has fewer layers, or stacks parameters that differ in shape.
   """
   own = topology.from_config(config)
   layers, made = {}, {}
@@ -34,7 +35,7 @@ def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
       continue
     root, block, name = found[1] + "decoder/", int(found[2]) + 1, found[3]
     if block > own.num_blocks:
-      raise KeyError(path)
+      raise ValueError(f"it has {path}, of more layers than {own.num_blocks}")
     if name.startswith((_EMBEDDING_NORM, _FINAL)):
       made[root + name] = value
     else:
@@ -52,6 +53,9 @@ def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
           if exists is None or exists[k].any():
             raise KeyError(f"{root}layers_{block - 1}/{name}")
           padded[k] = np.zeros_like(like)
+        if padded[k].shape != like.shape:
+          shapes = f"{list(like.shape)} and {list(padded[k].shape)}"
+          raise ValueError(f"{name} is {shapes} in blocks that mudd_ffn_groups={len(own.groups)} scans together")
       made[_stack_path(root, name, own, number)] = np.stack(padded, min(config.param_scan_axis, like.ndim))
   return made
 

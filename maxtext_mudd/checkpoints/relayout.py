@@ -53,13 +53,16 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
   try:
     values = (layout.stack if config.scan_layers else layout.unstack)(values, config)
   except (KeyError, IndexError, ValueError) as error:
-    raise ConfigError(f"{folder} is not a checkpoint of this model ({type(error).__name__}: {error}).") from None
+    what = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+    raise ConfigError(f"{folder} is not of this model: {what}; name the run's own configuration.") from None
   state = _fit(values, config, folder)
   staged = target.with_name(f".{target.name}.partial")
   shutil.rmtree(staged, ignore_errors=True)
   try:
     _write(config, state, step, staged, folder)
     staged.rename(target)
+  except OSError as error:
+    raise ConfigError(f"{target} cannot be written ({error.strerror or error}); name a folder that can be.") from error
   finally:
     shutil.rmtree(staged, ignore_errors=True)
   return step

@@ -1,16 +1,19 @@
 """Bad input: one sentence that names the key or file, the value and what would work; status 2; nothing written."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
 from maxtext.configs import pyconfig
+from maxtext.utils import max_utils
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from maxtext_mudd import devices, plugin, preflight, train
+from maxtext_mudd import devices, errors, plugin, preflight, train
+from maxtext_mudd.config import MuddConfig
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
 
@@ -438,9 +441,12 @@ def test_a_pair_without_its_index(tmp_path, monkeypatch, capsys):
   assert refuse([runs.RUN_YML, "run_name=x", *overrides], monkeypatch, capsys) == expected
 
 
-def test_a_cpu_that_would_wait_for_other_hosts(monkeypatch, capsys):
-  found = refuse([str(runs.ROOT / "yaml" / "mudd_405m.yml"), "run_name=x", "hardware=cpu"], monkeypatch, capsys)
-  assert found == "hardware=cpu: MaxText finds no other hosts to join; on one, set skip_jax_distributed_system=true."
+def test_a_cpu_that_would_join_other_hosts(monkeypatch):
+  for name in ("JAX_COORDINATOR_ADDRESS", "JOB_INDEX"):
+    monkeypatch.delenv(name, raising=False)
+  expected = "hardware=cpu: MaxText finds no other hosts to join; on one, set skip_jax_distributed_system=true."
+  with pytest.raises(ConfigError, match=re.escape(expected)), errors.one_sentence(MuddConfig):
+    max_utils.initialize_jax_for_cpu({})
 
 
 def test_no_arguments(monkeypatch, capsys):

@@ -116,7 +116,7 @@ test-slow: $(READY)  ## run the slow tests; some compile for TPUs (installs libt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt
 	$(PY) -m pytest -q -m slow
 
-aot: $(READY)  ## compile the paper's models for their pods (installs libtpu; half an hour on two cores)
+aot: $(READY)  ## compile the paper's models for their pods (installs libtpu; half an hour or more on two cores)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt
 	$(PY) benchmarks/aot.py --output $(STAMP)-aot $(ARGS)
 

@@ -1,0 +1,78 @@
+"""benchmarks/aot.py: which models it compiles for which pods, and its table, with what does not fit."""
+
+import json
+import sys
+
+import pytest
+
+from tests import runs
+
+sys.path.insert(0, str(runs.ROOT / "benchmarks"))
+
+import aot
+import record
+
+GB = 10**9
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path, capsys):
+  """Runs it on compilations that are stood in for: stock takes 50 s and 6 GB, MUDD half as much again; single layers
+  with connections do not fit."""
+  asked = []
+
+  def compiled(script, name, arguments, init_args):
+    model, topology, scan, mudd, keys = json.loads(arguments[0])
+    asked.append((model, topology, scan, mudd, keys))
+    row = {"model": model, "topology": topology, "scan_layers": scan, "mudd": mudd}
+    if mudd and not scan:
+      return row | {"does_not_fit": "it needs 40G of the chip's 31.25G, 8.75G too much."}
+    share = 1.5 if mudd else 1.0
+    sizes = {"argument_bytes": 4 * GB, "temporary_bytes": share * 6 * GB}
+    return row | {"per_device_batch_size": 4.0, "compile_seconds": 50 * share, **sizes}
+
+  monkeypatch.setattr(record, "in_own_process", compiled)
+  monkeypatch.setattr(record, "missing_libtpu", lambda: None)
+  monkeypatch.setattr(record, "facts", lambda hardware: {"chips": hardware})
+  monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+  def run(*arguments):
+    asked.clear()
+    monkeypatch.setattr(sys, "argv", ["aot.py", *arguments])
+    status = aot.main()
+    return status, list(asked), capsys.readouterr()
+
+  return run
+
+
+def test_the_models_and_their_pods(rows):
+  _, asked, _ = rows()
+  pods = {("405m", "v5p-16"), ("405m", "v6e-8"), ("1p4b", "v5p-32"), ("2p8b", "v5p-128"), ("6p9b", "v5p-128")}
+  scanned = {(model, pod, True, mudd) for model, pod in pods for mudd in (False, True)}
+  single = {("405m", pod, False, mudd) for pod in ("v5p-16", "v6e-8") for mudd in (False, True)}
+  assert {case[:4] for case in asked} == scanned | single
+  assert len(asked) == len(scanned | single)
+
+
+def test_the_table(rows, tmp_path):
+  status, asked, printed = rows("--models", "405m", "--output", "mine", "remat_policy=minimal")
+  assert status == 0
+  assert all(keys == {"remat_policy": "minimal"} for *_, keys in asked)
+  written = (tmp_path / "mine.md").read_text()
+  assert "| 405m, batch 4 | v5p-16 | scanned | MUDD | 75 | 1.50 | 4.00 | 9.00 | 1.50 | 13 % |" in written
+  assert "| 405m | v6e-8 | single | MUDD | - | - | - | - | - | does not fit |" in written
+  assert "- 405m on v6e-8: it needs 40G of the chip's 31.25G, 8.75G too much." in written
+  assert "8.75G too much" in printed.err
+  assert len(json.loads((tmp_path / "mine.json").read_text())["rows"]) == 8
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    (("--models", "3b"), "--models has '3b'; use some of 405m, 1p4b, 2p8b, 6p9b."),
+    (("remat_policy",), "'remat_policy' is not key=value."),
+  ],
+)
+def test_refusals(rows, arguments, sentence):
+  status, asked, printed = rows(*arguments)
+  assert (status, asked, printed.err) == (2, [], f"{sentence}\n")

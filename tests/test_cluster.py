@@ -365,6 +365,7 @@ def test_make(tmp_path):
   written = manifest.read_text()
   assert "steps=10 yaml/data/synthetic.yml 'hf_path=two \"words\"') &" in written
   assert "image: gcr.io/your-project/maxtext-mudd:" in written
+  assert "not to be submitted as it is: PROJECT is not set and gcloud has none" in finished.stdout
 
 
 def without_make() -> dict[str, str]:

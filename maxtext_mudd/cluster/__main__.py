@@ -26,7 +26,13 @@ def main(arguments: list[str]) -> int:
     print(f"to be mounted in the container, as docs/cluster.md says: {path}")
   print(shlex.join(["xpk", *xpk.arguments(request, request.manifest, request.dry_run)]))
   print(f"manifest: {request.manifest}", flush=True)
-  return 0 if request.dry_run else xpk.submit(program, request)
+  if not request.dry_run:
+    return xpk.submit(program, request)
+  try:
+    requests.check_image(request.image)
+  except ConfigError as error:
+    print(f"not to be submitted as it is: {error}", flush=True)
+  return 0
 
 
 def _write(file: pathlib.Path, manifest: str) -> None:

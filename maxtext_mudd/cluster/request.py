@@ -99,7 +99,7 @@ def read(arguments: Sequence[str]) -> Request:
   _check(given, "ZONE", _ZONE, "is not a zone of Google Cloud, such as us-east5-a.")
   dry_run = _switch("DRY_RUN", given.get("DRY_RUN", ""))
   if not dry_run:
-    _check_image(given["DOCKER_IMAGE"])
+    check_image(given["DOCKER_IMAGE"])
   return Request(
     config=in_image("CONFIG", given["CONFIG"]),
     cluster=given["CLUSTER"],
@@ -153,8 +153,12 @@ def _check(given: dict[str, str], name: str, rule: re.Pattern, reason: str) -> N
     raise ConfigError(f"{name}={value} {reason}")
 
 
-def _check_image(image: str) -> None:
-  """Refuses the Makefile's own name where there is no image of that name."""
+def check_image(image: str) -> None:
+  """Refuses the Makefile's own name where there is no image of that name.
+
+  Raises:
+    ConfigError.
+  """
   if f"/{YOUR_PROJECT}/" in image:
     raise ConfigError(
       "PROJECT is not set and gcloud has none; set it, or name an image: DOCKER_IMAGE=REGISTRY/NAME:TAG"

@@ -39,6 +39,7 @@ CASES = {
   "dynamic, both norms": {**SMALL, "mudd_static": False, **BOTH_NORMS},
   "pre-norm": {"base_num_decoder_layers": 4, "mudd_block_period": 3, "mudd_pre_norm": True},
   "one block": {"base_num_decoder_layers": 1},
+  "a buffer of two parts": {"base_num_decoder_layers": 9, **BOTH_NORMS},
   "groups": {
     "base_num_decoder_layers": 5,
     "mudd_ffn_reallocation": True,

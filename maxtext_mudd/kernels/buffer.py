@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from maxtext_mudd.kernels import reference, sharded
 from maxtext_mudd.kernels.tpu import Settings, Weights
 
-PARTS = 4  # a buffer is read by quarters: more save little traffic and take long to compile
+# Parts that a buffer is read in, and their least size: more parts save little traffic and take long to compile.
+PARTS, LEAST = 4, 8
 
 
 class Passes(NamedTuple):
@@ -85,7 +86,7 @@ def backward(
 
 def _on_valid_parts(function, buffer, newest, weights, count, *arguments):
   """`function` of the smallest number of entries, in parts of the buffer, that holds all valid ones."""
-  part = -(-len(buffer) // PARTS)
+  part = max(-(-len(buffer) // PARTS), LEAST)
   branches = [functools.partial(function, size) for size in range(part, len(buffer) + part, part)]
   return jax.lax.switch((count - 1) // part, branches, buffer, newest, weights, count, *arguments)
 

@@ -33,8 +33,8 @@ COLUMNS = [
 ]
 COLUMNS += ["both, of the chip"]
 NOTES = f"""
-Of one chip. Scanned MUDD models have {GROUPS} groups of blocks of equal FFN width (mudd_ffn_groups={GROUPS}), unscanned
-ones a width for each block, as in the paper. Arguments: parameters, moments and data; they are updated in place.
+Of one chip. Where FFNs are re-allocated, scanned MUDD models have {GROUPS} groups of blocks of equal FFN width
+(mudd_ffn_groups={GROUPS}), unscanned ones a width for each block, as in the paper. Arguments: parameters, moments and data; they are updated in place.
 Temporaries: the most memory held beside them, by the compiler's own account, with outputs that do not take the place of
 arguments. To stock: of the row above it.
 Compile seconds are of this host and vary with what else it does. Nothing ran on a TPU.
@@ -52,7 +52,7 @@ def cases(models: list[str]):
 
 def measure(model: str, topology: str, scan: bool, mudd: bool, keys: dict) -> dict:
   keys = {"scan_layers": scan, **keys}
-  if mudd and scan:
+  if mudd and scan and keys.get("mudd_ffn_reallocation") != "false":
     keys["mudd_ffn_groups"] = GROUPS
   yaml = f"yaml/{'mudd' if mudd else 'transformer_pp'}_{model}.yml"
   row = {"model": model, "yaml": yaml, "topology": topology, "scan_layers": scan, "mudd": mudd}

@@ -34,9 +34,9 @@ COLUMNS = [
 COLUMNS += ["both, of the chip"]
 NOTES = f"""
 Of one chip. Where FFNs are re-allocated, scanned MUDD models have {GROUPS} groups of blocks of equal FFN width
-(mudd_ffn_groups={GROUPS}), unscanned ones a width for each block, as in the paper. Arguments: parameters, moments and data; they are updated in place.
-Temporaries: the most memory held beside them, by the compiler's own account, with outputs that do not take the place of
-arguments. To stock: of the row above it.
+(mudd_ffn_groups={GROUPS}), unscanned ones a width for each block, as in the paper. Arguments: parameters, moments and
+data; they are updated in place. Temporaries: the most memory held beside them, by the compiler's own account, with
+outputs that do not take the place of arguments. To stock: of the row above it.
 Compile seconds are of this host and vary with what else it does. Nothing ran on a TPU.
 """
 

@@ -11,6 +11,7 @@ from maxtext_mudd.errors import ConfigError
 # What compilers, and devices, say; the TPU compiler's sizes end in G, others' in GiB.
 _SIZE = r"([\d.]+ ?[KMGT]?(?:i?B|bytes)?)"
 _EXCEEDED = re.compile(rf"(?:Used {_SIZE} of {_SIZE} (?:\w+). )?Exceeded (?:\w+ )?capacity by {_SIZE}")
+_REQUIRED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)")
 _ALLOCATED = re.compile(rf"allocat\w+ {_SIZE}")
 _FREE = re.compile(rf"{_SIZE} free")
 
@@ -59,7 +60,12 @@ def out_of_memory(error: Exception, config) -> str | None:
     return None
   message = " ".join(str(error).split())
   exceeded, allocated, free = (pattern.search(message) for pattern in (_EXCEEDED, _ALLOCATED, _FREE))
-  if exceeded and exceeded[1]:
+  if (required := _REQUIRED.search(message)) and required[2] == required[4]:
+    excess = float(required[1]) - float(required[3])
+    needs = (
+      f"needs {required[1]}{required[2]} of the chip's {required[3]}{required[4]}, {excess:.2f}{required[2]} too much"
+    )
+  elif exceeded and exceeded[1]:
     needs = f"needs {exceeded[1]} of the chip's {exceeded[2]}, {exceeded[3]} too much"
   elif exceeded:
     needs = f"needs {exceeded[3]} more than the device has"

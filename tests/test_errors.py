@@ -523,6 +523,11 @@ TOO_LARGE = {
     "hbm. Exceeded hbm capacity by 3.28G.\n\nTotal hbm usage >= 19.28G",
     "needs 19.03G of the chip's 15.75G, 3.28G too much",
   ),
+  "by libtpu 0.0.52": (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (345.27G) exceeds available HBM (95.73G). HLO module: jit_train_step.",
+    "needs 345.27G of the chip's 95.73G, 249.54G too much",
+  ),
   "by a compiler that says less": (
     "RESOURCE_EXHAUSTED: Exceeded memory capacity by 4.5GiB",
     "needs 4.5GiB more than the device has",

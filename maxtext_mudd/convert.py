@@ -44,10 +44,9 @@ def _layout(args) -> int:
 
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's trainer does
   source, target = (pathlib.Path(x).absolute() for x in (args.source, args.target))
-  named = {"run_name": target.name, "base_output_directory": target.parent, "enable_checkpointing": True}
-  config = pyconfig.initialize(
-    ["", args.config, *args.overrides, *(f"{key}={x}" for key, x in (named | _here()).items())]
-  )
+  fixed = {"run_name": target.name, "base_output_directory": target.parent, "enable_checkpointing": True, **_here()}
+  fixed = [f"{key}={x}" for key, x in fixed.items()]
+  config = pyconfig.initialize(["", args.config, *args.overrides, *fixed])
   return relayout.convert(config, source, target, args.step)
 
 

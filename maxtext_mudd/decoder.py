@@ -186,8 +186,9 @@ class MuddDecoder(NNXDecoder):
     return hidden, layers, None
 
   def _rematerialisation(self):
-    """`Buffer.rematerialise` for the policy. MaxText's "none" names nothing to be kept, as "full" does."""
-    if self._remat_policy_name() in ("full", "none"):
+    """`Buffer.rematerialise` for the policy. MaxText's "none" names nothing to be kept, as "full" does; configurations
+    have it as None."""
+    if self._remat_policy_name() in (None, "full", "none"):
       return None
     return functools.partial(jax.checkpoint, policy=self.get_remat_policy(), prevent_cse=False)
 

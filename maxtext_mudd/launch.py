@@ -34,10 +34,8 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   absl_logging.get_absl_logger().addHandler(termination)
 
   def read(config):
-    from maxtext_mudd import devices  # once MaxText is known to be the right one
-
     seen.append(config)
-    devices.check_mesh(config)
+    _devices().check_mesh(config)
     if check:
       check(config)
 
@@ -59,7 +57,7 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
     if errors.failed_in(error, "validate_completed_steps"):
       folder = pathlib.Path(seen[-1].checkpoint_dir)
       exit_with(f"{folder}: this run has done its steps={seen[-1].steps}; set steps higher to go on.")
-    if seen and (sentence := _out_of_memory(error, seen[-1])):
+    if seen and (sentence := _devices().out_of_memory(error, seen[-1])):
       exit_with(sentence)
     raise
   finally:
@@ -84,10 +82,11 @@ def exit_with(sentence: str) -> NoReturn:
   sys.exit(2)
 
 
-def _out_of_memory(error: Exception, config) -> str | None:
+def _devices():
+  """The module, which imports MaxText's: not before that is known to be the right one."""
   from maxtext_mudd import devices
 
-  return devices.out_of_memory(error, config)
+  return devices
 
 
 def _unreadable_checkpoint(config, error: Exception) -> str:

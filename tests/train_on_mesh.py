@@ -1,7 +1,7 @@
 """Run as a program: five train steps of a random model on one batch, on a mesh of all devices.
 
-Prints JSON: the losses, and the collectives whose results are as wide as a source and as large as one device's part of
-it, or larger: of the aggregates, and of the rest of the step.
+Prints JSON: the losses, and the collectives whose results are as large as one device's part of a source, or larger, and
+as wide as a source; in the aggregates gathers of any shape, too. Sums over parts of D are not gathers.
 """
 
 import json
@@ -16,7 +16,8 @@ from maxtext.utils import maxtext_utils, sharding
 from tests import models, steps
 
 STEPS = 5
-COLLECTIVES = "all-gather|all-to-all|all-reduce|collective-permute|collective-broadcast"
+GATHERS = "all-gather|all-to-all"
+COLLECTIVES = f"{GATHERS}|all-reduce|collective-permute|collective-broadcast"
 
 
 def gathered(text: str, width: int, least: int) -> dict[str, list[str]]:
@@ -28,13 +29,16 @@ def gathered(text: str, width: int, least: int) -> dict[str, list[str]]:
   """
   found = {"in_aggregates": [], "elsewhere": []}
   for line in text.splitlines():
-    made = re.search(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", line)
+    made = re.search(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", line)
     shapes = [tuple(map(int, x.split(","))) for x in re.findall(r"\w+\[([\d,]+)\]", made[1])] if made else []
-    if any(shape[-1] == width and math.prod(shape) >= least for shape in shapes):
-      of_aggregate = re.search(
-        r'op_name="jit\([^"]*depth_aggregate', line
-      )  # not of parameters, which have it in theirs
-      found["in_aggregates" if of_aggregate else "elsewhere"].append(line.strip())
+    large = [shape for shape in shapes if math.prod(shape) >= least]
+    as_wide = any(shape[-1] == width for shape in large)
+    # Parameters have it in their names, too.
+    of_aggregate = re.search(r'op_name="jit\([^"]*depth_aggregate', line)
+    if of_aggregate and (as_wide or (large and made[2] in GATHERS.split("|"))):
+      found["in_aggregates"].append(line.strip())
+    elif as_wide:
+      found["elsewhere"].append(line.strip())
   return found
 
 

@@ -12,7 +12,7 @@ from maxtext.layers.nnx_decoders import NNXDecoder
 import numpy as np
 
 from maxtext_mudd import connections, initializers, topology
-from maxtext_mudd.blocks.pythia import PythiaDecoderLayer, layer_norm
+from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
 from maxtext_mudd.connections import chain, scanned
 
 _CONNECTION_SEED = 0x6D756464  # keeps the keys of the connections apart from those of the stock layers
@@ -131,7 +131,7 @@ class MuddDecoder(NNXDecoder):
 
   def get_norm_layer(self, num_features, rngs):
     if _is_pythia(self.config):
-      return layer_norm(self.config, rngs)
+      return lambda **_: LayerNorm(self.config, rngs)  # what MaxText gives it, it has from the configuration
     return super().get_norm_layer(num_features, rngs)
 
   def _init_decoder_layers(self, decoder_block_classes, rngs, mesh):

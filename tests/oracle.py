@@ -24,6 +24,7 @@ class Arch:
   ffn_norm: str = "post_self_attention_layer_norm"
   ffn: str = "swiglu"
   layer_norm: bool = False
+  scale_offset: float = 0.0
   rope: bool = True
   rotated: float = 1.0
   parallel: bool = False
@@ -79,7 +80,7 @@ class Oracle:
       return self.rms(x, self[f"{path}/scale"])
     x = x - x.mean(-1, keepdims=True)
     x = x / np.sqrt((x * x).mean(-1, keepdims=True) + self.arch.epsilon)
-    return x * (1 + self[f"{path}/scale"]) + self[f"{path}/bias"]
+    return x * (self.arch.scale_offset + self[f"{path}/scale"]) + self[f"{path}/bias"]
 
   def project(self, x, path, equation):
     return np.einsum(equation, x, self[f"{path}/kernel"]) + self.parameters.get(f"{path}/bias", 0.0)

@@ -44,6 +44,7 @@ BLOCKS = {
       ffn_norm="mlp/mlp_layer_norm",
       ffn="gpt3",
       layer_norm=True,
+      scale_offset=1.0,  # MaxText stores the scales of gpt3 less one
       rope=False,
       score_scale=0.25,
     ),

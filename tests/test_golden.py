@@ -47,10 +47,8 @@ def from_pytorch(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     attention_norm, ffn_norm, kernels = "pre_self_attention_norm", "pre_mlp_norm", {"w1": "wi", "w2": "wo"}
 
   def norm(name):
-    """MaxText stores the scale of a LayerNorm less one."""
-    if not is_pythia:
-      return {"scale": weights[f"{name}.weight"]}
-    return {"scale": weights[f"{name}.weight"] - 1, "bias": weights[f"{name}.bias"]}
+    found = {"scale": weights[f"{name}.weight"]}
+    return found | ({"bias": weights[f"{name}.bias"]} if is_pythia else {})
 
   def linear(name, split=None):
     found = {"kernel": weights[f"{name}.weight"].T}

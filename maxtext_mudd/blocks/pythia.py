@@ -5,11 +5,12 @@ import functools
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
 from maxtext.common.common_types import MODEL_MODE_PREFILL
 from maxtext.layers import quantizations
 from maxtext.layers.attentions import Attention
 from maxtext.layers.linears import Dropout, MlpBlock
-from maxtext.models.gpt3 import Gpt3LayerNorm
 from maxtext.utils import max_utils
 from maxtext.utils.sharding import create_sharding, maybe_shard_with_logical
 
@@ -17,18 +18,25 @@ from maxtext_mudd.kernels.reference import ACTIVATIONS
 from maxtext_mudd.streams import pick
 
 
-def layer_norm(config, rngs: nnx.Rngs) -> functools.partial:
-  """Makes LayerNorms with scale and bias, their statistics in float32; `scale` is stored less one."""
-  return functools.partial(
-    Gpt3LayerNorm,
-    num_features=config.emb_dim,
-    dtype=config.dtype,
-    weight_dtype=config.weight_dtype,
-    kernel_axes=("norm",),
-    epsilon=config.normalization_layer_epsilon,
-    reductions_in_fp32=True,
-    rngs=rngs,
-  )
+class LayerNorm(nnx.LayerNorm):
+  """LayerNorm with scale and bias, its statistics in float32. The scale is stored as it is, as in the released models;
+  MaxText's of gpt3 stores it less one, which rounds."""
+
+  def __init__(self, config, rngs: nnx.Rngs):
+    super().__init__(
+      config.emb_dim,
+      epsilon=config.normalization_layer_epsilon,
+      dtype=config.dtype,
+      param_dtype=config.weight_dtype,
+      use_fast_variance=False,
+      scale_metadata={"sharding": ("norm",)},
+      bias_metadata={"sharding": ("norm",)},
+      rngs=rngs,
+    )
+
+  def __call__(self, x: Float[Array, "B T D"], out_sharding: NamedSharding | None = None) -> Float[Array, "B T D"]:
+    """`out_sharding`, which MaxText's norms take, is that of `x` already."""
+    return super().__call__(x)
 
 
 class PythiaDecoderLayer(nnx.Module):
@@ -48,7 +56,7 @@ class PythiaDecoderLayer(nnx.Module):
     prefill = "prefill_" if model_mode == MODEL_MODE_PREFILL else ""
     self.activation_axis_names = ("activation_batch", f"{prefill}activation_norm_length", "activation_embed")
 
-    self.pre_self_attention_norm = layer_norm(config, rngs)()
+    self.pre_self_attention_norm = LayerNorm(config, rngs)
     self.self_attention = Attention(
       config=config,
       num_query_heads=config.num_query_heads,
@@ -80,7 +88,7 @@ class PythiaDecoderLayer(nnx.Module):
       model_mode=model_mode,
       rngs=rngs,
     )
-    self.pre_mlp_norm = layer_norm(config, rngs)()
+    self.pre_mlp_norm = LayerNorm(config, rngs)
     self.mlp = MlpBlock(
       config=config,
       mesh=mesh,

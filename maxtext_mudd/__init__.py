@@ -1,3 +1,13 @@
 """MUDD connections (MUDDFormer, arXiv 2502.12170) for stock MaxText."""
 
 __version__ = "0.1.0"
+__all__ = ["from_pretrained", "logits"]
+
+
+def __getattr__(name: str):
+  """Not imported before it is asked for: the commands answer mistakes without JAX."""
+  if name not in __all__:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  from maxtext_mudd import pretrained
+
+  return getattr(pretrained, name)

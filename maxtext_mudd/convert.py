@@ -1,7 +1,11 @@
 """Converts checkpoints.
 
+    python3 -m maxtext_mudd.convert from-hf --hf-dir D --maxtext-dir M key=value ...
+    python3 -m maxtext_mudd.convert to-hf --maxtext-dir M --hf-dir D
     python3 -m maxtext_mudd.convert layout --from runs/a --to runs/b yaml/mudd_tiny.yml scan_layers=true key=value ...
 
+from-hf: a Hugging Face folder of MUDDFormer or MUDDPythia into a folder with a checkpoint of parameters, M/items, and
+the YAML that describes it, M/model.yml. to-hf: the way back.
 layout: the latest checkpoint of a run, from single layers to scanned ones or back, as the configuration says; the new
 run goes on by `run_name=b` with this configuration. Any one machine will do, whatever devices the run is for.
 """
@@ -11,32 +15,67 @@ import pathlib
 import re
 import sys
 
+import omegaconf
+
 from maxtext_mudd import launch, plugin, versions
 from maxtext_mudd.errors import ConfigError
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog="python3 -m maxtext_mudd.convert", description=__doc__.split("\n")[0])
+  parser = argparse.ArgumentParser(
+    prog="python3 -m maxtext_mudd.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   commands = parser.add_subparsers(dest="command", required=True)
+  from_hf = commands.add_parser("from-hf", help="from a Hugging Face folder")
+  from_hf.add_argument("--hf-dir", required=True, metavar="D", help="folder with config.json and .safetensors files")
+  from_hf.add_argument("--maxtext-dir", required=True, metavar="M", help="folder to make")
+  from_hf.add_argument("overrides", nargs="*", metavar="key=value", help="as scan_layers=true")
+  from_hf.set_defaults(run=_from_hf)
+  to_hf = commands.add_parser("to-hf", help="to a Hugging Face folder")
+  to_hf.add_argument("--maxtext-dir", required=True, metavar="M", help="folder that from-hf made")
+  to_hf.add_argument("--hf-dir", required=True, metavar="D", help="folder to make")
+  to_hf.set_defaults(run=_to_hf)
   layout = commands.add_parser("layout", help="between single and scanned layers (scan_layers)")
   layout.add_argument("--from", dest="source", required=True, metavar="RUN", help="folder of the run to convert")
   layout.add_argument("--to", dest="target", required=True, metavar="RUN", help="folder of the new run")
   layout.add_argument("--step", type=int, help="which checkpoint; the latest if not told")
   layout.add_argument("config", metavar="CONFIG.yml")
   layout.add_argument("overrides", nargs="*", metavar="key=value")
+  layout.set_defaults(run=_layout)
   args = parser.parse_args(argv)
   try:
-    step = _layout(args)
+    for folder in (getattr(args, name, "") for name in ("source", "target", "hf_dir", "maxtext_dir")):
+      if "://" in folder:
+        raise ConfigError(f"{folder} is not a local folder; copy it first.")
+    plugin.install()
+    print(args.run(args))
   except (ConfigError, versions.UnknownMaxText) as error:
     launch.exit_with(str(error))
-  print(f"{args.target}: checkpoint of step {step}, to be gone on with by run_name={pathlib.Path(args.target).name}")
 
 
-def _layout(args) -> int:
-  for folder in (args.source, args.target):
-    if "://" in folder:
-      raise ConfigError(f"{folder} is not a local folder; copy the run first.")
-  plugin.install()
+def _from_hf(args) -> str:
+  from maxtext_mudd.checkpoints import folder, hf
+
+  target = pathlib.Path(args.maxtext_dir).absolute()
+  wrong = [x for x in args.overrides if "=" not in x]
+  if wrong:
+    raise ConfigError(f"{wrong[0]} is not key=value, as scan_layers=true is.")
+  overrides = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(args.overrides))
+  hf.from_hf(pathlib.Path(args.hf_dir), target, overrides)
+  return (
+    f"{target}: {folder.CONFIG} describes the model, load_parameters_path={target / folder.ITEMS} has its parameters"
+  )
+
+
+def _to_hf(args) -> str:
+  from maxtext_mudd.checkpoints import hf
+
+  target = pathlib.Path(args.hf_dir).absolute()
+  hf.to_hf(pathlib.Path(args.maxtext_dir).absolute(), target)
+  return f"{target}: to be loaded beside the authors' configuration_*.py and modeling_*.py, with trust_remote_code"
+
+
+def _layout(args) -> str:
   import jax
   from maxtext.configs import pyconfig
 
@@ -47,7 +86,8 @@ def _layout(args) -> int:
   fixed = {"run_name": target.name, "base_output_directory": target.parent, "enable_checkpointing": True, **_here()}
   fixed = [f"{key}={x}" for key, x in fixed.items()]
   config = pyconfig.initialize(["", args.config, *args.overrides, *fixed])
-  return relayout.convert(config, source, target, args.step)
+  step = relayout.convert(config, source, target, args.step)
+  return f"{target}: checkpoint of step {step}, to be gone on with by run_name={target.name}"
 
 
 def _here() -> dict:

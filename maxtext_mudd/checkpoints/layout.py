@@ -4,7 +4,7 @@ Both take and return arrays by path, as in "decoder/layers_0/mlp/wo/kernel". A p
 moments of an optimizer have; what is not a part of the decoder's layers is passed on. Shapes: `connections.scanned`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import re
 
 import numpy as np
@@ -26,42 +26,57 @@ def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
     KeyError: a layer lacks a parameter that others have.
     ValueError: the configuration has fewer layers, or stacks parameters that differ in shape.
   """
+  return dict(stacking(values, config))
+
+
+def stacking(values: Mapping[str, np.ndarray], config) -> Iterator[tuple[str, np.ndarray]]:
+  """`stack`, one parameter at a time: looks each value up once, when it is wanted."""
   own = topology.from_config(config)
-  layers, made = {}, {}
-  for path, value in values.items():
+  layers = {}
+  for path in values:
     found = re.fullmatch(r"(|.*/)decoder/layers_(\d+)/(.+)", path)
     if not found:
-      made[path] = value
+      yield path, values[path]
       continue
     root, block, name = found[1] + "decoder/", int(found[2]) + 1, found[3]
     if block > own.num_blocks:
       raise ValueError(f"it has {path}, of more layers than {own.num_blocks}")
     if name.startswith((_EMBEDDING_NORM, _FINAL)):
-      made[root + name] = value
+      yield root + name, values[path]
     else:
-      layers.setdefault((root, _scanned_name(name, config, own, block)), {})[block] = value
+      layers.setdefault((root, _scanned_name(name, config, own, block)), {})[block] = path
   for (root, name), by_block in layers.items():
     for number, blocks in enumerate(own.groups):
-      table = scanned.table(config, own, blocks)
-      padded = [_padded(name, by_block.get(block), own.before(block), table.padded) for block in blocks]
-      if all(value is None for value in padded):
-        continue
-      like = next(value for value in padded if value is not None)
-      exists = scanned.existing(config, table, tuple(name.split("/")))
-      for k, block in enumerate(blocks):
-        if padded[k] is None:
-          if exists is None or exists[k].any():
-            raise KeyError(f"{root}layers_{block - 1}/{name}")
-          padded[k] = np.zeros_like(like)
-        if padded[k].shape != like.shape:
-          shapes = f"{list(like.shape)} and {list(padded[k].shape)}"
-          raise ValueError(f"{name} is {shapes} in blocks that mudd_ffn_groups={len(own.groups)} scans together")
-      made[_stack_path(root, name, own, number)] = np.stack(padded, min(config.param_scan_axis, like.ndim))
+      if any(block in by_block for block in blocks):
+        made = _stacked(values, by_block, blocks, root, name, config)
+        yield _stack_path(root, name, own, number), made
+
+
+def _stacked(values, paths: Mapping[int, str], blocks: range, root: str, name: str, config) -> np.ndarray:
+  """One parameter of a group of blocks, zero where a block has none."""
+  own = topology.from_config(config)
+  table = scanned.table(config, own, blocks)
+  exists = scanned.existing(config, table, tuple(name.split("/")))
+  made = by_block = None
+  for k, block in enumerate(blocks):
+    if block not in paths:
+      if exists is None or exists[k].any():
+        raise KeyError(f"{root}layers_{block - 1}/{name}")
+      continue
+    value = _padded(name, values[paths[block]], own.before(block), table.padded)
+    if made is None:
+      axis = min(config.param_scan_axis, value.ndim)
+      made = np.zeros((*value.shape[:axis], len(blocks), *value.shape[axis:]), value.dtype)
+      by_block = np.moveaxis(made, axis, 0)
+    if value.shape != by_block.shape[1:]:
+      shapes = f"{list(by_block.shape[1:])} and {list(value.shape)}"
+      raise ValueError(f"{name} is {shapes} in blocks that mudd_ffn_groups={len(own.groups)} scans together")
+    by_block[k] = value
   return made
 
 
 def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
-  """For `scan_layers: false`, from values for `scan_layers: true`.
+  """For `scan_layers: false`, from values for `scan_layers: true`; views where that can be.
 
   Raises:
     ValueError: the configuration has another number of layers.
@@ -79,16 +94,15 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
     else:
       root, name = found[1] + "decoder/", found[3]
       blocks = own.groups[int(found[2] or 0)]
-      axis = min(config.param_scan_axis, value.ndim - 1)
-      if value.shape[axis] != len(blocks):
-        raise ValueError(f"{path} is of {value.shape[axis]} layers, not {len(blocks)}")
+      by_block = np.moveaxis(value, min(config.param_scan_axis, value.ndim - 1), 0)
+      if len(by_block) != len(blocks):
+        raise ValueError(f"{path} is of {len(by_block)} layers, not {len(blocks)}")
       table = scanned.table(config, own, blocks)
       exists = scanned.existing(config, table, tuple(name.split("/")))
       for k, block in enumerate(blocks):
         if exists is None or exists[k].any():
-          single = np.take(value, k, axis)
           single_name = _single_name(name, config, own, block)
-          made[f"{root}layers_{block - 1}/{single_name}"] = _trimmed(name, single, own.before(block))
+          made[f"{root}layers_{block - 1}/{single_name}"] = _trimmed(name, by_block[k], own.before(block))
   return made
 
 
@@ -118,7 +132,7 @@ def _group_of(own: Topology, block: int) -> range:
 
 def _padded(name: str, value, aggregate: Aggregate | None, padded: Aggregate | None):
   name = name.removeprefix(_OWN) if name.startswith(_OWN) else ""
-  if value is None or name not in ("w1", "w2", "a"):
+  if name not in ("w1", "w2", "a"):
     return value
   if name == "w1":
     return np.pad(value, ((0, 0), (0, padded.hidden - value.shape[1])))

@@ -7,7 +7,6 @@ masks. The converted run lies in a folder of its own, which appears when it is c
 import pathlib
 import shutil
 
-from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,8 @@ from maxtext.common import checkpointing, train_state_nnx
 from maxtext.configs.pyconfig import HyperParameters
 from maxtext.utils import maxtext_utils, model_creation_utils, train_utils
 import numpy as np
-import orbax.checkpoint as ocp
 
+from maxtext_mudd.checkpoints import folder as folders
 from maxtext_mudd.checkpoints import layout
 from maxtext_mudd.errors import ConfigError
 
@@ -83,13 +82,8 @@ def _checkpoint(source: pathlib.Path, step: int | None) -> tuple[int, pathlib.Pa
 
 def _restored(folder: pathlib.Path):
   """The saved tree on this host, whatever devices it was saved from."""
-  path, checkpointer = epath.Path(folder / _STATE), ocp.PyTreeCheckpointer()
   try:
-    saved = checkpointer.metadata(path).item_metadata.tree
-    as_numpy = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved, is_leaf=lambda x: hasattr(x, "dtype")
-    )
-    return checkpointer.restore(path, restore_args=as_numpy)
+    return folders.numpy_tree(folder / _STATE)
   except Exception as error:  # Orbax raises all kinds
     cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     raise ConfigError(f"{folder} cannot be read; it is damaged, or not a checkpoint of MaxText ({cause}).") from error

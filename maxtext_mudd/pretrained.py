@@ -1,0 +1,104 @@
+"""Trained models in Python: from a folder to logits."""
+
+import pathlib
+from typing import Any
+
+from flax import nnx, traverse_util
+from flax.core.spmd import logical_axis_rules
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from maxtext_mudd import plugin
+from maxtext_mudd.errors import ConfigError
+
+# Beside the keys of a model. Matrix products of float32 are no less on TPUs and GPUs.
+DEFAULTS = {
+  "run_name": "",
+  "enable_checkpointing": False,
+  "log_config": False,
+  "skip_jax_distributed_system": True,
+  "dataset_type": "synthetic",
+  "per_device_batch_size": 1,
+  "scan_layers": False,
+  "remat_policy": "none",
+  "dtype": "float32",
+  "weight_dtype": "float32",
+  "matmul_precision": "highest",
+}
+
+
+def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
+  """A model with the parameters of a folder, on the devices of this process.
+
+  Args:
+    folder: a Hugging Face folder of MUDDFormer or MUDDPythia, or what `convert` made of one.
+    config_overrides: MaxText's keys; by default everything is float32, and layers are not scanned.
+
+  Returns:
+    (model, config): an NNX `Transformer` and its `HyperParameters`.
+
+  Raises:
+    ConfigError: the folder is missing or holds no such model, or the configuration cannot work.
+  """
+  plugin.install()
+  from maxtext.utils import maxtext_utils, model_creation_utils
+
+  from maxtext_mudd.checkpoints import folder as folders
+  from maxtext_mudd.checkpoints import hf
+
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise ConfigError(f"{folder} is not a folder; name one that holds a model.")
+  if folders.is_folder(folder):
+    overrides = config_overrides | {"load_parameters_path": str(folder / folders.ITEMS)}
+    config = folders.configuration(DEFAULTS | folders.keys(folder), overrides)
+    return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config)), config
+  if not hf.is_folder(folder):
+    raise ConfigError(f"{folder} has neither {hf.CONFIG} nor {folders.CONFIG}; name a folder that holds a model.")
+  source = hf.Model(folder)
+  config = folders.configuration(folders.layout_keys(DEFAULTS | source.keys | config_overrides), {})
+  return _model(config, folders.tree(config, source.parameters(config), str(folder))), config
+
+
+def _model(config, parameters: dict):
+  from maxtext.utils import maxtext_utils, maxtext_utils_nnx, model_creation_utils
+
+  mesh = maxtext_utils.get_mesh_from_config(config)
+  create, abstract = model_creation_utils.create_nnx_abstract_model(config, mesh)
+  model = maxtext_utils_nnx.create_nnx_sharded_model(abstract, create, mesh)
+  values = traverse_util.flatten_dict(parameters)
+  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    variable.set_value(jax.device_put(values.pop(path), variable.get_value().sharding))
+  return model
+
+
+def logits(
+  model,
+  tokens: Int[Array, "B T"],
+  *,
+  positions: Int[Array, "B T"] | None = None,
+  segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T V"]:
+  """Logits of every token's successor, in float32.
+
+  Args:
+    positions: 0 to T-1 in every row by default.
+    segment_ids: tokens attend to their own segment only; one by default. 0 is padding.
+  """
+  tokens = jnp.asarray(tokens, jnp.int32)
+  if tokens.ndim != 2 or 0 in tokens.shape:
+    raise ValueError(f"tokens are {list(tokens.shape)}; they have to be [batch, length].")
+  if positions is None:
+    positions = np.arange(tokens.shape[1], dtype=np.int32)
+  if segment_ids is None:
+    segment_ids = np.ones((), np.int32)
+  positions, segment_ids = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), tokens.shape) for x in (positions, segment_ids))
+  with jax.set_mesh(model.mesh), logical_axis_rules(model.config.logical_axis_rules):
+    return _logits(model, tokens, positions, segment_ids)
+
+
+@nnx.jit
+def _logits(model, tokens, positions, segment_ids):
+  return model(tokens, positions, segment_ids, enable_dropout=False).astype(jnp.float32)

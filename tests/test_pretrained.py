@@ -1,0 +1,268 @@
+"""Released models in and out: golden logits, round trips to the bit, and what is refused."""
+
+import json
+import pathlib
+import re
+import shutil
+
+from flax import nnx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import maxtext_mudd
+from maxtext_mudd import convert
+from maxtext_mudd.checkpoints import folder, hf, tensors
+from maxtext_mudd.errors import ConfigError
+from tests import models
+from tests.test_golden import LOGITS_TOLERANCE
+
+RELEASED = ("muddformer_tiny", "muddpythia_tiny")
+LAYOUTS = {"single": False, "scanned": True}
+
+
+def hugging_face(path: pathlib.Path, name: str = "muddformer_tiny") -> pathlib.Path:
+  """A folder as it is published."""
+  path.mkdir()
+  for file in ("config.json", "model.safetensors"):
+    shutil.copyfile(models.DATA / name / file, path / file)
+  return path
+
+
+def check_logits(model, name: str) -> None:
+  golden = load_file(models.DATA / name / "golden.safetensors")
+  found = maxtext_mudd.logits(model, golden["input_ids"])
+  assert found.dtype == np.float32
+  assert np.abs(found - golden["logits"]).max() <= LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", RELEASED)
+def test_golden_logits(name, layout, tmp_path):
+  model, config = maxtext_mudd.from_pretrained(hugging_face(tmp_path / name, name), scan_layers=LAYOUTS[layout])
+  assert config.scan_layers == LAYOUTS[layout]
+  check_logits(model, name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", RELEASED)
+def test_round_trip(name, layout, tmp_path, capsys):
+  """To a checkpoint of MaxText, whose logits are the golden ones, and back to the bit."""
+  source, target, back = hugging_face(tmp_path / name, name), tmp_path / "maxtext", tmp_path / "back"
+  layout = LAYOUTS[layout]
+  convert.main(["from-hf", "--hf-dir", str(source), "--maxtext-dir", str(target), f"scan_layers={layout}"])
+  assert f"load_parameters_path={target}/items" in capsys.readouterr().out
+  model, config = maxtext_mudd.from_pretrained(target)
+  assert config.scan_layers == layout
+  check_logits(model, name)
+  hf.to_hf(target, back)
+  assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+  check_same(load_file(back / "model.safetensors"), load_file(source / "model.safetensors"))
+  assert not list(tmp_path.glob(".*.partial"))
+
+
+def check_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+  assert found.keys() == expected.keys()
+  for tensor, x in expected.items():
+    assert found[tensor].dtype == x.dtype
+    np.testing.assert_array_equal(found[tensor], x, err_msg=tensor)
+
+
+def test_fields_that_no_original_tells(tmp_path):
+  """A model without `hf_config.json`, as one trained here, gets the same fields, but for what is the tokenizer's."""
+  for name in RELEASED:
+    source, target = hugging_face(tmp_path / name, name), tmp_path / f"{name}-maxtext"
+    hf.from_hf(source, target, {})
+    (target / hf.ORIGINAL).unlink()
+    hf.to_hf(target, tmp_path / f"{name}-back")
+    found, expected = (json.loads((x / "config.json").read_text()) for x in (tmp_path / f"{name}-back", source))
+    own = {key: x for key, x in expected.items() if key not in ("bos_token_id", "eos_token_id", "transformers_version")}
+    assert found == own
+
+
+def test_half_precision_comes_back_as_it_was(tmp_path):
+  source = hugging_face(tmp_path / "hf")
+  fields = json.loads((source / "config.json").read_text()) | {"torch_dtype": "float16"}
+  (source / "config.json").write_text(json.dumps(fields))
+  halves = {key: x.astype(np.float16) for key, x in load_file(source / "model.safetensors").items()}
+  save_file(halves, source / "model.safetensors")
+  hf.from_hf(source, tmp_path / "maxtext", {})
+  hf.to_hf(tmp_path / "maxtext", tmp_path / "back")
+  check_same(load_file(tmp_path / "back" / "model.safetensors"), halves)
+
+
+def in_shards(path: pathlib.Path, monkeypatch) -> dict[str, str]:
+  """Rewrites a folder in shards; which file has which tensor."""
+  values = load_file(path / "model.safetensors")
+  (path / "model.safetensors").unlink()
+  monkeypatch.setattr(tensors, "SHARD_BYTES", 400_000)
+  tensors.write(path, {name: (x.shape, lambda x=x: x) for name, x in values.items()}, "float32")
+  return json.loads((path / tensors.INDEX).read_text())["weight_map"]
+
+
+def test_shards(tmp_path, monkeypatch):
+  source, single = hugging_face(tmp_path / "shards"), hugging_face(tmp_path / "single")
+  where = in_shards(source, monkeypatch)
+  assert (
+    sorted(set(where.values()))[-1]
+    == f"model-{len(set(where.values())):05}-of-{len(set(where.values())):05}.safetensors"
+  )
+  found, expected = (tensors.open_folder(x) for x in (source, single))
+  assert found.keys() == expected.keys()
+  assert all(np.array_equal(found[name].read(), x.read()) for name, x in expected.items())
+  assert {name: x.file.name for name, x in found.items()} == where
+  assert sum(x.size for x in found.values()) == sum(x.read().nbytes for x in expected.values())
+
+
+def changed(path: pathlib.Path, change) -> None:
+  values = load_file(path / "model.safetensors")
+  change(values)
+  save_file(values, path / "model.safetensors")
+
+
+def of_nan(values):
+  values["layers.3.attention.wq.weight"][5, 7] = np.nan
+
+
+def misshapen(values):
+  values["dense_bs.2"] = values["dense_bs.2"][:, :-1].copy()
+
+
+def other_widths(values):
+  values["layers.0.feed_forward.w1.weight"] = np.zeros((136, 64), np.float32)
+
+
+def fields(**keys):
+  def change(path):
+    own = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({key: x for key, x in (own | keys).items() if x is not None}))
+
+  return change
+
+
+BROKEN = {
+  "a missing tensor": (
+    lambda path: changed(path, lambda values: values.pop("layers.4.ffn_norm.weight")),
+    "has no tensor layers.4.ffn_norm.weight, which config.json makes one expect.",
+  ),
+  "an extra tensor": (
+    lambda path: changed(path, lambda values: values.update(lm_head=np.zeros(3, np.float32))),
+    "model.safetensors has lm_head, which is no tensor of the model that config.json describes.",
+  ),
+  "a misshapen tensor": (
+    lambda path: changed(path, misshapen),
+    "dense_bs.2 is [4, 3], and config.json makes one expect [4, 4].",
+  ),
+  "NaN": (
+    lambda path: changed(path, of_nan),
+    "layers.3.attention.wq.weight has entries that are NaN or infinite; the model is broken.",
+  ),
+  "a truncated file": (
+    lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-9]),
+    "model.safetensors cannot be read; it is cut off or damaged",
+  ),
+  "no tensors": (
+    lambda path: (path / "model.safetensors").unlink(),
+    "has neither model.safetensors nor model.safetensors.index.json; name a folder that holds a model.",
+  ),
+  "FFN widths of no rule": (
+    lambda path: changed(path, other_widths),
+    "config.json: intermediate_size=256 makes FFNs of 128, 128, 256, 256, 384, 384 where they are re-allocated, and "
+    "the weights have 136, 128, 256, 256, 384, 384.",
+  ),
+  "an unknown kind": (
+    fields(model_type="llama"),
+    "config.json: model_type=llama is not known; muddformer and muddpythia are.",
+  ),
+  "other connections": (
+    fields(dense_type="l"),
+    "config.json: dense_type=l is not supported; dense_type=qkvr is.",
+  ),
+  "a missing field": (fields(n_head=None), "config.json has no n_head."),
+  "fewer layers than tensors": (
+    fields(n_layer=5),
+    "config.json: n_layer=5, and the weights have the FFNs of 6 layers.",
+  ),
+  "no JSON": (lambda path: (path / "config.json").write_text("{"), "config.json is not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_refusals(case, tmp_path):
+  source = hugging_face(tmp_path / "hf")
+  breaks, message = BROKEN[case]
+  breaks(source)
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    hf.from_hf(source, tmp_path / "maxtext", {})
+  assert [x.name for x in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_missing_shard(tmp_path, monkeypatch):
+  source = hugging_face(tmp_path / "hf")
+  in_shards(source, monkeypatch)
+  (source / "model-00002-of-00005.safetensors").unlink()
+  with pytest.raises(
+    ConfigError, match=r"model-00002-of-00005\.safetensors is missing, and model\.safetensors\.index\.json"
+  ):
+    tensors.open_folder(source)
+
+
+def test_targets_are_never_written_over(tmp_path, capsys):
+  source, target = hugging_face(tmp_path / "hf"), tmp_path / "there"
+  target.mkdir()
+  for command in (
+    ["from-hf", "--hf-dir", str(source), "--maxtext-dir", str(target)],
+    ["from-hf", "--hf-dir", str(source), "--maxtext-dir", "gs://bucket/m"],
+    ["from-hf", "--hf-dir", str(source), "--maxtext-dir", str(target), "scan_layers"],
+    ["from-hf", "--hf-dir", str(source), "--maxtext-dir", str(target), "mudd_wayz=1"],
+    ["to-hf", "--maxtext-dir", str(target), "--hf-dir", str(source)],
+  ):
+    with pytest.raises(SystemExit) as ended:
+      convert.main(command)
+    assert ended.value.code == 2
+  said = [
+    x.removeprefix("maxtext-mudd: ") for x in capsys.readouterr().err.splitlines() if x.startswith("maxtext-mudd")
+  ]
+  assert said == [
+    f"{target} exists already; name a folder that does not.",
+    "gs://bucket/m is not a local folder; copy it first.",
+    "scan_layers is not key=value, as scan_layers=true is.",
+    "mudd_wayz is not a configuration key; the nearest is mudd_ways.",
+    f"{target} has no model.yml; name a folder that from-hf made.",
+  ]
+  assert not list(target.iterdir())
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
+  source = hugging_face(tmp_path / "hf")
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(folder, "save", stop)
+  with pytest.raises(KeyboardInterrupt):
+    hf.from_hf(source, tmp_path / "maxtext", {})
+  assert [x.name for x in tmp_path.iterdir()] == ["hf"]
+
+
+def test_models_that_the_authors_code_does_not_have(tmp_path):
+  source, target = hugging_face(tmp_path / "hf"), tmp_path / "maxtext"
+  hf.from_hf(source, target, {})
+  (target / folder.CONFIG).write_text((target / folder.CONFIG).read_text() + "mudd_window: 2\n")
+  with pytest.raises(ConfigError, match=r"mudd_window=2 is not in the authors' MUDDFormer, which has mudd_window=0\."):
+    hf.to_hf(target, tmp_path / "back")
+  assert not (tmp_path / "back").exists()
+
+
+def test_folders_that_hold_no_model(tmp_path):
+  for path, message in ((tmp_path / "none", "is not a folder"), (tmp_path, "has neither config.json nor model.yml")):
+    with pytest.raises(ConfigError, match=message):
+      maxtext_mudd.from_pretrained(path)
+
+
+def test_overrides(tmp_path):
+  model, config = maxtext_mudd.from_pretrained(hugging_face(tmp_path / "hf"), dtype="bfloat16", weight_dtype="bfloat16")
+  assert config.dtype == "bfloat16"
+  assert {x.get_value().dtype.name for _, x in nnx.to_flat_state(nnx.state(model, nnx.Param))} == {"bfloat16"}
+  with pytest.raises(ValueError, match=r"tokens are \[3\]; they have to be \[batch, length\]"):
+    maxtext_mudd.logits(model, [1, 2, 3])

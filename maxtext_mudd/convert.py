@@ -2,10 +2,12 @@
 
     python3 -m maxtext_mudd.convert from-hf --hf-dir D --maxtext-dir M key=value ...
     python3 -m maxtext_mudd.convert to-hf --maxtext-dir M --hf-dir D
+    python3 -m maxtext_mudd.convert from-fork --fork-dir D --maxtext-dir M key=value ...
     python3 -m maxtext_mudd.convert layout --from runs/a --to runs/b yaml/mudd_tiny.yml scan_layers=true key=value ...
 
 from-hf: a Hugging Face folder of MUDDFormer or MUDDPythia into a folder with a checkpoint of parameters, M/items, and
-the YAML that describes it, M/model.yml. to-hf: the way back.
+the YAML that describes it, M/model.yml. to-hf: the way back. from-fork: the same of a model of the authors' JAX code:
+params.safetensors with flax paths for names, or an Orbax folder.
 layout: the latest checkpoint of a run, from single layers to scanned ones or back, as the configuration says; the new
 run goes on by `run_name=b` with this configuration. Any one machine will do, whatever devices the run is for.
 """
@@ -35,6 +37,13 @@ def main(argv: list[str]) -> None:
   to_hf.add_argument("--maxtext-dir", required=True, metavar="M", help="folder that from-hf made")
   to_hf.add_argument("--hf-dir", required=True, metavar="D", help="folder to make")
   to_hf.set_defaults(run=_to_hf)
+  from_fork = commands.add_parser("from-fork", help="from a folder of the authors' JAX code")
+  from_fork.add_argument(
+    "--fork-dir", required=True, metavar="D", help="folder with params.safetensors or an Orbax tree"
+  )
+  from_fork.add_argument("--maxtext-dir", required=True, metavar="M", help="folder to make")
+  from_fork.add_argument("overrides", nargs="*", metavar="key=value", help="as scan_layers=true")
+  from_fork.set_defaults(run=_from_fork)
   layout = commands.add_parser("layout", help="between single and scanned layers (scan_layers)")
   layout.add_argument("--from", dest="source", required=True, metavar="RUN", help="folder of the run to convert")
   layout.add_argument("--to", dest="target", required=True, metavar="RUN", help="folder of the new run")
@@ -44,7 +53,7 @@ def main(argv: list[str]) -> None:
   layout.set_defaults(run=_layout)
   args = parser.parse_args(argv)
   try:
-    for folder in (getattr(args, name, "") for name in ("source", "target", "hf_dir", "maxtext_dir")):
+    for folder in (getattr(args, name, "") for name in ("source", "target", "hf_dir", "fork_dir", "maxtext_dir")):
       if "://" in folder:
         raise ConfigError(f"{folder} is not a local folder; copy it first.")
     plugin.install()
@@ -54,14 +63,26 @@ def main(argv: list[str]) -> None:
 
 
 def _from_hf(args) -> str:
-  from maxtext_mudd.checkpoints import folder, hf
+  from maxtext_mudd.checkpoints import hf
 
-  target = pathlib.Path(args.maxtext_dir).absolute()
+  return _imported(hf.from_hf, args.hf_dir, args)
+
+
+def _from_fork(args) -> str:
+  from maxtext_mudd.checkpoints import fork
+
+  return _imported(fork.from_fork, args.fork_dir, args)
+
+
+def _imported(convert, source: str, args) -> str:
+  from maxtext_mudd.checkpoints import folder
+
   wrong = [x for x in args.overrides if "=" not in x]
   if wrong:
     raise ConfigError(f"{wrong[0]} is not key=value, as scan_layers=true is.")
   overrides = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(args.overrides))
-  hf.from_hf(pathlib.Path(args.hf_dir), target, overrides)
+  target = pathlib.Path(args.maxtext_dir).absolute()
+  convert(pathlib.Path(source), target, overrides)
   return (
     f"{target}: {folder.CONFIG} describes the model, load_parameters_path={target / folder.ITEMS} has its parameters"
   )

@@ -33,7 +33,8 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   """A model with the parameters of a folder, on the devices of this process.
 
   Args:
-    folder: a Hugging Face folder of MUDDFormer or MUDDPythia, or what `convert` made of one.
+    folder: a Hugging Face folder of MUDDFormer or MUDDPythia, a folder of the authors' JAX code, or what `convert` made
+      of one.
     config_overrides: MaxText's keys; by default everything is float32, and layers are not scanned.
 
   Returns:
@@ -46,7 +47,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   from maxtext.utils import maxtext_utils, model_creation_utils
 
   from maxtext_mudd.checkpoints import folder as folders
-  from maxtext_mudd.checkpoints import hf
+  from maxtext_mudd.checkpoints import fork, hf, tensors
 
   folder = pathlib.Path(folder)
   if not folder.is_dir():
@@ -55,9 +56,10 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
     overrides = config_overrides | {"load_parameters_path": str(folder / folders.ITEMS)}
     config = folders.configuration(DEFAULTS | folders.keys(folder), overrides)
     return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config)), config
-  if not hf.is_folder(folder):
-    raise ConfigError(f"{folder} has neither {hf.CONFIG} nor {folders.CONFIG}; name a folder that holds a model.")
-  source = hf.Model(folder)
+  kind = hf if hf.is_folder(folder) else fork if fork.is_folder(folder) else None
+  if kind is None:
+    raise ConfigError(f"{folder} holds no model: neither {folders.CONFIG}, {tensors.SINGLE} nor {fork.FILE} is there.")
+  source = kind.Model(folder)
   config = folders.configuration(folders.layout_keys(DEFAULTS | source.keys | config_overrides), {})
   return _model(config, folders.tree(config, source.parameters(config), str(folder))), config
 

@@ -6,6 +6,7 @@ Blocks count from 1, as in the paper: source 0 is the embedding, source i the ou
 from collections.abc import Mapping
 import dataclasses
 
+RELEASED_FFN = {"first": 0.5, "last": 1.5, "round_to": 128}  # of `ffn_widths`
 WAYS = "qkvr"  # query, key, value and residual stream, in the order of the paper and of the released code
 
 

@@ -129,7 +129,7 @@ def test_refusals(tmp_path, capsys):
     "is not the folder of a run: it has no checkpoints/."
   )
   found = refusal(capsys, "--from", "gs://bucket/run", "--to", new, *common)
-  assert found.endswith("gs://bucket/run is not a local folder; copy the run first.")
+  assert found.endswith("gs://bucket/run is not a local folder; copy it first.")
   assert not new.exists() and not (tmp_path / ".new.partial").exists()
 
 

@@ -5,14 +5,16 @@ import pathlib
 import re
 import shutil
 
-from flax import nnx
+from flax import nnx, traverse_util
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import maxtext_mudd
 from maxtext_mudd import convert
-from maxtext_mudd.checkpoints import folder, hf, tensors
+from maxtext_mudd.checkpoints import folder, fork, hf, tensors
+from maxtext_mudd.checkpoints import layout as layouts
 from maxtext_mudd.errors import ConfigError
 from tests import models
 from tests.test_golden import LOGITS_TOLERANCE
@@ -255,7 +257,10 @@ def test_models_that_the_authors_code_does_not_have(tmp_path):
 
 
 def test_folders_that_hold_no_model(tmp_path):
-  for path, message in ((tmp_path / "none", "is not a folder"), (tmp_path, "has neither config.json nor model.yml")):
+  for path, message in (
+    (tmp_path / "none", "is not a folder"),
+    (tmp_path, "holds no model: neither model.yml, model.safetensors nor params"),
+  ):
     with pytest.raises(ConfigError, match=message):
       maxtext_mudd.from_pretrained(path)
 
@@ -266,3 +271,81 @@ def test_overrides(tmp_path):
   assert {x.get_value().dtype.name for _, x in nnx.to_flat_state(nnx.state(model, nnx.Param))} == {"bfloat16"}
   with pytest.raises(ValueError, match=r"tokens are \[3\]; they have to be \[batch, length\]"):
     maxtext_mudd.logits(model, [1, 2, 3])
+
+
+FORK = ("muddjax_plain", "muddjax_prepost")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FORK)
+def test_golden_logits_of_the_fork(name, layout):
+  golden = load_file(models.DATA / name / "golden.safetensors")
+  model, _ = maxtext_mudd.from_pretrained(models.DATA / name, scan_layers=LAYOUTS[layout])
+  rows = {"positions": golden["inputs_position"], "segment_ids": golden["inputs_segmentation"]}
+  assert np.abs(maxtext_mudd.logits(model, golden["inputs"], **rows) - golden["logits"]).max() <= LOGITS_TOLERANCE
+
+
+def test_the_fork_s_orbax_folders(tmp_path):
+  """Of parameters alone, or of a whole train state, give what `params.safetensors` gives, to the bit."""
+  source = models.DATA / "muddjax_prepost"
+  values = load_file(source / fork.FILE)
+  tree = {"params": traverse_util.unflatten_dict({tuple(name.split("/")): x for name, x in values.items()})}
+  ocp.PyTreeCheckpointer().save(tmp_path / "params", tree)
+  ocp.PyTreeCheckpointer().save(tmp_path / "run" / "items", {"params": tree, "step": np.zeros((), np.int32)})
+  for name in ("params", "run"):
+    shutil.copyfile(source / "config.json", tmp_path / name / "config.json")
+  made = []
+  for number, path in enumerate((source, tmp_path / "params", tmp_path / "run")):
+    target = tmp_path / f"maxtext{number}"
+    convert.main(["from-fork", "--fork-dir", str(path), "--maxtext-dir", str(target), f"scan_layers={number == 2}"])
+    config = folder.configuration(folder.keys(target), folder.HERE)
+    values = folder.restore(target, config)
+    made.append(layouts.unstack(values, config) if config.scan_layers else values)
+  for found in made[1:]:
+    check_same(found, made[0])
+
+
+def edited(**changes):
+  def edit(path, values):
+    for name, x in changes.items():
+      values.pop(name) if x is None else values.update({name: x})
+    save_file(values, path / fork.FILE)
+
+  return edit
+
+
+OF_FORK = {
+  "a missing parameter": (
+    edited(**{"decoder/layers_2/mlp/wo/kernel": None}),
+    "has no decoder/layers_2/mlp/wo/kernel, which this configuration needs.",
+  ),
+  "an extra parameter": (
+    edited(**{"decoder/layers_2/mgate/kernel": np.zeros(3, np.float32)}),
+    "has decoder/layers_2/mgate/kernel, for which this configuration has no place.",
+  ),
+  "a misshapen parameter": (
+    edited(**{"decoder/layers_2/mlp/wo/kernel": np.zeros((3, 64), np.float32)}),
+    "decoder/layers_2/mlp/wo/kernel is [3, 64], and this configuration needs [256, 64].",
+  ),
+  "infinity": (
+    edited(**{"decoder/decoder_norm/scale": np.full(64, np.inf, np.float32)}),
+    "decoder/decoder_norm/scale has entries that are NaN or infinite; the model is broken.",
+  ),
+  "another model": (edited(**{"token_embedder/embedding": None}), "has no token_embedder/embedding; name a folder"),
+  "FFN widths of no rule": (
+    edited(**{"decoder/layers_0/mlp/wi_0/kernel": np.zeros((64, 8), np.float32)}),
+    "FFNs of 8, 128, 256, 256, 384, 384 are not what re-allocation makes of mlp_dim=256; write it to config.json.",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", OF_FORK)
+def test_refusals_of_the_fork(case, tmp_path):
+  source = tmp_path / "fork"
+  source.mkdir()
+  shutil.copyfile(models.DATA / "muddjax_plain" / "config.json", source / "config.json")
+  edit, message = OF_FORK[case]
+  edit(source, load_file(models.DATA / "muddjax_plain" / fork.FILE))
+  with pytest.raises(ConfigError, match=re.escape(message)):
+    fork.from_fork(source, tmp_path / "maxtext", {})
+  assert [x.name for x in tmp_path.iterdir()] == ["fork"]

@@ -130,7 +130,11 @@ def restore(folder: pathlib.Path, config) -> dict[str, np.ndarray]:
   except Exception as error:  # Orbax raises all kinds
     cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     raise ConfigError(f"{folder / ITEMS} cannot be read; it is damaged, or holds no parameters ({cause}).") from error
-  return {"/".join(path): np.asarray(value) for path, value in traverse_util.flatten_dict(found).items()}
+  return {path: np.asarray(value) for path, value in by_path(found).items()}
+
+
+def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
+  return {"/".join(path): value for path, value in traverse_util.flatten_dict(tree).items()}
 
 
 def _context(config, parameters) -> ocp.Context:

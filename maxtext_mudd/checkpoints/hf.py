@@ -22,7 +22,7 @@ ORIGINAL = "hf_config.json"  # in a converted folder
 
 
 def is_folder(path: pathlib.Path) -> bool:
-  return (path / CONFIG).exists()
+  return (path / CONFIG).exists() and any((path / name).exists() for name in (tensors.SINGLE, tensors.INDEX))
 
 
 class Model:

@@ -45,7 +45,6 @@ _SIZES = {
   "use_qk_norm": "use_qk_norm",
   "mudd_dynamic": "dynamic_dense",
 }
-_RELEASED_FFN = {"first": 0.5, "last": 1.5, "round_to": 128}
 _ROTARY = ("mudd_rotary_fraction", "rotary_pct")
 
 
@@ -85,7 +84,7 @@ def _is_reallocated(made: Mapping[str, Any], found: Sequence[int], where: str) -
     raise ConfigError(f"{where}: n_layer={blocks}, and the weights have the FFNs of {len(found)} layers.")
   if set(found) == {width}:
     return False
-  reallocated = topology.ffn_widths(width, blocks, **_RELEASED_FFN) if blocks > 1 else ()
+  reallocated = topology.ffn_widths(width, blocks, **topology.RELEASED_FFN) if blocks > 1 else ()
   if tuple(found) != reallocated:
     expected, widths = (", ".join(map(str, x)) for x in (reallocated, found))
     raise ConfigError(

@@ -44,7 +44,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   """
   found = {}
   for file in _files(folder):
-    for name, tensor in _of_file(file).items():
+    for name, tensor in of_file(file).items():
       if name in found:
         raise ConfigError(f"{name} is in {found[name].file} and in {file}; leave one of them.")
       found[name] = tensor
@@ -67,7 +67,9 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   return files
 
 
-def _of_file(file: pathlib.Path) -> dict[str, Tensor]:
+def of_file(file: pathlib.Path) -> dict[str, Tensor]:
+  """All tensors of one `.safetensors` file, by name; only the header is read. Raises ConfigError for a damaged one."""
+
   def reading(name):
     def read():
       with safe_open(file, framework="numpy") as opened:

@@ -1,13 +1,16 @@
 """MUDD connections (MUDDFormer, arXiv 2502.12170) for stock MaxText."""
 
 __version__ = "0.1.0"
-__all__ = ["from_pretrained", "logits"]
+__all__ = ["from_pretrained", "generate", "logits"]
 
 
 def __getattr__(name: str):
   """Not imported before it is asked for: the commands answer mistakes without JAX."""
   if name not in __all__:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  from maxtext_mudd import pretrained
+  from maxtext_mudd import plugin
 
-  return getattr(pretrained, name)
+  plugin.install()
+  from maxtext_mudd import generation, pretrained
+
+  return getattr(generation if name == "generate" else pretrained, name)

@@ -51,6 +51,8 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
     raise
   except (MemoryError, PermissionError):
     raise
+  except errors.ConfigError as error:
+    exit_with(str(error))
   except Exception as error:
     if errors.failed_in(error, "load_state_if_possible"):
       exit_with(_unreadable_checkpoint(seen[-1], error))

@@ -1,0 +1,68 @@
+"""Goes on with a prompt: `python3 -m maxtext_mudd.decode FILE.yml load_parameters_path=M prompt="..."`.
+
+What MaxText's own decode does, without JetStream, which it needs and which is on no package index.
+"""
+
+from collections.abc import Sequence
+import pathlib
+
+from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.launch import launch
+
+
+def run() -> None:
+  """Decodes; what is read is checked before anything is compiled."""
+  launch("maxtext_mudd.decode", check=check_decoding)
+
+
+def check_decoding(config) -> None:
+  """Raises ConfigError for keys and folders that give no text."""
+  if config.load_full_state_path:
+    raise ConfigError(
+      f"load_full_state_path={config.load_full_state_path}: decoding reads parameters alone; name the checkpoint by "
+      "load_parameters_path, which takes one of a run, too."
+    )
+  if not config.load_parameters_path:
+    raise ConfigError("load_parameters_path='' names no checkpoint; name one, as OUTPUT/RUN/checkpoints/STEP.")
+  if "://" not in config.load_parameters_path and not items(config.load_parameters_path).is_dir():
+    raise ConfigError(f"load_parameters_path={config.load_parameters_path}: there is no such folder.")
+  if not config.prompt:
+    raise ConfigError("prompt='' says nothing; write something.")
+
+
+def items(path: str) -> pathlib.Path:
+  """The tree in a checkpoint, which MaxText's loaders want named."""
+  inner = pathlib.Path(path) / "items"
+  return inner if inner.is_dir() else pathlib.Path(path)
+
+
+def main(argv: Sequence[str]) -> None:
+  import jax
+  from maxtext.configs import pyconfig
+  from maxtext.input_pipeline import tokenizer
+  from maxtext.utils import maxtext_utils, model_creation_utils
+
+  from maxtext_mudd import generation
+
+  jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's decode does
+  config = pyconfig.initialize(argv)
+  words = tokenizer.build_tokenizer(
+    config.tokenizer_path, config.tokenizer_type.value, config.add_bos, False, config.hf_access_token
+  )
+  prompt = list(words.encode(config.prompt))
+  number = config.max_target_length - config.max_prefill_predict_length
+  generation.check([prompt], number, config)
+  if "://" not in config.load_parameters_path:
+    update = {"load_parameters_path": str(items(config.load_parameters_path).absolute())}
+    config = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))
+  model = model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config))
+  sampling = generation.Sampling.from_config(config)
+  found = generation.decode(model, config, [prompt], number, sampling, seed=config.init_weights_seed)
+  made = [int(token) for token in found[0, len(prompt) :]]
+  if words.eos_id in made:
+    made = made[: made.index(words.eos_id)]
+  print(f"Input `{config.prompt}` -> `{words.decode(made)}`")
+
+
+if __name__ == "__main__":
+  run()

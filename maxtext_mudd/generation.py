@@ -1,0 +1,159 @@
+"""Decoding with MaxText's own engine: each prompt is prefilled, then all go on together, a token at a time.
+
+A step reads the KV cache and the L+1 hidden states of its own token; depth connections keep nothing of past tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+import weakref
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Int
+from maxtext.configs import pyconfig
+from maxtext.inference.maxengine import maxengine
+import numpy as np
+
+from maxtext_mudd.errors import ConfigError
+
+_SHORTEST = 16  # lengths are padded to powers of two from here on, so that few programs are compiled
+
+
+class Sampling(NamedTuple):
+  """How the next token is chosen, in the words of MaxText's `decode_sampling_*`."""
+
+  algorithm: str = "greedy"
+  topk: int = 0
+  nucleus_topp: float = -1.0
+  temperature: float = 1.0
+
+  @classmethod
+  def from_config(cls, config) -> "Sampling":
+    return cls(
+      config.decode_sampling_strategy.value,
+      config.decode_sampling_top_k,
+      config.decode_sampling_nucleus_p,
+      config.decode_sampling_temperature,
+    )
+
+
+def generate(
+  model: nnx.Module,
+  config: pyconfig.HyperParameters,
+  prompt_tokens: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  temperature: float = 0.0,
+  top_k: int = 0,
+  seed: int = 0,
+) -> Int[np.ndarray, "B P+max_new_tokens"]:
+  """Goes on with each prompt by `max_new_tokens` tokens.
+
+  Args:
+    model, config: as of `from_pretrained`.
+    prompt_tokens: one or more prompts, of any lengths; P is that of the longest.
+    temperature: 0 takes the most probable token each time.
+    top_k: draws from that many; 0: from all.
+
+  Returns:
+    int32: each prompt with what follows it; rows of shorter prompts end in zeros.
+
+  Raises:
+    ConfigError: a prompt is empty, has a token that is not in the vocabulary, or is too long for the context.
+  """
+  if temperature < 0 or top_k < 0:
+    raise ConfigError(f"temperature={temperature}, top_k={top_k}: neither can be negative; 0 stands for none.")
+  sampling = Sampling("topk" if top_k else "weighted", top_k, temperature=temperature) if temperature else Sampling()
+  check(prompt_tokens, max_new_tokens, config)
+  return decode(model, config, prompt_tokens, max_new_tokens, sampling, seed)
+
+
+def decode(
+  model: nnx.Module,
+  config: pyconfig.HyperParameters,
+  prompt_tokens: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  sampling: Sampling,
+  seed: int,
+) -> Int[np.ndarray, "B P+max_new_tokens"]:
+  """`generate` of prompts that `check` has passed."""
+  prompts = [np.asarray(prompt, np.int32) for prompt in prompt_tokens]
+  longest = max(map(len, prompts))
+  prefill, new = (max(_SHORTEST, 1 << (n - 1).bit_length()) for n in (longest, max_new_tokens))
+  engine = _engine(model, config, len(prompts), prefill, prefill + new)
+  params, chosen = nnx.state(model, nnx.Param), sampling._asdict()
+  keys = iter(jax.random.split(jax.random.PRNGKey(seed), len(prompts) + max_new_tokens + 1))
+  state = engine.init_decode_state(next(keys))
+  for slot, prompt in enumerate(prompts):
+    padded = jnp.asarray(np.pad(prompt, (0, prefill - len(prompt))))
+    prefix, _ = engine.prefill(
+      params=params, padded_tokens=padded, true_length=len(prompt), rng=next(keys), slot=slot, **chosen
+    )
+    state = engine.insert(prefix, state, slot=slot)
+  made = [np.asarray(state["tokens"])]  # the next step takes this memory
+  for _ in range(max_new_tokens - 1):
+    state, result = engine.generate(params, state, rng=next(keys), **chosen)
+    made.append(result.data[:, :1])
+  made = np.concatenate(jax.device_get(made), axis=1)
+  found = np.zeros((len(prompts), longest + max_new_tokens), np.int32)
+  for row, prompt in enumerate(prompts):
+    found[row, : len(prompt) + max_new_tokens] = [*prompt, *made[row]]
+  return found
+
+
+def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -> None:
+  """Raises ConfigError for prompts that cannot be gone on with."""
+  if not len(prompt_tokens):
+    raise ConfigError("there is no prompt; give one at least.")
+  if max_new_tokens < 1:
+    raise ConfigError(f"max_new_tokens={max_new_tokens} is not a number of tokens; set it to 1 or more.")
+  for number, prompt in enumerate(prompt_tokens):
+    if np.ndim(prompt) != 1 or not len(prompt):
+      raise ConfigError(f"prompt {number} is {list(np.shape(prompt))}; it has to be a list of tokens.")
+    if len(prompt) + max_new_tokens > config.max_target_length:
+      raise ConfigError(
+        f"prompt {number} has {len(prompt)} tokens, and {max_new_tokens} more are longer than the context, "
+        f"max_target_length={config.max_target_length}; shorten it, or ask for fewer."
+      )
+    wrong = [int(token) for token in prompt if not 0 <= token < config.vocab_size]
+    if wrong:
+      raise ConfigError(f"prompt {number} has the token {wrong[0]}, and the model has vocab_size={config.vocab_size}.")
+
+
+def _engine(model, config, batch: int, prefill: int, length: int) -> maxengine.MaxEngine:
+  """The engine of a model for these sizes; the last one of each model is kept."""
+  batch = -(-batch // model.mesh.size) * model.mesh.size
+  sizes = (batch, prefill, length)
+  kept = _engines.get(model)
+  if kept is None or kept[0] != sizes:
+    update = {
+      "per_device_batch_size": batch / model.mesh.size,
+      "micro_batch_size_to_train_on": batch,
+      "max_prefill_predict_length": prefill,
+      "max_target_length": length,
+    }
+    own = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))  # as MaxText changes one
+    engine = maxengine.MaxEngine(own)
+    engine.load_params(params=nnx.state(model, nnx.Param))
+    kept = _engines[model] = (sizes, engine)
+  return kept[1]
+
+
+_engines = weakref.WeakKeyDictionary()
+
+
+def _register(results: type) -> None:
+  """MaxText's stand-in for a class of JetStream's leaves its programs through `jit`, and JAX does not know it."""
+  arrays, static = ("data", "log_prob"), ("tokens_idx", "valid_idx", "length_idx", "samples_per_slot")
+
+  def flatten(result):
+    return [getattr(result, name) for name in arrays], tuple(getattr(result, name) for name in static)
+
+  def unflatten(kept, children):
+    return results(**dict(zip(arrays, children)), **dict(zip(static, kept)))
+
+  jax.tree_util.register_pytree_node(results, flatten, unflatten)
+
+
+if getattr(maxengine.engine_api, "_IS_STUB", False):
+  _register(maxengine.engine_api.ResultTokens)

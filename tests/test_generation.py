@@ -1,0 +1,132 @@
+"""Decoding with MaxText's engine: the released models' tokens, and those of teacher forcing."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import maxtext_mudd
+from maxtext_mudd import decode, generation
+from maxtext_mudd.errors import ConfigError
+from tests import models, runs
+from tests.test_blocks import MOE
+
+FAST = (("muddformer_tiny", False), ("muddpythia_tiny", True))
+SLOW = (("muddformer_tiny", True), ("muddpythia_tiny", False))
+
+
+@pytest.mark.parametrize(("name", "scan"), [*FAST, *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)])
+def test_released_tokens(name, scan):
+  golden = load_file(models.DATA / name / "generated.safetensors")
+  prompts, expected = golden["prompt_ids"], golden["generated"]
+  number = expected.shape[1] - prompts.shape[1]
+  model, config = maxtext_mudd.from_pretrained(models.DATA / name, scan_layers=scan)
+  found = maxtext_mudd.generate(model, config, prompts, number)
+  assert found.dtype == np.int32
+  np.testing.assert_array_equal(found, expected)
+
+  # Of different lengths: a row is what it is alone, and ends in zeros.
+  short = prompts[0][:5]
+  ragged = maxtext_mudd.generate(model, config, [short, prompts[1]], number)
+  np.testing.assert_array_equal(ragged[1], expected[1])
+  check_greedy(model, ragged[0], len(short), number)
+  assert not ragged[0, len(short) + number :].any()
+
+  drawn = [maxtext_mudd.generate(model, config, prompts, number, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+  np.testing.assert_array_equal(drawn[0], drawn[1])
+  assert (drawn[0] != drawn[2]).any()
+  best = maxtext_mudd.generate(model, config, prompts, number, temperature=1.5, top_k=1, seed=3)
+  np.testing.assert_array_equal(best, expected)
+
+
+def check_greedy(model, row, prompt: int, number: int) -> None:
+  """Each new token is the most probable one after all before it, in one pass over them."""
+  logits = np.asarray(maxtext_mudd.logits(model, row[None, : prompt + number]))[0]
+  np.testing.assert_array_equal(logits[prompt - 1 : -1].argmax(-1), row[prompt : prompt + number])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
+def test_experts(scan):
+  keys = {"decoder_block": "mixtral", **MOE, "mudd": True, "mudd_pre_norm": True, "mudd_post_norm": True}
+  config = models.config(**keys, scan_layers=scan, max_target_length=64)
+  model = models.build(config)
+  models.randomise(model)
+  prompts = [[3, 14, 15, 9, 26, 5], [35, 8, 9]]
+  found = maxtext_mudd.generate(model, config, prompts, 12)
+  for row, prompt in zip(found, prompts):
+    check_greedy(model, row, len(prompt), 12)
+  assert len(np.unique(found)) > 5
+
+
+REFUSED = {
+  "no prompt": (([], 4), "there is no prompt; give one at least."),
+  "an empty prompt": (([[1], []], 4), "prompt 1 is [0]; it has to be a list of tokens."),
+  "one list": (([1, 2], 4), "prompt 0 is []; it has to be a list of tokens."),
+  "no new tokens": (([[1]], 0), "max_new_tokens=0 is not a number of tokens; set it to 1 or more."),
+  "a token too far": (([[1, 64]], 4), "prompt 0 has the token 64, and the model has vocab_size=64."),
+  "too long": (
+    ([[1] * 13], 4),
+    "prompt 0 has 13 tokens, and 4 more are longer than the context, max_target_length=16; shorten it, or ask for "
+    "fewer.",
+  ),
+  "a negative temperature": (
+    ([[1]], 4, -1.0),
+    "temperature=-1.0, top_k=0: neither can be negative; 0 stands for none.",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+  arguments, message = REFUSED[case]
+  with pytest.raises(ConfigError) as refused:
+    generation.generate(None, models.config(), *arguments)
+  assert str(refused.value) == message
+
+
+def test_refusals_of_the_command(tmp_path):
+  nowhere = tmp_path / "nowhere"
+  for keys, message in (
+    ({}, "load_parameters_path='' names no checkpoint; name one, as OUTPUT/RUN/checkpoints/STEP."),
+    ({"load_parameters_path": str(nowhere)}, f"load_parameters_path={nowhere}: there is no such folder."),
+    (
+      {"load_full_state_path": str(nowhere), "enable_checkpointing": True},
+      f"load_full_state_path={nowhere}: decoding reads parameters alone; name the checkpoint by load_parameters_path, "
+      "which takes one of a run, too.",
+    ),
+    ({"load_parameters_path": str(tmp_path), "prompt": ""}, "prompt='' says nothing; write something."),
+  ):
+    with pytest.raises(ConfigError) as refused:
+      decode.check_decoding(models.config(**keys))
+    assert str(refused.value) == message
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+  """After a training run, from its checkpoint, named with and without what is inside; a prompt that is too long."""
+  overrides = runs.build_corpus(tmp_path)
+  runs.train(runs.LAUNCHER, runs.RUN_YML, tmp_path, "run", *overrides, "steps=2")
+  checkpoint = tmp_path / "run" / "checkpoints" / "1"
+  said = []
+  for folder, prompt in ((checkpoint, "def f"), (checkpoint / "items", "def f"), (checkpoint, "x" * 60)):
+    keys = [f"load_parameters_path={folder}", f"prompt={prompt}", "max_prefill_predict_length=40"]
+    finished = subprocess.run(
+      [sys.executable, "MaxText/decode.py", runs.RUN_YML, *keys],
+      cwd=runs.ROOT,
+      env=runs.environment(),
+      capture_output=True,
+      text=True,
+    )
+    said.append((finished.returncode, finished.stdout.splitlines()[-1], finished.stderr.splitlines()[-1]))
+  assert said[0][:2] == said[1][:2]
+  assert said[0][0] == 0
+  assert said[0][1].startswith("Input `def f` -> `")
+  assert len(said[0][1]) > len("Input `def f` -> ``")
+  assert said[2][0] == 2
+  assert said[2][2] == (
+    "maxtext-mudd: prompt 0 has 61 tokens, and 24 more are longer than the context, max_target_length=64; shorten it, "
+    "or ask for fewer."
+  )

@@ -23,6 +23,12 @@ RELEASED = ("muddformer_tiny", "muddpythia_tiny")
 LAYOUTS = {"single": False, "scanned": True}
 
 
+def each_layout(names, fast):
+  """Every name in both layouts; fast: the pairs that are not left to the slow tests."""
+  pairs = [(name, layout) for name in names for layout in LAYOUTS]
+  return [pair if pair in fast else pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs]
+
+
 def hugging_face(path: pathlib.Path, name: str = "muddformer_tiny") -> pathlib.Path:
   """A folder as it is published."""
   path.mkdir()
@@ -38,16 +44,18 @@ def check_logits(model, name: str) -> None:
   assert np.abs(found - golden["logits"]).max() <= LOGITS_TOLERANCE
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize(
+  ("name", "layout"), each_layout(RELEASED, [("muddformer_tiny", "single"), ("muddpythia_tiny", "scanned")])
+)
 def test_golden_logits(name, layout, tmp_path):
   model, config = maxtext_mudd.from_pretrained(hugging_face(tmp_path / name, name), scan_layers=LAYOUTS[layout])
   assert config.scan_layers == LAYOUTS[layout]
   check_logits(model, name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize(
+  ("name", "layout"), each_layout(RELEASED, [("muddformer_tiny", "scanned"), ("muddpythia_tiny", "single")])
+)
 def test_round_trip(name, layout, tmp_path, capsys):
   """To a checkpoint of MaxText, whose logits are the golden ones, and back to the bit."""
   source, target, back = hugging_face(tmp_path / name, name), tmp_path / "maxtext", tmp_path / "back"
@@ -276,8 +284,9 @@ def test_overrides(tmp_path):
 FORK = ("muddjax_plain", "muddjax_prepost")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", FORK)
+@pytest.mark.parametrize(
+  ("name", "layout"), each_layout(FORK, [("muddjax_plain", "scanned"), ("muddjax_prepost", "single")])
+)
 def test_golden_logits_of_the_fork(name, layout):
   golden = load_file(models.DATA / name / "golden.safetensors")
   model, _ = maxtext_mudd.from_pretrained(models.DATA / name, scan_layers=LAYOUTS[layout])

@@ -14,7 +14,6 @@ run goes on by `run_name=b` with this configuration. Any one machine will do, wh
 
 import argparse
 import pathlib
-import re
 import sys
 
 import omegaconf
@@ -82,7 +81,7 @@ def _imported(convert, source: str, args) -> str:
     raise ConfigError(f"{wrong[0]} is not key=value, as scan_layers=true is.")
   overrides = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(args.overrides))
   target = pathlib.Path(args.maxtext_dir).absolute()
-  convert(pathlib.Path(source), target, overrides)
+  convert(pathlib.Path(source).absolute(), target, overrides)
   return (
     f"{target}: {folder.CONFIG} describes the model, load_parameters_path={target / folder.ITEMS} has its parameters"
   )
@@ -100,24 +99,16 @@ def _layout(args) -> str:
   import jax
   from maxtext.configs import pyconfig
 
-  from maxtext_mudd.checkpoints import relayout
+  from maxtext_mudd.checkpoints import folder, relayout
 
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's trainer does
   source, target = (pathlib.Path(x).absolute() for x in (args.source, args.target))
-  fixed = {"run_name": target.name, "base_output_directory": target.parent, "enable_checkpointing": True, **_here()}
+  named = {"run_name": target.name, "base_output_directory": target.parent, "enable_checkpointing": True}
+  fixed = folder.here() | {"log_config": True} | named
   fixed = [f"{key}={x}" for key, x in fixed.items()]
   config = pyconfig.initialize(["", args.config, *args.overrides, *fixed])
   step = relayout.convert(config, source, target, args.step)
   return f"{target}: checkpoint of step {step}, to be gone on with by run_name={target.name}"
-
-
-def _here() -> dict:
-  """Keys for the devices of this machine, whatever the run is for: a checkpoint is the same on any mesh."""
-  from maxtext.configs.types import MaxTextConfig
-
-  axes = [key for key in MaxTextConfig.model_fields if re.fullmatch(r"(ici|dcn)_\w+_parallelism", key)]
-  one = {"skip_jax_distributed_system": True, "num_slices": 1}
-  return one | dict.fromkeys(axes, 1) | {"ici_fsdp_parallelism": -1}
 
 
 if __name__ == "__main__":

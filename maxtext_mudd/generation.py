@@ -61,8 +61,10 @@ def generate(
   Raises:
     ConfigError: a prompt is empty, has a token that is not in the vocabulary, or is too long for the context.
   """
-  if temperature < 0 or top_k < 0:
-    raise ConfigError(f"temperature={temperature}, top_k={top_k}: neither can be negative; 0 stands for none.")
+  if not 0 <= temperature < np.inf:
+    raise ConfigError(f"temperature={temperature} is not 0 or more; 0 takes the most probable token each time.")
+  if not 0 <= top_k <= config.vocab_size:
+    raise ConfigError(f"top_k={top_k} is not from 0 to vocab_size={config.vocab_size}; 0 draws from all.")
   sampling = Sampling("topk" if top_k else "weighted", top_k, temperature=temperature) if temperature else Sampling()
   check(prompt_tokens, max_new_tokens, config)
   return decode(model, config, prompt_tokens, max_new_tokens, sampling, seed)
@@ -108,8 +110,9 @@ def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -
   if max_new_tokens < 1:
     raise ConfigError(f"max_new_tokens={max_new_tokens} is not a number of tokens; set it to 1 or more.")
   for number, prompt in enumerate(prompt_tokens):
-    if np.ndim(prompt) != 1 or not len(prompt):
-      raise ConfigError(f"prompt {number} is {list(np.shape(prompt))}; it has to be a list of tokens.")
+    if np.ndim(prompt) != 1 or not len(prompt) or not np.issubdtype(np.asarray(prompt).dtype, np.integer):
+      found = f"{np.asarray(prompt).dtype}{list(np.shape(prompt))}"
+      raise ConfigError(f"prompt {number} is {found}; it has to be a list of tokens, which are whole numbers.")
     if len(prompt) + max_new_tokens > config.max_target_length:
       raise ConfigError(
         f"prompt {number} has {len(prompt)} tokens, and {max_new_tokens} more are longer than the context, "
@@ -125,7 +128,7 @@ def _engine(model, config, batch: int, prefill: int, length: int) -> maxengine.M
   batch = -(-batch // model.mesh.size) * model.mesh.size
   sizes = (batch, prefill, length)
   kept = _engines.get(model)
-  if kept is None or kept[0] != sizes:
+  if kept is None or kept[0] != sizes or kept[1] is not config:
     update = {
       "per_device_batch_size": batch / model.mesh.size,
       "micro_batch_size_to_train_on": batch,
@@ -135,8 +138,8 @@ def _engine(model, config, batch: int, prefill: int, length: int) -> maxengine.M
     own = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))  # as MaxText changes one
     engine = maxengine.MaxEngine(own)
     engine.load_params(params=nnx.state(model, nnx.Param))
-    kept = _engines[model] = (sizes, engine)
-  return kept[1]
+    kept = _engines[model] = (sizes, config, engine)
+  return kept[2]
 
 
 _engines = weakref.WeakKeyDictionary()

@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from flax import nnx, traverse_util
+from flax import nnx
 from flax.core.spmd import logical_axis_rules
 import jax
 import jax.numpy as jnp
@@ -49,31 +49,49 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   from maxtext_mudd.checkpoints import folder as folders
   from maxtext_mudd.checkpoints import fork, hf, tensors
 
-  folder = pathlib.Path(folder)
+  folder = pathlib.Path(folder).expanduser().absolute()
   if not folder.is_dir():
     raise ConfigError(f"{folder} is not a folder; name one that holds a model.")
   if folders.is_folder(folder):
-    overrides = config_overrides | {"load_parameters_path": str(folder / folders.ITEMS)}
-    config = folders.configuration(DEFAULTS | folders.keys(folder), overrides)
-    return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config)), config
-  kind = hf if hf.is_folder(folder) else fork if fork.is_folder(folder) else None
+    own = {"weight_dtype", "max_target_length"}  # the parameters lie there in one layout
+    keys = folders.with_overrides(
+      DEFAULTS | folders.keys(folder), config_overrides, folder, (*DEFAULTS.keys() - {"scan_layers"}, *own)
+    )
+    config = folders.configuration(keys | {"load_parameters_path": str(folder / folders.ITEMS)})
+    try:
+      return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config)), config
+    except Exception as error:  # Orbax and MaxText raise all kinds
+      cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+      raise ConfigError(
+        f"{folder} cannot be read; it is damaged, or its {folders.CONFIG} changed ({cause})."
+      ) from error
+  kind = fork if fork.is_folder(folder) else hf if hf.is_folder(folder) else None
   if kind is None:
     raise ConfigError(f"{folder} holds no model: neither {folders.CONFIG}, {tensors.SINGLE} nor {fork.FILE} is there.")
   source = kind.Model(folder)
-  config = folders.configuration(folders.layout_keys(DEFAULTS | source.keys | config_overrides), {})
-  return _model(config, folders.tree(config, source.parameters(config), str(folder))), config
+  config = folders.configuration(folders.source_keys(source, DEFAULTS | config_overrides))
+  return _model(config, source), config
 
 
-def _model(config, parameters: dict):
-  from maxtext.utils import maxtext_utils, maxtext_utils_nnx, model_creation_utils
+def _model(config, source):
+  """The model, each parameter put to its devices as soon as it is read."""
+  from maxtext.utils import maxtext_utils, model_creation_utils
+
+  from maxtext_mudd.checkpoints import folder as folders
 
   mesh = maxtext_utils.get_mesh_from_config(config)
   create, abstract = model_creation_utils.create_nnx_abstract_model(config, mesh)
-  model = maxtext_utils_nnx.create_nnx_sharded_model(abstract, create, mesh)
-  values = traverse_util.flatten_dict(parameters)
-  for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-    variable.set_value(jax.device_put(values.pop(path), variable.get_value().sharding))
-  return model
+  graph, params, _ = nnx.split(abstract, nnx.Param, ...)
+  variables = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
+
+  def place(path, value):
+    return jax.device_put(value, variables[path].get_value().sharding)
+
+  for path, value in folders.tree(config, source.parameters(config), source.path, place).items():
+    variables[path].set_value(value)
+  with jax.set_mesh(mesh):
+    others = jax.jit(lambda: nnx.split(create(), nnx.Param, ...)[2])()  # random states; no parameter is made for them
+  return nnx.merge(graph, params, others)
 
 
 def logits(

@@ -4,30 +4,63 @@ M/model.yml    all keys of the model
 M/items        load_parameters_path
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
+import os
 import pathlib
+import re
 import shutil
-from typing import Any
+from typing import Any, Protocol
 
 from etils import epath
 from flax import nnx, traverse_util
 import jax
 from maxtext.common import checkpoint_context
 from maxtext.configs import pyconfig
+from maxtext.configs.types import MaxTextConfig
 from maxtext.utils import maxtext_utils, model_creation_utils
 import numpy as np
 from orbax.checkpoint import PyTreeCheckpointer, RestoreArgs
 from orbax.checkpoint import v1 as ocp
+import tqdm
 import yaml
 
+from maxtext_mudd import topology
+from maxtext_mudd.checkpoints import tensors
 from maxtext_mudd.errors import ConfigError
 
 CONFIG, ITEMS = "model.yml", "items"
 BASE = "base.yml"  # MaxText's own
 BYTES_AT_A_TIME = 64 * 2**20  # in flight to and from files, beside the largest array
-# For conversions: one host, whatever the model is for.
-HERE = {"run_name": "", "skip_jax_distributed_system": True, "log_config": False, "enable_checkpointing": False}
+# Keys of a model that can be others than what it was made with.
+FREE = ("max_target_length", "weight_dtype", "scan_layers")
+
+
+def here() -> dict[str, Any]:
+  """Keys for conversions, on the devices of this host, whatever mesh the model is for."""
+  axes = [key for key in MaxTextConfig.model_fields if re.fullmatch(r"(ici|dcn)_\w+_parallelism", key)]
+  keys = {"run_name": "", "log_config": False, "enable_checkpointing": False}
+  keys |= {"skip_jax_distributed_system": True, "num_slices": 1}
+  return keys | dict.fromkeys(axes, 1) | {"ici_fsdp_parallelism": -1}
+
+
+class Source(Protocol):
+  """A model in another project's files, of which only headers have been read.
+
+  Attributes:
+    path: its folder.
+    keys: MaxText's keys for it, single layers.
+    ffn_widths: of its blocks.
+    size: of all its parameters, in bytes.
+  """
+
+  path: pathlib.Path
+  keys: dict[str, Any]
+  ffn_widths: tuple[int, ...]
+  size: int
+
+  def parameters(self, config, progress: Callable[[int], None]) -> Iterator[tuple[str, np.ndarray]]:
+    """By MaxText's paths, in the layout of the configuration, one read at a time; `progress` is told its bytes."""
 
 
 def is_folder(folder: pathlib.Path) -> bool:
@@ -45,18 +78,39 @@ def keys(folder: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def configuration(keys: Mapping[str, Any], overrides: Mapping[str, Any]):
+def configuration(keys: Mapping[str, Any]):
   """MaxText's configuration of a model from its keys. Raises ConfigError."""
   base = pathlib.Path(pyconfig.__file__).parent / BASE
-  keys = {key: value for key, value in (dict(keys) | dict(overrides)).items() if key != "base_config"}
-  return pyconfig.initialize(["", str(base)], **keys)
+  return pyconfig.initialize(["", str(base)], **{key: x for key, x in keys.items() if key != "base_config"})
 
 
-def layout_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
-  """With what scanned layers need: each FFN width its own group, so that none is averaged."""
-  if keys.get("scan_layers") and keys.get("mudd_ffn_reallocation"):
-    return {"mudd_ffn_groups": keys["base_num_decoder_layers"], **keys}
-  return dict(keys)
+def with_overrides(
+  keys: Mapping[str, Any], overrides: Mapping[str, Any], path: pathlib.Path, free=FREE
+) -> dict[str, Any]:
+  """Keys of a model with a user's beside them. Raises ConfigError where they would make it another model."""
+  for key, value in overrides.items():
+    if key not in free and keys.get(key, value) != value:
+      raise ConfigError(f"{key}={value}: the model in {path} has {key}={keys[key]}; leave it out.")
+  return {**keys, **overrides}
+
+
+def source_keys(source: Source, overrides: Mapping[str, Any]) -> dict[str, Any]:
+  """All keys for a model of another project. Where re-allocated FFNs are to be scanned, each width gets its own group,
+  so that none is averaged.
+
+  Raises:
+    ConfigError: the overrides would make it another model.
+  """
+  keys = with_overrides(source.keys, overrides, source.path)
+  if keys.get("scan_layers") and keys["mudd_ffn_reallocation"]:
+    keys.setdefault("mudd_ffn_groups", keys["base_num_decoder_layers"])
+    config = configuration(keys | here())
+    if topology.from_config(config).ffn_widths != source.ffn_widths:
+      raise ConfigError(
+        f"mudd_ffn_groups={keys['mudd_ffn_groups']}: the model in {source.path} has FFNs of other widths; leave it "
+        "out, and each gets a group of its own."
+      )
+  return keys
 
 
 def parameter_shapes(config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -67,15 +121,19 @@ def parameter_shapes(config) -> dict[str, jax.ShapeDtypeStruct]:
   return {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def tree(config, parameters: Iterable[tuple[str, np.ndarray]], source: str) -> dict:
-  """The parameters, as MaxText nests them, in its `weight_dtype`.
+def tree(
+  config, parameters: Iterable[tuple[str, np.ndarray]], source: pathlib.Path, place: Callable | None = None
+) -> dict:
+  """The parameters by path, in MaxText's `weight_dtype`.
 
   Args:
     source: what they are from, for messages.
+    place: (path, value) -> where it is wanted; on this host if not told.
 
   Raises:
     ConfigError: one is missing, not of this model, of another shape, or has entries that are not finite.
   """
+  here = jax.local_devices(backend="cpu")[0]
   wanted = parameter_shapes(config)
   made = {}
   for path, value in parameters:
@@ -84,11 +142,31 @@ def tree(config, parameters: Iterable[tuple[str, np.ndarray]], source: str) -> d
       raise ConfigError(f"{source} has {path}, for which this configuration has no place.")
     if value.shape != like.shape:
       raise ConfigError(f"{source}: {path} is {list(value.shape)}, and this configuration needs {list(like.shape)}.")
+    value = tensors.cast(value, like.dtype, f"{source}: {path}")
     # Orbax bounds its copies of JAX's arrays, not those of NumPy's.
-    made[tuple(path.split("/"))] = jax.device_put(np.ascontiguousarray(value, like.dtype))
+    made[path] = place(path, value) if place else jax.device_put(value, here)
   if wanted:
     raise ConfigError(f"{source} has no {min(wanted)}, which this configuration needs.")
-  return traverse_util.unflatten_dict(made)
+  return made
+
+
+def convert(source: Source, target: pathlib.Path, overrides: Mapping[str, Any], beside: Mapping[str, str]) -> None:
+  """Writes the folder `target` with a model of another project.
+
+  Args:
+    overrides: MaxText's keys, as `scan_layers` or `weight_dtype`; they go into the YAML.
+    beside: texts to put beside it, by file name.
+
+  Raises:
+    ConfigError: as `source_keys` and `tree`; the target exists or cannot be written. Nothing is left behind then.
+  """
+  keys = source_keys(source, {"scan_layers": False, "weight_dtype": "float32", **overrides})
+  config = configuration(keys | here())
+  with staged(target) as stage, tqdm.tqdm(total=source.size, unit="B", unit_scale=True, desc=source.path.name) as bar:
+    parameters = tree(config, source.parameters(config, bar.update), source.path)
+    save(stage, config, parameters, keys)
+    for name, text in beside.items():
+      (stage / name).write_text(text)
 
 
 @contextlib.contextmanager
@@ -98,7 +176,7 @@ def staged(target: pathlib.Path):
   Raises:
     ConfigError: the target exists, or cannot be written.
   """
-  if target.exists():
+  if os.path.lexists(target):
     raise ConfigError(f"{target} exists already; name a folder that does not.")
   stage = target.with_name(f".{target.name}.partial")
   try:
@@ -113,9 +191,20 @@ def staged(target: pathlib.Path):
 
 
 def save(stage: pathlib.Path, config, parameters: dict, keys: Mapping[str, Any]) -> None:
-  """Writes both, the parameters as MaxText's `save_params_to_path` does, with less of them copied at a time."""
-  with _context(config, parameters):
-    ocp.save(stage, {"params": {"params": parameters}}, checkpointable_name=ITEMS, overwrite=True)
+  """Writes both, the parameters as MaxText's `save_params_to_path` does, with less of them copied at a time.
+
+  Args:
+    parameters: by path.
+
+  Raises:
+    OSError: Orbax could not.
+  """
+  nested = traverse_util.unflatten_dict({tuple(path.split("/")): x for path, x in parameters.items()})
+  try:
+    with _context(config, nested):
+      ocp.save(stage, {"params": {"params": nested}}, checkpointable_name=ITEMS, overwrite=True)
+  except Exception as error:  # Orbax raises all kinds
+    raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
   (stage / CONFIG).write_text(yaml.safe_dump({"base_config": BASE, **keys}, sort_keys=False))
 
 

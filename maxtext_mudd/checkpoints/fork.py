@@ -5,16 +5,14 @@ as MaxText's qwen3 does; MaxText's llama2 keeps that factor in the query kernel.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-import json
 import pathlib
 import re
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from maxtext_mudd import topology
-from maxtext_mudd.checkpoints import folder, layout, tensors
+from maxtext_mudd.checkpoints import folder, hf, layout, tensors
 from maxtext_mudd.errors import ConfigError
 
 FILE, CONFIG = "params.safetensors", "config.json"
@@ -49,36 +47,28 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 class Model:
-  """A folder of the fork: `params.safetensors` with flax paths for names, or an Orbax tree of the same.
-
-  Attributes:
-    path: the folder.
-    keys: MaxText's keys for the model, single layers.
-  """
+  """A `folder.Source`: `params.safetensors` with flax paths for names, or an Orbax tree of the same."""
 
   def __init__(self, path: pathlib.Path):
     """Raises ConfigError for what is missing, damaged or not such a model."""
     self.path = path
     self._values = tensors.of_file(path / FILE) if (path / FILE).exists() else _of_orbax(_items(path))
-    shapes = {name: x.shape for name, x in self._values.items()}
-    try:
-      self.keys = _keys(shapes, _fields(path / CONFIG), path)
-    except KeyError as error:
-      raise ConfigError(f"{path} has no {error.args[0]}; name a folder with a MUDD model of the fork.") from None
-
-  @property
-  def size(self) -> int:
-    """Of all parameters, in bytes."""
-    return sum(x.size for x in self._values.values())
+    fields = hf.read_fields(path / CONFIG) if (path / CONFIG).exists() else {}
+    self.ffn_widths, self.keys = _keys({name: x.shape for name, x in self._values.items()}, fields, path)
+    self.size = sum(x.size for x in self._values.values())
 
   def parameters(self, config, progress: Callable[[int], None] = lambda size: None) -> Iterator[tuple[str, np.ndarray]]:
-    """By MaxText's paths, in the layout of the configuration. Raises ConfigError for what is not finite."""
+    """Raises ConfigError for layers that are not alike and for what is not finite."""
     last = config.num_decoder_layers - 1
     values = _Values({path_of(name, last): x for name, x in self._values.items()}, self.path, progress)
     try:
       yield from layout.stacking(values, config) if config.scan_layers else values.items()
+    except ConfigError:
+      raise
     except KeyError as error:
       raise ConfigError(f"{self.path} has no {error.args[0]}, which the other layers have.") from None
+    except ValueError as error:
+      raise ConfigError(f"{self.path} cannot be scanned: {error}.") from None
 
 
 class _Values(Mapping):
@@ -92,9 +82,8 @@ class _Values(Mapping):
     return len(self._found)
 
   def __getitem__(self, path: str) -> np.ndarray:
-    value = self._found[path].read()
-    if not np.isfinite(value).all():
-      raise ConfigError(f"{self._path}: {path} has entries that are NaN or infinite; the model is broken.")
+    found = self._found[path]
+    value = tensors.cast(found.read(), found.dtype, f"{self._path}: {path}")
     self._progress(value.nbytes)
     return value
 
@@ -123,41 +112,38 @@ def _aggregate_path(block: int, last: int) -> str:
 
 
 def from_fork(source: pathlib.Path, target: pathlib.Path, overrides: Mapping[str, Any]) -> None:
-  """Writes the folder `target` (see `folder`) with the model of a folder of the fork.
-
-  Args:
-    overrides: MaxText's keys, as `scan_layers` or `weight_dtype`; they go into the YAML.
-
-  Raises:
-    ConfigError: as `Model`; the target exists or cannot be written. Nothing is left behind then.
-  """
-  model = Model(source)
-  keys = folder.layout_keys({**model.keys, "scan_layers": False, "weight_dtype": "float32", **overrides})
-  config = folder.configuration(keys, folder.HERE)
-  with folder.staged(target) as stage, tqdm.tqdm(total=model.size, unit="B", unit_scale=True, desc=source.name) as bar:
-    folder.save(stage, config, folder.tree(config, model.parameters(config, bar.update), str(source)), keys)
+  """`folder.convert` of a folder of the fork."""
+  folder.convert(Model(source), target, overrides, {})
 
 
-def _keys(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
-  """What the shapes tell, and what `config.json` does."""
-  blocks = {int(found[1]) for name in shapes if (found := re.match(r"decoder/layers_(\d+)/", name))}
-  number = len(blocks)
-  widths = tuple(shapes[f"decoder/layers_{i}/mlp/wi_0/kernel"][1] for i in range(max(number, 1)))
-  heads, head_dim = shapes["decoder/layers_0/self_attention/query/kernel"][1:]
-  vocabulary, width = shapes["token_embedder/embedding"]
+def _keys(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any], path: pathlib.Path):
+  """FFN widths, and what the shapes and `config.json` tell."""
+
+  def shape(name, rank):
+    if len(shapes.get(name, ())) != rank:
+      found = f"a {name} of {list(shapes[name])}" if name in shapes else f"no {name}"
+      raise ConfigError(f"{path} has {found}; name a folder with a MUDD model of the fork.")
+    return shapes[name]
+
+  number = len({found[1] for name in shapes if (found := re.match(r"decoder/layers_(\d+)/", name))})
+  vocabulary, width = shape("token_embedder/embedding", 2)
+  _, heads, head_dim = shape("decoder/layers_0/self_attention/query/kernel", 3)
+  widths = tuple(shape(f"decoder/layers_{i}/mlp/wi_0/kernel", 2)[1] for i in range(number))
   ffn = fields.get("mlp_dim", sum(widths) // number)
+  if not isinstance(ffn, int) or ffn < 1:
+    raise ConfigError(f"{path / CONFIG}: mlp_dim={ffn!r} is not a width.")
   reallocated = set(widths) != {ffn}
   if reallocated and (number < 2 or widths != topology.ffn_widths(ffn, number, **topology.RELEASED_FFN)):
     found = ", ".join(map(str, widths))
     raise ConfigError(
       f"{path}: FFNs of {found} are not what re-allocation makes of mlp_dim={ffn}; write it to {CONFIG}."
     )
-  return {
+  return widths, {
     **_FIXED,
     "base_num_decoder_layers": number,
     "base_emb_dim": width,
     "base_num_query_heads": heads,
-    "base_num_kv_heads": shapes["decoder/layers_0/self_attention/key/kernel"][1],
+    "base_num_kv_heads": shape("decoder/layers_0/self_attention/key/kernel", 3)[1],
     "head_dim": head_dim,
     "base_mlp_dim": ffn,
     "vocab_size": vocabulary,
@@ -168,13 +154,6 @@ def _keys(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any], path
     "mudd_post_norm": any(name.startswith("decoder/mudd_postnorm_") for name in shapes),
     "mudd_ffn_reallocation": reallocated,
   }
-
-
-def _fields(file: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(file.read_text()) if file.exists() else {}
-  except ValueError as error:
-    raise ConfigError(f"{file} is not JSON ({error}); copy it again.") from error
 
 
 def _items(path: pathlib.Path) -> pathlib.Path:
@@ -190,5 +169,6 @@ def _of_orbax(path: pathlib.Path) -> dict[str, tensors.Tensor]:
     raise ConfigError(f"{path} cannot be read; it is damaged, or not a checkpoint ({cause}).") from error
   while isinstance(tree, dict) and isinstance(tree.get("params"), dict):
     tree = tree["params"]
-  values = folder.by_path(tree)
-  return {name: tensors.Tensor(path, x.shape, x.nbytes, lambda x=x: x) for name, x in values.items()}
+  if not isinstance(tree, dict):
+    raise ConfigError(f"{path} holds no parameters; name a folder with a MUDD model of the fork.")
+  return {name: tensors.Tensor(path, x.shape, x.dtype, lambda x=x: x) for name, x in folder.by_path(tree).items()}

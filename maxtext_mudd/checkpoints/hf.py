@@ -4,13 +4,14 @@ One tensor is read at a time, so that the host holds the model once, in the dtyp
 """
 
 from collections.abc import Callable, Iterator, Mapping
+import functools
 import json
 import pathlib
 import re
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from maxtext_mudd.checkpoints import folder, hf_config, hf_names, layout, tensors
 from maxtext_mudd.checkpoints.hf_names import Name
@@ -22,40 +23,29 @@ ORIGINAL = "hf_config.json"  # in a converted folder
 
 
 def is_folder(path: pathlib.Path) -> bool:
-  return (path / CONFIG).exists() and any((path / name).exists() for name in (tensors.SINGLE, tensors.INDEX))
+  return any((path / name).exists() for name in (CONFIG, tensors.SINGLE, tensors.INDEX))
 
 
 class Model:
-  """A Hugging Face folder of which only headers have been read.
+  """A `folder.Source`: MUDDFormer or MUDDPythia as published.
 
   Attributes:
-    path: the folder.
-    fields: its config.json.
-    keys: MaxText's keys for the model, single layers.
+    fields: of config.json.
+    dtypes: of the tensors, by name.
   """
 
   def __init__(self, path: pathlib.Path):
     """Raises ConfigError for what is missing, damaged or not of a known kind."""
     self.path = path
-    self.fields = _fields(path / CONFIG)
+    self.fields = read_fields(path / CONFIG)
     self._tensors = tensors.open_folder(path)
-    self.keys = hf_config.keys(self.fields, _ffn_widths(self._tensors), str(path / CONFIG))
-
-  @property
-  def size(self) -> int:
-    """Of all tensors, in bytes."""
-    return sum(tensor.size for tensor in self._tensors.values())
+    self.ffn_widths = _ffn_widths(self._tensors)
+    self.keys = hf_config.keys(self.fields, self.ffn_widths, str(path / CONFIG))
+    self.size = sum(tensor.size for tensor in self._tensors.values())
+    self.dtypes = {name: tensor.dtype.name for name, tensor in self._tensors.items()}
 
   def parameters(self, config, progress: Callable[[int], None] = lambda size: None) -> Iterator[tuple[str, np.ndarray]]:
-    """By MaxText's paths, in the layout of the configuration, in the dtype of the file.
-
-    Args:
-      progress: called with the bytes of each tensor read.
-
-    Raises:
-      ConfigError: a tensor is missing, not of this model, or of another shape, which is known before one is read; one
-        is not finite.
-    """
+    """Raises ConfigError where a tensor is missing, not of this model, or of another shape, before one is read."""
     known = {name.path: name for name in hf_names.names(config)}
     _check(self._tensors, known.values(), self.path)
     values = _Values(self._tensors, known, progress)
@@ -63,25 +53,14 @@ class Model:
 
 
 def from_hf(source: pathlib.Path, target: pathlib.Path, overrides: Mapping[str, Any]) -> None:
-  """Writes the folder `target` (see `folder`) with the model of a Hugging Face folder.
-
-  Args:
-    overrides: MaxText's keys, as `scan_layers` or `weight_dtype`; they go into the YAML.
-
-  Raises:
-    ConfigError: as `Model`; the target exists or cannot be written. Nothing is left behind then.
-  """
+  """`folder.convert` of a Hugging Face folder."""
   model = Model(source)
-  keys = folder.layout_keys({**model.keys, "scan_layers": False, "weight_dtype": "float32", **overrides})
-  config = folder.configuration(keys, folder.HERE)
-  with folder.staged(target) as stage, tqdm.tqdm(total=model.size, unit="B", unit_scale=True, desc=source.name) as bar:
-    parameters = folder.tree(config, model.parameters(config, bar.update), str(source))
-    folder.save(stage, config, parameters, keys)
-    (stage / ORIGINAL).write_text(json.dumps(model.fields, indent=2))
+  original = json.dumps({"fields": model.fields, "dtypes": model.dtypes}, indent=2)
+  folder.convert(model, target, overrides, {ORIGINAL: original})
 
 
 def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Writes a Hugging Face folder with the model of a folder that `from_hf` made.
+  """Writes a Hugging Face folder with the model of a folder that `convert` made.
 
   Raises:
     ConfigError: the source is not such a folder, or damaged; the authors' code has no such model; the target exists or
@@ -89,28 +68,33 @@ def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
   """
   if not folder.is_folder(source):
     raise ConfigError(f"{source} has no {folder.CONFIG}; name a folder that from-hf made.")
-  config = folder.configuration(folder.keys(source), folder.HERE)
-  fields = hf_config.fields(config)
-  if (source / ORIGINAL).exists():
-    fields |= _fields(source / ORIGINAL)
-  values = folder.restore(source, config)
-  try:
-    values = layout.unstack(values, config) if config.scan_layers else values
-  except ValueError as error:
-    raise ConfigError(f"{source} is not of the model that its {folder.CONFIG} describes: {error}.") from None
-  known = list(hf_names.names(config))
-  missing = [name.path for name in known if name.path not in values]
-  if missing:
-    raise ConfigError(f"{source} has no {missing[0]}, which its {folder.CONFIG} makes one expect.")
+  config = folder.configuration(folder.keys(source) | folder.here())
+  original = read_fields(source / ORIGINAL) if (source / ORIGINAL).exists() else {}
+  fields = hf_config.fields(config, original.get("fields", {}))
   with folder.staged(target) as stage:
-    tensors.write(
-      stage, {name.tensor: (name.tensor_shape, _tensor(name, values)) for name in known}, fields["torch_dtype"]
-    )
+    values = folder.restore(source, config)
+    try:
+      values = layout.unstack(values, config) if config.scan_layers else values
+    except ValueError as error:
+      raise ConfigError(f"{source} is not of the model that its {folder.CONFIG} describes: {error}.") from None
+    made, dtypes = {}, original.get("dtypes", {})
+    for name in sorted(hf_names.names(config), key=_by_kind):
+      if name.path not in values or values[name.path].shape != name.shape:
+        wanted = f"{name.path} of {list(name.shape)}"
+        raise ConfigError(f"{source} has no {wanted}, which its {folder.CONFIG} makes one expect.")
+      dtype = jnp.dtype(dtypes.get(name.tensor, config.weight_dtype))
+      made[name.tensor] = name.tensor_shape, dtype, functools.partial(_taken, values, name)
+    tensors.write(stage, made)
     (stage / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True))
 
 
-def _tensor(name: Name, values: Mapping[str, np.ndarray]) -> Callable[[], np.ndarray]:
-  return lambda: name.to_hf(values[name.path])
+def _by_kind(name: Name) -> str:
+  """Layers of one parameter together: where they were scanned, they are one array, which goes with the last of them."""
+  return re.sub(r"layers_\d+", "layers", name.path)
+
+
+def _taken(values: dict[str, np.ndarray], name: Name) -> np.ndarray:
+  return name.to_hf(values.pop(name.path))
 
 
 class _Values(Mapping):
@@ -128,31 +112,31 @@ class _Values(Mapping):
   def __getitem__(self, path: str) -> np.ndarray:
     name = self._names[path]
     tensor = self._tensors[name.tensor]
-    value = tensor.read()
-    if not np.isfinite(value).all():
-      raise ConfigError(f"{tensor.file}: {name.tensor} has entries that are NaN or infinite; the model is broken.")
+    value = tensors.cast(tensor.read(), tensor.dtype, f"{tensor.file}: {name.tensor}")
     self._progress(value.nbytes)
     return name.to_maxtext(value)
 
 
-def _fields(file: pathlib.Path) -> dict[str, Any]:
+def read_fields(file: pathlib.Path) -> dict[str, Any]:
+  """Of a JSON file. Raises ConfigError."""
   try:
     fields = json.loads(file.read_text())
   except OSError as error:
     raise ConfigError(f"{file} cannot be read ({error.strerror}); name a Hugging Face folder of a model.") from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ConfigError(f"{file} is not JSON ({error}); copy it again.") from error
   if not isinstance(fields, dict):
     raise ConfigError(f"{file} does not hold the fields of a model; copy it again.")
   return fields
 
 
-def _ffn_widths(found: Mapping[str, Tensor]) -> list[int]:
+def _ffn_widths(found: Mapping[str, Tensor]) -> tuple[int, ...]:
   widths = {}
   for name, tensor in found.items():
-    if layer := re.fullmatch(r"layers\.(\d+)\.feed_forward\.w1\.weight", name):
+    layer = re.fullmatch(r"layers\.(\d+)\.feed_forward\.w1\.weight", name)
+    if layer and tensor.shape:
       widths[int(layer[1])] = tensor.shape[0]
-  return [widths[i] for i in sorted(widths)]
+  return tuple(widths[i] for i in sorted(widths))
 
 
 def _check(found: Mapping[str, Tensor], known, path: pathlib.Path) -> None:

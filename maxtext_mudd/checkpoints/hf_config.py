@@ -60,7 +60,7 @@ def keys(fields: Mapping[str, Any], ffn_widths: Sequence[int], where: str) -> di
     ConfigError: not a model of these kinds, a field that is missing or has a value that cannot be had.
   """
   kind = fields.get("model_type")
-  if kind not in KINDS:
+  if not isinstance(kind, str) or kind not in KINDS:
     raise ConfigError(f"{where}: model_type={kind} is not known; {' and '.join(KINDS)} are.")
   own, fixed, _ = KINDS[kind]
   for field, value in (_FIELDS | fixed).items():
@@ -71,11 +71,24 @@ def keys(fields: Mapping[str, Any], ffn_widths: Sequence[int], where: str) -> di
   for key, field in sizes.items():
     if field not in fields:
       raise ConfigError(f"{where} has no {field}.")
-    made[key] = fields[field]
-  made["mudd_hidden_round_to"] = 64 if fields.get("round64", False) else 0
-  made["mudd_last_hidden_expansion"] = 4.0 if fields.get("expand_last", False) else 1.0
+    made[key] = _typed(fields, field, where)
+  made["mudd_hidden_round_to"] = 64 if _typed(fields, "round64", where, False) else 0
+  made["mudd_last_hidden_expansion"] = 4.0 if _typed(fields, "expand_last", where, False) else 1.0
   made["mudd_ffn_reallocation"] = _is_reallocated(made, ffn_widths, where)
   return made
+
+
+def _typed(fields: Mapping[str, Any], field: str, where: str, default: Any = None):
+  value = fields.get(field, default)
+  if field in ("use_qk_norm", "dynamic_dense", "round64", "expand_last"):
+    fits, kind = isinstance(value, bool), "true or false"
+  elif field in ("norm_eps", "rope_base", "rotary_pct"):
+    fits, kind = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0, "a number above 0"
+  else:
+    fits, kind = isinstance(value, int) and not isinstance(value, bool) and value > 0, "a whole number above 0"
+  if not fits:
+    raise ConfigError(f"{where}: {field}={value!r} is not {kind}.")
+  return value
 
 
 def _is_reallocated(made: Mapping[str, Any], found: Sequence[int], where: str) -> bool:
@@ -94,8 +107,11 @@ def _is_reallocated(made: Mapping[str, Any], found: Sequence[int], where: str) -
   return True
 
 
-def fields(config) -> dict[str, Any]:
+def fields(config, original: Mapping[str, Any]) -> dict[str, Any]:
   """`config.json` of a model.
+
+  Args:
+    original: what the model's was before it was converted, for what says nothing of its function.
 
   Raises:
     ConfigError: the authors' code has no such model.
@@ -103,30 +119,31 @@ def fields(config) -> dict[str, Any]:
   kind = "muddpythia" if config.mudd_decoder_layer == "pythia" else "muddformer"
   _, fixed, name = KINDS[kind]
   sizes = _SIZES if kind == "muddformer" else _SIZES | dict([_ROTARY])
-  module = kind
-  made = {
-    "architectures": [name],
-    "auto_map": {
-      "AutoConfig": f"configuration_{module}.{name}Config",
-      "AutoModelForCausalLM": f"modeling_{module}.{name}",
-    },
+  told = {
     "model_type": kind,
     **_FIELDS,
     **fixed,
     **{field: _plain(getattr(config, key)) for key, field in sizes.items()},
     "round64": config.mudd_hidden_round_to == 64,
     "expand_last": config.mudd_last_hidden_expansion == 4.0,
+  }
+  widths = topology.from_config(config).ffn_widths
+  for key, value in (_released_keys() | keys(told, widths, "this model")).items():
+    if _plain(getattr(config, key)) != value:
+      raise ConfigError(f"{key}={getattr(config, key)} is not in the authors' {name}, which has {key}={value}.")
+  others = {
+    "architectures": [name],
+    "auto_map": {
+      "AutoConfig": f"configuration_{kind}.{name}Config",
+      "AutoModelForCausalLM": f"modeling_{kind}.{name}",
+    },
     "stack_hidden": False,
     "is_training": False,
     "use_gradient_checkpointing": False,
     "use_layer_cache": True,
     "torch_dtype": str(config.weight_dtype),
   }
-  widths = topology.from_config(config).ffn_widths
-  for key, value in (_released_keys() | keys(made, widths, "this model")).items():
-    if _plain(getattr(config, key)) != value:
-      raise ConfigError(f"{key}={getattr(config, key)} is not in the authors' {name}, which has {key}={value}.")
-  return made
+  return {**others, **original, **told}
 
 
 def _released_keys() -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Tensors of a Hugging Face folder, read from their files one by one."""
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import json
+import math
 import pathlib
-import re
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,7 @@ from maxtext_mudd.errors import ConfigError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 10**9
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +27,19 @@ class Tensor:
 
   Attributes:
     file: where it is.
-    shape, size: by the file's header; the size in bytes.
+    shape, dtype: by the file's header.
     read: the values, in a new array; the file is closed again.
   """
 
   file: pathlib.Path
   shape: tuple[int, ...]
-  size: int
+  dtype: np.dtype
   read: Callable[[], np.ndarray]
+
+  @property
+  def size(self) -> int:
+    """In bytes."""
+    return math.prod(self.shape) * self.dtype.itemsize
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -40,31 +47,34 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   headers are read.
 
   Raises:
-    ConfigError: there are none, a file that the index names is missing, or one is damaged, or a name is there twice.
+    ConfigError: there are none, one that the index names is missing, or a file is damaged or of integers.
   """
-  found = {}
-  for file in _files(folder):
-    for name, tensor in of_file(file).items():
-      if name in found:
-        raise ConfigError(f"{name} is in {found[name].file} and in {file}; leave one of them.")
-      found[name] = tensor
-  return found
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   index, single = folder / INDEX, folder / SINGLE
   if not index.exists():
     if not single.exists():
       raise ConfigError(f"{folder} has neither {SINGLE} nor {INDEX}; name a folder that holds a model.")
-    return [single]
-  try:
-    files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-  except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise ConfigError(f"{index} is not the index of a model ({error}); copy it again.") from error
-  missing = [file for file in files if not file.exists()]
+    return of_file(single)
+  where = _weight_map(index)
+  files = {name: folder / name for name in sorted(set(where.values()))}
+  missing = [file for file in files.values() if not file.exists()]
   if missing:
     raise ConfigError(f"{missing[0]} is missing, and {INDEX} names it; copy it beside the others.")
-  return files
+  found = {name: of_file(file) for name, file in files.items()}
+  for name, file in where.items():
+    if name not in found[file]:
+      raise ConfigError(f"{folder / file} has no {name}, which {INDEX} says it has; copy both again.")
+  return {name: found[file][name] for name, file in where.items()}
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  try:
+    where = json.loads(index.read_text())["weight_map"]
+    if where and all(isinstance(file, str) for file in where.values()):
+      return where
+    reason = "its weight_map names no files"
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    reason = error
+  raise ConfigError(f"{index} is not the index of a model ({reason}); copy it again.")
 
 
 def of_file(file: pathlib.Path) -> dict[str, Tensor]:
@@ -72,46 +82,68 @@ def of_file(file: pathlib.Path) -> dict[str, Tensor]:
 
   def reading(name):
     def read():
-      with safe_open(file, framework="numpy") as opened:
+      with _readable(file), safe_open(file, framework="numpy") as opened:
         return opened.get_tensor(name)
 
     return read
 
   def tensor(name, header):
-    shape = tuple(header.get_shape())
-    bits = int(re.search(r"\d+", header.get_dtype())[0])
-    return Tensor(file, shape, int(np.prod(shape)) * bits // 8, reading(name))
+    dtype = _DTYPES.get(header.get_dtype())
+    if dtype is None:
+      raise ConfigError(f"{file}: {name} is of {header.get_dtype()}; tensors of {', '.join(_DTYPES)} can be read.")
+    return Tensor(file, tuple(header.get_shape()), np.dtype(dtype), reading(name))
 
+  with _readable(file), safe_open(file, framework="numpy") as opened:
+    return {name: tensor(name, opened.get_slice(name)) for name in list(opened.keys())}
+
+
+@contextlib.contextmanager
+def _readable(file: pathlib.Path):
   try:
-    with safe_open(file, framework="numpy") as opened:
-      return {name: tensor(name, opened.get_slice(name)) for name in list(opened.keys())}
+    yield
   except (safetensors.SafetensorError, OSError) as error:
     raise ConfigError(f"{file} cannot be read; it is cut off or damaged ({error}); copy it again.") from error
 
 
-def write(folder: pathlib.Path, made: Mapping[str, tuple[tuple[int, ...], Callable]], dtype: str) -> None:
+def write(folder: pathlib.Path, made: Mapping[str, tuple[tuple[int, ...], np.dtype, Callable]]) -> None:
   """Writes tensors to `model.safetensors`, or to shards of `SHARD_BYTES` and an index, one shard in memory at a time.
 
   Args:
-    made: shape, and what makes the values, by name.
-    dtype: of all of them.
+    made: shape, dtype, and what makes the values, by name.
+
+  Raises:
+    ConfigError: the values do not fit the dtype.
+    OSError: no room.
   """
-  dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+  sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype, _) in made.items()}
   shards, room = [[]], SHARD_BYTES
-  for name, (shape, _) in made.items():
-    size = int(np.prod(shape)) * dtype.itemsize
+  for name, size in sizes.items():
     if size > room and shards[-1]:
       shards.append([])
       room = SHARD_BYTES
     shards[-1].append(name)
     room -= size
+  files = [f"model-{k:05}-of-{len(shards):05}.safetensors" for k in range(1, len(shards) + 1)]
   if len(shards) == 1:
     files = [SINGLE]
   else:
-    files = [f"model-{k:05}-of-{len(shards):05}.safetensors" for k in range(1, len(shards) + 1)]
     where = {name: file for file, names in zip(files, shards) for name in names}
-    total = sum(int(np.prod(shape)) for shape, _ in made.values()) * dtype.itemsize
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
   for file, names in zip(files, shards):
-    shard = {name: np.ascontiguousarray(made[name][1](), dtype) for name in names}
-    save_file(shard, folder / file, metadata={"format": "pt"})
+    shard = {name: cast(made[name][2](), made[name][1], name) for name in names}
+    try:
+      save_file(shard, folder / file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+      raise OSError(str(error)) from error
+
+
+def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+  """Raises ConfigError for values that are not finite, or not any more in this dtype."""
+  if not np.isfinite(value).all():
+    raise ConfigError(f"{name} has entries that are NaN or infinite; the model is broken.")
+  with np.errstate(over="ignore"):
+    made = np.ascontiguousarray(value, dtype)
+  if made.dtype.itemsize < value.dtype.itemsize and not np.isfinite(made).all():
+    raise ConfigError(f"{name} has entries too large for {made.dtype}; convert to float32.")
+  return made

@@ -47,7 +47,7 @@ def model_and_oracle(family, block):
 
 
 def fast_or_slow(pairs):
-  fast = {("MUDD", "llama2"), ("DHC×4", "llama2"), ("DHC×4", "gpt3"), ("MUDD", "mixtral")}
+  fast = {("MUDD", "llama2"), ("DHC×4", "llama2"), ("DHC×4", "gpt3")}
   return [pytest.param(*pair, marks=() if pair in fast else pytest.mark.slow) for pair in pairs]
 
 

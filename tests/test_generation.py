@@ -34,6 +34,13 @@ def test_released_tokens(name, scan):
   check_greedy(model, ragged[0], len(short), number)
   assert not ragged[0, len(short) + number :].any()
 
+
+@pytest.mark.slow
+def test_sampling():
+  golden = load_file(models.DATA / "muddformer_tiny" / "generated.safetensors")
+  prompts, expected = golden["prompt_ids"], golden["generated"]
+  number = expected.shape[1] - prompts.shape[1]
+  model, config = maxtext_mudd.from_pretrained(models.DATA / "muddformer_tiny")
   drawn = [maxtext_mudd.generate(model, config, prompts, number, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
   np.testing.assert_array_equal(drawn[0], drawn[1])
   assert (drawn[0] != drawn[2]).any()

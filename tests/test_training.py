@@ -60,7 +60,7 @@ def fully_rematerialised():
   return value_and_gradients(models.config(**TINY, remat_policy="full"))
 
 
-FAST = ("none", "qkv_proj_offloaded", "custom")
+FAST = ("none", "custom")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +220,7 @@ def test_layer_configurations():
     assert type(view) is LayerConfig
 
 
+@pytest.mark.slow
 def test_gradient_accumulation():
   """Two microbatches give the mean of their losses and gradients, and the statistics of the whole batch."""
   shape = {"mudd": True, "base_num_decoder_layers": 2}

@@ -11,7 +11,6 @@ from maxtext_mudd import topology
 from maxtext_mudd.config import MuddConfig
 from maxtext_mudd.errors import ConfigError
 
-# What the two kinds have apart from sizes: (MaxText's keys, their fields, names of their classes).
 _COMMON = {
   "mudd": True,
   "depth_connection": "dense",
@@ -19,6 +18,7 @@ _COMMON = {
   "enable_dropout": False,
 }
 _FIELDS = {"dense": True, "dense_type": "qkvr", "sepln": True, "tie_word_embeddings": False}
+# By model_type: MaxText's keys, fields, the name of the class.
 KINDS = {
   "muddformer": (
     {"decoder_block": "qwen3", "mlp_activations": ["silu", "linear"]},

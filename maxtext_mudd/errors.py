@@ -45,6 +45,11 @@ def failed_in(error: BaseException, function: str) -> bool:
   return any(frame.f_code.co_name == function for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
+def brief(error: Exception) -> str:
+  """What it is and says, in one short line, for the end of a sentence."""
+  return f"{type(error).__name__}: {_one_line(error)[:200]}"
+
+
 def _unknown_key(key: str, config_class: type[pydantic.BaseModel]) -> str:
   nearest = difflib.get_close_matches(key.lower(), config_class.model_fields, n=1, cutoff=0.0)
   return f"{key} is not a configuration key; the nearest is {nearest[0]}."

@@ -93,7 +93,7 @@ def _devices():
 
 def _unreadable_checkpoint(config, error: Exception) -> str:
   """Orbax raises the same errors for damage and for a model of another shape, so the sentence names both."""
-  cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+  cause = errors.brief(error)
   explicit = config.load_full_state_path or config.load_parameters_path
   if explicit:
     return (

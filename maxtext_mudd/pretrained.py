@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from maxtext_mudd import plugin
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.errors import ConfigError, brief
 
 # Beside the keys of a model. Matrix products of float32 are no less on TPUs and GPUs.
 DEFAULTS = {
@@ -61,9 +61,8 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
     try:
       return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config)), config
     except Exception as error:  # Orbax and MaxText raise all kinds
-      cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
       raise ConfigError(
-        f"{folder} cannot be read; it is damaged, or its {folders.CONFIG} changed ({cause})."
+        f"{folder} cannot be read; it is damaged, or its {folders.CONFIG} changed ({brief(error)})."
       ) from error
   kind = fork if fork.is_folder(folder) else hf if hf.is_folder(folder) else None
   if kind is None:

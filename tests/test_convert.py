@@ -157,8 +157,8 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     raise OSError(28, "No space left on device")
 
   (tmp_path / "run" / "checkpoints" / "7" / "items").mkdir(parents=True)
-  for name, value in {"_restored": {}, "_fit": None}.items():
-    monkeypatch.setattr(relayout, name, lambda *_, value=value: value)
+  monkeypatch.setattr(relayout.folders, "numpy_tree", lambda *_: {})
+  monkeypatch.setattr(relayout, "_fit", lambda *_: None)
   monkeypatch.setattr(relayout, "_write", fail)
   found = refusal(capsys, "--from", tmp_path / "run", "--to", tmp_path / "new", runs.RUN_YML, *SCANNED)
   assert found.endswith(f"{tmp_path / 'new'} cannot be written (No space left on device); name a folder that can be.")

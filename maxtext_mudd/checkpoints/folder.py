@@ -27,7 +27,7 @@ import yaml
 
 from maxtext_mudd import topology
 from maxtext_mudd.checkpoints import tensors
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.errors import ConfigError, brief
 
 CONFIG, ITEMS = "model.yml", "items"
 BASE = "base.yml"  # MaxText's own
@@ -204,7 +204,7 @@ def save(stage: pathlib.Path, config, parameters: dict, keys: Mapping[str, Any])
     with _context(config, nested):
       ocp.save(stage, {"params": {"params": nested}}, checkpointable_name=ITEMS, overwrite=True)
   except Exception as error:  # Orbax raises all kinds
-    raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    raise OSError(brief(error)) from error
   (stage / CONFIG).write_text(yaml.safe_dump({"base_config": BASE, **keys}, sort_keys=False))
 
 
@@ -217,8 +217,9 @@ def restore(folder: pathlib.Path, config) -> dict[str, np.ndarray]:
     with _context(config, wanted):
       found = ocp.load(folder, wanted, checkpointable_name=ITEMS)["params"]["params"]
   except Exception as error:  # Orbax raises all kinds
-    cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    raise ConfigError(f"{folder / ITEMS} cannot be read; it is damaged, or holds no parameters ({cause}).") from error
+    raise ConfigError(
+      f"{folder / ITEMS} cannot be read; it is damaged, or has no parameters ({brief(error)})."
+    ) from error
   return {path: np.asarray(value) for path, value in by_path(found).items()}
 
 
@@ -237,9 +238,14 @@ def _context(config, parameters) -> ocp.Context:
   return context
 
 
-def numpy_tree(path: pathlib.Path):
-  """A saved tree on this host, whatever devices it was saved from."""
-  checkpointer = PyTreeCheckpointer()
-  saved = checkpointer.metadata(epath.Path(path)).item_metadata.tree
-  as_numpy = jax.tree.map(lambda _: RestoreArgs(restore_type=np.ndarray), saved, is_leaf=lambda x: hasattr(x, "dtype"))
-  return checkpointer.restore(epath.Path(path), restore_args=as_numpy)
+def numpy_tree(checkpoint: pathlib.Path, item: str = ""):
+  """A saved tree on this host, whatever devices it was saved from. Raises ConfigError."""
+  path, checkpointer = epath.Path(checkpoint / item), PyTreeCheckpointer()
+  try:
+    saved = checkpointer.metadata(path).item_metadata.tree
+    numpy = jax.tree.map(lambda _: RestoreArgs(restore_type=np.ndarray), saved, is_leaf=lambda x: hasattr(x, "dtype"))
+    return checkpointer.restore(path, restore_args=numpy)
+  except Exception as error:  # Orbax raises all kinds
+    raise ConfigError(
+      f"{checkpoint} cannot be read; it is damaged, or not a checkpoint of MaxText ({brief(error)})."
+    ) from error

@@ -5,6 +5,7 @@ as MaxText's qwen3 does; MaxText's llama2 keeps that factor in the query kernel.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+import functools
 import pathlib
 import re
 from typing import Any
@@ -60,7 +61,8 @@ class Model:
   def parameters(self, config, progress: Callable[[int], None] = lambda size: None) -> Iterator[tuple[str, np.ndarray]]:
     """Raises ConfigError for layers that are not alike and for what is not finite."""
     last = config.num_decoder_layers - 1
-    values = _Values({path_of(name, last): x for name, x in self._values.items()}, self.path, progress)
+    makers = {path_of(name, last): functools.partial(self._read, name) for name in self._values}
+    values = tensors.Lazy(makers, progress)
     try:
       yield from layout.stacking(values, config) if config.scan_layers else values.items()
     except ConfigError:
@@ -70,22 +72,9 @@ class Model:
     except ValueError as error:
       raise ConfigError(f"{self.path} cannot be scanned: {error}.") from None
 
-
-class _Values(Mapping):
-  def __init__(self, found: Mapping[str, tensors.Tensor], path: pathlib.Path, progress: Callable[[int], None]):
-    self._found, self._path, self._progress = found, path, progress
-
-  def __iter__(self):
-    return iter(self._found)
-
-  def __len__(self):
-    return len(self._found)
-
-  def __getitem__(self, path: str) -> np.ndarray:
-    found = self._found[path]
-    value = tensors.cast(found.read(), found.dtype, f"{self._path}: {path}")
-    self._progress(value.nbytes)
-    return value
+  def _read(self, name: str) -> np.ndarray:
+    found = self._values[name]
+    return tensors.cast(found.read(), found.dtype, f"{self.path}: {name}")
 
 
 def path_of(name: str, last: int) -> str:
@@ -162,11 +151,7 @@ def _items(path: pathlib.Path) -> pathlib.Path:
 
 
 def _of_orbax(path: pathlib.Path) -> dict[str, tensors.Tensor]:
-  try:
-    tree = folder.numpy_tree(path)
-  except Exception as error:  # Orbax raises all kinds
-    cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    raise ConfigError(f"{path} cannot be read; it is damaged, or not a checkpoint ({cause}).") from error
+  tree = folder.numpy_tree(path)
   while isinstance(tree, dict) and isinstance(tree.get("params"), dict):
     tree = tree["params"]
   if not isinstance(tree, dict):

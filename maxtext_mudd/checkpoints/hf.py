@@ -48,8 +48,12 @@ class Model:
     """Raises ConfigError where a tensor is missing, not of this model, or of another shape, before one is read."""
     known = {name.path: name for name in hf_names.names(config)}
     _check(self._tensors, known.values(), self.path)
-    values = _Values(self._tensors, known, progress)
+    values = tensors.Lazy({path: functools.partial(self._read, name) for path, name in known.items()}, progress)
     return layout.stacking(values, config) if config.scan_layers else iter(values.items())
+
+  def _read(self, name: Name) -> np.ndarray:
+    tensor = self._tensors[name.tensor]
+    return name.to_maxtext(tensors.cast(tensor.read(), tensor.dtype, f"{tensor.file}: {name.tensor}"))
 
 
 def from_hf(source: pathlib.Path, target: pathlib.Path, overrides: Mapping[str, Any]) -> None:
@@ -95,26 +99,6 @@ def _by_kind(name: Name) -> str:
 
 def _taken(values: dict[str, np.ndarray], name: Name) -> np.ndarray:
   return name.to_hf(values.pop(name.path))
-
-
-class _Values(Mapping):
-  """Parameters of single layers by path, each read when it is looked up."""
-
-  def __init__(self, found: Mapping[str, Tensor], known: Mapping[str, Name], progress: Callable[[int], None]):
-    self._tensors, self._names, self._progress = found, known, progress
-
-  def __iter__(self):
-    return iter(self._names)
-
-  def __len__(self):
-    return len(self._names)
-
-  def __getitem__(self, path: str) -> np.ndarray:
-    name = self._names[path]
-    tensor = self._tensors[name.tensor]
-    value = tensors.cast(tensor.read(), tensor.dtype, f"{tensor.file}: {name.tensor}")
-    self._progress(value.nbytes)
-    return name.to_maxtext(value)
 
 
 def read_fields(file: pathlib.Path) -> dict[str, Any]:

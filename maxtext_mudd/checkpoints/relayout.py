@@ -43,7 +43,7 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
   if target.exists():
     raise ConfigError(f"{target} exists already; name a run that does not.")
   step, folder = _checkpoint(source, step)
-  values = {path: x for path, x in _by_path(_restored(folder)).items() if "/rngs/" not in path}
+  values = {path: x for path, x in _by_path(folders.numpy_tree(folder, _STATE)).items() if "/rngs/" not in path}
   scanned = any("/decoder/layers/" in path for path in values)
   if scanned == config.scan_layers:
     raise ConfigError(
@@ -55,15 +55,8 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
     what = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
     raise ConfigError(f"{folder} is not of this model: {what}; name the run's own configuration.") from None
   state = _fit(values, config, folder)
-  staged = target.with_name(f".{target.name}.partial")
-  shutil.rmtree(staged, ignore_errors=True)
-  try:
-    _write(config, state, step, staged, folder)
-    staged.rename(target)
-  except OSError as error:
-    raise ConfigError(f"{target} cannot be written ({error.strerror or error}); name a folder that can be.") from error
-  finally:
-    shutil.rmtree(staged, ignore_errors=True)
+  with folders.staged(target) as stage:
+    _write(config, state, step, stage, folder)
   return step
 
 
@@ -78,15 +71,6 @@ def _checkpoint(source: pathlib.Path, step: int | None) -> tuple[int, pathlib.Pa
   if step not in found:
     raise ConfigError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}.")
   return step, found[step]
-
-
-def _restored(folder: pathlib.Path):
-  """The saved tree on this host, whatever devices it was saved from."""
-  try:
-    return folders.numpy_tree(folder / _STATE)
-  except Exception as error:  # Orbax raises all kinds
-    cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    raise ConfigError(f"{folder} cannot be read; it is damaged, or not a checkpoint of MaxText ({cause}).") from error
 
 
 def _by_path(tree) -> dict[str, np.ndarray]:

@@ -105,6 +105,25 @@ def _readable(file: pathlib.Path):
     raise ConfigError(f"{file} cannot be read; it is cut off or damaged ({error}); copy it again.") from error
 
 
+class Lazy(Mapping):
+  """Arrays by path, each made when it is looked up and not kept."""
+
+  def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]], progress: Callable[[int], None]):
+    """`progress`: called with the bytes of each array made."""
+    self._makers, self._progress = makers, progress
+
+  def __iter__(self):
+    return iter(self._makers)
+
+  def __len__(self):
+    return len(self._makers)
+
+  def __getitem__(self, path: str) -> np.ndarray:
+    value = self._makers[path]()
+    self._progress(value.nbytes)
+    return value
+
+
 def write(folder: pathlib.Path, made: Mapping[str, tuple[tuple[int, ...], np.dtype, Callable]]) -> None:
   """Writes tensors to `model.safetensors`, or to shards of `SHARD_BYTES` and an index, one shard in memory at a time.
 

@@ -18,7 +18,8 @@ from tpu_schedule import NotUnderstood
 # Where the paper's batch is what yaml/ says, and a v6e-8.
 MODELS = {"405m": ("v5p-16", "v6e-8"), "1p4b": ("v5p-32",), "2p8b": ("v5p-128",), "6p9b": ("v5p-128",)}
 UNSCANNED = ("405m",)
-GROUPS = 4  # of FFN width, where layers are scanned and mudd_ffn_groups is not given
+# Where layers with re-allocated FFNs are scanned, if not given.
+SCANNED = {"mudd_ffn_groups": 4, "mudd_ffn_parts": 2}
 CHIP_GB = {"v5p": 95.74, "v6e": 31.25}  # what the compiler gives a program, in GiB as it says them
 COLUMNS = [
   "model",
@@ -34,7 +35,8 @@ COLUMNS = [
 COLUMNS += ["both, of the chip"]
 NOTES = f"""
 Of one chip. Where FFNs are re-allocated, scanned MUDD models have groups of blocks of equal FFN width
-(mudd_ffn_groups={GROUPS} unless the command says otherwise), unscanned ones a width for each block, as in the paper.
+(mudd_ffn_groups={SCANNED["mudd_ffn_groups"]} unless the command says otherwise), computed in parts
+(mudd_ffn_parts={SCANNED["mudd_ffn_parts"]}); unscanned ones a width for each block, as in the paper.
 Arguments: parameters, moments and data; they are updated in place. Temporaries: the most memory held beside them, by
 the compiler's own account, with outputs that do not take the place of arguments. To stock: of the row above it.
 Compile seconds are of this host and vary with what else it does. Nothing ran on a TPU.
@@ -53,9 +55,9 @@ def cases(models: list[str]):
 def measure(model: str, topology: str, scan: bool, mudd: bool, keys: dict) -> dict:
   keys = {"scan_layers": scan, **keys}
   if not mudd:
-    keys.pop("mudd_ffn_groups", None)
+    keys = {key: x for key, x in keys.items() if key not in SCANNED}
   elif scan and keys.get("mudd_ffn_reallocation") != "false":
-    keys.setdefault("mudd_ffn_groups", GROUPS)
+    keys = SCANNED | keys
   yaml = f"yaml/{'mudd' if mudd else 'transformer_pp'}_{model}.yml"
   row = {"model": model, "yaml": yaml, "topology": topology, "scan_layers": scan, "mudd": mudd}
   try:

@@ -40,7 +40,14 @@ _DENSE = (
 _READ_WITH = (
   *(
     (key, "mudd", (True,))
-    for key in ("depth_connection", "mudd_ffn_reallocation", "mudd_expansion_rate", *_DENSE, *_WEIGHTS)
+    for key in (
+      "depth_connection",
+      "mudd_ffn_reallocation",
+      "mudd_ffn_parts",
+      "mudd_expansion_rate",
+      *_DENSE,
+      *_WEIGHTS,
+    )
   ),
   *((key, "depth_connection", ("dense",)) for key in _DENSE),
   *((key, "depth_connection", ("dense", "hyper_connections")) for key in _WEIGHTS),
@@ -103,6 +110,9 @@ class MuddConfig(MaxTextConfig):
   mudd_ffn_round_to: int = Field(128, ge=1, description="FFN widths are multiples of this.")
   mudd_ffn_groups: int = Field(
     0, ge=0, description="Groups of blocks with one FFN width, the mean of Eq. 9; to scan layers. 0: each its own."
+  )
+  mudd_ffn_parts: int = Field(
+    1, ge=1, description="Parts of its width in which an FFN is computed in training, to hold less at a time."
   )
   mudd_expansion_rate: int = Field(4, ge=1, description="n: residual streams of hyper_connections (DHC×n).")
   mudd_decoder_layer: Literal["stock", "pythia"] = Field(
@@ -272,6 +282,8 @@ class MuddConfig(MaxTextConfig):
       )
 
   def _check_feed_forward(self):
+    if self.mudd_ffn_parts > 1:
+      self._check_parts()
     if not self.mudd_ffn_reallocation:
       return
     if self.num_experts > 1 and self.mlp_dim != self.moe_mlp_dim:
@@ -299,6 +311,22 @@ class MuddConfig(MaxTextConfig):
         f"mudd_ffn_reallocation=True rounds the FFN of block {widths.index(0) + 1} to width 0 "
         f"(mlp_dim={self.mlp_dim}); lower mudd_ffn_round_to={self.mudd_ffn_round_to} or raise base_mlp_dim."
       )
+
+  def _check_parts(self):
+    axes = [axis for name, axes in self.logical_axis_rules if name == "mlp" for axis in axes]
+    divided = [f"{net}_{axis}_parallelism" for axis in axes for net in ("ici", "dcn")]
+    divided = [f"{key}={getattr(self, key)}" for key in divided if getattr(self, key, 1) != 1]
+    narrowest = min(topology.from_config(self).ffn_widths)
+    refused = (
+      (self.num_experts > 1, f"num_experts={self.num_experts}", "experts are not computed in parts"),
+      (bool(self.quantization.value), f"quantization={self.quantization.value}", "its scales are of whole kernels"),
+      (bool(divided), ", ".join(divided), "devices share the width already"),
+      (self.mudd_ffn_parts > narrowest, f"an FFN of width {narrowest}", "it has fewer columns"),
+    )
+    _refuse(
+      ((is_on, setting, f"{reason}; set mudd_ffn_parts=1") for is_on, setting, reason in refused),
+      f"mudd_ffn_parts={self.mudd_ffn_parts}",
+    )
 
   def _check_stock_features(self):
     block = self.decoder_block.value

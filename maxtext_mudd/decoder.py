@@ -12,6 +12,7 @@ from maxtext.layers.nnx_decoders import NNXDecoder
 import numpy as np
 
 from maxtext_mudd import connections, initializers, topology
+from maxtext_mudd.blocks import feed_forward
 from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
 from maxtext_mudd.connections import chain, scanned
 
@@ -61,6 +62,8 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
       key = jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + seed)
       self.connection = connect(mesh=self.mesh, rngs=nnx.Rngs(params=key))
       self.connection.fit(self)
+      if config.mudd_ffn_parts > 1:
+        feed_forward.compute_in_parts(self)
 
     @functools.wraps(layer_class.__call__)
     def __call__(self, inputs, *args, **kwargs):

@@ -44,6 +44,31 @@ MISTAKES = {
     ["mudd_activation=relu"],
     "mudd_activation='relu' is not valid: input should be 'gelu' or 'gelu_tanh'.",
   ),
+  "no parts": (["mudd_ffn_parts=0"], "mudd_ffn_parts=0 is not valid: input should be greater than or equal to 1."),
+  "parts of experts": (
+    [
+      "mudd_ffn_parts=2",
+      "decoder_block=mixtral",
+      "num_experts=4",
+      "base_moe_mlp_dim=64",
+      "num_experts_per_tok=2",
+      "mudd_ffn_reallocation=false",
+    ],
+    "num_experts=4 does not work with mudd_ffn_parts=2: experts are not computed in parts; set mudd_ffn_parts=1.",
+  ),
+  "parts of what is divided": (
+    ["mudd_ffn_parts=2", "ici_tensor_parallelism=2"],
+    "ici_tensor_parallelism=2 does not work with mudd_ffn_parts=2: devices share the width already; set "
+    "mudd_ffn_parts=1.",
+  ),
+  "more parts than columns": (
+    ["mudd_ffn_parts=500"],
+    "an FFN of width 128 does not work with mudd_ffn_parts=500: it has fewer columns; set mudd_ffn_parts=1.",
+  ),
+  "quantized parts": (
+    ["mudd_ffn_parts=2", "quantization=int8"],
+    "quantization=int8 does not work with mudd_ffn_parts=2: its scales are of whole kernels; set mudd_ffn_parts=1.",
+  ),
   "kernel": (
     ["mudd_kernel=triton"],
     "mudd_kernel='triton' is not valid: input should be 'auto', 'xla', 'pallas' or 'pallas_interpret'.",

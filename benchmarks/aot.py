@@ -19,7 +19,7 @@ from tpu_schedule import NotUnderstood
 MODELS = {"405m": ("v5p-16", "v6e-8"), "1p4b": ("v5p-32",), "2p8b": ("v5p-128",), "6p9b": ("v5p-128",)}
 UNSCANNED = ("405m",)
 # Where layers with re-allocated FFNs are scanned, if not given.
-SCANNED = {"mudd_ffn_groups": 4, "mudd_ffn_parts": 2}
+SCANNED = {"mudd_ffn_groups": 2, "mudd_ffn_parts": 2}
 CHIP_GB = {"v5p": 95.74, "v6e": 31.25}  # what the compiler gives a program, in GiB as it says them
 COLUMNS = [
   "model",

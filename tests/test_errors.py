@@ -50,7 +50,7 @@ MISTAKES = {
       "mudd_ffn_parts=2",
       "decoder_block=mixtral",
       "num_experts=4",
-      "base_moe_mlp_dim=64",
+      "base_moe_mlp_dim=256",
       "num_experts_per_tok=2",
       "mudd_ffn_reallocation=false",
     ],

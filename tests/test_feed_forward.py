@@ -106,18 +106,6 @@ def test_each_part_draws_its_own_dropout():
   assert len(np.unique(sums[:, 1])) > 1  # and each call draws anew
 
 
-@pytest.mark.parametrize(
-  ("width", "parts", "found"),
-  [
-    (9600, 2, [(0, 4736), (4736, 9600)]),
-    (80, 3, [(0, 26), (26, 53), (53, 80)]),
-    (256, 3, [(0, 85), (85, 170), (170, 256)]),
-  ],
-)
-def test_bounds(width, parts, found):
-  assert feed_forward.bounds(width, parts) == found
-
-
 @pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True], ids=["single", "scanned"])
 def test_model(scan):
   """In a model, its backward pass too; one group of layers is wider than the other."""

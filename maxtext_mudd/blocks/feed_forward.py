@@ -9,8 +9,6 @@ from jaxtyping import Array, Float
 from maxtext.common.common_types import MODEL_MODE_TRAIN
 from maxtext.layers.linears import MlpBlock
 
-LANES = 128  # of a TPU's registers; parts are multiples where the width allows
-
 
 class MlpBlockInParts(MlpBlock):
   """The sum of `mudd_ffn_parts` narrower blocks, each with its columns of the kernels.
@@ -40,10 +38,8 @@ def compute_in_parts(layer: nnx.Module) -> None:
 
 
 def bounds(width: int, parts: int) -> list[tuple[int, int]]:
-  """First and last column of each part."""
-  unit = LANES if width % LANES == 0 and width // LANES >= parts else 1
-  ends = [width // unit * i // parts * unit for i in range(parts + 1)]
-  return list(itertools.pairwise(ends))
+  """First and last column of each part, as equal as can be: arrays of one size take each other's place in memory."""
+  return list(itertools.pairwise(width * i // parts for i in range(parts + 1)))
 
 
 def _columns(params: nnx.State, begin: int, end: int) -> nnx.State:

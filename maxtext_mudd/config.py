@@ -44,6 +44,7 @@ _READ_WITH = (
       "depth_connection",
       "mudd_ffn_reallocation",
       "mudd_ffn_parts",
+      "mudd_rope_table",
       "mudd_expansion_rate",
       *_DENSE,
       *_WEIGHTS,
@@ -123,6 +124,10 @@ class MuddConfig(MaxTextConfig):
     "stock", description="How embeddings and kernels start: as in MaxText, or by a rule. Also without connections."
   )
   mudd_init_std: float = Field(0.006, gt=0, allow_inf_nan=False, description="Deviation of mudd_init=normal.")
+  mudd_rope_table: Literal["stock", "bfloat16", "float16"] = Field(
+    "stock",
+    description="Precision of the rotary table; half as in the released PyTorch models, or that of activations.",
+  )
   mudd_kernel: Literal["auto", "xla", "pallas", "pallas_interpret"] = Field(
     "auto", description="Depth-wise aggregation: fused on TPU (pallas) and plain elsewhere (xla), or as named."
   )
@@ -339,6 +344,16 @@ class MuddConfig(MaxTextConfig):
         self.inhomogeneous_layer_cycle_interval > 1,
         f"inhomogeneous_layer_cycle_interval={self.inhomogeneous_layer_cycle_interval}",
         "an aggregate follows each single block; set it to 1",
+      ),
+      (
+        self.mudd_rope_table != "stock" and self.rope_type.value != "default",
+        f"mudd_rope_table={self.mudd_rope_table} with rope_type={self.rope_type.value}",
+        "the released code has the default table; set mudd_rope_table=stock",
+      ),
+      (
+        self.mudd_rope_table != "stock" and block == "gpt3" and self.mudd_decoder_layer == "stock",
+        f"mudd_rope_table={self.mudd_rope_table} with decoder_block={block!r}",
+        "its positions are not rotary; set mudd_rope_table=stock",
       ),
       (self.fused_qkv, "fused_qkv=True", "q, k and v have inputs of their own; set fused_qkv=False"),
       (self.share_kv_projections, "share_kv_projections=True", "k and v have inputs of their own; set it to False"),

@@ -12,7 +12,7 @@ from maxtext.layers.nnx_decoders import NNXDecoder
 import numpy as np
 
 from maxtext_mudd import connections, initializers, topology
-from maxtext_mudd.blocks import feed_forward
+from maxtext_mudd.blocks import feed_forward, rotary
 from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
 from maxtext_mudd.connections import chain, scanned
 
@@ -64,6 +64,8 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
       self.connection.fit(self)
       if config.mudd_ffn_parts > 1:
         feed_forward.compute_in_parts(self)
+      if config.mudd_rope_table != "stock":
+        rotary.round_table(self, config.mudd_rope_table)
 
     @functools.wraps(layer_class.__call__)
     def __call__(self, inputs, *args, **kwargs):

@@ -53,10 +53,8 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   if not folder.is_dir():
     raise ConfigError(f"{folder} is not a folder; name one that holds a model.")
   if folders.is_folder(folder):
-    own = {"weight_dtype", "max_target_length"}  # the parameters lie there in one layout
-    keys = folders.with_overrides(
-      DEFAULTS | folders.keys(folder), config_overrides, folder, (*DEFAULTS.keys() - {"scan_layers"}, *own)
-    )
+    free = (DEFAULTS.keys() | set(folders.FREE)) - {"scan_layers"}  # the parameters lie there in one layout
+    keys = folders.with_overrides(DEFAULTS | folders.keys(folder), config_overrides, folder, free)
     config = folders.configuration(keys | {"load_parameters_path": str(folder / folders.ITEMS)})
     try:
       return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config)), config

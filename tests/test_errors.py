@@ -69,6 +69,11 @@ MISTAKES = {
     ["mudd_ffn_parts=2", "quantization=int8"],
     "quantization=int8 does not work with mudd_ffn_parts=2: its scales are of whole kernels; set mudd_ffn_parts=1.",
   ),
+  "rounding of a table that is not there": (
+    ["mudd_rope_table=float16", "rope_type=yarn"],
+    "mudd_rope_table=float16 with rope_type=yarn does not work with mudd=True: the released code has the "
+    "default table; set mudd_rope_table=stock.",
+  ),
   "kernel": (
     ["mudd_kernel=triton"],
     "mudd_kernel='triton' is not valid: input should be 'auto', 'xla', 'pallas' or 'pallas_interpret'.",

@@ -39,11 +39,11 @@ def hugging_face(path: pathlib.Path, name: str = "muddformer_tiny") -> pathlib.P
   return path
 
 
-def check_logits(model, name: str) -> None:
+def check_logits(model, name: str, expected: str = "logits") -> None:
   golden = load_file(models.DATA / name / "golden.safetensors")
   found = maxtext_mudd.logits(model, golden["input_ids"])
   assert found.dtype == np.float32
-  assert np.abs(found - golden["logits"]).max() <= LOGITS_TOLERANCE
+  assert np.abs(found - golden[expected]).max() <= LOGITS_TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "layout"), each_layout(RELEASED, [("muddpythia_tiny", "scanned")]))
@@ -51,6 +51,18 @@ def test_golden_logits(name, layout, tmp_path):
   model, config = maxtext_mudd.from_pretrained(hugging_face(tmp_path / name, name), scan_layers=LAYOUTS[layout])
   assert config.scan_layers == LAYOUTS[layout]
   check_logits(model, name)
+
+
+@pytest.mark.parametrize(
+  ("name", "table"),
+  [
+    ("muddformer_tiny", "bfloat16"),
+    pytest.param("muddpythia_tiny", "float16", marks=pytest.mark.slow),
+  ],
+)
+def test_half_precision_of_the_released_code(name, table):
+  model, _ = maxtext_mudd.from_pretrained(models.DATA / name, mudd_rope_table=table)
+  check_logits(model, name, "asis_logits")
 
 
 @pytest.mark.parametrize(("name", "layout"), each_layout(RELEASED, [("muddformer_tiny", "scanned")]))
@@ -350,8 +362,8 @@ FORK = ("muddjax_plain", "muddjax_prepost")
 
 @pytest.mark.parametrize(("name", "layout"), each_layout(FORK, [("muddjax_prepost", "scanned")]))
 def test_golden_logits_of_the_fork(name, layout):
-  golden = load_file(models.DATA / name / "golden.safetensors")
   model, _ = maxtext_mudd.from_pretrained(models.DATA / name, scan_layers=LAYOUTS[layout])
+  golden = load_file(models.DATA / name / "golden.safetensors")
   rows = {"positions": golden["inputs_position"], "segment_ids": golden["inputs_segmentation"]}
   assert np.abs(maxtext_mudd.logits(model, golden["inputs"], **rows) - golden["logits"]).max() <= LOGITS_TOLERANCE
 

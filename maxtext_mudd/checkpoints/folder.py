@@ -33,7 +33,7 @@ CONFIG, ITEMS = "model.yml", "items"
 BASE = "base.yml"  # MaxText's own
 BYTES_AT_A_TIME = 64 * 2**20  # in flight to and from files, beside the largest array
 # Keys of a model that can be others than what it was made with.
-FREE = ("max_target_length", "weight_dtype", "scan_layers")
+FREE = ("max_target_length", "weight_dtype", "scan_layers", "mudd_ffn_parts", "mudd_rope_table")
 
 
 def here() -> dict[str, Any]:

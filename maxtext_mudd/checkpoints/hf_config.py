@@ -150,6 +150,7 @@ def _released_keys() -> dict[str, Any]:
   """Keys of the connections that no field tells, as the authors' code has them: their defaults."""
   told_otherwise = {"mudd_kernel", "mudd_ffn_groups", "mudd_ffn_round_to", "mudd_ffn_first", "mudd_ffn_last"}
   told_otherwise |= {"mudd_init", "mudd_init_std", "mudd_rotary_fraction", "mudd_expansion_rate"}
+  told_otherwise |= {"mudd_ffn_parts", "mudd_rope_table"}
   own = {key: field.default for key, field in MuddConfig.model_fields.items() if key.startswith("mudd_")}
   return {key: value for key, value in own.items() if key not in told_otherwise}
 

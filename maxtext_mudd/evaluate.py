@@ -179,6 +179,10 @@ class _Request:
     except Exception as error:
       if failed_in(error, "build_all_requests"):
         raise ConfigError(f"--tasks: the questions of a task cannot be made ({brief(error)}).") from error
+      if "RESOURCE_EXHAUSTED" in str(error):
+        raise ConfigError(
+          f"--batch-size={self.batch_size} does not fit the device; use a smaller one ({brief(error)})."
+        ) from error
       raise
     samples = results.pop("samples")
     if self.output:

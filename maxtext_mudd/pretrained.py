@@ -46,6 +46,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   plugin.install()
   from maxtext.utils import maxtext_utils, model_creation_utils
 
+  from maxtext_mudd import devices
   from maxtext_mudd.checkpoints import folder as folders
   from maxtext_mudd.checkpoints import fork, hf, tensors
 
@@ -58,6 +59,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
       DEFAULTS | folders.keys(folder), config_overrides, folder, (*DEFAULTS.keys() - {"scan_layers"}, *own)
     )
     config = folders.configuration(keys | {"load_parameters_path": str(folder / folders.ITEMS)})
+    devices.check_mesh(config)
     try:
       return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config)), config
     except Exception as error:  # Orbax and MaxText raise all kinds
@@ -69,6 +71,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
     raise ConfigError(f"{folder} holds no model: neither {folders.CONFIG}, {tensors.SINGLE} nor {fork.FILE} is there.")
   source = kind.Model(folder)
   config = folders.configuration(folders.source_keys(source, DEFAULTS | config_overrides))
+  devices.check_mesh(config)
   return _model(config, source), config
 
 

@@ -38,7 +38,9 @@ class Tokenizer:
       self._words = tokenizer.build_tokenizer(path, kind, False, False, config.hf_access_token)
       around = self._words.encode("")
     except Exception as error:  # libraries raise all kinds
-      raise ConfigError(f"tokenizer_path={path} cannot be read as a tokenizer of {kind} ({brief(error)}).") from error
+      raise ConfigError(
+        f"tokenizer_path={path} cannot be read as a tokenizer of {kind}; name another by --tokenizer ({brief(error)})."
+      ) from error
     if around:
       raise ConfigError(f"tokenizer_path={path} puts tokens of its own around texts; name one that does not.")
     self.hugging_face = getattr(self._words, "tokenizer", None)

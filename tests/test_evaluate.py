@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -15,6 +16,7 @@ import transformers
 
 import maxtext_mudd
 from maxtext_mudd import assets, convert, evaluate, evaluation, pretrained, tokens
+from maxtext_mudd.errors import ConfigError
 from tests import models, runs
 
 CONTEXT = 24
@@ -73,12 +75,20 @@ def check_log_likelihoods(lm) -> None:
   check(found, [direct(lm, row, number) for row, number in zip(rows, numbers)])
   assert not any(greedy for _, greedy in found)
 
-  # The most probable token, and the one after it in the vocabulary.
-  best = int(np.asarray(maxtext_mudd.logits(lm.model, np.asarray(rows[0])[None, :-1]))[0, -1].argmax())
-  requests = [(("", ""), rows[0][:-1], [x]) for x in (best, (best + 1) % 264)]
+  # Two tokens, each the most probable one; then one of them alone is.
+  best, second = [*rows[0][:-2], 0, 0], rows[0][:-2]
+  best[-2] = most_probable(lm, best, -2)
+  best[-1] = most_probable(lm, best, -1)
+  second = [*second, (best[-2] + 1) % 264, 0]
+  second[-1] = most_probable(lm, second, -1)
+  requests = [(("", ""), row[:-2], row[-2:]) for row in (best, second, [*best[:-1], (best[-1] + 1) % 264])]
   found = lm._loglikelihood_tokens(requests, disable_tqdm=True)
-  check(found, [direct(lm, context + target, 1) for _, context, target in requests])
-  assert [greedy for _, greedy in found] == [True, False]
+  check(found, [direct(lm, context + target, 2) for _, context, target in requests])
+  assert [greedy for _, greedy in found] == [True, False, False]
+
+
+def most_probable(lm, row, place: int) -> int:
+  return int(np.asarray(maxtext_mudd.logits(lm.model, np.asarray(row)[None, :-1]))[0, place].argmax())
 
 
 def test_log_likelihoods(lm):
@@ -405,7 +415,7 @@ REFUSED = {
   ),
   "no tokenizer": (
     ["--tasks", "choice", "--tokenizer", "{tmp}/run"],
-    "tokenizer_path={tmp}/run cannot be read as a tokenizer of huggingface (",
+    "tokenizer_path={tmp}/run cannot be read as a tokenizer of huggingface; name another by --tokenizer (",
   ),
 }
 
@@ -442,6 +452,31 @@ def test_refusals(case, crowded, lm, monkeypatch, capsys):
   said = capsys.readouterr().err.splitlines()[-1]
   assert said.startswith("maxtext-mudd: " + message.format(tmp=crowded)), said
   assert sorted(crowded.rglob("*")) == before
+
+
+def test_memory_that_runs_out(crowded, lm, monkeypatch, capsys):
+  def exhausted(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.")
+
+  monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
+  monkeypatch.setattr(evaluation, "log_likelihoods", exhausted)
+  with pytest.raises(SystemExit):
+    evaluate.main(["--checkpoint", str(crowded), "--include-dir", str(crowded), "--tasks", "choice"])
+  assert (
+    capsys.readouterr()
+    .err.splitlines()[-1]
+    .startswith("maxtext-mudd: --batch-size=8 does not fit the device; use a smaller one (")
+  )
+
+
+def test_meshes_that_do_not_fit(tmp_path, capsys):
+  text = tmp_path / "text.txt"
+  text.write_text(TEXT)
+  with pytest.raises(SystemExit):
+    evaluate.main(
+      ["--checkpoint", str(models.DATA / "muddformer_tiny"), "--text", str(text), "ici_tensor_parallelism=3"]
+    )
+  assert "maxtext-mudd: ici_tensor_parallelism=3: the product 3" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_without_the_harness(monkeypatch, tmp_path, capsys):
@@ -533,12 +568,11 @@ def test_the_command(tmp_path):
   total = direct(lm, [1, *row[:64]], 64)[0] + direct(lm, row[63:128], 64)[0] + direct(lm, row[97:162], 34)[0]
   np.testing.assert_allclose(found["results"]["text"]["perplexity,none"], np.exp(-total / 162), rtol=10 * TOLERANCE)
 
-  other = evaluated("other.json", runs.RUN_YML, "base_num_decoder_layers=3")
-  assert other.returncode == 2
-  assert other.stderr.splitlines()[-1].startswith(f"maxtext-mudd: {checkpoint}/items cannot be restored; it is damaged")
+  with pytest.raises(ConfigError, match=r"1/items cannot be restored; it is damaged, or of a model with other keys"):
+    pretrained.from_run(str(checkpoint), runs.RUN_YML, base_num_decoder_layers=3)
   mesh = evaluated("mesh.json", runs.RUN_YML, "ici_tensor_parallelism=3", **four)
   assert mesh.returncode == 2
   assert mesh.stderr.splitlines()[-1].startswith(
     "maxtext-mudd: ici_tensor_parallelism=3: the product 3 of the mesh does"
   )
-  assert not {"other.json", "mesh.json"} & {x.name for x in tmp_path.iterdir()}
+  assert not (tmp_path / "mesh.json").exists()

@@ -139,6 +139,10 @@ class _Request:
         ) from error
       groups = loaded.get("groups", {})
       self.tasks += [groups[name]] if name in groups else loaded["tasks"].values()
+    try:
+      manager.load(self.tasks)
+    except ValueError as error:  # of groups that share a task
+      raise ConfigError(f"--tasks: these cannot be evaluated together ({brief(error)}).") from error
 
   def load_model(self):
     """The model as the harness sees one. Raises ConfigError."""

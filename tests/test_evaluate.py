@@ -128,7 +128,8 @@ def task(folder: pathlib.Path, name: str, documents: list[dict], shown: list[dic
     if rows:
       files[split] = str(folder / f"{name}-{split}.jsonl")
       pathlib.Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-  fixed = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+  data = {"data_files": files, "cache_dir": f"{folder}-cache"}
+  fixed = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
   few = {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}} if shown else {}
   (folder / f"{name}.yaml").write_text(json.dumps(fixed | few | keys))
   return name
@@ -300,7 +301,7 @@ def test_race_of_middle_schools(tmp_path):
   local = {
     "dataset_path": "json",
     "dataset_name": None,
-    "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/rows.jsonl"}},
+    "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/rows.jsonl"}, "cache_dir": f"{tmp_path}/cache"},
   }
   race = ConfigurableTask(config=keys | local)
   documents = list(race.test_docs())
@@ -491,13 +492,22 @@ def test_without_the_harness(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_names(tmp_path, capsys):
-  """A name that is none, and the paper's eleven, of which the harness knows ten."""
+  """A name that is none, groups that overlap, and the paper's eleven, of which the harness knows ten."""
   with pytest.raises(SystemExit):
     evaluate.main(["--checkpoint", str(tmp_path), "--tasks", "piqa,lambada_openia"])
   assert (
     capsys.readouterr()
     .err.splitlines()[-1]
     .startswith("maxtext-mudd: --tasks: lambada_openia is not a task; the nearest are lambada_openai")
+  )
+  choice_task(tmp_path)
+  for name in ("one", "other"):
+    (tmp_path / f"{name}.yaml").write_text(json.dumps({"group": name, "task": ["choice"]}))
+  with pytest.raises(SystemExit):
+    evaluate.main(["--checkpoint", str(tmp_path), "--include-dir", str(tmp_path), "--tasks", "one,other"])
+  assert capsys.readouterr().err.splitlines()[-1] == (
+    "maxtext-mudd: --tasks: these cannot be evaluated together (ValueError: Duplicate task 'choice': found in both "
+    "'one' and 'other')."
   )
   manager = evaluate._task_manager(["paper"], None)
   assert len(evaluate.PAPER) == 11

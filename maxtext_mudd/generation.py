@@ -17,7 +17,7 @@ import numpy as np
 
 from maxtext_mudd.errors import ConfigError
 
-_SHORTEST = 16  # lengths are padded to powers of two from here on, so that few programs are compiled
+_SHORTEST = 16  # of padded lengths
 
 
 class Sampling(NamedTuple):
@@ -81,7 +81,7 @@ def decode(
   """`generate` of prompts that `check` has passed."""
   prompts = [np.asarray(prompt, np.int32) for prompt in prompt_tokens]
   longest = max(map(len, prompts))
-  prefill, new = (max(_SHORTEST, 1 << (n - 1).bit_length()) for n in (longest, max_new_tokens))
+  prefill, new = padded_length(longest), padded_length(max_new_tokens)
   engine = _engine(model, config, len(prompts), prefill, prefill + new)
   params, chosen = nnx.state(model, nnx.Param), sampling._asdict()
   keys = iter(jax.random.split(jax.random.PRNGKey(seed), len(prompts) + max_new_tokens + 1))
@@ -101,6 +101,11 @@ def decode(
   for row, prompt in enumerate(prompts):
     found[row, : len(prompt) + max_new_tokens] = [*prompt, *made[row]]
   return found
+
+
+def padded_length(length: int) -> int:
+  """The power of two that a length is padded to, so that few programs are compiled."""
+  return max(_SHORTEST, 1 << (length - 1).bit_length())
 
 
 def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -> None:

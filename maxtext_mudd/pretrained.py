@@ -46,6 +46,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   plugin.install()
   from maxtext.utils import maxtext_utils, model_creation_utils
 
+  from maxtext_mudd import devices
   from maxtext_mudd.checkpoints import folder as folders
   from maxtext_mudd.checkpoints import fork, hf, tensors
 
@@ -56,6 +57,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
     free = (DEFAULTS.keys() | set(folders.FREE)) - {"scan_layers"}  # the parameters lie there in one layout
     keys = folders.with_overrides(DEFAULTS | folders.keys(folder), config_overrides, folder, free)
     config = folders.configuration(keys | {"load_parameters_path": str(folder / folders.ITEMS)})
+    devices.check_mesh(config)
     try:
       return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config)), config
     except Exception as error:  # Orbax and MaxText raise all kinds
@@ -67,7 +69,47 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
     raise ConfigError(f"{folder} holds no model: neither {folders.CONFIG}, {tensors.SINGLE} nor {fork.FILE} is there.")
   source = kind.Model(folder)
   config = folders.configuration(folders.source_keys(source, DEFAULTS | config_overrides))
+  devices.check_mesh(config)
   return _model(config, source), config
+
+
+def from_run(checkpoint: str, config_file: str, **config_overrides: Any):
+  """A model with the parameters of a training run, on the devices of this process, whatever mesh the run was on.
+
+  Args:
+    checkpoint: OUTPUT/RUN/checkpoints/STEP, or the tree in it.
+    config_file: the configuration that the run was started with.
+    config_overrides: keys that it was started with, too; by default everything is float32.
+
+  Returns:
+    (model, config): as of `from_pretrained`.
+
+  Raises:
+    ConfigError: the configuration cannot work, or the checkpoint is not of its model.
+  """
+  plugin.install()
+  from maxtext.configs import pyconfig
+  from maxtext.utils import maxtext_utils, model_creation_utils
+
+  from maxtext_mudd import devices
+  from maxtext_mudd.checkpoints import folder as folders
+
+  if "://" not in checkpoint:
+    path = pathlib.Path(checkpoint).expanduser().absolute()
+    if not path.is_dir():
+      raise ConfigError(f"{checkpoint}: there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP.")
+    checkpoint = str(path / folders.ITEMS if (path / folders.ITEMS).is_dir() else path)
+  own = {"scan_layers"}  # as the parameters lie there
+  keys = {key: x for key, x in DEFAULTS.items() if key not in own} | folders.here() | config_overrides
+  config = pyconfig.initialize(["", config_file], **keys, load_parameters_path=checkpoint)
+  devices.check_mesh(config)
+  try:
+    return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config)), config
+  except Exception as error:  # Orbax and MaxText raise all kinds
+    raise ConfigError(
+      f"{checkpoint} cannot be restored; it is damaged, or of a model with other keys than {config_file} and those "
+      f"beside it ({brief(error)})."
+    ) from error
 
 
 def _model(config, source):

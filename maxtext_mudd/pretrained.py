@@ -48,13 +48,13 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
 
   from maxtext_mudd import devices
   from maxtext_mudd.checkpoints import folder as folders
-  from maxtext_mudd.checkpoints import fork, hf, tensors
+  from maxtext_mudd.checkpoints import fork, hf, tensors, tokenizers
 
   folder = pathlib.Path(folder).expanduser().absolute()
   if not folder.is_dir():
     raise ConfigError(f"{folder} is not a folder; name one that holds a model.")
   if folders.is_folder(folder):
-    free = (DEFAULTS.keys() | set(folders.FREE)) - {"scan_layers"}  # the parameters lie there in one layout
+    free = {*DEFAULTS, *folders.FREE, "tokenizer_path", "tokenizer_type"} - {"scan_layers"}  # they lie in one layout
     keys = folders.with_overrides(DEFAULTS | folders.keys(folder), config_overrides, folder, free)
     config = folders.configuration(keys | {"load_parameters_path": str(folder / folders.ITEMS)})
     devices.check_mesh(config)
@@ -68,7 +68,8 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   if kind is None:
     raise ConfigError(f"{folder} holds no model: neither {folders.CONFIG}, {tensors.SINGLE} nor {fork.FILE} is there.")
   source = kind.Model(folder)
-  config = folders.configuration(folders.source_keys(source, DEFAULTS | config_overrides))
+  defaults = DEFAULTS | tokenizers.keys(folder)
+  config = folders.configuration(folders.source_keys(source, defaults | config_overrides))
   devices.check_mesh(config)
   return _model(config, source), config
 

@@ -8,14 +8,16 @@ import subprocess
 import sys
 
 from flax import nnx, traverse_util
+from maxtext.input_pipeline import tokenizer
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import maxtext_mudd
-from maxtext_mudd import convert, topology
-from maxtext_mudd.checkpoints import folder, fork, hf, hf_config, hf_names, tensors
+from maxtext_mudd import assets, convert, topology
+from maxtext_mudd.checkpoints import folder, fork, hf, hf_config, hf_files, hf_names, tensors
 from maxtext_mudd.checkpoints import layout as layouts
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
@@ -128,11 +130,71 @@ def test_shards(tmp_path, monkeypatch):
     sorted(set(where.values()))[-1]
     == f"model-{len(set(where.values())):05}-of-{len(set(where.values())):05}.safetensors"
   )
-  found, expected = (tensors.open_folder(x) for x in (source, single))
+  found, expected = (hf_files.open_folder(x) for x in (source, single))
   assert found.keys() == expected.keys()
   assert all(np.array_equal(found[name].read(), x.read()) for name, x in expected.items())
   assert {name: x.file.name for name, x in found.items()} == where
   assert sum(x.size for x in found.values()) == sum(x.read().nbytes for x in expected.values())
+
+
+def as_bin(path: pathlib.Path) -> None:
+  """The tensors as PyTorch's own files, in two shards."""
+  torch = pytest.importorskip("torch", reason="PyTorch is not one of the requirements")
+  values = {name: torch.from_numpy(x) for name, x in load_file(path / "model.safetensors").items()}
+  values["norm.weight"] = values["norm.weight"].to(torch.bfloat16)
+  values["output.weight"] = values["output.weight"].T.contiguous().T  # strides of its own
+  names = sorted(values)
+  where = {name: f"pytorch_model-0000{1 + (i > 9)}-of-00002.bin" for i, name in enumerate(names)}
+  for file in set(where.values()):
+    torch.save({name: values[name] for name in names if where[name] == file}, path / file)
+  (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+  (path / "model.safetensors").unlink()
+
+
+def test_bin_files(tmp_path):
+  source, single = hugging_face(tmp_path / "bin"), hugging_face(tmp_path / "single")
+  as_bin(source)
+  found, expected = (hf_files.open_folder(x) for x in (source, single))
+  assert found.keys() == expected.keys()
+  for name, x in expected.items():
+    half = found[name].read()
+    assert half.dtype == found[name].dtype == (ml_dtypes.bfloat16 if name == "norm.weight" else np.float32)
+    np.testing.assert_array_equal(half, x.read().astype(half.dtype))
+  maxtext_mudd.from_pretrained(source)
+  file = source / "pytorch_model-00002-of-00002.bin"
+  file.write_bytes(file.read_bytes()[:1000])
+  with pytest.raises(ConfigError, match=r"00002\.bin cannot be read; it is cut off or damaged"):
+    hf.from_hf(source, tmp_path / "made", {})
+  assert not (tmp_path / "made").exists()
+
+
+def test_bin_files_without_pytorch(tmp_path, monkeypatch):
+  (tmp_path / "pytorch_model.bin").write_bytes(b"")
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with pytest.raises(
+    ConfigError, match=r"model\.bin needs PyTorch to be read; install it \(pip install torch\), or save"
+  ):
+    hf_files.open_folder(tmp_path)
+
+
+BYTES = assets.BYTE_TOKENIZER_FOLDER
+
+
+def test_tokenizers_go_with_the_model(tmp_path):
+  source, target, moved = hugging_face(tmp_path / "hf"), tmp_path / "maxtext", tmp_path / "moved"
+  shutil.copytree(BYTES, source, dirs_exist_ok=True)
+  _, config = maxtext_mudd.from_pretrained(source)
+  assert (config.tokenizer_type.value, config.tokenizer_path) == ("huggingface", str(source))
+  words = tokenizer.build_tokenizer(config.tokenizer_path, "huggingface", False, False, "")
+  assert words.decode(words.encode("MUDD")) == "MUDD"
+
+  hf.from_hf(source, target, {})
+  assert folder.keys(target)["tokenizer_path"] == str(target / "tokenizer")
+  target.rename(moved)
+  assert folder.keys(moved)["tokenizer_path"] == str(moved / "tokenizer")
+  hf.to_hf(moved, tmp_path / "back")
+  for file in BYTES.iterdir():
+    assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
 
 
 def changed(path: pathlib.Path, change) -> None:
@@ -231,10 +293,10 @@ def test_shards_that_do_not_fit_their_index(tmp_path, monkeypatch):
   index = {"weight_map": in_shards(source, monkeypatch) | {"norm.weight": "model-00001-of-00005.safetensors"}}
   (source / tensors.INDEX).write_text(json.dumps(index))
   with pytest.raises(ConfigError, match=r"model-00001-of-00005\.safetensors has no norm\.weight, which model\.safe"):
-    tensors.open_folder(source)
+    hf_files.open_folder(source)
   (source / tensors.INDEX).write_text('{"weight_map": ["a"]}')
   with pytest.raises(ConfigError, match=r"index\.json is not the index of a model"):
-    tensors.open_folder(source)
+    hf_files.open_folder(source)
 
 
 def test_a_missing_shard(tmp_path, monkeypatch):
@@ -244,7 +306,7 @@ def test_a_missing_shard(tmp_path, monkeypatch):
   with pytest.raises(
     ConfigError, match=r"model-00002-of-00005\.safetensors is missing, and model\.safetensors\.index\.json"
   ):
-    tensors.open_folder(source)
+    hf_files.open_folder(source)
 
 
 def test_targets_are_never_written_over(tmp_path, capsys):
@@ -505,5 +567,6 @@ def test_memory(tmp_path, monkeypatch):
     )
     assert int(finished.stdout.splitlines()[-1]) <= size + shard, way
   check_same(
-    load_file(tmp_path / "b" / "model.safetensors"), {name: x.read() for name, x in tensors.open_folder(source).items()}
+    load_file(tmp_path / "b" / "model.safetensors"),
+    {name: x.read() for name, x in hf_files.open_folder(source).items()},
   )

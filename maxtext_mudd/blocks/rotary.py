@@ -1,4 +1,4 @@
-"""Rotary embeddings by a table in half precision, as the released PyTorch models have them, for exactness with these."""
+"""Rotary embeddings by a table in half precision, as the released PyTorch models have it, to be exact with these."""
 
 import functools
 

@@ -2,6 +2,7 @@
 
 M/model.yml    all keys of the model
 M/items        load_parameters_path
+M/tokenizer    tokenizer_path, where the source has one
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,10 +27,10 @@ import tqdm
 import yaml
 
 from maxtext_mudd import topology
-from maxtext_mudd.checkpoints import tensors
+from maxtext_mudd.checkpoints import tensors, tokenizers
 from maxtext_mudd.errors import ConfigError, brief
 
-CONFIG, ITEMS = "model.yml", "items"
+CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"
 BASE = "base.yml"  # MaxText's own
 BYTES_AT_A_TIME = 64 * 2**20  # in flight to and from files, beside the largest array
 # Keys of a model that can be others than what it was made with.
@@ -75,7 +76,7 @@ def keys(folder: pathlib.Path) -> dict[str, Any]:
     raise ConfigError(f"{folder / CONFIG} cannot be read ({' '.join(str(error).split())}).") from error
   if not isinstance(found, dict):
     raise ConfigError(f"{folder / CONFIG} does not hold the keys of a model; convert it again.")
-  return found
+  return found | tokenizers.keys(folder / TOKENIZER)  # the folder may have been moved
 
 
 def configuration(keys: Mapping[str, Any]):
@@ -161,10 +162,12 @@ def convert(source: Source, target: pathlib.Path, overrides: Mapping[str, Any], 
     ConfigError: as `source_keys` and `tree`; the target exists or cannot be written. Nothing is left behind then.
   """
   keys = source_keys(source, {"scan_layers": False, "weight_dtype": "float32", **overrides})
-  config = configuration(keys | here())
+  config, words = configuration(keys | here()), tokenizers.keys(source.path)
+  words |= {"tokenizer_path": str(target.absolute() / TOKENIZER)} if words else {}
   with staged(target) as stage, tqdm.tqdm(total=source.size, unit="B", unit_scale=True, desc=source.path.name) as bar:
     parameters = tree(config, source.parameters(config, bar.update), source.path)
-    save(stage, config, parameters, keys)
+    save(stage, config, parameters, keys | words)
+    tokenizers.copy(source.path, stage / TOKENIZER)
     for name, text in beside.items():
       (stage / name).write_text(text)
 

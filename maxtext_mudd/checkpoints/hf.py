@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from maxtext_mudd.checkpoints import folder, hf_config, hf_names, layout, tensors
+from maxtext_mudd.checkpoints import folder, hf_config, hf_files, hf_names, layout, tensors, tokenizers
 from maxtext_mudd.checkpoints.hf_names import Name
 from maxtext_mudd.checkpoints.tensors import Tensor
 from maxtext_mudd.errors import ConfigError
@@ -23,7 +23,7 @@ ORIGINAL = "hf_config.json"  # in a converted folder
 
 
 def is_folder(path: pathlib.Path) -> bool:
-  return any((path / name).exists() for name in (CONFIG, tensors.SINGLE, tensors.INDEX))
+  return any((path / name).exists() for name in (CONFIG, *hf_files.FILES))
 
 
 class Model:
@@ -38,7 +38,7 @@ class Model:
     """Raises ConfigError for what is missing, damaged or not of a known kind."""
     self.path = path
     self.fields = read_fields(path / CONFIG)
-    self._tensors = tensors.open_folder(path)
+    self._tensors = hf_files.open_folder(path)
     self.ffn_widths = _ffn_widths(self._tensors)
     self.keys = hf_config.keys(self.fields, self.ffn_widths, str(path / CONFIG))
     self.size = sum(tensor.size for tensor in self._tensors.values())
@@ -90,6 +90,7 @@ def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
       made[name.tensor] = name.tensor_shape, dtype, functools.partial(_taken, values, name)
     tensors.write(stage, made)
     (stage / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True))
+    tokenizers.copy(source / folder.TOKENIZER, stage)
 
 
 def _by_kind(name: Name) -> str:

@@ -1,4 +1,4 @@
-"""Tensors of a Hugging Face folder, read from their files one by one."""
+"""Tensors in `.safetensors` files, read and written one by one."""
 
 from collections.abc import Callable, Mapping
 import contextlib
@@ -40,41 +40,6 @@ class Tensor:
   def size(self) -> int:
     """In bytes."""
     return math.prod(self.shape) * self.dtype.itemsize
-
-
-def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-  """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names, by name; only
-  headers are read.
-
-  Raises:
-    ConfigError: there are none, one that the index names is missing, or a file is damaged or of integers.
-  """
-  index, single = folder / INDEX, folder / SINGLE
-  if not index.exists():
-    if not single.exists():
-      raise ConfigError(f"{folder} has neither {SINGLE} nor {INDEX}; name a folder that holds a model.")
-    return of_file(single)
-  where = _weight_map(index)
-  files = {name: folder / name for name in sorted(set(where.values()))}
-  missing = [file for file in files.values() if not file.exists()]
-  if missing:
-    raise ConfigError(f"{missing[0]} is missing, and {INDEX} names it; copy it beside the others.")
-  found = {name: of_file(file) for name, file in files.items()}
-  for name, file in where.items():
-    if name not in found[file]:
-      raise ConfigError(f"{folder / file} has no {name}, which {INDEX} says it has; copy both again.")
-  return {name: found[file][name] for name, file in where.items()}
-
-
-def _weight_map(index: pathlib.Path) -> dict[str, str]:
-  try:
-    where = json.loads(index.read_text())["weight_map"]
-    if where and all(isinstance(file, str) for file in where.values()):
-      return where
-    reason = "its weight_map names no files"
-  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-    reason = error
-  raise ConfigError(f"{index} is not the index of a model ({reason}); copy it again.")
 
 
 def of_file(file: pathlib.Path) -> dict[str, Tensor]:

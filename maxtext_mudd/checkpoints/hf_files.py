@@ -1,0 +1,54 @@
+"""Which files of a Hugging Face folder hold its tensors."""
+
+import json
+import pathlib
+
+from maxtext_mudd.checkpoints import pickled, tensors
+from maxtext_mudd.checkpoints.tensors import Tensor
+from maxtext_mudd.errors import ConfigError
+
+# (file, index of many files, what reads one), the first that are there.
+KINDS = (
+  (tensors.SINGLE, tensors.INDEX, tensors.of_file),
+  ("pytorch_model.bin", "pytorch_model.bin.index.json", pickled.of_file),
+)
+FILES = tuple(name for single, index, _ in KINDS for name in (single, index))
+
+
+def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
+  """All tensors of `model.safetensors` or `pytorch_model.bin`, or of the shards that their index names, by name; values
+  are not read yet.
+
+  Raises:
+    ConfigError: there are none, one that the index names is missing, or a file is damaged or of integers.
+  """
+  for single, index, of_file in KINDS:
+    if (folder / index).exists():
+      return _of_shards(folder, index, of_file)
+    if (folder / single).exists():
+      return of_file(folder / single)
+  raise ConfigError(f"{folder} has none of {', '.join(FILES)}; name a folder that holds a model.")
+
+
+def _of_shards(folder: pathlib.Path, index: str, of_file) -> dict[str, Tensor]:
+  where = _weight_map(folder / index)
+  files = {name: folder / name for name in sorted(set(where.values()))}
+  missing = [file for file in files.values() if not file.exists()]
+  if missing:
+    raise ConfigError(f"{missing[0]} is missing, and {index} names it; copy it beside the others.")
+  found = {name: of_file(file) for name, file in files.items()}
+  for name, file in where.items():
+    if name not in found[file]:
+      raise ConfigError(f"{folder / file} has no {name}, which {index} says it has; copy both again.")
+  return {name: found[file][name] for name, file in where.items()}
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  try:
+    where = json.loads(index.read_text())["weight_map"]
+    if where and all(isinstance(file, str) for file in where.values()):
+      return where
+    reason = "its weight_map names no files"
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    reason = error
+  raise ConfigError(f"{index} is not the index of a model ({reason}); copy it again.")

@@ -12,7 +12,7 @@ from maxtext.layers.nnx_decoders import NNXDecoder
 import numpy as np
 
 from maxtext_mudd import connections, initializers, topology
-from maxtext_mudd.blocks import feed_forward, rotary
+from maxtext_mudd.blocks import chunks, feed_forward, rotary
 from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
 from maxtext_mudd.connections import chain, scanned
 
@@ -124,6 +124,8 @@ class MuddDecoder(NNXDecoder):
   def __init__(self, config, mesh, quant=None, model_mode=MODEL_MODE_TRAIN, *, rngs):
     super().__init__(config, mesh, quant, model_mode, rngs=rngs)
     initializers.initialise(self, config, rngs)
+    if config.use_chunked_prefill:
+      chunks.expect(self, config.prefill_chunk_size)
 
   def get_remat_policy(self):
     policy = super().get_remat_policy()

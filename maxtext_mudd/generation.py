@@ -82,15 +82,15 @@ def decode(
   prompts = [np.asarray(prompt, np.int32) for prompt in prompt_tokens]
   longest = max(map(len, prompts))
   prefill, new = padded_length(longest), padded_length(max_new_tokens)
+  if config.use_chunked_prefill:
+    prefill = -(-longest // config.prefill_chunk_size) * config.prefill_chunk_size
   engine = _engine(model, config, len(prompts), prefill, prefill + new)
   params, chosen = nnx.state(model, nnx.Param), sampling._asdict()
   keys = iter(jax.random.split(jax.random.PRNGKey(seed), len(prompts) + max_new_tokens + 1))
   state = engine.init_decode_state(next(keys))
   for slot, prompt in enumerate(prompts):
-    padded = jnp.asarray(np.pad(prompt, (0, prefill - len(prompt))))
-    prefix, _ = engine.prefill(
-      params=params, padded_tokens=padded, true_length=len(prompt), rng=next(keys), slot=slot, **chosen
-    )
+    size = config.prefill_chunk_size if config.use_chunked_prefill else prefill
+    prefix = _prefill(engine, prompt, size, params=params, rng=next(keys), slot=slot, **chosen)
     state = engine.insert(prefix, state, slot=slot)
   made = [np.asarray(state["tokens"])]  # the next step takes this memory
   for _ in range(max_new_tokens - 1):
@@ -101,6 +101,19 @@ def decode(
   for row, prompt in enumerate(prompts):
     found[row, : len(prompt) + max_new_tokens] = [*prompt, *made[row]]
   return found
+
+
+def _prefill(engine: maxengine.MaxEngine, prompt: Int[np.ndarray, "P"], size: int, **arguments) -> dict:
+  """What `insert` takes: the KV cache of a prompt and its first new token. In chunks of `size`, which attend to those
+  before them through the cache; nothing else of these is needed."""
+  prefix, done = None, None
+  for start in range(0, len(prompt), size):
+    chunk = prompt[start : start + size]
+    if prefix is not None:
+      done = maxengine.ExistingPrefix(cache=prefix["cache"], common_prefix_tokens=jnp.asarray(prompt[:start]))
+    padded = jnp.asarray(np.pad(chunk, (0, size - len(chunk))))
+    prefix, _ = engine.prefill(padded_tokens=padded, true_length=len(chunk), existing_prefix=done, **arguments)
+  return prefix
 
 
 def padded_length(length: int) -> int:

@@ -27,6 +27,9 @@ def test_released_tokens(name, scan):
   assert found.dtype == np.int32
   np.testing.assert_array_equal(found, expected)
 
+  one = maxtext_mudd.generate(model, config, prompts, 1)
+  np.testing.assert_array_equal(one, expected[:, : prompts.shape[1] + 1])
+
   # Of different lengths: a row is what it is alone, and ends in zeros.
   short = prompts[0][:5]
   ragged = maxtext_mudd.generate(model, config, [short, prompts[1]], number)

@@ -87,3 +87,25 @@ def write(name: str, about: dict[str, str], text: str, rows: list[dict]) -> path
   place.with_name(f"{place.name}.md").write_text(f"# {place.name}\n\n{head}\n{text}")
   place.with_name(f"{place.name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
   return place
+
+
+def default_name(what: str, config: str, device: str) -> str:
+  """Of results: date, measurement, model and device."""
+  short = "cpu" if device.startswith("CPU") else "-".join(device.lower().replace("×", "x").split())
+  model = pathlib.Path(config).stem.replace("_", "-")
+  return f"{datetime.date.today().isoformat()}-{what}-{model}-{short}"
+
+
+def caution(device: str) -> str:
+  """What stands above figures of a CPU."""
+  if not device.startswith("CPU"):
+    return ""
+  return "**Measured on a CPU.** It shows that the tool works, and nothing about an accelerator or the paper.\n\n"
+
+
+def gigabytes(size: int | None) -> str:
+  return "n/a" if size is None else f"{size / 1e9:.3g}"
+
+
+def say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)

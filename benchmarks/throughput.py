@@ -9,7 +9,6 @@ the device at a time. Writes NAME.md, NAME.json and NAME.png to benchmarks/resul
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import logging
 import os
 import pathlib
@@ -120,7 +119,7 @@ class Comparison:
       steps = self.options.steps
       for step in (self.stock, model):
         step.run(self.batch, self.options.warmup)
-      say(f"{name}: rounds of {steps} step(s)")
+      record.say(f"{name}: rounds of {steps} step(s)")
       seconds = paired.alternate(
         lambda: self.stock.run(self.batch, steps), lambda: model.run(self.batch, steps), self.options.rounds, deadline
       )
@@ -144,9 +143,9 @@ class Comparison:
   def compile(self, name: str, config):
     import train_steps
 
-    say(f"{name}: compiling")
+    record.say(f"{name}: compiling")
     step = train_steps.TrainStep(name, config)
-    say(f"{name}: compiled in {step.compile_seconds:.0f} s")
+    record.say(f"{name}: compiled in {step.compile_seconds:.0f} s")
     return step
 
   def free(self) -> None:
@@ -189,7 +188,7 @@ def measure_all(options, variants: dict[str, dict]) -> list[dict]:
 
   start = time.monotonic()
   comparison = Comparison(options, (options.baseline or contenders.plain_model(options.config), options.config))
-  say(f"baseline: {comparison.stock_yaml}")
+  record.say(f"baseline: {comparison.stock_yaml}")
   # Those that share a baseline in a row, so that it is compiled once.
   alike = sorted(variants.items(), key=lambda item: sorted(contenders.of_stock(item[1]).items()))
   rows, pending = [], {"": {}} | dict(alike)
@@ -207,7 +206,7 @@ def measure_all(options, variants: dict[str, dict]) -> list[dict]:
         if not isinstance(error, ConfigError):  # what has been measured is kept
           traceback.print_exc()
           comparison.free()
-        say(f"{name}: {error}")
+        record.say(f"{name}: {error}")
         rows.append({"model": name, "refused": _reason(error)})
   finally:
     comparison.free()
@@ -228,7 +227,7 @@ def cells(row: dict) -> list[list[str]]:
     f"{100 * ratio['min']:.1f}..{100 * ratio['max']:.1f}",
     str(len(ratio["by_round"])),
   ]
-  peak = _gigabytes(row["device_peak_bytes"])
+  peak = record.gigabytes(row["device_peak_bytes"])
   return [
     [*_figures(row["stock"]), "", *_compiled(row["stock"]), "", "", "", ""],
     [*_figures(row["mudd"]), peak, *_compiled(row["mudd"]), *spread],
@@ -242,8 +241,8 @@ def _figures(one: dict) -> list[str]:
     f"{one['tokens_per_second']:,.0f}",
     f"{one['tflops_per_second']:.3g}",
     f"{100 * one['mfu']:.1f}%" if one["mfu"] else "n/a",
-    _gigabytes(one["argument_bytes"]),
-    _gigabytes(one["temporary_bytes"]),
+    record.gigabytes(one["argument_bytes"]),
+    record.gigabytes(one["temporary_bytes"]),
   ]
 
 
@@ -251,18 +250,13 @@ def _compiled(one: dict) -> list[str]:
   return [f"{one['compile_seconds']:.1f}"]
 
 
-def _gigabytes(size: int | None) -> str:
-  return "n/a" if size is None else f"{size / 1e9:.3g}"
-
-
 def text(rows: list[dict], options, device: str) -> str:
   """The body of the markdown."""
   lines = record.table(COLUMNS, [line for row in rows for line in cells(row)])
   refused = "".join(f"- {row['model']}: {row['refused']}\n" for row in rows if row["refused"])
-  caution = ""
-  if device.startswith("CPU"):
-    caution = "**Measured on a CPU.** It shows that the tool works, and nothing about an accelerator or the paper.\n\n"
-  return caution + lines + (f"\nNot measured:\n{refused}" if refused else "") + NOTES.format(**vars(options))
+  return (
+    record.caution(device) + lines + (f"\nNot measured:\n{refused}" if refused else "") + NOTES.format(**vars(options))
+  )
 
 
 def _reason(error: Exception) -> str:
@@ -273,10 +267,6 @@ def _reason(error: Exception) -> str:
 
 def _stem(name: str) -> str:
   return pathlib.Path(name).stem
-
-
-def say(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
 
 
 def run(options) -> None:
@@ -296,14 +286,9 @@ def run(options) -> None:
     about["baseline"] = options.baseline or contenders.plain_model(options.config)
   body = text(rows, options, device)
   print(body)
-  place = record.write(options.output or _default_name(options.config, device), about, body, rows)
+  place = record.write(options.output or record.default_name("throughput", options.config, device), about, body, rows)
   table_4.draw([about | {"rows": rows}], place.with_name(place.name + ".png"))
-  say(f"written: {place}.md, .json and .png")
-
-
-def _default_name(config: str, device: str) -> str:
-  short = "cpu" if device.startswith("CPU") else "-".join(device.lower().replace("×", "x").split())
-  return f"{datetime.date.today().isoformat()}-throughput-{_stem(config).replace('_', '-')}-{short}"
+  record.say(f"written: {place}.md, .json and .png")
 
 
 def main(arguments: list[str]) -> int:

@@ -4,13 +4,14 @@ A step reads the KV cache and the L+1 hidden states of its own token; depth conn
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 import weakref
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Int
+from jaxtyping import Array, Int
 from maxtext.configs import pyconfig
 from maxtext.inference.maxengine import maxengine
 import numpy as np
@@ -81,39 +82,69 @@ def decode(
   """`generate` of prompts that `check` has passed."""
   prompts = [np.asarray(prompt, np.int32) for prompt in prompt_tokens]
   longest = max(map(len, prompts))
-  prefill, new = padded_length(longest), padded_length(max_new_tokens)
-  if config.use_chunked_prefill:
-    prefill = -(-longest // config.prefill_chunk_size) * config.prefill_chunk_size
-  engine = _engine(model, config, len(prompts), prefill, prefill + new)
-  params, chosen = nnx.state(model, nnx.Param), sampling._asdict()
-  keys = iter(jax.random.split(jax.random.PRNGKey(seed), len(prompts) + max_new_tokens + 1))
-  state = engine.init_decode_state(next(keys))
+  engine = engine_for(model, config, len(prompts), longest, max_new_tokens)
+  params = nnx.state(model, nnx.Param)
+  keys = jax.random.split(jax.random.PRNGKey(seed), len(prompts) + max_new_tokens + 1)[1:]
+  state = engine.init_decode_state()
   for slot, prompt in enumerate(prompts):
-    size = config.prefill_chunk_size if config.use_chunked_prefill else prefill
-    prefix = _prefill(engine, prompt, size, params=params, rng=next(keys), slot=slot, **chosen)
-    state = engine.insert(prefix, state, slot=slot)
-  made = [np.asarray(state["tokens"])]  # the next step takes this memory
-  for _ in range(max_new_tokens - 1):
-    state, result = engine.generate(params, state, rng=next(keys), **chosen)
-    made.append(result.data[:, :1])
-  made = np.concatenate(jax.device_get(made), axis=1)
+    state = engine.insert(prefilled(engine, params, prompt, slot, keys[slot], sampling), state, slot=slot)
+  made, _ = go_on(engine, params, state, keys[len(prompts) : -1], sampling)
+  made = np.asarray(made)
   found = np.zeros((len(prompts), longest + max_new_tokens), np.int32)
   for row, prompt in enumerate(prompts):
     found[row, : len(prompt) + max_new_tokens] = [*prompt, *made[row]]
   return found
 
 
-def _prefill(engine: maxengine.MaxEngine, prompt: Int[np.ndarray, "P"], size: int, **arguments) -> dict:
-  """What `insert` takes: the KV cache of a prompt and its first new token. In chunks of `size`, which attend to those
-  before them through the cache; nothing else of these is needed."""
+def prefilled(engine: maxengine.MaxEngine, params: nnx.State, prompt, slot: int, key, sampling: Sampling) -> Any:
+  """What `engine.insert` takes: the KV cache of a prompt, and its first token.
+
+  Chunks of a prompt attend to those before them through the cache, and need nothing else of them.
+  """
+  config = engine.config
+  size = config.prefill_chunk_size if config.use_chunked_prefill else config.max_prefill_predict_length
+  chosen = {"rng": key, "slot": slot, **sampling._asdict()}
   prefix, done = None, None
   for start in range(0, len(prompt), size):
     chunk = prompt[start : start + size]
-    if prefix is not None:
+    if start:
       done = maxengine.ExistingPrefix(cache=prefix["cache"], common_prefix_tokens=jnp.asarray(prompt[:start]))
     padded = jnp.asarray(np.pad(chunk, (0, size - len(chunk))))
-    prefix, _ = engine.prefill(padded_tokens=padded, true_length=len(chunk), existing_prefix=done, **arguments)
+    prefix, _ = engine.prefill(
+      params=params, padded_tokens=padded, true_length=len(chunk), existing_prefix=done, **chosen
+    )
   return prefix
+
+
+def go_on(
+  engine: maxengine.MaxEngine, params: nnx.State, state: Any, keys, sampling: Sampling
+) -> tuple[Int[Array, "B keys+1"], Any]:
+  """The tokens of a state and those of the steps after it, one for each key; and the state behind them.
+
+  The steps are one program: called one by one, handing over hundreds of arrays each time takes longer than a step of a
+  fast device, and the more so the more parameters there are.
+  """
+  steps = len(keys)
+  room = padded_length(steps + 1)
+  keys = jnp.pad(keys, [(0, room - steps), *[(0, 0)] * (keys.ndim - 1)])
+  static = sampling._replace(temperature=None)
+  made, state = _go_on(engine, static, params, state, keys, steps, sampling.temperature)
+  return made[:, : steps + 1], state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _go_on(engine, sampling: Sampling, params, state, keys, steps, temperature):
+  """The same for any number of steps that there is room for, so that few programs are compiled."""
+  chosen = sampling._replace(temperature=temperature)._asdict()
+
+  def step(i, carry):
+    made, state = carry
+    state, _ = engine.generate(params, state, rng=keys[i], **chosen)
+    return made.at[:, i + 1].set(state["tokens"][:, 0]), state
+
+  made = jnp.zeros((len(state["tokens"]), len(keys)), jnp.int32).at[:, 0].set(state["tokens"][:, 0])
+  made, state = jax.lax.fori_loop(0, steps, step, (made, state))
+  return jax.lax.with_sharding_constraint(made, engine.replicated_sharding), state
 
 
 def padded_length(length: int) -> int:
@@ -141,9 +172,12 @@ def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -
       raise ConfigError(f"prompt {number} has the token {wrong[0]}, and the model has vocab_size={config.vocab_size}.")
 
 
-def _engine(model, config, batch: int, prefill: int, length: int) -> maxengine.MaxEngine:
-  """The engine of a model for these sizes; the last one of each model is kept."""
+def engine_for(model: nnx.Module, config, batch: int, prompt: int, new: int) -> maxengine.MaxEngine:
+  """The engine of a model for so many prompts, tokens of the longest and new tokens; a model's last one is kept."""
   batch = -(-batch // model.mesh.size) * model.mesh.size
+  size = config.prefill_chunk_size
+  prefill = -(-prompt // size) * size if config.use_chunked_prefill else padded_length(prompt)
+  length = prefill + padded_length(new)
   sizes = (batch, prefill, length)
   kept = _engines.get(model)
   if kept is None or kept[0] != sizes or kept[1] is not config:

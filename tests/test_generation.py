@@ -27,12 +27,28 @@ def test_released_tokens(name, scan):
   assert found.dtype == np.int32
   np.testing.assert_array_equal(found, expected)
 
+  one = maxtext_mudd.generate(model, config, prompts, 1)
+  np.testing.assert_array_equal(one, expected[:, : prompts.shape[1] + 1])
+
   # Of different lengths: a row is what it is alone, and ends in zeros.
   short = prompts[0][:5]
   ragged = maxtext_mudd.generate(model, config, [short, prompts[1]], number)
   np.testing.assert_array_equal(ragged[1], expected[1])
   check_greedy(model, ragged[0], len(short), number)
   assert not ragged[0, len(short) + number :].any()
+
+
+@pytest.mark.parametrize(("name", "scan"), [*FAST, *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)])
+def test_chunks_of_prompts(name, scan):
+  golden = load_file(models.DATA / name / "generated.safetensors")
+  prompts, expected = golden["prompt_ids"], golden["generated"]
+  number = expected.shape[1] - prompts.shape[1]
+  model, config = maxtext_mudd.from_pretrained(
+    models.DATA / name, scan_layers=scan, use_chunked_prefill=True, prefill_chunk_size=3
+  )
+  found = maxtext_mudd.generate(model, config, [prompts[0], prompts[1][:4]], number)
+  np.testing.assert_array_equal(found[0], expected[0])
+  check_greedy(model, found[1], 4, number)
 
 
 @pytest.mark.slow
@@ -55,9 +71,11 @@ def check_greedy(model, row, prompt: int, number: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chunk", [0, 4], ids=["whole", "chunks"])
 @pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
-def test_experts(scan):
+def test_experts(scan, chunk):
   keys = {"decoder_block": "mixtral", **MOE, "mudd": True, "mudd_pre_norm": True, "mudd_post_norm": True}
+  keys |= {"use_chunked_prefill": True, "prefill_chunk_size": chunk} if chunk else {}
   config = models.config(**keys, scan_layers=scan, max_target_length=64)
   model = models.build(config)
   models.randomise(model)

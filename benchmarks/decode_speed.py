@@ -1,0 +1,270 @@
+"""Decoding speed with MUDD connections and without, measured in turn in one run, on whatever devices are here.
+
+    python benchmarks/decode_speed.py --config yaml/mudd_2p8b.yml --batch 1,8 --prompt 128 --new 64
+
+Both models have random weights, bfloat16 unless `weight_dtype` says otherwise, and go on with the same random prompts
+as `maxtext_mudd.generate` does. Writes NAME.md and NAME.json to benchmarks/results/.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import sys
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; JAX takes three quarters by itself
+
+import chips
+import paired
+import record
+
+from maxtext_mudd import plugin, versions
+from maxtext_mudd.errors import ConfigError
+
+SERVED = {"weight_dtype": "bfloat16"}  # as models are served; training keeps float32
+TIMED = ("prefill", "step")  # what is timed
+COLUMNS = [
+  "model",
+  "batch",
+  "prefill, ms",
+  "step, ms",
+  "tokens/s",
+  "parameters GB",
+  "cache GB",
+  "peak GB",
+  "compile, s",
+]
+COLUMNS += ["prefill ratio", "quartiles", "step ratio", "quartiles", "extremes", "rounds"]
+NOTES = """
+Each pair of rows was measured in turn, a prompt of {prompt} tokens and {new} new ones for each of the batch at a time,
+the order reversed every other round, after {warmup} such round(s) of each that do not count. Prefill: one prompt, with
+its first token. Step: one more token for the whole batch, greedy, the mean over the {steps} steps after the first
+token, {how}; tokens/s follows from it. Times are medians over rounds. Ratios: the speed of the
+second over the first, by round; the median over rounds, its quartiles and, of steps, extremes. The goal for steps is
+{goal:.0f}%; the paper's are 88 to 94%. "again": the plain model against itself, which shows how far two alike come
+apart here. Parameters (in {weight_dtype}, computed with in {dtype}) and KV cache are of all devices. Peak is the first
+device's own account, of this process until then, with both models held; n/a where it gives none. Compile: making the
+engine, and the first round.
+"""
+GOAL = 95.0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", required=True, help="a model with connections")
+  parser.add_argument("--baseline", help="a plain model; by default the one that --config builds on")
+  parser.add_argument("--batch", default="1,8", help="prompts at a time, a pair for each; default: %(default)s")
+  parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt; default: %(default)s")
+  parser.add_argument("--new", type=int, default=64, help="tokens after it; default: %(default)s")
+  parser.add_argument("--calls", action="store_true", help="call the engine for each step, as servers do")
+  parser.add_argument("--rounds", type=int, default=10, help="of each pair; default: %(default)s")
+  parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count; default: %(default)s")
+  parser.add_argument(
+    "--time-limit",
+    type=float,
+    default=540,
+    help="seconds for all: fewer rounds, and no pair begun after it; no compilation is cut short; default: %(default)s",
+  )
+  parser.add_argument("--output", help="name of the results; by default made of date, model and device")
+  parser.add_argument("--note", help="a sentence to keep with the results")
+  parser.add_argument("overrides", nargs="*", metavar="key=value", help="MaxText's, for both models alike")
+  return parser.parse_intermixed_args(arguments)
+
+
+def check_options(options) -> list[int]:
+  """The batches.
+
+  Raises:
+    ConfigError: an option cannot work.
+  """
+  for name, least in (("rounds", paired.MIN_ROUNDS), ("prompt", 1), ("new", 2), ("warmup", 1)):
+    if getattr(options, name) < least:
+      raise ConfigError(f"--{name} is {getattr(options, name)}; at least {least} is needed.")
+  if not options.time_limit > 0:
+    raise ConfigError(f"--time-limit is {options.time_limit:g}; seconds above 0 are needed.")
+  batches = options.batch.split(",")
+  if not all(x.isdecimal() and int(x) for x in batches):
+    raise ConfigError(f"--batch is {options.batch!r}; give numbers above 0, as in 1,8.")
+  for key in ("per_device_batch_size", "load_parameters_path"):
+    if any(x.startswith(f"{key}=") for x in options.overrides):
+      instead = "--batch says how many prompts go on at a time" if "batch" in key else "weights are random here"
+      raise ConfigError(f"{key}: {instead}; leave it out.")
+  return [int(x) for x in batches]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def configurations(options) -> tuple:
+  """(stock, the other).
+
+  Raises:
+    ConfigError: one of them cannot work, or they do not belong together.
+  """
+  import contenders
+
+  baseline = options.baseline or contenders.plain_model(options.config)
+  given = {x.split("=", 1)[0] for x in options.overrides}
+  overrides = [*(f"{key}={value}" for key, value in SERVED.items() if key not in given), "per_device_batch_size=1"]
+  overrides += options.overrides
+  config = contenders.read(options.config, overrides, {})
+  stock = contenders.read_stock(baseline, overrides, {})
+  contenders.check_pair(stock, config, (baseline, options.config), derived=not options.baseline)
+  return stock, config
+
+
+def measure_all(options, batches: list[int], decoders: tuple, device) -> list[dict]:
+  """For each batch a row of the pair, and one of the plain model against itself.
+
+  Raises:
+    ConfigError: a model does not fit.
+  """
+  end, rows = time.monotonic() + options.time_limit, []
+  stock, other = decoders
+  pending = [(batch, second) for batch in batches for second in (other, stock)]
+  for i, (batch, second) in enumerate(pending):
+    now = time.monotonic()
+    if rows and now > end:
+      record.say(f"batch {batch}: --time-limit {options.time_limit:g} s was reached before it.")
+      break
+    if second is other:
+      for decoder in decoders:
+        record.say(f"{decoder.name}: compiling for batch {batch}")
+        decoder.prepare(batch, options.prompt, options.new, options.warmup, options.calls)
+    now = time.monotonic()
+    deadline = now + max(end - now, 0) / (len(pending) - i)
+    record.say(f"{second.name}: rounds of batch {batch}")
+    rows.append(
+      measured(stock, second, batch, paired.alternate(stock.run, second.run, options.rounds, deadline), device)
+    )
+  return rows
+
+
+def measured(first, second, batch: int, seconds: list[tuple], device) -> dict:
+  """One row of the results, from the seconds of both by round."""
+  ratio = {}
+  for what in TIMED:
+    ratios = paired.speed_ratios([(getattr(a, what), getattr(b, what)) for a, b in seconds])
+    ratio[what] = {"by_round": ratios, **dataclasses.asdict(paired.Spread.of(ratios))}
+  names = (first.name, f"{second.name}, again" if second is first else second.name)
+  return {
+    "batch": batch,
+    "is_control": second is first,
+    "stock": figures(first, names[0], batch, [a for a, _ in seconds]),
+    "other": figures(second, names[1], batch, [b for _, b in seconds]),
+    "device_peak_bytes": chips.peak_bytes(device),
+    "ratio": ratio,
+  }
+
+
+def figures(decoder, name: str, batch: int, seconds: list) -> dict:
+  """Those of one model from its seconds by round."""
+  found = {"name": name}
+  for what in TIMED:
+    by_round = [getattr(x, what) for x in seconds]
+    found |= {f"{what}_seconds_by_round": by_round, f"{what}_seconds": paired.Spread.of(by_round).median}
+  return found | {
+    "tokens_per_second": batch / found["step_seconds"],
+    "parameter_bytes": decoder.parameter_bytes,
+    "cache_bytes": decoder.cache_bytes,
+    "compile_seconds": decoder.compile_seconds,
+  }
+
+
+# ---------------------------------------------------------------- results
+
+
+def cells(row: dict) -> list[list[str]]:
+  """The lines of a pair in the table."""
+  spread = []
+  for what in TIMED:
+    one = row["ratio"][what]
+    spread += [f"{100 * one['median']:.1f}%", f"{100 * one['lower_quartile']:.1f}..{100 * one['upper_quartile']:.1f}"]
+  last = row["ratio"]["step"]
+  spread += [f"{100 * last['min']:.1f}..{100 * last['max']:.1f}", str(len(last["by_round"]))]
+  peak = record.gigabytes(row["device_peak_bytes"])
+  lines = [_line(row["stock"], row["batch"], "", [""] * 6), _line(row["other"], row["batch"], peak, spread)]
+  return lines[1:] if row["is_control"] else lines
+
+
+def _line(one: dict, batch: int, peak: str, spread: list[str]) -> list[str]:
+  return [
+    one["name"],
+    str(batch),
+    f"{1000 * one['prefill_seconds']:.2f}",
+    f"{1000 * one['step_seconds']:.3f}",
+    f"{one['tokens_per_second']:,.1f}",
+    record.gigabytes(one["parameter_bytes"]),
+    record.gigabytes(one["cache_bytes"]),
+    peak,
+    f"{one['compile_seconds']:.1f}",
+    *spread,
+  ]
+
+
+def text(rows: list[dict], options, config, device: str) -> str:
+  """The body of the markdown."""
+  lines = record.table(COLUMNS, [line for row in rows for line in cells(row)])
+  dtypes = {key: str(getattr(config, key).name) for key in ("weight_dtype", "dtype")}
+  how = "each a call of the engine from Python" if options.calls else "which run as one program"
+  notes = NOTES.format(**vars(options), **dtypes, steps=options.new - 1, how=how, goal=GOAL)
+  return record.caution(device) + lines + notes
+
+
+def run(options) -> None:
+  """Measures, prints and saves."""
+  batches = check_options(options)
+  with contextlib.redirect_stdout(sys.stderr):  # MaxText prints
+    plugin.install()
+    import contenders
+    import decoders
+    import jax
+
+    device = chips.describe(jax.devices())
+    about = record.facts(device, label="device", packages=("jax", "jaxlib", "maxtext"))
+    if options.note:
+      about["note"] = options.note
+    stock_config, config = configurations(options)
+    if options.prompt + options.new > config.max_target_length:
+      raise ConfigError(
+        f"--prompt {options.prompt} and --new {options.new} are longer than the context, "
+        f"max_target_length={config.max_target_length}; lower one of them."
+      )
+    for batch in batches:
+      if batch % jax.device_count():
+        raise ConfigError(f"--batch {batch}: it is no multiple of the {jax.device_count()} devices here; use one.")
+    about["baseline"] = options.baseline or contenders.plain_model(options.config)
+    jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's decode does
+    differ = contenders.different_keys(stock_config, config)
+    names = [pathlib.Path(name).stem for name in (about["baseline"], options.config)]
+    pair = []
+    try:
+      for name, one in zip(names, (stock_config, config)):
+        record.say(f"{name}: making random weights")
+        pair.append(decoders.Decoder(name, one))
+      rows = measure_all(options, batches, tuple(pair), jax.devices()[0])
+    finally:
+      for decoder in pair:
+        decoder.free()
+    rows = [row | {"differs_from_stock": differ} for row in rows]
+  body = text(rows, options, config, device)
+  print(body)
+  place = record.write(options.output or record.default_name("decode", options.config, device), about, body, rows)
+  record.say(f"written: {place}.md and .json")
+
+
+def main(arguments: list[str]) -> int:
+  try:
+    run(parse(arguments))
+  except (ConfigError, versions.UnknownMaxText) as error:
+    print(f"decode_speed: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  logging.disable(logging.WARNING)  # MaxText's
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""One model with random weights, and its prompts gone on with as `maxtext_mudd.generate` does, timed."""
+
+import time
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+from maxtext.utils import maxtext_utils, model_creation_utils
+import numpy as np
+
+from maxtext_mudd import generation
+from maxtext_mudd.errors import ConfigError
+
+
+class Seconds(NamedTuple):
+  """Of the prefill of one prompt, and of a step that makes one more token of each."""
+
+  prefill: float
+  step: float
+
+
+class Decoder:
+  """One model of a comparison.
+
+  Attributes:
+    name, config: of the model.
+    parameter_bytes: of all devices.
+    cache_bytes: of the decode state of the last `prepare`, of all devices.
+    compile_seconds: of the last `prepare`: making the engine, and the first tokens of all prompts.
+  """
+
+  def __init__(self, name: str, config):
+    """Makes the weights on the devices, as MaxText starts them.
+
+    Raises:
+      ConfigError: they do not fit.
+    """
+    self.name, self.config = name, config
+    make = model_creation_utils.from_pretrained  # nothing is loaded where load_parameters_path is empty
+    self._model = self._fitting(lambda: make(config, maxtext_utils.get_mesh_from_config(config)))
+    self._params = nnx.state(self._model, nnx.Param)
+    self.parameter_bytes = _bytes(self._params)
+
+  def prepare(self, batch: int, prompt: int, new: int, warmup: int, calls: bool) -> None:
+    """Compiles for these sizes, and makes so many continuations that do not count.
+
+    Args:
+      calls: the engine is called for each step; otherwise all steps are one program.
+
+    Raises:
+      ConfigError: the device runs out of memory.
+    """
+    tokens = np.random.default_rng(0).integers(0, self.config.vocab_size, (batch, prompt), dtype=np.int32)
+    self._prompts, self._calls = tokens, calls
+    self._sampling = generation.Sampling()
+    keys = jax.random.split(jax.random.PRNGKey(0), batch + new - 1)
+    self._keys, self._step_keys = list(keys[:batch]), list(keys[batch:]) if calls else keys[batch:]
+    start = time.monotonic()
+    self._engine = self._fitting(lambda: generation.engine_for(self._model, self.config, batch, prompt, new))
+    self.run()
+    self.compile_seconds = time.monotonic() - start
+    for _ in range(warmup - 1):
+      self.run()
+
+  def run(self) -> Seconds:
+    """All prompts gone on with; prefill is the mean over prompts, one after the other.
+
+    Raises:
+      ConfigError: the device runs out of memory.
+    """
+    return self._fitting(self._run)
+
+  def _run(self) -> Seconds:
+    state = jax.block_until_ready(self._engine.init_decode_state())
+    self.cache_bytes = _bytes(state["cache"])
+    prefill = 0.0
+    for slot, prompt in enumerate(self._prompts):
+      start = time.monotonic()
+      prefix = generation.prefilled(self._engine, self._params, prompt, slot, self._keys[slot], self._sampling)
+      jax.block_until_ready(prefix)
+      prefill += time.monotonic() - start
+      state = self._engine.insert(prefix, state, slot=slot)
+    jax.block_until_ready(state)
+    keys = self._step_keys
+    start = time.monotonic()
+    if self._calls:
+      chosen = self._sampling._asdict()
+      for key in keys:  # each an array by now
+        state, _ = self._engine.generate(self._params, state, rng=key, **chosen)
+    else:
+      state = generation.go_on(self._engine, self._params, state, keys, self._sampling)
+    jax.block_until_ready(state)
+    return Seconds(prefill / len(self._prompts), (time.monotonic() - start) / len(keys))
+
+  def free(self) -> None:
+    """Gives its memory back; it cannot run again."""
+    for array in jax.tree.leaves(self._params):
+      array.delete()
+    self._model = self._engine = None
+
+  def _fitting(self, function):
+    """`function()`, a device out of memory said in one sentence."""
+    try:
+      return function()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise ConfigError(
+        f"{self.name} does not fit the device beside the other model; use a smaller --batch, --prompt or --new."
+      ) from None
+
+
+def _bytes(tree) -> int:
+  return sum(x.nbytes for x in jax.tree.leaves(tree))

@@ -131,7 +131,7 @@ format: $(READY)  ## format and sort imports
 lock: $(READY)  ## pin requirements/*.in again
 	cd requirements && for name in runtime dev tpu cuda xpk; do \
 	  ../$(PY) -m uv pip compile --quiet --no-annotate --no-header --python-version 3.12 \
-	    --python-platform x86_64-manylinux_2_31 $$name.in -o $$name.txt; done
+	    --python-platform x86_64-manylinux_2_31 -c constraints.txt $$name.in -o $$name.txt; done
 
 wheel: $(READY)  ## build dist/maxtext_mudd-*.whl
 	$(PY) -m uv build --quiet --wheel --out-dir $(WHEEL_DIR) .

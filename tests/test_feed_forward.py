@@ -106,7 +106,7 @@ def test_each_part_draws_its_own_dropout():
   assert len(np.unique(sums[:, 1])) > 1  # and each call draws anew
 
 
-@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True], ids=["single", "scanned"])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["single", "scanned"])
 def test_model(scan):
   """In a model, its backward pass too; one group of layers is wider than the other."""
   found = []

@@ -34,7 +34,6 @@ ROWS = {
   "405M, float32": (24, 1024, False, "float32", FLOAT32 | {"a": 1.8e-7}),
   "2.8B, float32": (32, 2560, False, "float32", FLOAT32),
 }
-FAST = ("405M",)
 
 
 def inputs(rng, shape, sources, ways, hidden, dtype, weight_dtype, has_newest):
@@ -88,9 +87,8 @@ def errors(operands, cotangents, activation, implementation) -> dict[str, float]
   return made
 
 
-@pytest.mark.parametrize(
-  "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
 def test_named_shapes(name):
   """Sixteen tokens of every model; each output within its budget, each budget within 1.5 times XLA's error."""
   blocks, width, has_newest, dtype, budgets = ROWS[name]

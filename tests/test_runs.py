@@ -40,35 +40,32 @@ def patched(folder) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def losses(folder, overrides, patched) -> dict[str, dict[int, float]]:
-  """Losses of four runs, two at a time."""
-  output = folder / "output"
-  jobs = {
-    "plugin": (runs.LAUNCHER, runs.RUN_YML, output, "plugin", *overrides),
-    "patched": (runs.STOCK, runs.RUN_YML, output, "patched", *overrides, "enable_checkpointing=false"),
-    "stock": (runs.STOCK, STOCK_YML, output, "stock"),
-    "launched": (runs.LAUNCHER, STOCK_YML, output, "launched"),
-  }
-  env = {name: {"PYTHONPATH": str(patched)} if name == "patched" else {} for name in jobs}
+def losses(folder, overrides) -> dict[int, float]:
+  """Of a run with connections, to its end."""
+  return runs.train(runs.LAUNCHER, runs.RUN_YML, folder / "output", "plugin", *overrides)
+
+
+def test_stock_is_unchanged_without_mudd(folder):
   with ThreadPoolExecutor(max_workers=2) as pool:
-    started = {name: pool.submit(runs.train, *job, **env[name]) for name, job in jobs.items()}
-    return {name: future.result() for name, future in started.items()}
+    launchers = {"stock": runs.STOCK, "launched": runs.LAUNCHER}
+    stock, launched = pool.map(lambda name: runs.train(launchers[name], STOCK_YML, folder / "output", name), launchers)
+  assert sorted(stock) == [0, 1, 2, 3]
+  assert launched == stock
 
 
-def test_stock_is_unchanged_without_mudd(losses):
-  assert sorted(losses["stock"]) == [0, 1, 2, 3]
-  assert losses["launched"] == losses["stock"]
-
-
-def test_the_patch_trains_as_the_plugin_does(losses):
-  assert sorted(losses["patched"]) == list(range(LAST_STEP + 1))
-  assert losses["patched"] == losses["plugin"]
+@pytest.mark.slow
+def test_the_patch_trains_as_the_plugin_does(folder, overrides, losses, patched):
+  keys = [*overrides, "enable_checkpointing=false"]
+  found = runs.train(runs.STOCK, runs.RUN_YML, folder / "output", "patched", *keys, PYTHONPATH=str(patched))
+  assert sorted(found) == list(range(LAST_STEP + 1))
+  assert found == losses
 
 
 def test_the_patch_does_not_mention_mudd():
   assert "mudd" not in PATCH.read_text().lower()
 
 
+@pytest.mark.slow
 def test_resumes_exactly_after_a_kill(folder, overrides, losses):
   output = folder / "output"
   process = subprocess.Popen(
@@ -93,7 +90,7 @@ def test_resumes_exactly_after_a_kill(folder, overrides, losses):
 
   resumed = runs.train(runs.LAUNCHER, runs.RUN_YML, output, "killed", *overrides)
   assert list(resumed) == list(range(newest + 1, LAST_STEP + 1))
-  assert resumed == {step: losses["plugin"][step] for step in resumed}
+  assert resumed == {step: losses[step] for step in resumed}
 
 
 def test_a_truncated_checkpoint_is_reported_and_kept(folder, overrides, losses):

@@ -68,7 +68,7 @@ CASES = {
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
 }
-FAST = ("MUDD", "2x2, both norms")
+FAST = ("MUDD",)
 
 
 def run(cfg, values):
@@ -200,9 +200,8 @@ def fully_rematerialised():
   return values, run(cfg, values)
 
 
-@pytest.mark.parametrize(
-  "policy", [x if x == "minimal" else pytest.param(x, marks=pytest.mark.slow) for x in POLICIES if x != "full"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [x for x in POLICIES if x != "full"])
 def test_remat_policies_change_nothing(policy, fully_rematerialised):
   values, (_, loss, _, gradients) = fully_rematerialised
   keys = {"decoder_layer_input": "offload", "out_proj": "device"} if policy == "custom" else {}

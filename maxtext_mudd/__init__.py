@@ -1,7 +1,7 @@
 """MUDD connections (MUDDFormer, arXiv 2502.12170) for stock MaxText."""
 
 __version__ = "0.1.0"
-__all__ = ["from_pretrained", "generate", "logits"]
+__all__ = ["from_pretrained", "from_run", "generate", "logits"]
 
 
 def __getattr__(name: str):

@@ -172,6 +172,17 @@ class MuddConfig(MaxTextConfig):
       self._check_stock_features()
     return self
 
+  @model_validator(mode="after")
+  def _check_lengths(self):
+    if self.max_target_length < 1:
+      raise ValueError(f"max_target_length={self.max_target_length} has no room for a token; set it to 1 or more.")
+    if self.use_chunked_prefill and self.prefill_chunk_size < 1:
+      raise ValueError(
+        f"prefill_chunk_size={self.prefill_chunk_size} is no number of tokens; set it to 1 or more, or "
+        "use_chunked_prefill=False."
+      )
+    return self
+
   def _check_init(self):
     block = self.decoder_block.value
     refused = (

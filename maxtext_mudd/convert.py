@@ -14,9 +14,8 @@ run goes on by `run_name=b` with this configuration. Any one machine will do, wh
 
 import argparse
 import pathlib
+import signal
 import sys
-
-import omegaconf
 
 from maxtext_mudd import launch, plugin, versions
 from maxtext_mudd.errors import ConfigError
@@ -51,6 +50,7 @@ def main(argv: list[str]) -> None:
   layout.add_argument("overrides", nargs="*", metavar="key=value")
   layout.set_defaults(run=_layout)
   args = parser.parse_args(argv)
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that nothing half-made is left
   try:
     for folder in (getattr(args, name, "") for name in ("source", "target", "hf_dir", "fork_dir", "maxtext_dir")):
       if "://" in folder:
@@ -59,6 +59,8 @@ def main(argv: list[str]) -> None:
     print(args.run(args))
   except (ConfigError, versions.UnknownMaxText) as error:
     launch.exit_with(str(error))
+  except KeyboardInterrupt:
+    launch.exit_with("interrupted; nothing was made.")
 
 
 def _from_hf(args) -> str:
@@ -76,10 +78,7 @@ def _from_fork(args) -> str:
 def _imported(convert, source: str, args) -> str:
   from maxtext_mudd.checkpoints import folder
 
-  wrong = [x for x in args.overrides if "=" not in x]
-  if wrong:
-    raise ConfigError(f"{wrong[0]} is not key=value, as scan_layers=true is.")
-  overrides = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(args.overrides))
+  overrides = launch.keys(args.overrides)
   target = pathlib.Path(args.maxtext_dir).absolute()
   convert(pathlib.Path(source).absolute(), target, overrides)
   return (

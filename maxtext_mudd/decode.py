@@ -9,6 +9,8 @@ import pathlib
 from maxtext_mudd.errors import ConfigError
 from maxtext_mudd.launch import launch
 
+_PROMPT = "prompt="
+
 
 def run() -> None:
   """Decodes; what is read is checked before anything is compiled."""
@@ -26,8 +28,11 @@ def check_decoding(config) -> None:
     raise ConfigError("load_parameters_path='' names no checkpoint; name one, as OUTPUT/RUN/checkpoints/STEP.")
   if "://" not in config.load_parameters_path and not items(config.load_parameters_path).is_dir():
     raise ConfigError(f"load_parameters_path={config.load_parameters_path}: there is no such folder.")
-  if not config.prompt:
-    raise ConfigError("prompt='' says nothing; write something.")
+  if config.max_prefill_predict_length >= config.max_target_length:
+    raise ConfigError(
+      f"max_prefill_predict_length={config.max_prefill_predict_length} leaves no room for new tokens in "
+      f"max_target_length={config.max_target_length}; lower it, or raise that."
+    )
 
 
 def items(path: str) -> pathlib.Path:
@@ -39,29 +44,31 @@ def items(path: str) -> pathlib.Path:
 def main(argv: Sequence[str]) -> None:
   import jax
   from maxtext.configs import pyconfig
-  from maxtext.input_pipeline import tokenizer
-  from maxtext.utils import maxtext_utils, model_creation_utils
 
-  from maxtext_mudd import generation
+  from maxtext_mudd import generation, tokens
+  from maxtext_mudd.checkpoints import parameters
 
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's decode does
-  config = pyconfig.initialize(argv)
-  words = tokenizer.build_tokenizer(
-    config.tokenizer_path, config.tokenizer_type.value, config.add_bos, False, config.hf_access_token
-  )
-  prompt = list(words.encode(config.prompt))
+  # A text, where MaxText would read YAML.
+  texts = [argument.removeprefix(_PROMPT) for argument in argv if argument.startswith(_PROMPT)]
+  config = pyconfig.initialize([argument for argument in argv if not argument.startswith(_PROMPT)])
+  text = texts[-1] if texts else config.prompt
+  if not text:
+    raise ConfigError("prompt='' says nothing; write something.")
+  words = tokens.Tokenizer(config)
+  prompt = words.encode(text, words.add_bos)
   number = config.max_target_length - config.max_prefill_predict_length
   generation.check([prompt], number, config)
   if "://" not in config.load_parameters_path:
     update = {"load_parameters_path": str(items(config.load_parameters_path).absolute())}
     config = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))
-  model = model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config))
+  model = parameters.load(config)
   sampling = generation.Sampling.from_config(config)
   found = generation.decode(model, config, [prompt], number, sampling, seed=config.init_weights_seed)
   made = [int(token) for token in found[0, len(prompt) :]]
   if words.eos_id in made:
     made = made[: made.index(words.eos_id)]
-  print(f"Input `{config.prompt}` -> `{words.decode(made)}`")
+  print(f"Input `{text}` -> `{words.decode(made)}`")
 
 
 if __name__ == "__main__":

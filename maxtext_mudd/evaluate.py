@@ -18,8 +18,6 @@ import sys
 import tempfile
 from typing import Any
 
-import omegaconf
-
 from maxtext_mudd import assets, launch, plugin, versions
 from maxtext_mudd.errors import ConfigError, brief, failed_in
 
@@ -151,8 +149,7 @@ class _Request:
     if self.config_file:
       model, config = pretrained.from_run(self.checkpoint, self.config_file, **self.overrides)
     else:
-      # The released models saw texts without BOS, whatever MaxText's default.
-      model, config = pretrained.from_pretrained(self.checkpoint, **{"add_bos": False} | self.overrides)
+      model, config = pretrained.from_pretrained(self.checkpoint, **self.overrides)
     return evaluation.MaxTextLM(model, config, tokens.Tokenizer(config, self.tokenizer), self.batch_size)
 
   def evaluate(self, lm) -> dict[str, Any]:
@@ -214,8 +211,7 @@ def _split(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     raise ConfigError(f"{wrong[0]} is not key=value, nor a configuration file, which ends in .yml.")
   if len(files) > 1:
     raise ConfigError(f"{files[1]} is a second configuration file; one, {files[0]}, describes the checkpoint.")
-  keys = omegaconf.OmegaConf.from_dotlist([x for x in arguments if "=" in x])
-  return (files or [""])[0], omegaconf.OmegaConf.to_container(keys)
+  return (files or [""])[0], launch.keys([x for x in arguments if "=" in x])
 
 
 def _task_names(text: str) -> list[str]:

@@ -62,6 +62,10 @@ def generate(
   Raises:
     ConfigError: a prompt is empty, has a token that is not in the vocabulary, or is too long for the context.
   """
+  whole = {"max_new_tokens": max_new_tokens, "top_k": top_k, "seed": seed}
+  for name, value in whole.items():
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+      raise ConfigError(f"{name}={value!r} is not a whole number.")
   if not 0 <= temperature < np.inf:
     raise ConfigError(f"temperature={temperature} is not 0 or more; 0 takes the most probable token each time.")
   if not 0 <= top_k <= config.vocab_size:

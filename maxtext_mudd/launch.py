@@ -1,16 +1,18 @@
 """Runs a stock MaxText entry point with MUDD connections installed; what the launchers share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import gc
 import importlib
 import logging
 import pathlib
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app
 from absl import logging as absl_logging
+import omegaconf
+import yaml
 
 from maxtext_mudd import errors, plugin, versions
 
@@ -75,6 +77,20 @@ class _Termination(logging.Handler):
   def emit(self, record: logging.LogRecord) -> None:
     if record.getMessage().startswith("Training stopped: Job received termination signal"):
       self.seen = True
+
+
+def keys(arguments: Sequence[str]) -> dict[str, Any]:
+  """Of key=value arguments, read as MaxText reads them. Raises ConfigError."""
+  for argument in arguments:
+    if "=" not in argument:
+      raise errors.ConfigError(f"{argument} is not key=value, as scan_layers=true is.")
+    try:
+      omegaconf.OmegaConf.from_dotlist([argument])
+    except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException) as error:
+      raise errors.ConfigError(
+        f"{argument} is not valid YAML behind the =; quote it ({errors.brief(error)})."
+      ) from error
+  return omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(list(arguments)))
 
 
 def exit_with(sentence: str) -> NoReturn:

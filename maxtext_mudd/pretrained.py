@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from maxtext_mudd import plugin
-from maxtext_mudd.errors import ConfigError, brief
+from maxtext_mudd.errors import ConfigError
 
 # Beside the keys of a model. Matrix products of float32 are no less on TPUs and GPUs.
 DEFAULTS = {
@@ -44,11 +44,9 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
     ConfigError: the folder is missing or holds no such model, or the configuration cannot work.
   """
   plugin.install()
-  from maxtext.utils import maxtext_utils, model_creation_utils
-
   from maxtext_mudd import devices
   from maxtext_mudd.checkpoints import folder as folders
-  from maxtext_mudd.checkpoints import fork, hf, tensors, tokenizers
+  from maxtext_mudd.checkpoints import fork, hf, parameters, tensors, tokenizers
 
   folder = pathlib.Path(folder).expanduser().absolute()
   if not folder.is_dir():
@@ -58,13 +56,13 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
     keys = folders.with_overrides(DEFAULTS | folders.keys(folder), config_overrides, folder, free)
     config = folders.configuration(keys | {"load_parameters_path": str(folder / folders.ITEMS)})
     devices.check_mesh(config)
-    try:
-      return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config)), config
-    except Exception as error:  # Orbax and MaxText raise all kinds
-      raise ConfigError(
-        f"{folder} cannot be read; it is damaged, or its {folders.CONFIG} changed ({brief(error)})."
-      ) from error
-  kind = fork if fork.is_folder(folder) else hf if hf.is_folder(folder) else None
+    return parameters.load(config), config
+  if _is_of_a_run(folder):
+    raise ConfigError(
+      f"{folder} is a checkpoint without the keys of its model; name the folder that has {folders.CONFIG}, or give the "
+      "CONFIG.yml of its run to from_run."
+    )
+  kind = next((kind for kind in (fork, hf) if kind.is_folder(folder)), None)
   if kind is None:
     raise ConfigError(f"{folder} holds no model: neither {folders.CONFIG}, {tensors.SINGLE} nor {fork.FILE} is there.")
   source = kind.Model(folder)
@@ -90,10 +88,10 @@ def from_run(checkpoint: str, config_file: str, **config_overrides: Any):
   """
   plugin.install()
   from maxtext.configs import pyconfig
-  from maxtext.utils import maxtext_utils, model_creation_utils
 
   from maxtext_mudd import devices
   from maxtext_mudd.checkpoints import folder as folders
+  from maxtext_mudd.checkpoints import parameters
 
   if "://" not in checkpoint:
     path = pathlib.Path(checkpoint).expanduser().absolute()
@@ -104,13 +102,15 @@ def from_run(checkpoint: str, config_file: str, **config_overrides: Any):
   keys = {key: x for key, x in DEFAULTS.items() if key not in own} | folders.here() | config_overrides
   config = pyconfig.initialize(["", config_file], **keys, load_parameters_path=checkpoint)
   devices.check_mesh(config)
-  try:
-    return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config)), config
-  except Exception as error:  # Orbax and MaxText raise all kinds
-    raise ConfigError(
-      f"{checkpoint} cannot be restored; it is damaged, or of a model with other keys than {config_file} and those "
-      f"beside it ({brief(error)})."
-    ) from error
+  return parameters.load(config), config
+
+
+def _is_of_a_run(folder: pathlib.Path) -> bool:
+  """Whether it is, or has, a tree that MaxText saved of a model with connections."""
+  from maxtext_mudd.checkpoints import parameters
+
+  paths = (folder / "items", folder)
+  return any("/connection/" in name for path in paths if path.is_dir() for name in parameters.shapes(str(path)))
 
 
 def _model(config, source):
@@ -147,6 +147,8 @@ def logits(
     positions: 0 to T-1 in every row by default.
     segment_ids: tokens attend to their own segment only; one by default. 0 is padding.
   """
+  if not jnp.issubdtype(jnp.result_type(jnp.asarray(tokens)), jnp.integer):
+    raise ValueError(f"tokens are {jnp.asarray(tokens).dtype}; they have to be whole numbers.")
   tokens = jnp.asarray(tokens, jnp.int32)
   if tokens.ndim != 2 or 0 in tokens.shape:
     raise ValueError(f"tokens are {list(tokens.shape)}; they have to be [batch, length].")

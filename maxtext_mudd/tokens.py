@@ -32,14 +32,14 @@ class Tokenizer:
     self.path = path = str(assets.BYTE_TOKENIZER_FOLDER) if path == assets.BYTE_TOKENIZER else path
     self.path = path = path or config.tokenizer_path
     if not path:
-      raise ConfigError("tokenizer_path='' names no tokenizer; name one by --tokenizer.")
+      raise ConfigError("tokenizer_path='' names no tokenizer; name one.")
     try:
       # BOS is put by `encode`, and not where a text goes on.
       self._words = tokenizer.build_tokenizer(path, kind, False, False, config.hf_access_token)
       around = self._words.encode("")
     except Exception as error:  # libraries raise all kinds
       raise ConfigError(
-        f"tokenizer_path={path} cannot be read as a tokenizer of {kind}; name another by --tokenizer ({brief(error)})."
+        f"tokenizer_path={path} cannot be read as a tokenizer of {kind}; name another ({brief(error)})."
       ) from error
     if around:
       raise ConfigError(f"tokenizer_path={path} puts tokens of its own around texts; name one that does not.")

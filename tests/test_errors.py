@@ -19,6 +19,11 @@ from tests import models, runs
 
 MISTAKES = {
   "mistyped key": (["mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
+  "chunks of nothing": (
+    ["use_chunked_prefill=true", "prefill_chunk_size=0"],
+    "prefill_chunk_size=0 is no number of tokens; set it to 1 or more, or use_chunked_prefill=False.",
+  ),
+  "no tokens": (["max_target_length=0"], "max_target_length=0 has no room for a token; set it to 1 or more."),
   "no value": (["mudd"], "mudd is not key=value, nor a configuration file, which ends in .yml."),
   "topology": (
     ["compile_topology=v5p-17", "compile_topology_num_slices=1"],

@@ -416,7 +416,7 @@ REFUSED = {
   ),
   "no tokenizer": (
     ["--tasks", "choice", "--tokenizer", "{tmp}/run"],
-    "tokenizer_path={tmp}/run cannot be read as a tokenizer of huggingface; name another by --tokenizer (",
+    "tokenizer_path={tmp}/run cannot be read as a tokenizer of huggingface; name another (",
   ),
 }
 
@@ -578,8 +578,10 @@ def test_the_command(tmp_path):
   total = direct(lm, [1, *row[:64]], 64)[0] + direct(lm, row[63:128], 64)[0] + direct(lm, row[97:162], 34)[0]
   np.testing.assert_allclose(found["results"]["text"]["perplexity,none"], np.exp(-total / 162), rtol=10 * TOLERANCE)
 
-  with pytest.raises(ConfigError, match=r"1/items cannot be restored; it is damaged, or of a model with other keys"):
+  with pytest.raises(ConfigError, match=r"1/items has no decoder/layers_2/\S+, which this configuration needs; name"):
     pretrained.from_run(str(checkpoint), runs.RUN_YML, base_num_decoder_layers=3)
+  with pytest.raises(ConfigError, match=r"1 is a checkpoint without the keys of its model; name the folder that has"):
+    maxtext_mudd.from_pretrained(checkpoint)
   mesh = evaluated("mesh.json", runs.RUN_YML, "ici_tensor_parallelism=3", **four)
   assert mesh.returncode == 2
   assert mesh.stderr.splitlines()[-1].startswith(

@@ -108,6 +108,7 @@ REFUSED = {
     ([[1]], 4, float("nan")),
     "temperature=nan is not 0 or more; 0 takes the most probable token each time.",
   ),
+  "a part of a token": (([[1]], 2.5), "max_new_tokens=2.5 is not a whole number."),
   "more than all": (([[1]], 4, 1.0, 65), "top_k=65 is not from 0 to vocab_size=64; 0 draws from all."),
 }
 
@@ -130,11 +131,17 @@ def test_refusals_of_the_command(tmp_path):
       f"load_full_state_path={nowhere}: decoding reads parameters alone; name the checkpoint by load_parameters_path, "
       "which takes one of a run, too.",
     ),
-    ({"load_parameters_path": str(tmp_path), "prompt": ""}, "prompt='' says nothing; write something."),
+    (
+      {"load_parameters_path": str(tmp_path), "max_prefill_predict_length": 64, "max_target_length": 64},
+      "max_prefill_predict_length=64 leaves no room for new tokens in max_target_length=64; lower it, or raise that.",
+    ),
   ):
     with pytest.raises(ConfigError) as refused:
       decode.check_decoding(models.config(**keys))
     assert str(refused.value) == message
+
+
+TEXT = "def f(x): # [a] "  # as YAML it would be something else
 
 
 @pytest.mark.slow
@@ -144,7 +151,7 @@ def test_the_command(tmp_path):
   runs.train(runs.LAUNCHER, runs.RUN_YML, tmp_path, "run", *overrides, "steps=2")
   checkpoint = tmp_path / "run" / "checkpoints" / "1"
   said = []
-  for folder, prompt in ((checkpoint, "def f"), (checkpoint / "items", "def f"), (checkpoint, "x" * 60)):
+  for folder, prompt in ((checkpoint, TEXT), (checkpoint / "items", TEXT), (checkpoint, "x" * 60), (checkpoint, "")):
     keys = [f"load_parameters_path={folder}", f"prompt={prompt}", "max_prefill_predict_length=40"]
     finished = subprocess.run(
       [sys.executable, "MaxText/decode.py", runs.RUN_YML, *keys],
@@ -156,10 +163,11 @@ def test_the_command(tmp_path):
     said.append((finished.returncode, finished.stdout.splitlines()[-1], finished.stderr.splitlines()[-1]))
   assert said[0][:2] == said[1][:2]
   assert said[0][0] == 0
-  assert said[0][1].startswith("Input `def f` -> `")
-  assert len(said[0][1]) > len("Input `def f` -> ``")
+  assert said[0][1].startswith(f"Input `{TEXT}` -> `")
+  assert len(said[0][1]) > len(f"Input `{TEXT}` -> ``")
   assert said[2][0] == 2
   assert said[2][2] == (
     "maxtext-mudd: prompt 0 has 61 tokens, and 24 more are longer than the context, max_target_length=64; shorten it, "
     "or ask for fewer."
   )
+  assert said[3][::2] == (2, "maxtext-mudd: prompt='' says nothing; write something.")

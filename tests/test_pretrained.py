@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
+import yaml
 
 import maxtext_mudd
 from maxtext_mudd import assets, convert, topology
@@ -396,7 +397,7 @@ def test_relative_folders(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match=r"scan_layers=True: the model in \S+ has scan_layers=False; leave it out"):
     maxtext_mudd.from_pretrained("maxtext", scan_layers=True)
   shutil.rmtree(tmp_path / "maxtext" / "items" / "d")
-  with pytest.raises(ConfigError, match=r"maxtext cannot be read; it is damaged"):
+  with pytest.raises(ConfigError, match=r"maxtext/items cannot be read; it is damaged"):
     maxtext_mudd.from_pretrained("maxtext")
 
 
@@ -419,6 +420,33 @@ def test_overrides(tmp_path):
   assert {x.get_value().dtype.name for _, x in nnx.to_flat_state(nnx.state(model, nnx.Param))} == {"bfloat16"}
   with pytest.raises(ValueError, match=r"tokens are \[3\]; they have to be \[batch, length\]"):
     maxtext_mudd.logits(model, [1, 2, 3])
+  with pytest.raises(ValueError, match=r"tokens are float\d+; they have to be whole numbers"):
+    maxtext_mudd.logits(model, [[1.5]])
+  for key, value, own in (
+    ("mudd_activation", "gelu_tanh", "gelu"),
+    ("rope_min_timescale", 50, 1),
+    ("vocab_size", 64, 128),
+  ):
+    with pytest.raises(ConfigError, match=rf"{key}={value}: the model in \S+ has {key}={own}; leave it out"):
+      maxtext_mudd.from_pretrained(tmp_path / "hf", **{key: value})
+
+
+def test_checkpoints_of_other_keys(tmp_path):
+  """MaxText's loader would repeat, cut or leave out parameters."""
+  hf.from_hf(hugging_face(tmp_path / "hf"), tmp_path / "maxtext", {})
+  file = tmp_path / "maxtext" / "model.yml"
+  own = yaml.safe_load(file.read_text())
+  for keys, message in (
+    (
+      {"vocab_size": own["vocab_size"] * 2},
+      r"decoder/logits_dense/kernel is \[\d+, \d+\], and this configuration needs",
+    ),
+    ({"mudd_pre_norm": True}, r"has no \S+, which this configuration needs; name the keys that the model was"),
+    ({"mudd_dynamic": False}, r"has decoder/layers_1/connection/\S+, for which this configuration has no place"),
+  ):
+    file.write_text(yaml.safe_dump(own | keys))
+    with pytest.raises(ConfigError, match=message):
+      maxtext_mudd.from_pretrained(tmp_path / "maxtext")
 
 
 FORK = ("muddjax_plain", "muddjax_prepost")

@@ -34,7 +34,13 @@ CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"
 BASE = "base.yml"  # MaxText's own
 BYTES_AT_A_TIME = 64 * 2**20  # in flight to and from files, beside the largest array
 # Keys of a model that can be others than what it was made with.
-FREE = ("max_target_length", "weight_dtype", "scan_layers", "mudd_ffn_parts", "mudd_rope_table")
+FREE = ("add_bos", "max_target_length", "weight_dtype", "scan_layers", "mudd_ffn_parts", "mudd_rope_table")
+# Keys that make another function of the same parameters, but for those in FREE.
+_OF_THE_FUNCTION = re.compile(
+  r"mudd_(?!kernel|init|ffn_groups).*|(local_|global_)?rope_.*|.*soft_cap|attention_type|sliding_window_size|attention_sink|"
+  r"chunk_attn_window_size|use_qk_norm.*|[qkv]+_norm_with_scale|use_post_(attn|ffw)_norm|normaliz.*|norm_topk_prob|"
+  r"logits_via_embedding|mlp_activations.*|num_experts.*|temperature_tuning"
+)
 
 
 def here() -> dict[str, Any]:
@@ -72,7 +78,7 @@ def keys(folder: pathlib.Path) -> dict[str, Any]:
   """Of the model in it. Raises ConfigError where the file is damaged."""
   try:
     found = yaml.safe_load((folder / CONFIG).read_text())
-  except (OSError, yaml.YAMLError) as error:
+  except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
     raise ConfigError(f"{folder / CONFIG} cannot be read ({' '.join(str(error).split())}).") from error
   if not isinstance(found, dict):
     raise ConfigError(f"{folder / CONFIG} does not hold the keys of a model; convert it again.")
@@ -89,9 +95,14 @@ def with_overrides(
   keys: Mapping[str, Any], overrides: Mapping[str, Any], path: pathlib.Path, free=FREE
 ) -> dict[str, Any]:
   """Keys of a model with a user's beside them. Raises ConfigError where they would make it another model."""
-  for key, value in overrides.items():
-    if key not in free and keys.get(key, value) != value:
-      raise ConfigError(f"{key}={value}: the model in {path} has {key}={keys[key]}; leave it out.")
+  given = {key: value for key, value in overrides.items() if key not in free}
+  unset = {key for key in given.keys() - keys.keys() if _OF_THE_FUNCTION.fullmatch(key)}
+  defaults = configuration({"scan_layers": False, **keys, **here()}) if unset else None
+  own = keys | {key: getattr(defaults, key) for key in unset if hasattr(defaults, key)}
+  for key, value in given.items():
+    has = getattr(own.get(key, value), "value", own.get(key, value))  # of an enumeration
+    if has != value:
+      raise ConfigError(f"{key}={value}: the model in {path} has {key}={has}; leave it out.")
   return {**keys, **overrides}
 
 
@@ -102,7 +113,8 @@ def source_keys(source: Source, overrides: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ConfigError: the overrides would make it another model.
   """
-  keys = with_overrides(source.keys, overrides, source.path)
+  # The released models saw texts without BOS, whatever MaxText's default.
+  keys = with_overrides({"add_bos": False, **source.keys}, overrides, source.path)
   if keys.get("scan_layers") and keys["mudd_ffn_reallocation"]:
     keys.setdefault("mudd_ffn_groups", keys["base_num_decoder_layers"])
     config = configuration(keys | here())

@@ -3,16 +3,19 @@
     python3 -m maxtext_mudd.convert from-hf --hf-dir D --maxtext-dir M key=value ...
     python3 -m maxtext_mudd.convert to-hf --maxtext-dir M --hf-dir D
     python3 -m maxtext_mudd.convert from-fork --fork-dir D --maxtext-dir M key=value ...
+    python3 -m maxtext_mudd.convert from-run --checkpoint runs/a/checkpoints/999 --maxtext-dir M yaml/mudd_tiny.yml ...
     python3 -m maxtext_mudd.convert layout --from runs/a --to runs/b yaml/mudd_tiny.yml scan_layers=true key=value ...
 
 from-hf: a Hugging Face folder of MUDDFormer or MUDDPythia into a folder with a checkpoint of parameters, M/items, and
 the YAML that describes it, M/model.yml. to-hf: the way back. from-fork: the same of a model of the authors' JAX code:
-params.safetensors with flax paths for names, or an Orbax folder.
+params.safetensors with flax paths for names, or an Orbax folder. from-run: the same of a checkpoint of a training run,
+with the configuration that it was started with; to-hf takes it from there.
 layout: the latest checkpoint of a run, from single layers to scanned ones or back, as the configuration says; the new
 run goes on by `run_name=b` with this configuration. Any one machine will do, whatever devices the run is for.
 """
 
 import argparse
+import functools
 import pathlib
 import signal
 import sys
@@ -42,6 +45,12 @@ def main(argv: list[str]) -> None:
   from_fork.add_argument("--maxtext-dir", required=True, metavar="M", help="folder to make")
   from_fork.add_argument("overrides", nargs="*", metavar="key=value", help="as scan_layers=true")
   from_fork.set_defaults(run=_from_fork)
+  from_run = commands.add_parser("from-run", help="from a checkpoint of a training run")
+  from_run.add_argument("--checkpoint", required=True, metavar="C", help="OUTPUT/RUN/checkpoints/STEP")
+  from_run.add_argument("--maxtext-dir", required=True, metavar="M", help="folder to make")
+  from_run.add_argument("config", metavar="CONFIG.yml", help="what the run was started with")
+  from_run.add_argument("overrides", nargs="*", metavar="key=value")
+  from_run.set_defaults(run=_from_run)
   layout = commands.add_parser("layout", help="between single and scanned layers (scan_layers)")
   layout.add_argument("--from", dest="source", required=True, metavar="RUN", help="folder of the run to convert")
   layout.add_argument("--to", dest="target", required=True, metavar="RUN", help="folder of the new run")
@@ -52,7 +61,9 @@ def main(argv: list[str]) -> None:
   args = parser.parse_args(argv)
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that nothing half-made is left
   try:
-    for folder in (getattr(args, name, "") for name in ("source", "target", "hf_dir", "fork_dir", "maxtext_dir")):
+    for folder in (
+      getattr(args, name, "") for name in ("source", "target", "hf_dir", "fork_dir", "checkpoint", "maxtext_dir")
+    ):
       if "://" in folder:
         raise ConfigError(f"{folder} is not a local folder; copy it first.")
     plugin.install()
@@ -78,12 +89,17 @@ def _from_fork(args) -> str:
 def _imported(convert, source: str, args) -> str:
   from maxtext_mudd.checkpoints import folder
 
-  overrides = launch.keys(args.overrides)
   target = pathlib.Path(args.maxtext_dir).absolute()
-  convert(pathlib.Path(source).absolute(), target, overrides)
+  convert(pathlib.Path(source).absolute(), target, overrides=launch.keys(args.overrides))
   return (
     f"{target}: {folder.CONFIG} describes the model, load_parameters_path={target / folder.ITEMS} has its parameters"
   )
+
+
+def _from_run(args) -> str:
+  from maxtext_mudd.checkpoints import run
+
+  return _imported(functools.partial(run.from_run, config_file=args.config), args.checkpoint, args)
 
 
 def _to_hf(args) -> str:

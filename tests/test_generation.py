@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import maxtext_mudd
-from maxtext_mudd import decode, generation
+from maxtext_mudd import convert, decode, generation
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
 from tests.test_blocks import MOE
@@ -146,10 +146,16 @@ TEXT = "def f(x): # [a] "  # as YAML it would be something else
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-  """After a training run, from its checkpoint, named with and without what is inside; a prompt that is too long."""
+  """After a training run, from its checkpoint, named with and without what is inside; a prompt that is too long.
+  The checkpoint as a folder of its own, too."""
   overrides = runs.build_corpus(tmp_path)
   runs.train(runs.LAUNCHER, runs.RUN_YML, tmp_path, "run", *overrides, "steps=2")
   checkpoint = tmp_path / "run" / "checkpoints" / "1"
+  made = tmp_path / "made"
+  convert.main(["from-run", "--checkpoint", str(checkpoint), "--maxtext-dir", str(made), runs.RUN_YML])
+  prompt = np.arange(24)[None]
+  alike = [maxtext_mudd.from_pretrained(made)[0], maxtext_mudd.from_run(str(checkpoint), runs.RUN_YML)[0]]
+  np.testing.assert_array_equal(*(maxtext_mudd.logits(model, prompt) for model in alike))
   said = []
   for folder, prompt in ((checkpoint, TEXT), (checkpoint / "items", TEXT), (checkpoint, "x" * 60), (checkpoint, "")):
     keys = [f"load_parameters_path={folder}", f"prompt={prompt}", "max_prefill_predict_length=40"]

@@ -1,19 +1,23 @@
 """Bad input: one sentence that names the key or file, the value and what would work; status 2; nothing written."""
 
+import ast
+import inspect
 import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 
 import jax
 from maxtext.configs import pyconfig
+from maxtext.layers.nnx_decoders import NNXDecoder
 from maxtext.utils import max_utils
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from maxtext_mudd import devices, errors, plugin, preflight, train
-from maxtext_mudd.config import MuddConfig
+from maxtext_mudd.config import REMAT_POLICIES, MuddConfig
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
 
@@ -27,6 +31,22 @@ MISTAKES = {
   "chips": (
     ["compile_topology=v5q-16", "compile_topology_num_slices=1"],
     "compile_topology=v5q-16: there is no such topology; the nearest is v5p-16.",
+  ),
+  "topology by XPK's name": (
+    ["compile_topology=v5litepod-16", "compile_topology_num_slices=1"],
+    "compile_topology=v5litepod-16: there is no such topology; the nearest is v5e-16.",
+  ),
+  "slices that are no number": (
+    ["compile_topology=v5p-16", "compile_topology_num_slices=abc"],
+    "compile_topology_num_slices=abc is not a number of slices; set it to 1 or more.",
+  ),
+  "mistyped policy": (
+    ["remat_policy=minimul"],
+    "remat_policy=minimul: there is no such policy; the nearest is minimal.",
+  ),
+  "mistyped policy of the plain model": (
+    ["mudd=false", "mudd_ffn_reallocation=false", "remat_policy=Full"],
+    "remat_policy=Full: there is no such policy; the nearest is full.",
   ),
   "topology without slices": (
     ["compile_topology=v5p-16"],
@@ -231,6 +251,10 @@ MISTAKES = {
     ["scan_layers=true", "mudd_ffn_reallocation=false", "param_scan_axis=2"],
     "param_scan_axis=2 does not work with mudd=True and scan_layers=True: norms have two dimensions where they are "
     "stacked; use 0 or 1.",
+  ),
+  "last axis of scanned layers": (
+    ["scan_layers=true", "mudd_ffn_reallocation=false", "param_scan_axis=-1"],
+    "param_scan_axis=-1 does not work with mudd=True and scan_layers=True",
   ),
   "parameters of scanned layers on the host": (
     ["scan_layers=true", "mudd_ffn_reallocation=false", "parameter_memory_host_offload=true"],
@@ -479,6 +503,13 @@ def test_a_cpu_that_would_join_other_hosts(monkeypatch):
     max_utils.initialize_jax_for_cpu({})
 
 
+def test_policies_are_those_of_maxtext():
+  tree = ast.parse(textwrap.dedent(inspect.getsource(NNXDecoder.get_remat_policy)))
+  compared = [x for x in ast.walk(tree) if isinstance(x, ast.Compare) and ast.unparse(x.left) == "remat_policy"]
+  names = {x.value for compare in compared for x in ast.walk(compare) if isinstance(x, ast.Constant)}
+  assert set(REMAT_POLICIES) == names
+
+
 def test_no_arguments(monkeypatch, capsys):
   assert refuse([], monkeypatch, capsys).startswith("name a configuration file first, as in:")
 
@@ -535,7 +566,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize("case", MESHES)
-def test_a_mesh_that_does_not_fit_the_devices(case):
+def test_a_mesh_that_does_not_fit(case):
   keys, sentence = MESHES[case]
   with pytest.raises(ConfigError) as error:
     devices.check_mesh(models.config(**V5P_32 | keys))

@@ -165,6 +165,21 @@ class MuddConfig(MaxTextConfig):
 
   @model_validator(mode="before")
   @classmethod
+  def _check_batch(cls, values: dict) -> dict:
+    batch, length, tiles = map(values.get, ("per_device_batch_size", "max_target_length", "num_vocab_tiling"))
+    if not all(isinstance(x, int | float) for x in (batch, length, tiles)) or tiles < 1:
+      return values  # to be refused for it
+    if batch <= 0:
+      raise ValueError(f"per_device_batch_size={batch} is no batch; use 1 or more, or a share of 1, such as 0.5.")
+    if batch * length % tiles:
+      raise ValueError(
+        f"per_device_batch_size={batch} with max_target_length={length} makes {batch * length:g} tokens for a device, "
+        f"not a multiple of num_vocab_tiling={tiles}; use per_device_batch_size=1, say, or change the others."
+      )
+    return values
+
+  @model_validator(mode="before")
+  @classmethod
   def _resolve_paths(cls, values: dict) -> dict:
     tokenizer = str(values.get("tokenizer_path"))
     if tokenizer == BYTE_TOKENIZER:

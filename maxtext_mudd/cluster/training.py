@@ -32,6 +32,7 @@ def check(request: Request) -> list[str]:
     from maxtext_mudd import devices
 
     devices.check_mesh(config)
+    devices.check_batch(config)
   return [path for key, value in preflight.data_files(config) for path in _local(key, value, config)]
 
 

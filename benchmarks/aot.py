@@ -15,6 +15,8 @@ import compiled_step
 import record
 from tpu_schedule import NotUnderstood
 
+from maxtext_mudd import versions
+
 # Where the paper's batch is what yaml/ says, and a v6e-8.
 MODELS = {"405m": ("v5p-16", "v6e-8"), "1p4b": ("v5p-32",), "2p8b": ("v5p-128",), "6p9b": ("v5p-128",)}
 UNSCANNED = ("405m",)
@@ -103,7 +105,7 @@ def main() -> int:
   models = options.models.split(",")
   unknown = [model for model in models if model not in MODELS]
   wrong = [x for x in options.overrides if "=" not in x]
-  problem = record.missing_libtpu()
+  problem = versions.missing_libtpu()
   if unknown:
     problem = f"--models has {unknown[0]!r}; use some of {', '.join(MODELS)}."
   elif wrong:

@@ -12,6 +12,8 @@ sys.path.insert(0, str(runs.ROOT / "benchmarks"))
 import aot
 import record
 
+from maxtext_mudd import versions
+
 GB = 10**9
 
 
@@ -32,7 +34,7 @@ def rows(monkeypatch, tmp_path, capsys):
     return row | {"per_device_batch_size": 4.0, "compile_seconds": 50 * share, **sizes}
 
   monkeypatch.setattr(record, "in_own_process", compiled)
-  monkeypatch.setattr(record, "missing_libtpu", lambda: None)
+  monkeypatch.setattr(versions, "missing_libtpu", lambda: None)
   monkeypatch.setattr(record, "facts", lambda hardware: {"chips": hardware})
   monkeypatch.setattr(record, "RESULTS", tmp_path)
 

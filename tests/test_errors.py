@@ -1,6 +1,7 @@
 """Bad input: one sentence that names the key or file, the value and what would work; status 2; nothing written."""
 
 import ast
+import importlib.util
 import inspect
 import pathlib
 import re
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from maxtext_mudd import devices, errors, plugin, preflight, train
+from maxtext_mudd import devices, errors, plugin, preflight, train, train_compile
 from maxtext_mudd.config import REMAT_POLICIES, MuddConfig
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
@@ -659,6 +660,19 @@ def test_a_mesh_and_a_batch_that_fit():
     cfg = models.config(**V5P_32 | keys)
     devices.check_mesh(cfg)
     devices.check_batch(cfg)
+
+
+def test_compiling_without_a_compiler(monkeypatch):
+  monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  expected = (
+    "libtpu, which compiles for TPUs, is not installed; on Linux: python3 -m pip install -r requirements/tpu.txt."
+  )
+  with pytest.raises(ConfigError) as error:
+    train_compile.check_compiling(models.config(**V5P_32))
+  assert str(error.value) == expected
+  with pytest.raises(ConfigError, match="compile_topology='' names nothing to compile for; add compile_topology=v5p-8"):
+    train_compile.check_compiling(models.config())
 
 
 TOO_LARGE = {

@@ -15,6 +15,8 @@ import compiled_step
 import record
 from tpu_schedule import NotUnderstood
 
+from maxtext_mudd import versions
+
 # Where the paper's batch is what yaml/ says, and a v6e-8.
 MODELS = {"405m": ("v5p-16", "v6e-8"), "1p4b": ("v5p-32",), "2p8b": ("v5p-128",), "6p9b": ("v5p-128",)}
 UNSCANNED = ("405m",)
@@ -33,14 +35,13 @@ COLUMNS = [
   "to stock",
 ]
 COLUMNS += ["both, of the chip"]
-NOTES = f"""
-Of one chip. Where FFNs are re-allocated, scanned MUDD models have groups of blocks of equal FFN width
-(mudd_ffn_groups={SCANNED["mudd_ffn_groups"]} unless the command says otherwise), computed in parts
-(mudd_ffn_parts={SCANNED["mudd_ffn_parts"]}); unscanned ones a width for each block, as in the paper.
+NOTES = """
+Of one chip. {widths}
 Arguments: parameters, moments and data; they are updated in place. Temporaries: the most memory held beside them, by
 the compiler's own account, with outputs that do not take the place of arguments. To stock: of the row above it.
 Compile seconds are of this host and vary with what else it does. Nothing ran on a TPU.
 """
+_OFF = ("false", "no", "off", "f", "n", "0")  # as configurations read it
 
 
 def cases(models: list[str]):
@@ -52,12 +53,37 @@ def cases(models: list[str]):
           yield model, topology, scan, mudd
 
 
-def measure(model: str, topology: str, scan: bool, mudd: bool, keys: dict) -> dict:
-  keys = {"scan_layers": scan, **keys}
+def keys_of(scan: bool, mudd: bool, overrides: dict) -> dict:
+  """What a row sets beside its file: of `overrides`, a stock row what stock reads."""
+  keys = {"scan_layers": scan, **overrides}
   if not mudd:
-    keys = {key: x for key, x in keys.items() if key not in SCANNED}
-  elif scan and keys.get("mudd_ffn_reallocation") != "false":
-    keys = SCANNED | keys
+    import contenders  # and MaxText
+
+    return contenders.of_stock(keys)
+  return SCANNED | keys if scan and _reallocated(overrides) else keys
+
+
+def _reallocated(overrides: dict) -> bool:
+  return str(overrides.get("mudd_ffn_reallocation", True)).lower() not in _OFF
+
+
+def widths(overrides: dict) -> str:
+  """What the FFNs of MUDD rows are, for the note below the table."""
+  scanned, single = ({"mudd_ffn_groups": 0, "mudd_ffn_parts": 1} | keys_of(x, True, overrides) for x in (True, False))
+
+  def named(keys):
+    return ", ".join(f"{key}={keys[key]}" for key in SCANNED)
+
+  if not _reallocated(overrides):
+    return f"No FFN is re-allocated (mudd_ffn_reallocation=false, mudd_ffn_parts={scanned['mudd_ffn_parts']})."
+  return (
+    f"FFNs of MUDD are re-allocated: scanned by {named(scanned)}, single by {named(single)}.\n"
+    "Blocks of a group have one width; with 0 groups each has its own, as in the paper."
+  )
+
+
+def measure(model: str, topology: str, scan: bool, mudd: bool, keys: dict) -> dict:
+  keys = keys_of(scan, mudd, keys)
   yaml = f"yaml/{'mudd' if mudd else 'transformer_pp'}_{model}.yml"
   row = {"model": model, "yaml": yaml, "topology": topology, "scan_layers": scan, "mudd": mudd}
   try:
@@ -98,12 +124,14 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--models", default=",".join(MODELS), help="comma-separated; by default all: %(default)s")
   parser.add_argument("--output", help="name of the .md and .json to write to benchmarks/results/")
-  parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all rows, as per_device_batch_size=4")
+  parser.add_argument(
+    "overrides", nargs="*", metavar="key=value", help="for all rows that read it, as per_device_batch_size=4"
+  )
   options = parser.parse_args()
   models = options.models.split(",")
   unknown = [model for model in models if model not in MODELS]
   wrong = [x for x in options.overrides if "=" not in x]
-  problem = record.missing_libtpu()
+  problem = versions.missing_libtpu()
   if unknown:
     problem = f"--models has {unknown[0]!r}; use some of {', '.join(MODELS)}."
   elif wrong:
@@ -131,7 +159,7 @@ def main() -> int:
     lines.append(cells(row, stock))
     print(record.table(COLUMNS, lines[-1:]).splitlines()[-1], flush=True)
   small = [f"- {row['model']} on {row['topology']}: {row['does_not_fit']}\n" for row in rows if "does_not_fit" in row]
-  notes = NOTES + "".join(["\n", *small] if small else [])
+  notes = NOTES.format(widths=widths(keys)) + "".join(["\n", *small] if small else [])
   print(notes)
   if options.output:
     record.write(options.output, about, record.table(COLUMNS, lines) + notes, rows)

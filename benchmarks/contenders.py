@@ -125,6 +125,7 @@ def read(name: str, overrides: Sequence[str], keys: Mapping[str, Any]):
   if config.hardware.removesuffix("_multiprocess") != _hardware():
     raise ConfigError(f"hardware={config.hardware}: JAX finds a {_hardware()} here; leave hardware out.")
   devices.check_mesh(config)
+  devices.check_batch(config)
   return config
 
 

@@ -21,12 +21,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
-def missing_libtpu() -> str | None:
-  if importlib.util.find_spec("libtpu") is None:
-    return "libtpu is not installed; pip install libtpu, on Linux."
-  return None
-
-
 def in_own_process(script: str, name: str, arguments: list[str], init_args: str = "") -> dict:
   """The JSON that `script _one ARGUMENTS` prints last. libtpu reads its flags once, when it is loaded."""
   environment = os.environ | COMPILE_ONLY | {"LIBTPU_INIT_ARGS": init_args}

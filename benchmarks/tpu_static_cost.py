@@ -23,6 +23,8 @@ import record
 import tpu_schedule
 from tpu_schedule import NotUnderstood
 
+from maxtext_mudd import versions
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -352,7 +354,7 @@ def refusal(options) -> str | None:
       return f"--{name} is {value}; at least 1 is needed."
   if options.keep and options.keep.exists():
     return f"--keep {options.keep} is there already; name a new folder."
-  return record.missing_libtpu()
+  return versions.missing_libtpu()
 
 
 def cases(options):

@@ -19,6 +19,8 @@ import record
 import tpu_schedule
 from tpu_schedule import NotUnderstood
 
+from maxtext_mudd import versions
+
 FORMS = {
   "stock": {"mudd": False},
   "xla": {"mudd_kernel": "xla"},
@@ -163,7 +165,7 @@ def refusal(options) -> str | None:
     return f"--layers is {options.layers}; at least 1 is needed."
   if not options.batch > 0:
     return f"--batch is {options.batch:g}; more than 0 is needed."
-  return record.missing_libtpu()
+  return versions.missing_libtpu()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from maxtext.configs.types import MaxTextConfig
 from maxtext.utils import accelerator_to_spec_map
 from pydantic import Field, model_validator
 
-from maxtext_mudd import kernels, topology
+from maxtext_mudd import kernels, slices, topology
 from maxtext_mudd.assets import BYTE_TOKENIZER, BYTE_TOKENIZER_FOLDER
 from maxtext_mudd.blocks import ATTENTION_NORMS
 from maxtext_mudd.kernels.reference import ACTIVATIONS
@@ -60,6 +60,25 @@ _READ_WITH = (
   ("mudd_init_std", "mudd_init", ("normal",)),
 )
 
+# Those of MaxText's get_remat_policy, which asserts; it reads none as no policy.
+REMAT_POLICIES = (
+  "none",
+  "minimal_with_context",
+  "minimal_flash",
+  "minimal",
+  "minimal_with_quantization",
+  "minimal_with_context_and_quantization",
+  "save_dot_with_context_except_mlp",
+  "save_dot_except_mlpwi",
+  "save_dot_except_mlp",
+  "save_qkv_proj",
+  "qkv_proj_offloaded",
+  "minimal_offloaded",
+  "custom",
+  "save_out_proj",
+  "full",
+)
+
 
 def _refuse(settings: Iterable[tuple[bool, str, str]], condition: str) -> None:
   """Raises for the first (whether it is on, setting, why not and what would work) that is on."""
@@ -68,13 +87,11 @@ def _refuse(settings: Iterable[tuple[bool, str, str]], condition: str) -> None:
       raise ValueError(f"{setting} does not work with {condition}: {reason}.")
 
 
-def _nearest(topology: str, known: Iterable[str]) -> str:
-  """Of the same chips, the nearest number of them; else the most similar name."""
-  chips, _, number = str(topology).rpartition("-")
-  of_chips = [name for name in known if name.rpartition("-")[0] == chips and name.rpartition("-")[2].isdigit()]
-  if of_chips and number.isdigit():
-    return min(of_chips, key=lambda name: abs(int(name.rpartition("-")[2]) - int(number)))
-  return difflib.get_close_matches(str(topology), known, n=1, cutoff=0.0)[0]
+def _at_least_one(value) -> bool:
+  try:
+    return int(value) >= 1
+  except (TypeError, ValueError):
+    return False
 
 
 class MuddConfig(MaxTextConfig):
@@ -139,10 +156,26 @@ class MuddConfig(MaxTextConfig):
     if not name or values.get("internal_compile"):
       return values
     if name not in known:
-      raise ValueError(f"compile_topology={name}: there is no such topology; the nearest is {_nearest(name, known)}.")
-    slices = values.get("compile_topology_num_slices")
-    if slices is None or int(slices) < 1:
-      raise ValueError(f"compile_topology_num_slices={slices} is not a number of slices; set it to 1 or more.")
+      nearest = slices.nearest(str(name), known)
+      raise ValueError(f"compile_topology={name}: there is no such topology; the nearest is {nearest}.")
+    number = values.get("compile_topology_num_slices")
+    if not _at_least_one(number):
+      raise ValueError(f"compile_topology_num_slices={number} is not a number of slices; set it to 1 or more.")
+    return values
+
+  @model_validator(mode="before")
+  @classmethod
+  def _check_batch(cls, values: dict) -> dict:
+    batch, length, tiles = map(values.get, ("per_device_batch_size", "max_target_length", "num_vocab_tiling"))
+    if not all(isinstance(x, int | float) for x in (batch, length, tiles)) or tiles < 1:
+      return values  # to be refused for it
+    if batch <= 0:
+      raise ValueError(f"per_device_batch_size={batch} is no batch; use 1 or more, or a share of 1, such as 0.5.")
+    if batch * length % tiles:
+      raise ValueError(
+        f"per_device_batch_size={batch} with max_target_length={length} makes {batch * length:g} tokens for a device, "
+        f"not a multiple of num_vocab_tiling={tiles}; use per_device_batch_size=1, say, or change the others."
+      )
     return values
 
   @model_validator(mode="before")
@@ -160,6 +193,10 @@ class MuddConfig(MaxTextConfig):
 
   @model_validator(mode="after")
   def _check_model(self):
+    policy = self.remat_policy
+    if policy and policy not in REMAT_POLICIES:
+      nearest = difflib.get_close_matches(policy, REMAT_POLICIES, n=1, cutoff=0.0)[0]
+      raise ValueError(f"remat_policy={policy}: there is no such policy; the nearest is {nearest}.")
     if self.mudd_decoder_layer == "pythia":
       self._check_pythia()
     if self.mudd_init != "stock":
@@ -414,7 +451,7 @@ class MuddConfig(MaxTextConfig):
   def _check_scanned(self):
     refused = (
       (
-        self.param_scan_axis > 1,
+        self.param_scan_axis not in (0, 1),
         f"param_scan_axis={self.param_scan_axis}",
         "norms have two dimensions where they are stacked; use 0 or 1",
       ),

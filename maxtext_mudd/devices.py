@@ -1,10 +1,11 @@
 """Whether a configuration fits the devices that it is for."""
 
+from collections.abc import Sequence
 import math
 import re
 
 import jax
-from maxtext.utils import max_utils
+from maxtext.utils import max_utils, sharding
 
 from maxtext_mudd.errors import ConfigError
 
@@ -14,12 +15,16 @@ _EXCEEDED = re.compile(rf"(?:Used {_SIZE} of {_SIZE} (?:\w+). )?Exceeded (?:\w+ 
 _REQUIRED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)")
 _ALLOCATED = re.compile(rf"allocat\w+ {_SIZE}")
 _FREE = re.compile(rf"{_SIZE} free")
+_BATCHES = (  # sizes for a device, and what MaxText makes of them
+  ("per_device_batch_size", "global_batch_size_to_load", "micro_batch_size_to_train_on"),
+  ("eval_per_device_batch_size", "global_batch_size_to_load_eval", "micro_batch_size_to_eval_on"),
+)
 
 
 def check_mesh(config) -> None:
-  """Raises ConfigError for parallelisms whose product is not the number of devices, or of slices; and what JAX raises
-  where it has no devices."""
-  if config.elastic_enabled or config.subslice_shape:  # their devices are known later
+  """Raises ConfigError for parallelisms whose product is not the number of devices, or of slices, or that do not divide
+  heads or experts; and what JAX raises where it has no devices."""
+  if _known_later(config):
     return
   if not config.compile_topology:
     jax.devices()  # MaxText's configuration takes none for one
@@ -27,6 +32,81 @@ def check_mesh(config) -> None:
   _check_product(config, "ici", config.num_target_devices // slices, "device", " of a slice")
   if slices > 1:
     _check_product(config, "dcn", slices, "slice", "")
+  _check_heads_and_experts(config, _mesh(config))
+
+
+def check_batch(config) -> None:
+  """Raises ConfigError for batches of training that make no sequence, or that the mesh cannot divide."""
+  if _known_later(config):
+    return
+  mesh, length, devices = _mesh(config), config.max_target_length, config.num_target_devices
+  batch_axes, length_axes = _axes(config, mesh, config.input_data_sharding_logical_axes)
+  parts = math.prod(mesh.shape[axis] for axis in length_axes)
+  _check_divided(config, mesh, length_axes, length, f"max_target_length={length}", f"use a multiple of {parts} for it")
+  for key, loaded, trained in _BATCHES[: 2 if config.eval_interval > 0 else 1]:
+    setting, loaded = f"{key}={getattr(config, key):g}", getattr(config, loaded)
+    if not getattr(config, trained):
+      raise ConfigError(f"{setting} makes less than one sequence for {devices} device(s); use 1, or a larger share.")
+    if config.dataset_type.value != "synthetic" and loaded % devices:
+      raise ConfigError(
+        f"{setting}: the {loaded} sequences of a step cannot be divided by the {devices} devices, as "
+        f"dataset_type={config.dataset_type.value} divides them; use a whole number."
+      )
+    loaded //= config.num_diloco_replicas if config.enable_diloco else 1
+    what = f"the {loaded} sequences of {setting}"
+    _check_divided(config, mesh, batch_axes, loaded, what, f"use a whole number for {key}")
+
+
+def _known_later(config) -> bool:
+  return config.elastic_enabled or bool(config.subslice_shape)
+
+
+def _mesh(config) -> jax.sharding.AbstractMesh:
+  """The mesh, with -1 filled in; its products have been checked."""
+  slices = max(config.num_slices, 1)
+  devices = config.num_target_devices // slices
+  sizes = max_utils.fill_unspecified_mesh_axes(list(config.ici_parallelism), devices, "ICI")
+  if slices > 1:
+    of_slices = max_utils.fill_unspecified_mesh_axes(list(config.dcn_parallelism), slices, "DCN")
+    sizes = [x * y for x, y in zip(sizes, of_slices)]
+  return jax.sharding.AbstractMesh(tuple(sizes), tuple(config.mesh_axes))
+
+
+def _axes(config, mesh: jax.sharding.AbstractMesh, names: Sequence[str]) -> list[tuple[str, ...]]:
+  """Of each dimension with these logical names, the axes that divide it."""
+  spec = sharding.logical_to_mesh_axes(tuple(names), mesh, rules=config.logical_axis_rules)
+  return [sharding.mesh_axes_for_dim(axes) for axes in spec]
+
+
+def _check_heads_and_experts(config, mesh: jax.sharding.AbstractMesh) -> None:
+  heads, experts = config.num_kv_heads, config.num_experts
+  if config.attention_type not in ("mla", "compressed") and config.ici_context_autoregressive_parallelism == 1:
+    axes = _axes(config, mesh, ("embed_attn", "kv_heads", "kv_head_dim"))[1]
+    what = f"the {heads} heads of keys and values (base_num_kv_heads)"
+    _check_divided(config, mesh, axes, heads, what, f"use a divisor of {heads}")
+  if experts > 1 and not (config.shard_exp_on_fsdp or config.use_2d_fsdp_sharding):  # which divide their widths
+    axes = _axes(config, mesh, ("exp", "embed_moe", "mlp_moe"))[0]
+    _check_divided(config, mesh, axes, experts, f"num_experts={experts}", f"use a divisor of {experts}")
+
+
+def _check_divided(
+  config, mesh: jax.sharding.AbstractMesh, axes: Sequence[str], number: int, what: str, remedy: str
+) -> None:
+  parts = math.prod(mesh.shape[axis] for axis in axes)
+  if number % parts == 0:
+    return
+  given = (
+    (_key(prefix, axis), value)
+    for prefix in ("ici", "dcn")
+    for axis, value in zip(config.mesh_axes, getattr(config, f"{prefix}_parallelism"))
+    if axis in axes and value != 1
+  )
+  named = ", ".join(f"{key}={value}" for key, value in given)
+  raise ConfigError(f"{named}: {what} cannot be divided by {parts}; {remedy}.")
+
+
+def _key(prefix: str, axis: str) -> str:
+  return f"{prefix}_{'pipeline' if axis == 'stage' else axis}_parallelism"
 
 
 def _check_product(config, prefix: str, target: int, unit: str, where: str) -> None:
@@ -36,7 +116,7 @@ def _check_product(config, prefix: str, target: int, unit: str, where: str) -> N
     return
   except AssertionError:
     pass
-  given = {f"{prefix}_{axis}_parallelism": value for axis, value in zip(config.mesh_axes, values)}
+  given = {_key(prefix, axis): value for axis, value in zip(config.mesh_axes, values)}
   fixed = {key: value for key, value in given.items() if value not in (1, -1)}
   left = [key for key, value in given.items() if value == -1]
   named = ", ".join(f"{key}={value}" for key, value in fixed.items()) or "all are 1"

@@ -4,8 +4,9 @@ from maxtext_mudd.launch import launch
 
 
 def check_training(config) -> None:
-  from maxtext_mudd import preflight  # once MaxText is known to be the right one
+  from maxtext_mudd import devices, preflight  # once MaxText is known to be the right one
 
+  devices.check_batch(config)
   preflight.check_training(config)
 
 

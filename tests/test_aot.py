@@ -12,6 +12,8 @@ sys.path.insert(0, str(runs.ROOT / "benchmarks"))
 import aot
 import record
 
+from maxtext_mudd import versions
+
 GB = 10**9
 
 
@@ -32,7 +34,7 @@ def rows(monkeypatch, tmp_path, capsys):
     return row | {"per_device_batch_size": 4.0, "compile_seconds": 50 * share, **sizes}
 
   monkeypatch.setattr(record, "in_own_process", compiled)
-  monkeypatch.setattr(record, "missing_libtpu", lambda: None)
+  monkeypatch.setattr(versions, "missing_libtpu", lambda: None)
   monkeypatch.setattr(record, "facts", lambda hardware: {"chips": hardware})
   monkeypatch.setattr(record, "RESULTS", tmp_path)
 
@@ -64,6 +66,33 @@ def test_the_table(rows, tmp_path):
   assert "- 405m on v6e-8: it needs 40G of the chip's 31.25G, 8.75G too much." in written
   assert "8.75G too much" in printed.err
   assert len(json.loads((tmp_path / "mine.json").read_text())["rows"]) == 8
+
+
+def test_what_a_row_sets():
+  given = {"mudd_ffn_groups": "4", "mudd_activation": "gelu_tanh", "remat_policy": "minimal"}
+  assert aot.keys_of(True, False, given) == {"scan_layers": True, "remat_policy": "minimal"}
+  assert aot.keys_of(True, True, given) == {"scan_layers": True, "mudd_ffn_parts": 2} | given
+  assert aot.keys_of(False, True, given) == {"scan_layers": False} | given
+  for off in ("false", "False", "0"):
+    given = {"mudd_ffn_reallocation": off}
+    assert aot.keys_of(True, True, given) == {"scan_layers": True} | given
+    assert aot.keys_of(True, False, given) == {"scan_layers": True}
+
+
+@pytest.mark.parametrize(
+  ("overrides", "said"),
+  [
+    ((), "scanned by mudd_ffn_groups=2, mudd_ffn_parts=2, single by mudd_ffn_groups=0, mudd_ffn_parts=1."),
+    (
+      ("mudd_ffn_groups=4", "mudd_ffn_parts=1"),
+      "scanned by mudd_ffn_groups=4, mudd_ffn_parts=1, single by mudd_ffn_groups=4, mudd_ffn_parts=1.",
+    ),
+    (("mudd_ffn_reallocation=False",), "No FFN is re-allocated (mudd_ffn_reallocation=false, mudd_ffn_parts=1)."),
+  ],
+)
+def test_the_note_tells_the_widths(rows, overrides, said):
+  _, _, printed = rows("--models", "405m", *overrides)
+  assert said in printed.out
 
 
 @pytest.mark.parametrize(

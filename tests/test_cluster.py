@@ -63,7 +63,19 @@ REFUSED = {
   "local output": ({"OUTPUT": "runs"}, "OUTPUT=runs is not a folder of Cloud Storage; write gs://BUCKET/FOLDER."),
   "no bucket": ({"OUTPUT": "gs://"}, "OUTPUT=gs:// is not a folder of Cloud Storage"),
   "variable in the output": ({"OUTPUT": "gs://my-bucket/$USER"}, "OUTPUT=gs://my-bucket/$USER is not a folder"),
-  "image": ({"DOCKER_IMAGE": "a; b"}, "DOCKER_IMAGE=a; b is not an image; write REGISTRY/PROJECT/NAME:TAG."),
+  "slice by MaxText's name": (
+    {"TPU_TYPE": "v5e-16"},
+    "TPU_TYPE=v5e-16 is MaxText's name for it; write XPK's, v5litepod-16.",
+  ),
+  "image": (
+    {"DOCKER_IMAGE": "a; b"},
+    "DOCKER_IMAGE=a; b is not an image; write REGISTRY/PROJECT/NAME:TAG, lower case but for TAG.",
+  ),
+  "capitals in an image": (
+    {"DOCKER_IMAGE": "gcr.io/My-project/mudd:1"},
+    "DOCKER_IMAGE=gcr.io/My-project/mudd:1 is not",
+  ),
+  "mistyped variable": ({"NUM_SLICE": "3"}, "NUM_SLICE is not a variable of make xpk; the nearest is NUM_SLICES."),
   "project": ({"PROJECT": "My Project"}, "PROJECT=My Project is not the id of a Google Cloud project"),
   "zone": ({"ZONE": "us"}, "ZONE=us is not a zone of Google Cloud, such as us-east5-a."),
   "switch": ({"DRY_RUN": "yes"}, "DRY_RUN=yes is not valid; write DRY_RUN=1, or leave it out."),
@@ -78,12 +90,24 @@ REFUSED = {
     "ARGS: steps is not key=value, nor a configuration file, which ends in .yml.",
   ),
   "run name": ({"ARGS": "run_name=x"}, "ARGS: run_name=x is set by WORKLOAD; give it there."),
+  "topology": (
+    {"ARGS": "compile_topology=v5p-8"},
+    "ARGS: compile_topology=v5p-8 is set by TPU_TYPE; give it there.",
+  ),
+  "slices of the topology": (
+    {"ARGS": "compile_topology_num_slices=4"},
+    "ARGS: compile_topology_num_slices=4 is set by NUM_SLICES; give it there.",
+  ),
   "quotes": ({"ARGS": "hf_path='a"}, "ARGS=hf_path='a has quotes that do not match (no closing quotation)."),
   "lines": ({"ARGS": "a=1\nb=2"}, "ARGS='a=1\\nb=2' has line breaks or other control characters"),
   "variable": ({"ARGS": "a=$(HOME)"}, "ARGS=a=$(HOME) has a $, which Kubernetes reads as a variable of its own"),
   "flag of a variable": (
     {"XPK_ARGS": "--no-dry-run"},
     "XPK_ARGS: --no-dry-run is set by DRY_RUN; give it there.",
+  ),
+  "Pathways": (
+    {"XPK_ARGS": "--use-pathways"},
+    "XPK_ARGS: --use-pathways does not work with xpk workload create: Pathways has a command of its own",
   ),
   "no project": (
     {"DRY_RUN": "", "DOCKER_IMAGE": "gcr.io/your-project/maxtext-mudd:abc"},
@@ -153,6 +177,13 @@ def test_a_base_outside_of_the_image(tmp_path, monkeypatch):
   (tmp_path / "mine.yml").write_text("base_config: base.yml\n")
   with pytest.raises(ConfigError, match=r"^yaml/mudd_405m\.yml builds on .*mine\.yml, which is not in yaml/"):
     training.check(request())
+
+
+@pytest.mark.parametrize(
+  "image", ["a", "a/b:V1.0", "localhost:5000/a_b/c", "us-docker.pkg.dev/p/r/n:X-y", f"a.io/b@sha256:{'0' * 64}"]
+)
+def test_images_that_are_images(image):
+  assert request(DOCKER_IMAGE=image).image == image
 
 
 @pytest.mark.parametrize("tpu_type", ["v5p-16", "v5litepod-16", "v6e-8", "v5p-2x2x2"])

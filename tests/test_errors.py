@@ -1,19 +1,24 @@
 """Bad input: one sentence that names the key or file, the value and what would work; status 2; nothing written."""
 
+import ast
+import importlib.util
+import inspect
 import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 
 import jax
 from maxtext.configs import pyconfig
+from maxtext.layers.nnx_decoders import NNXDecoder
 from maxtext.utils import max_utils
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from maxtext_mudd import devices, errors, plugin, preflight, train
-from maxtext_mudd.config import MuddConfig
+from maxtext_mudd import devices, errors, plugin, preflight, train, train_compile
+from maxtext_mudd.config import REMAT_POLICIES, MuddConfig
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
 
@@ -32,6 +37,39 @@ MISTAKES = {
   "chips": (
     ["compile_topology=v5q-16", "compile_topology_num_slices=1"],
     "compile_topology=v5q-16: there is no such topology; the nearest is v5p-16.",
+  ),
+  "topology by XPK's name": (
+    ["compile_topology=v5litepod-16", "compile_topology_num_slices=1"],
+    "compile_topology=v5litepod-16: there is no such topology; the nearest is v5e-16.",
+  ),
+  "slices that are no number": (
+    ["compile_topology=v5p-16", "compile_topology_num_slices=abc"],
+    "compile_topology_num_slices=abc is not a number of slices; set it to 1 or more.",
+  ),
+  "mistyped policy": (
+    ["remat_policy=minimul"],
+    "remat_policy=minimul: there is no such policy; the nearest is minimal.",
+  ),
+  "mistyped policy of the plain model": (
+    ["mudd=false", "mudd_ffn_reallocation=false", "remat_policy=Full"],
+    "remat_policy=Full: there is no such policy; the nearest is full.",
+  ),
+  "no batch": (
+    ["per_device_batch_size=0"],
+    "per_device_batch_size=0 is no batch; use 1 or more, or a share of 1, such as 0.5.",
+  ),
+  "batch below zero": (
+    ["mudd=false", "mudd_ffn_reallocation=false", "per_device_batch_size=-2"],
+    "per_device_batch_size=-2 is no batch",
+  ),
+  "tokens that are not whole": (
+    ["per_device_batch_size=0.3"],
+    "per_device_batch_size=0.3 with max_target_length=64 makes 19.2 tokens for a device, not a multiple of "
+    "num_vocab_tiling=1; use per_device_batch_size=1, say, or change the others.",
+  ),
+  "less than one sequence": (
+    ["per_device_batch_size=0.5"],
+    "per_device_batch_size=0.5 makes less than one sequence for 1 device(s); use 1, or a larger share.",
   ),
   "topology without slices": (
     ["compile_topology=v5p-16"],
@@ -236,6 +274,10 @@ MISTAKES = {
     ["scan_layers=true", "mudd_ffn_reallocation=false", "param_scan_axis=2"],
     "param_scan_axis=2 does not work with mudd=True and scan_layers=True: norms have two dimensions where they are "
     "stacked; use 0 or 1.",
+  ),
+  "last axis of scanned layers": (
+    ["scan_layers=true", "mudd_ffn_reallocation=false", "param_scan_axis=-1"],
+    "param_scan_axis=-1 does not work with mudd=True and scan_layers=True",
   ),
   "parameters of scanned layers on the host": (
     ["scan_layers=true", "mudd_ffn_reallocation=false", "parameter_memory_host_offload=true"],
@@ -484,6 +526,13 @@ def test_a_cpu_that_would_join_other_hosts(monkeypatch):
     max_utils.initialize_jax_for_cpu({})
 
 
+def test_policies_are_those_of_maxtext():
+  tree = ast.parse(textwrap.dedent(inspect.getsource(NNXDecoder.get_remat_policy)))
+  compared = [x for x in ast.walk(tree) if isinstance(x, ast.Compare) and ast.unparse(x.left) == "remat_policy"]
+  names = {x.value for compare in compared for x in ast.walk(compare) if isinstance(x, ast.Constant)}
+  assert set(REMAT_POLICIES) == names
+
+
 def test_no_arguments(monkeypatch, capsys):
   assert refuse([], monkeypatch, capsys).startswith("name a configuration file first, as in:")
 
@@ -539,17 +588,96 @@ MESHES = {
 }
 
 
+THREE_HALVES = {"per_device_batch_size": 1.5}
+SYNTHETIC = {"dataset_type": "synthetic"}
+MOE = {"decoder_block": "mixtral", "num_experts": 6, "num_experts_per_tok": 2, "base_moe_mlp_dim": 64}
+MESHES |= {
+  "heads": (
+    {"ici_tensor_parallelism": 8},
+    "ici_tensor_parallelism=8: the 2 heads of keys and values (base_num_kv_heads) cannot be divided by 8; use a "
+    "divisor of 2.",
+  ),
+  "heads of what is left": (
+    {"ici_fsdp_parallelism": 4, "ici_tensor_parallelism": -1, "base_num_query_heads": 6},
+    "ici_tensor_parallelism=-1: the 2 heads of keys and values (base_num_kv_heads) cannot be divided by 4; use a "
+    "divisor of 2.",
+  ),
+  "experts": (
+    MOE | {"ici_expert_parallelism": 4},
+    "ici_expert_parallelism=4: num_experts=6 cannot be divided by 4; use a divisor of 6.",
+  ),
+}
+
+
 @pytest.mark.parametrize("case", MESHES)
-def test_a_mesh_that_does_not_fit_the_devices(case):
+def test_a_mesh_that_does_not_fit(case):
   keys, sentence = MESHES[case]
   with pytest.raises(ConfigError) as error:
     devices.check_mesh(models.config(**V5P_32 | keys))
   assert str(error.value) == sentence
 
 
-def test_a_mesh_that_fits():
-  devices.check_mesh(models.config(**V5P_32, ici_fsdp_parallelism=-1, ici_tensor_parallelism=4))
-  devices.check_mesh(models.config(**V5P_32 | {"compile_topology_num_slices": 4, "dcn_fsdp_parallelism": 2}))
+BATCHES = {
+  "length": (
+    {"ici_context_parallelism": 4, "max_target_length": 18},
+    "ici_context_parallelism=4: max_target_length=18 cannot be divided by 4; use a multiple of 4 for it.",
+  ),
+  "less than one sequence": (
+    {"per_device_batch_size": 0.05, "max_target_length": 20},
+    "per_device_batch_size=0.05 makes less than one sequence for 16 device(s); use 1, or a larger share.",
+  ),
+  "sequences that the devices cannot share": (
+    THREE_HALVES | {"dataset_type": "tfds"},
+    "per_device_batch_size=1.5: the 24 sequences of a step cannot be divided by the 16 devices, as dataset_type=tfds "
+    "divides them; use a whole number.",
+  ),
+  "sequences that the mesh cannot share": (
+    THREE_HALVES,
+    "ici_fsdp_parallelism=-1: the 24 sequences of per_device_batch_size=1.5 cannot be divided by 16; use a whole "
+    "number for per_device_batch_size.",
+  ),
+  "sequences of an evaluation": (
+    {"eval_per_device_batch_size": 1.5, "eval_interval": 2},
+    "ici_fsdp_parallelism=-1: the 24 sequences of eval_per_device_batch_size=1.5 cannot be divided by 16; use a whole "
+    "number for eval_per_device_batch_size.",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_a_batch_that_the_mesh_cannot_divide(case):
+  keys, sentence = BATCHES[case]
+  with pytest.raises(ConfigError) as error:
+    devices.check_batch(models.config(**V5P_32 | SYNTHETIC | keys))
+  assert str(error.value) == sentence
+
+
+def test_a_mesh_and_a_batch_that_fit():
+  """Fractions, too, where MaxText loads a sequence for each device, or the devices have fewer to divide."""
+  for keys in (
+    {"ici_tensor_parallelism": 2, "per_device_batch_size": 0.5},
+    {"compile_topology_num_slices": 4, "dcn_fsdp_parallelism": 2, "gradient_accumulation_steps": 2} | THREE_HALVES,
+    MOE
+    | {"ici_expert_parallelism": 2, "ici_context_parallelism": 4, "max_target_length": 20}
+    | THREE_HALVES
+    | SYNTHETIC,
+  ):
+    cfg = models.config(**V5P_32 | keys)
+    devices.check_mesh(cfg)
+    devices.check_batch(cfg)
+
+
+def test_compiling_without_a_compiler(monkeypatch):
+  monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  expected = (
+    "libtpu, which compiles for TPUs, is not installed; on Linux: python3 -m pip install -r requirements/tpu.txt."
+  )
+  with pytest.raises(ConfigError) as error:
+    train_compile.check_compiling(models.config(**V5P_32))
+  assert str(error.value) == expected
+  with pytest.raises(ConfigError, match="compile_topology='' names nothing to compile for; add compile_topology=v5p-8"):
+    train_compile.check_compiling(models.config())
 
 
 TOO_LARGE = {

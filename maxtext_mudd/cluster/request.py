@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 import dataclasses
+import difflib
 import pathlib
 import re
 import shlex
 
+from maxtext_mudd import slices
 from maxtext_mudd.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -15,10 +17,16 @@ YOUR_PROJECT, YOUR_ZONE = "your-project", "your-zone-a"  # stand in a dry run fo
 
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[a-zA-Z0-9._=+-]+)*/?")
-_IMAGE = re.compile(r"[a-z0-9][a-zA-Z0-9._/:-]*[a-zA-Z0-9](@sha256:[0-9a-f]{64})?")
+_PART = r"[a-z0-9]+([._-]+[a-z0-9]+)*"
+_IMAGE = re.compile(rf"{_PART}(:[0-9]+)?(/{_PART})*(:[a-zA-Z0-9_][a-zA-Z0-9_.-]*)?(@sha256:[0-9a-f]{{64}})?")
 _PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]")
 _ZONE = re.compile(r"[a-z]+-[a-z]+[0-9]*(-[a-z])?")
-_TAKEN = {"run_name": "WORKLOAD", "base_output_directory": "OUTPUT"}
+_TAKEN = {
+  "run_name": "WORKLOAD",
+  "base_output_directory": "OUTPUT",
+  "compile_topology": "TPU_TYPE",
+  "compile_topology_num_slices": "NUM_SLICES",
+}
 _FLAGS = {  # of `xpk workload create`
   "--command": "CONFIG and ARGS",
   "--cluster": "CLUSTER",
@@ -45,6 +53,7 @@ _EXAMPLES = {
   "OUTPUT": "gs://my-bucket/runs",
   "DOCKER_IMAGE": "gcr.io/my-project/maxtext-mudd:1",
 }
+_NAMES = (*_EXAMPLES, "ARGS", "XPK_ARGS", "MAX_RESTARTS", "PROJECT", "ZONE", "DRY_RUN", "MANIFEST", "XPK")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +97,19 @@ def read(arguments: Sequence[str]) -> Request:
     if "=" not in argument:
       raise ConfigError(f"{argument} is not NAME=value, such as WORKLOAD=mudd-405m.")
   given = dict(argument.split("=", 1) for argument in arguments)
+  for name in given:
+    if name not in _NAMES:
+      nearest = difflib.get_close_matches(name.upper(), _NAMES, n=1, cutoff=0.0)[0]
+      raise ConfigError(f"{name} is not a variable of make xpk; the nearest is {nearest}.")
   for name, example in _EXAMPLES.items():
     if not given.get(name):
       raise ConfigError(f"{name} is not set; for example: make xpk {name}={example}")
   for name in ("CLUSTER", "WORKLOAD"):
     _check_name(name, given[name])
+  if (tpu_type := slices.of_xpk(given["TPU_TYPE"])) != given["TPU_TYPE"]:
+    raise ConfigError(f"TPU_TYPE={given['TPU_TYPE']} is MaxText's name for it; write XPK's, {tpu_type}.")
   _check(given, "OUTPUT", _BUCKET, "is not a folder of Cloud Storage; write gs://BUCKET/FOLDER.")
-  _check(given, "DOCKER_IMAGE", _IMAGE, "is not an image; write REGISTRY/PROJECT/NAME:TAG.")
+  _check(given, "DOCKER_IMAGE", _IMAGE, "is not an image; write REGISTRY/PROJECT/NAME:TAG, lower case but for TAG.")
   _check(given, "PROJECT", _PROJECT, "is not the id of a Google Cloud project, such as my-project.")
   _check(given, "ZONE", _ZONE, "is not a zone of Google Cloud, such as us-east5-a.")
   dry_run = _switch("DRY_RUN", given.get("DRY_RUN", ""))
@@ -200,6 +215,11 @@ def _flag_of_xpk(argument: str) -> str:
   flag = argument.split("=", 1)[0]
   if flag in _FLAGS:
     raise ConfigError(f"XPK_ARGS: {argument} is set by {_FLAGS[flag]}; give it there.")
+  if flag.startswith("--use-pat") and "--use-pathways".startswith(flag):  # XPK takes abbreviations
+    raise ConfigError(
+      f"XPK_ARGS: {argument} does not work with xpk workload create: Pathways has a command of its own, which make xpk "
+      "does not run; leave it out."
+    )
   return argument
 
 

@@ -5,7 +5,7 @@ import io
 import logging
 import os
 
-from maxtext_mudd import config_files, plugin, preflight
+from maxtext_mudd import config_files, plugin, preflight, slices
 from maxtext_mudd.cluster.request import IN_IMAGE, ROOT, Request
 from maxtext_mudd.errors import ConfigError
 
@@ -32,6 +32,7 @@ def check(request: Request) -> list[str]:
     from maxtext_mudd import devices
 
     devices.check_mesh(config)
+    devices.check_batch(config)
   return [path for key, value in preflight.data_files(config) for path in _local(key, value, config)]
 
 
@@ -47,7 +48,7 @@ def _read(request: Request, files: list[str]):
   from maxtext.configs import pyconfig
   from maxtext.utils.accelerator_to_spec_map import UserFacingNameToSystemCharacteristics
 
-  tpu_type = request.tpu_type.replace("v5litepod", "v5e")  # as MaxText has it
+  tpu_type = slices.of_maxtext(request.tpu_type)
   known = tpu_type in UserFacingNameToSystemCharacteristics
   argv = [
     "",

@@ -321,6 +321,10 @@ def test_targets_are_never_written_over(tmp_path, capsys):
     ["from-hf", "--hf-dir", str(source), "--maxtext-dir", str(target), "scan_layers"],
     ["from-hf", "--hf-dir", str(source), "--maxtext-dir", str(target), "mudd_wayz=1"],
     ["to-hf", "--maxtext-dir", str(target), "--hf-dir", str(source)],
+  del index["weight_map"]["norm.weight"]
+  (source / tensors.INDEX).write_text(json.dumps(index))
+  with pytest.raises(ConfigError, match=r"00005\.safetensors has norm\.weight, which \S+ does not name there"):
+    hf_files.open_folder(source)
     ["to-hf", "--maxtext-dir", str(made), "--hf-dir", str(source)],
     ["from-hf", "--hf-dir", str(source), "--maxtext-dir", str(tmp_path / "new"), "head_dim=32"],
     [

@@ -3,6 +3,7 @@
 M/model.yml    all keys of the model
 M/items        load_parameters_path
 M/tokenizer    tokenizer_path, where the source has one
+M/remote_code  what a Hugging Face folder has of code and generation_config.json
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ import tqdm
 import yaml
 
 from maxtext_mudd import topology
-from maxtext_mudd.checkpoints import tensors, tokenizers
+from maxtext_mudd.checkpoints import remote_code, tensors, tokenizers
 from maxtext_mudd.errors import ConfigError, brief
 
 CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"
@@ -172,6 +173,7 @@ def convert(source: Source, target: pathlib.Path, overrides: Mapping[str, Any], 
       (stage / name).write_text(text)
 
 
+    remote_code.copy(source.path, stage / remote_code.FOLDER)
 @contextlib.contextmanager
 def staged(target: pathlib.Path):
   """A folder to write to, which becomes `target` when all went well, and is gone otherwise.

@@ -394,26 +394,99 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
 
   monkeypatch.setattr(folder, "save", stop)
   with pytest.raises(KeyboardInterrupt):
-    hf.from_hf(source, tmp_path / "maxtext", {})
+    hf.from_hf(source, tmp_path / "new" / "deep" / "maxtext", {})
   assert [x.name for x in tmp_path.iterdir()] == ["hf"]
 
 
-def test_models_that_the_authors_code_does_not_have(tmp_path):
+def test_what_a_killed_conversion_left_is_removed(tmp_path):
+  for name in (".m[1].partial", ".m[1].partial.orbax-checkpoint-tmp", ".m1.partial"):
+    (tmp_path / name / "items").mkdir(parents=True)
+  with folder.staged(tmp_path / "m[1]") as stage:
+    assert sorted(x.name for x in tmp_path.iterdir()) == [".m1.partial", ".m[1].partial"]
+    assert not list(stage.iterdir())
+  assert sorted(x.name for x in tmp_path.iterdir()) == [".m1.partial", "m[1]"]
+
+
+INTERRUPT = """
+import pathlib, signal, sys, threading, time
+from maxtext_mudd import plugin
+plugin.install()
+from maxtext_mudd.checkpoints import hf
+
+source, target = map(pathlib.Path, sys.argv[1:])
+
+def watch():
+  while not list(target.parent.glob(".*.orbax-checkpoint-tmp*")):
+    time.sleep(0.0005)
+  signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+threading.Thread(target=watch, daemon=True).start()
+hf.from_hf(source, target, {})
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_orbax_writes_leaves_nothing(tmp_path):
+  command = [sys.executable, "-c", INTERRUPT, str(models.DATA / "muddformer_tiny"), str(tmp_path / "new" / "maxtext")]
+  finished = subprocess.run(command, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True)
+  assert finished.stderr.rstrip().endswith("KeyboardInterrupt")
+  assert finished.stderr.count("Traceback") == 1
+  assert not list(tmp_path.iterdir())
+
+
+class Changed:
+  """A configuration with other values, unchecked."""
+
+  def __init__(self, config, changes):
+    self._config, self._changes = config, changes
+
+  def __getattr__(self, key):
+    return self._changes[key] if key in self._changes else getattr(self._config, key)
+
+
+def test_models_that_the_authors_code_does_not_have():
+  config = folder.configuration(hf.Model(models.DATA / "muddformer_tiny").keys | folder.here() | {"scan_layers": False})
+  for changes, found, expected in (
+    ({"mudd_window": 2}, "mudd_window=2", "mudd_window=0"),
+    ({"mudd_dynamic": False}, "mudd_dynamic=False", "mudd_dynamic=True"),
+    ({"mudd_ffn_reallocation": False}, "mudd_ffn_reallocation=False", "mudd_ffn_reallocation=True"),
+    ({"mudd_ffn_round_to": 64}, "FFNs of 128, 192, 256, 256, 320, 384", "re-allocates 256 by its rule"),
+    ({"base_num_kv_heads": 2}, "base_num_kv_heads=2", "base_num_kv_heads=4"),
+    ({"head_dim": 32}, "head_dim=32", "head_dim=16"),
+    ({"final_logits_soft_cap": 30.0}, "final_logits_soft_cap=30.0", "final_logits_soft_cap=0"),
+    ({"attn_logits_soft_cap": 30.0}, "attn_logits_soft_cap=30.0", "attn_logits_soft_cap=0"),
+    ({"rope_type": "yarn"}, "rope_type=yarn", "rope_type=default"),
+    ({"rope_min_timescale": 2}, "rope_min_timescale=2", "rope_min_timescale=1"),
+    ({"rope_linear_scaling_factor": 4.0}, "rope_linear_scaling_factor=4.0", "rope_linear_scaling_factor=1.0"),
+    ({"attention_type": "local_sliding"}, "attention_type=local_sliding", "attention_type=global"),
+  ):
+    with pytest.raises(ConfigError, match=f"{found} (is|are) not in the authors' MUDDFormer, which .*{expected}"):
+      hf_config.fields(Changed(config, changes), {})
+
+
+def test_exports_leave_no_parameter_behind(tmp_path):
   source, target = hugging_face(tmp_path / "hf"), tmp_path / "maxtext"
   hf.from_hf(source, target, {})
-  (target / folder.CONFIG).write_text((target / folder.CONFIG).read_text() + "mudd_window: 2\n")
-  with pytest.raises(ConfigError, match=r"mudd_window=2 is not in the authors' MUDDFormer, which has mudd_window=0\."):
+  (target / folder.CONFIG).write_text((target / folder.CONFIG).read_text() + "use_qk_norm: false\n")
+  with pytest.raises(ConfigError, match=r"maxtext has decoder/layers_0/self_attention/key_norm/scale, for which"):
     hf.to_hf(target, tmp_path / "back")
-  assert not (tmp_path / "back").exists()
+  assert sorted(x.name for x in tmp_path.iterdir()) == ["hf", "maxtext"]
 
 
 def test_exports_say_what_the_checkpoint_is_now(tmp_path, capsys):
   """A longer context goes into config.json, whatever the original said; code goes along, and progress is shown."""
   source, target = hugging_face(tmp_path / "hf"), tmp_path / "maxtext"
+  code = ("configuration_muddformer.py", "modeling_muddformer.py", "generation_config.json")
+  for name in code:
+    (source / name).write_text(f"# {name}\n")
   hf.from_hf(source, target, {"max_target_length": 4096})
+  capsys.readouterr()
   hf.to_hf(target, tmp_path / "back")
+  assert re.search(r"maxtext: 100%.*1\.77M/1\.77M", capsys.readouterr().err)
   found, expected = (json.loads((x / "config.json").read_text()) for x in (tmp_path / "back", source))
   assert found == expected | {"block_size": 4096}
+  for name in code:
+    assert (tmp_path / "back" / name).read_text() == f"# {name}\n"
 
 
 @pytest.mark.slow
@@ -476,17 +549,10 @@ def test_the_fork_s_orbax_folders(tmp_path):
   for number, path in enumerate((source, tmp_path / "params", tmp_path / "run")):
     target = tmp_path / f"maxtext{number}"
     convert.main(["from-fork", "--fork-dir", str(path), "--maxtext-dir", str(target), f"scan_layers={number == 2}"])
-  code = ("configuration_muddformer.py", "modeling_muddformer.py", "generation_config.json")
-  for name in code:
-    (source / name).write_text(f"# {name}\n")
     config = folder.configuration(folder.keys(target) | folder.here())
-  capsys.readouterr()
     values = folder.restore(target, config)
-  assert re.search(r"maxtext: 100%.*1\.77M/1\.77M", capsys.readouterr().err)
     made.append(layouts.unstack(values, config) if config.scan_layers else values)
   for found in made[1:]:
-  for name in code:
-    assert (tmp_path / "back" / name).read_text() == f"# {name}\n"
     check_same(found, made[0])
 
 
@@ -499,6 +565,12 @@ def edited(**changes):
   return edit
 
 
+def with_parameter(name, change):
+  """An edit: what a function makes of one parameter."""
+  return lambda path, values: edited(**{name: np.ascontiguousarray(change(values[name]))})(path, values)
+
+
+NEEDS = "and the model that its other parameters make needs"
 OF_FORK = {
   "a missing parameter": (
     edited(**{"decoder/layers_2/mlp/wo/kernel": None}),
@@ -580,68 +652,6 @@ def test_refusals_of_the_fork(case, layout, tmp_path):
   assert [x.name for x in tmp_path.iterdir()] == ["fork"]
 
 
-MEASURE = """
-import pathlib, sys, threading, time
-from maxtext_mudd import plugin
-plugin.install()
-from maxtext_mudd.checkpoints import folder, fork, hf
-
-def resident():
-  return int(open("/proc/self/statm").read().split()[1]) * 4096
-
-def watch():
-  global most
-  while True:
-    most = max(most, resident())
-    time.sleep(0.005)
-
-def with_parameter(name, change):
-  """An edit: what a function makes of one parameter."""
-  return lambda path, values: edited(**{name: np.ascontiguousarray(change(values[name]))})(path, values)
-
-
-NEEDS = "and the model that its other parameters make needs"
-source, target = map(pathlib.Path, sys.argv[2:])
-kind = {"from-hf": hf, "from-fork": fork}.get(sys.argv[1])
-keys = kind.Model(source).keys | {"scan_layers": False} if kind else folder.keys(source)
-folder.parameter_shapes(folder.configuration(keys | folder.here()))  # what tracing takes is no part of it
-before = most = resident()
-threading.Thread(target=watch, daemon=True).start()
-if kind:
-  model = kind.Model(source)
-  folder.convert(model, target, {"scan_layers": True}, {})
-else:
-  hf.to_hf(source, target)
-print(most - before)
-"""
-
-
-@pytest.mark.slow
-def test_memory(tmp_path, monkeypatch):
-  """Of 1.1 GB: the model once and one shard, of two in, and of one out."""
-  source = tmp_path / "hf"
-  source.mkdir()
-  sizes = {"n_layer": 8, "dim": 1536, "n_head": 12, "n_local_heads": 12, "head_dim": 128, "intermediate_size": 4096}
-  fields = json.loads((models.DATA / "muddformer_tiny" / "config.json").read_text()) | sizes | {"vocab_size": 16384}
-  widths = topology.ffn_widths(4096, 8, **topology.RELEASED_FFN)
-  config = folder.configuration(hf_config.keys(fields, widths, "") | folder.here() | {"scan_layers": False})
-  random = np.random.default_rng(0)
-
-  def values(shape):
-    return lambda: random.standard_normal(shape, dtype=np.float32)
-
-  made = {x.tensor: (x.tensor_shape, np.float32, values(x.tensor_shape)) for x in hf_names.names(config)}
-  monkeypatch.setattr(tensors, "SHARD_BYTES", 6 * 10**8)
-  tensors.write(source, made)
-  (source / "config.json").write_text(json.dumps(fields))
-  size = hf.Model(source).size
-  assert size > 10**9
-  assert most_memory("from-hf", source, tmp_path / "m") <= size + 6 * 10**8
-  assert most_memory("to-hf", tmp_path / "m", tmp_path / "b") <= 2 * size
-  check_same(
-    load_file(tmp_path / "b" / "model.safetensors"),
-    {name: x.read() for name, x in hf_files.open_folder(source).items()},
-  )
 OF_FORK_ALONE = {  # without config.json
   "another model": (edited(**{"token_embedder/embedding": None}), "has no token_embedder/embedding; name a folder"),
   "a flat kernel": (
@@ -700,6 +710,36 @@ def test_fields_of_the_fork(tmp_path):
   assert found == keys | {"rope_min_timescale": 2, "mudd_hidden_round_to": 0}
 
 
+MEASURE = """
+import pathlib, sys, threading, time
+from maxtext_mudd import plugin
+plugin.install()
+from maxtext_mudd.checkpoints import folder, fork, hf
+
+def resident():
+  return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+def watch():
+  global most
+  while True:
+    most = max(most, resident())
+    time.sleep(0.005)
+
+source, target = map(pathlib.Path, sys.argv[2:])
+kind = {"from-hf": hf, "from-fork": fork}.get(sys.argv[1])
+keys = kind.Model(source).keys | {"scan_layers": False} if kind else folder.keys(source)
+folder.parameter_shapes(folder.configuration(keys | folder.here()))  # what tracing takes is no part of it
+before = most = resident()
+threading.Thread(target=watch, daemon=True).start()
+if kind:
+  model = kind.Model(source)
+  folder.convert(model, target, {"scan_layers": True}, {})
+else:
+  hf.to_hf(source, target)
+print(most - before)
+"""
+
+
 def most_memory(*command: str | pathlib.Path) -> int:
   """Of a conversion, in bytes."""
   command = [sys.executable, "-c", MEASURE, *map(str, command)]
@@ -727,3 +767,29 @@ def test_memory_of_the_fork_s_orbax_folders(tmp_path):
   assert most_memory("from-fork", source, tmp_path / "m") <= size + 6 * 10**8
 
 
+@pytest.mark.slow
+def test_memory(tmp_path, monkeypatch):
+  """Of 1.1 GB: the model once and one shard, of two in, and of one out."""
+  source = tmp_path / "hf"
+  source.mkdir()
+  sizes = {"n_layer": 8, "dim": 1536, "n_head": 12, "n_local_heads": 12, "head_dim": 128, "intermediate_size": 4096}
+  fields = json.loads((models.DATA / "muddformer_tiny" / "config.json").read_text()) | sizes | {"vocab_size": 16384}
+  widths = topology.ffn_widths(4096, 8, **topology.RELEASED_FFN)
+  config = folder.configuration(hf_config.keys(fields, widths, "") | folder.here() | {"scan_layers": False})
+  random = np.random.default_rng(0)
+
+  def values(shape):
+    return lambda: random.standard_normal(shape, dtype=np.float32)
+
+  made = {x.tensor: (x.tensor_shape, np.float32, values(x.tensor_shape)) for x in hf_names.names(config)}
+  monkeypatch.setattr(tensors, "SHARD_BYTES", 6 * 10**8)
+  tensors.write(source, made)
+  (source / "config.json").write_text(json.dumps(fields))
+  size = hf.Model(source).size
+  assert size > 10**9
+  assert most_memory("from-hf", source, tmp_path / "m") <= size + 6 * 10**8
+  assert most_memory("to-hf", tmp_path / "m", tmp_path / "b") <= 2 * size
+  check_same(
+    load_file(tmp_path / "b" / "model.safetensors"),
+    {name: x.read() for name, x in hf_files.open_folder(source).items()},
+  )

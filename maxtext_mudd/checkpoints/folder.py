@@ -6,12 +6,15 @@ M/tokenizer    tokenizer_path, where the source has one
 M/remote_code  what a Hugging Face folder has of code and generation_config.json
 """
 
+import atexit
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
+import glob
 import os
 import pathlib
 import re
 import shutil
+import threading
 from typing import Any, Protocol
 
 from etils import epath
@@ -34,6 +37,7 @@ from maxtext_mudd.errors import ConfigError, brief
 CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"
 BASE = "base.yml"  # MaxText's own
 BYTES_AT_A_TIME = 64 * 2**20  # in flight to and from files, beside the largest array
+SECONDS_TO_STOP = 60  # after an interrupt
 # Keys of a model that can be others than what it was made with.
 FREE = ("max_target_length", "weight_dtype", "scan_layers", "mudd_ffn_parts", "mudd_rope_table")
 
@@ -169,11 +173,11 @@ def convert(source: Source, target: pathlib.Path, overrides: Mapping[str, Any], 
     parameters = tree(config, source.parameters(config, bar.update), source.path)
     save(stage, config, parameters, keys | words)
     tokenizers.copy(source.path, stage / TOKENIZER)
+    remote_code.copy(source.path, stage / remote_code.FOLDER)
     for name, text in beside.items():
       (stage / name).write_text(text)
 
 
-    remote_code.copy(source.path, stage / remote_code.FOLDER)
 @contextlib.contextmanager
 def staged(target: pathlib.Path):
   """A folder to write to, which becomes `target` when all went well, and is gone otherwise.
@@ -183,16 +187,32 @@ def staged(target: pathlib.Path):
   """
   if os.path.lexists(target):
     raise ConfigError(f"{target} exists already; name a folder that does not.")
-  stage = target.with_name(f".{target.name}.partial")
+  stage, made = target.with_name(f".{target.name}.partial"), []
+  others = threading.enumerate()
+
+  def clean():
+    for path in stage.parent.glob(f"{glob.escape(stage.name)}*"):  # Orbax writes beside it first
+      shutil.rmtree(path, ignore_errors=True)
+    for parent in made:
+      with contextlib.suppress(OSError):  # it is not empty
+        parent.rmdir()
+
   try:
-    shutil.rmtree(stage, ignore_errors=True)
+    clean()
+    made += [parent for parent in target.parents if not parent.exists()]
     stage.mkdir(parents=True)
     yield stage
     stage.rename(target)
   except OSError as error:
     raise ConfigError(f"{target} cannot be written ({error.strerror or error}); name a folder that can be.") from error
+  except KeyboardInterrupt:
+    atexit.register(clean)  # for what is written after the wait
+    for thread in threading.enumerate():  # Orbax's cannot be stopped, and would fail one by one
+      if thread not in others and not thread.daemon:
+        thread.join(SECONDS_TO_STOP)
+    raise
   finally:
-    shutil.rmtree(stage, ignore_errors=True)
+    clean()
 
 
 def save(stage: pathlib.Path, config, parameters: dict, keys: Mapping[str, Any]) -> None:

@@ -3,14 +3,18 @@
 M/model.yml    all keys of the model
 M/items        load_parameters_path
 M/tokenizer    tokenizer_path, where the source has one
+M/remote_code  what a Hugging Face folder has of code and generation_config.json
 """
 
+import atexit
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
+import glob
 import os
 import pathlib
 import re
 import shutil
+import threading
 from typing import Any, Protocol
 
 from etils import epath
@@ -27,12 +31,13 @@ import tqdm
 import yaml
 
 from maxtext_mudd import topology
-from maxtext_mudd.checkpoints import tensors, tokenizers
+from maxtext_mudd.checkpoints import remote_code, tensors, tokenizers
 from maxtext_mudd.errors import ConfigError, brief
 
 CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"
 BASE = "base.yml"  # MaxText's own
 BYTES_AT_A_TIME = 64 * 2**20  # in flight to and from files, beside the largest array
+SECONDS_TO_STOP = 60  # after an interrupt
 # Keys of a model that can be others than what it was made with.
 FREE = ("add_bos", "max_target_length", "weight_dtype", "scan_layers", "mudd_ffn_parts", "mudd_rope_table")
 # Keys that make another function of the same parameters, but for those in FREE.
@@ -180,6 +185,7 @@ def convert(source: Source, target: pathlib.Path, overrides: Mapping[str, Any], 
     parameters = tree(config, source.parameters(config, bar.update), source.path)
     save(stage, config, parameters, keys | words)
     tokenizers.copy(source.path, stage / TOKENIZER)
+    remote_code.copy(source.path, stage / remote_code.FOLDER)
     for name, text in beside.items():
       (stage / name).write_text(text)
 
@@ -193,16 +199,32 @@ def staged(target: pathlib.Path):
   """
   if os.path.lexists(target):
     raise ConfigError(f"{target} exists already; name a folder that does not.")
-  stage = target.with_name(f".{target.name}.partial")
+  stage, made = target.with_name(f".{target.name}.partial"), []
+  others = threading.enumerate()
+
+  def clean():
+    for path in stage.parent.glob(f"{glob.escape(stage.name)}*"):  # Orbax writes beside it first
+      shutil.rmtree(path, ignore_errors=True)
+    for parent in made:
+      with contextlib.suppress(OSError):  # it is not empty
+        parent.rmdir()
+
   try:
-    shutil.rmtree(stage, ignore_errors=True)
+    clean()
+    made += [parent for parent in target.parents if not parent.exists()]
     stage.mkdir(parents=True)
     yield stage
     stage.rename(target)
   except OSError as error:
     raise ConfigError(f"{target} cannot be written ({error.strerror or error}); name a folder that can be.") from error
+  except KeyboardInterrupt:
+    atexit.register(clean)  # for what is written after the wait
+    for thread in threading.enumerate():  # Orbax's cannot be stopped, and would fail one by one
+      if thread not in others and not thread.daemon:
+        thread.join(SECONDS_TO_STOP)
+    raise
   finally:
-    shutil.rmtree(stage, ignore_errors=True)
+    clean()
 
 
 def save(stage: pathlib.Path, config, parameters: dict, keys: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 One tensor is read at a time, so that the host holds the model once, in the dtype that it is converted to.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import json
 import pathlib
@@ -12,8 +12,19 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
-from maxtext_mudd.checkpoints import folder, hf_config, hf_files, hf_names, layout, tensors, tokenizers
+from maxtext_mudd.checkpoints import (
+  ffn,
+  folder,
+  hf_config,
+  hf_files,
+  hf_names,
+  layout,
+  remote_code,
+  tensors,
+  tokenizers,
+)
 from maxtext_mudd.checkpoints.hf_names import Name
 from maxtext_mudd.checkpoints.tensors import Tensor
 from maxtext_mudd.errors import ConfigError
@@ -39,8 +50,8 @@ class Model:
     self.path = path
     self.fields = read_fields(path / CONFIG)
     self._tensors = hf_files.open_folder(path)
-    self.ffn_widths = _ffn_widths(self._tensors)
-    self.keys = hf_config.keys(self.fields, self.ffn_widths, str(path / CONFIG))
+    self.keys = hf_config.keys(self.fields, _ffn_widths(self._tensors), str(path / CONFIG))
+    self.ffn_widths = ffn.of_keys(self.keys)
     self.size = sum(tensor.size for tensor in self._tensors.values())
     self.dtypes = {name: tensor.dtype.name for name, tensor in self._tensors.items()}
 
@@ -81,16 +92,17 @@ def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
       values = layout.unstack(values, config) if config.scan_layers else values
     except ValueError as error:
       raise ConfigError(f"{source} is not of the model that its {folder.CONFIG} describes: {error}.") from None
-    made, dtypes = {}, original.get("dtypes", {})
-    for name in sorted(hf_names.names(config), key=_by_kind):
-      if name.path not in values or values[name.path].shape != name.shape:
-        wanted = f"{name.path} of {list(name.shape)}"
-        raise ConfigError(f"{source} has no {wanted}, which its {folder.CONFIG} makes one expect.")
-      dtype = jnp.dtype(dtypes.get(name.tensor, config.weight_dtype))
-      made[name.tensor] = name.tensor_shape, dtype, functools.partial(_taken, values, name)
-    tensors.write(stage, made)
+    names, dtypes = sorted(hf_names.names(config), key=_by_kind), original.get("dtypes", {})
+    _check_parameters(values, names, source)
+    with tqdm.tqdm(total=sum(x.nbytes for x in values.values()), unit="B", unit_scale=True, desc=source.name) as bar:
+      made = {}
+      for name in names:
+        dtype = jnp.dtype(dtypes.get(name.tensor, config.weight_dtype))
+        made[name.tensor] = name.tensor_shape, dtype, functools.partial(_taken, values, name, bar.update)
+      tensors.write(stage, made)
     (stage / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True))
     tokenizers.copy(source / folder.TOKENIZER, stage)
+    remote_code.copy(source / remote_code.FOLDER, stage)
 
 
 def _by_kind(name: Name) -> str:
@@ -98,8 +110,19 @@ def _by_kind(name: Name) -> str:
   return re.sub(r"layers_\d+", "layers", name.path)
 
 
-def _taken(values: dict[str, np.ndarray], name: Name) -> np.ndarray:
-  return name.to_hf(values.pop(name.path))
+def _check_parameters(values: Mapping[str, np.ndarray], names: Sequence[Name], path: pathlib.Path) -> None:
+  for name in names:
+    if name.path not in values or values[name.path].shape != name.shape:
+      wanted = f"{name.path} of {list(name.shape)}"
+      raise ConfigError(f"{path} has no {wanted}, which its {folder.CONFIG} makes one expect.")
+  if extra := values.keys() - {name.path for name in names}:
+    raise ConfigError(f"{path} has {min(extra)}, for which the model of its {folder.CONFIG} has no place.")
+
+
+def _taken(values: dict[str, np.ndarray], name: Name, progress: Callable[[int], None]) -> np.ndarray:
+  value = values.pop(name.path)
+  progress(value.nbytes)
+  return name.to_hf(value)
 
 
 def read_fields(file: pathlib.Path) -> dict[str, Any]:
@@ -115,13 +138,11 @@ def read_fields(file: pathlib.Path) -> dict[str, Any]:
   return fields
 
 
-def _ffn_widths(found: Mapping[str, Tensor]) -> tuple[int, ...]:
-  widths = {}
-  for name, tensor in found.items():
-    layer = re.fullmatch(r"layers\.(\d+)\.feed_forward\.w1\.weight", name)
-    if layer and tensor.shape:
-      widths[int(layer[1])] = tensor.shape[0]
-  return tuple(widths[i] for i in sorted(widths))
+def _ffn_widths(found: Mapping[str, Tensor]) -> tuple[int | None, ...]:
+  """By layer, of those that have any tensor; None where that of the FFN is missing, or no matrix."""
+  layers = {layer[1] for name in found if (layer := re.match(r"layers\.(\d+)\.", name))}
+  kernels = [found.get(f"layers.{i}.feed_forward.w1.weight") for i in range(len(layers))]
+  return tuple(x.shape[0] if x and len(x.shape) == 2 else None for x in kernels)
 
 
 def _check(found: Mapping[str, Tensor], known, path: pathlib.Path) -> None:

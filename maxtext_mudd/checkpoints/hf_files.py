@@ -20,7 +20,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
   are not read yet.
 
   Raises:
-    ConfigError: there are none, one that the index names is missing, or a file is damaged or of integers.
+    ConfigError: there are none, files and index are not of each other, or a file is damaged or of integers.
   """
   for single, index, of_file in KINDS:
     if (folder / index).exists():
@@ -40,6 +40,10 @@ def _of_shards(folder: pathlib.Path, index: str, of_file) -> dict[str, Tensor]:
   for name, file in where.items():
     if name not in found[file]:
       raise ConfigError(f"{folder / file} has no {name}, which {index} says it has; copy both again.")
+  for file, tensors_of_file in found.items():
+    for name in tensors_of_file:
+      if where.get(name) != file:
+        raise ConfigError(f"{folder / file} has {name}, which {index} does not name there; copy both again.")
   return {name: found[file][name] for name, file in where.items()}
 
 

@@ -22,7 +22,6 @@ def of_file(file: pathlib.Path) -> dict[str, Tensor]:
       f"{file} needs PyTorch to be read; install it (pip install torch), or save the model as safetensors."
     ) from error
   dtypes = {
-    torch.float64: np.float64,
     torch.float32: np.float32,
     torch.float16: np.float16,
     torch.bfloat16: ml_dtypes.bfloat16,
@@ -41,7 +40,7 @@ def of_file(file: pathlib.Path) -> dict[str, Tensor]:
     dtype = np.dtype(dtypes[value.dtype])
 
     def read():
-      bits = value.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+      bits = value.contiguous().view({2: torch.int16, 4: torch.int32}[dtype.itemsize])
       return bits.numpy().view(dtype).copy()
 
     return Tensor(file, tuple(value.shape), dtype, read)

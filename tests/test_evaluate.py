@@ -578,7 +578,7 @@ def test_the_command(tmp_path):
   total = direct(lm, [1, *row[:64]], 64)[0] + direct(lm, row[63:128], 64)[0] + direct(lm, row[97:162], 34)[0]
   np.testing.assert_allclose(found["results"]["text"]["perplexity,none"], np.exp(-total / 162), rtol=10 * TOLERANCE)
 
-  with pytest.raises(ConfigError, match=r"1/items: decoder/\S+ is \[32, 384\], and this configuration needs \[32, 256\]; name"):
+  with pytest.raises(ConfigError, match=r"1/items: decoder/\S+ is \[32, 384\], and this configuration needs \[32, 256"):
     pretrained.from_run(str(checkpoint), runs.RUN_YML, base_num_decoder_layers=3)
   with pytest.raises(ConfigError, match=r"1 is a checkpoint without the keys of its model; name the folder that has"):
     maxtext_mudd.from_pretrained(checkpoint)

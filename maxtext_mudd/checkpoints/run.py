@@ -50,9 +50,9 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
   if not found:
     raise ConfigError(f"{path} is no checkpoint with parameters; name one, as OUTPUT/RUN/checkpoints/STEP.")
   parameters.check(found, folder.parameter_shapes(config), str(path))
-  keys, tokenizer = _keys(config), pathlib.Path(config.tokenizer_path or "")
+  keys, tokenizer = _keys(config) | {"enable_dropout": False}, pathlib.Path(config.tokenizer_path or "")
   if tokenizers.keys(tokenizer):
-    keys |= tokenizers.keys(target.absolute() / folder.TOKENIZER)
+    keys |= {"tokenizer_path": str(target.absolute() / folder.TOKENIZER), "tokenizer_type": "huggingface"}
   with folder.staged(target) as stage:
     folder.save(stage, config, folder.tree(config, _restored(path).items(), path), keys)
     tokenizers.copy(tokenizer, stage / folder.TOKENIZER)

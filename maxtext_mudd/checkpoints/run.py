@@ -4,15 +4,12 @@ from collections.abc import Mapping
 import pathlib
 from typing import Any
 
-import jax
 from maxtext.configs import pyconfig, types
-import numpy as np
-from orbax.checkpoint import PyTreeCheckpointer, RestoreArgs
-from orbax.checkpoint import args as ocp_args
+import tqdm
 
-from maxtext_mudd.checkpoints import folder, parameters, tokenizers
+from maxtext_mudd.checkpoints import folder, parameters, saved, tensors, tokenizers
 from maxtext_mudd.config import MuddConfig
-from maxtext_mudd.errors import ConfigError, brief
+from maxtext_mudd.errors import ConfigError
 
 # MaxText's groups of keys that make a model, of which the kernel of its attention is a matter of the device.
 _GROUPS = (
@@ -46,15 +43,17 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
   """
   config = pyconfig.initialize(["", config_file], **{**overrides, **folder.here()})
   path = checkpoint / folder.ITEMS if (checkpoint / folder.ITEMS).is_dir() else checkpoint
-  found = parameters.shapes(str(path))
-  if not found:
-    raise ConfigError(f"{path} is no checkpoint with parameters; name one, as OUTPUT/RUN/checkpoints/STEP.")
-  parameters.check(found, folder.parameter_shapes(config), str(path))
+  if not path.is_dir():
+    raise ConfigError(f"{path}: there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP.")
+  found = saved.parameters(path)
+  parameters.check({name: x.shape for name, x in found.items()}, folder.parameter_shapes(config), str(path))
   keys, tokenizer = _keys(config) | {"enable_dropout": False}, pathlib.Path(config.tokenizer_path or "")
   if tokenizers.keys(tokenizer):
     keys |= {"tokenizer_path": str(target.absolute() / folder.TOKENIZER), "tokenizer_type": "huggingface"}
-  with folder.staged(target) as stage:
-    folder.save(stage, config, folder.tree(config, _restored(path).items(), path), keys)
+  size = sum(x.size for x in found.values())
+  with folder.staged(target) as stage, tqdm.tqdm(total=size, unit="B", unit_scale=True, desc=str(checkpoint)) as bar:
+    values = tensors.Lazy({name: x.read for name, x in found.items()}, bar.update)
+    folder.save(stage, config, folder.tree(config, values.items(), path), keys)
     tokenizers.copy(tokenizer, stage / folder.TOKENIZER)
 
 
@@ -67,15 +66,3 @@ def _keys(config) -> dict[str, Any]:
 def _plain(value):
   value = getattr(value, "value", value)  # of an enumeration
   return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value
-
-
-def _restored(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The parameters, and nothing else, on this host."""
-  checkpointer = PyTreeCheckpointer()
-  try:
-    saved = {"params": checkpointer.metadata(path).item_metadata.tree["params"]}
-    numpy = jax.tree.map(lambda _: RestoreArgs(restore_type=np.ndarray), saved, is_leaf=lambda x: hasattr(x, "dtype"))
-    request = ocp_args.PyTreeRestore(item=saved, restore_args=numpy, partial_restore=True)
-    return folder.by_path(checkpointer.restore(path, args=request)["params"]["params"])
-  except Exception as error:  # Orbax raises all kinds
-    raise ConfigError(f"{path} cannot be read; it is damaged ({brief(error)}).") from error

@@ -24,7 +24,7 @@ def parameters(path: pathlib.Path) -> dict[str, tensors.Tensor]:
   while isinstance(tree, dict) and isinstance(tree.get("params"), dict):
     tree, root = tree["params"], (*root, "params")
   if not isinstance(tree, dict) or not tree:
-    raise ConfigError(f"{path} holds no parameters; name a folder with a MUDD model of the fork.")
+    raise ConfigError(f"{path} holds no parameters; name a folder that a model was saved to.")
 
   def tensor(name, like):
     if like.dtype not in tensors.DTYPES:

@@ -107,7 +107,7 @@ def _to_hf(args) -> str:
 
   target = pathlib.Path(args.hf_dir).absolute()
   hf.to_hf(pathlib.Path(args.maxtext_dir).absolute(), target)
-  return f"{target}: to be loaded beside the authors' configuration_*.py and modeling_*.py, with trust_remote_code"
+  return f"{target}: loads with trust_remote_code, with the authors' configuration_*.py and modeling_*.py beside it"
 
 
 def _layout(args) -> str:

@@ -693,6 +693,15 @@ OF_FORK_ALONE = {  # without config.json
 }
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decoder/mudd_prenorm/scale", "decoder/mudd_postnorm_3/scale"])
+def test_missing_norms_of_the_fork_by_its_own_names(name, tmp_path):
+  edited(**{name: None})(tmp_path, load_file(models.DATA / "muddjax_prepost" / fork.FILE))
+  shutil.copyfile(models.DATA / "muddjax_prepost" / "config.json", tmp_path / "config.json")
+  with pytest.raises(ConfigError, match=f"has no {name}, which the model"):
+    maxtext_mudd.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("case", OF_FORK_ALONE)
 def test_parameters_of_the_fork_alone(case, tmp_path):
   edit, message = OF_FORK_ALONE[case]

@@ -18,6 +18,7 @@ from maxtext_mudd.errors import ConfigError
 FILE = "params.safetensors"
 _ORBAX = ("_METADATA", "checkpoint", "manifest.ocdbt")
 
+_EMBEDDING_NORM = "decoder/mudd_prenorm/scale"
 _AGGREGATE = {
   "dynamic_dense_conn1/kernel": "w1",
   "dynamic_dense_conn2/kernel": "w2",
@@ -64,7 +65,7 @@ class Model:
         raise ConfigError(f"{self.path}: {name} is {shapes}.")
     if wanted:
       likely = (re.sub(r"(layers|norm)_\d+/", rf"\1_{i}/", name) for name in self._values for i in range(last + 1))
-      names = {path_of(name, last): name for name in likely}
+      names = {path_of(name, last): name for name in (_EMBEDDING_NORM, *likely)}
       missing = min(names.get(path, path) for path in wanted)
       raise ConfigError(f"{self.path} has no {missing}, which the model that its other parameters make needs.")
 
@@ -75,7 +76,7 @@ class Model:
 
 def path_of(name: str, last: int) -> str:
   """MaxText's path of a parameter of the fork; `last`: number of the last block, from 0."""
-  if name == "decoder/mudd_prenorm/scale":
+  if name == _EMBEDDING_NORM:
     return "decoder/layers_0/connection/embedding_norm/scale"
   if found := re.fullmatch(r"decoder/mudd_(prenorm|postnorm)_(\d+)/scale", name):
     block = int(found[2])

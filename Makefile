@@ -109,8 +109,11 @@ image:  ## build DOCKER_IMAGE for clusters, and push it (docs/cluster.md)
 	docker build --platform linux/amd64 --tag '$(DOCKER_IMAGE)' .
 	docker push '$(DOCKER_IMAGE)'
 
+# Compiling takes most of the time, and the models are tiny. It changes rounding: the slow tests go without.
+QUICK = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+
 test: $(READY) $(XPK)  ## run the fast tests, two files at a time
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	XLA_FLAGS="$${XLA_FLAGS:-$(QUICK)}" $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(READY)  ## run the slow tests; some compile for TPUs (installs libtpu)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt

@@ -66,6 +66,10 @@ def generate(
   for name, value in whole.items():
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
       raise ConfigError(f"{name}={value!r} is not a whole number.")
+  if not 0 <= seed < 2**32:
+    raise ConfigError(f"seed={seed} is not from 0 to 2**32 - 1.")
+  if not isinstance(temperature, (int, float, np.number)):
+    raise ConfigError(f"temperature={temperature!r} is not a number.")
   if not 0 <= temperature < np.inf:
     raise ConfigError(f"temperature={temperature} is not 0 or more; 0 takes the most probable token each time.")
   if not 0 <= top_k <= config.vocab_size:

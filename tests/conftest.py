@@ -1,4 +1,4 @@
-"""Set before anything imports JAX: CPU, quick compilations, no model hub, a compilation cache inside the repository."""
+"""Set before anything imports JAX: CPU, no model hub, a compilation cache inside the repository."""
 
 import os
 import pathlib
@@ -6,8 +6,6 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# Compiling takes most of the time, and the models are tiny.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 

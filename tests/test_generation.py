@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+import yaml
 
 import maxtext_mudd
 from maxtext_mudd import convert, decode, generation
@@ -109,6 +110,7 @@ REFUSED = {
     "temperature=nan is not 0 or more; 0 takes the most probable token each time.",
   ),
   "a part of a token": (([[1]], 2.5), "max_new_tokens=2.5 is not a whole number."),
+  "a seed too large": (([[1]], 4, 1.0, 0, 2**70), f"seed={2**70} is not from 0 to 2**32 - 1."),
   "more than all": (([[1]], 4, 1.0, 65), "top_k=65 is not from 0 to vocab_size=64; 0 draws from all."),
 }
 
@@ -153,6 +155,7 @@ def test_the_command(tmp_path):
   checkpoint = tmp_path / "run" / "checkpoints" / "1"
   made = tmp_path / "made"
   convert.main(["from-run", "--checkpoint", str(checkpoint), "--maxtext-dir", str(made), runs.RUN_YML])
+  assert yaml.safe_load((made / "model.yml").read_text())["scan_layers"] is False
   prompt = np.arange(24)[None]
   alike = [maxtext_mudd.from_pretrained(made)[0], maxtext_mudd.from_run(str(checkpoint), runs.RUN_YML)[0]]
   np.testing.assert_array_equal(*(maxtext_mudd.logits(model, prompt) for model in alike))

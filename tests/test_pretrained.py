@@ -1,9 +1,11 @@
 """Released models in and out: golden logits, round trips to the bit, and what is refused."""
 
+import contextlib
 import json
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -382,6 +384,13 @@ def test_targets_are_never_written_over(tmp_path, capsys):
     "own.",
   ]
   assert not list(target.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupts_that_libraries_swallow(number, tmp_path):
+  with pytest.raises(KeyboardInterrupt), folder.staged(tmp_path / "made"), contextlib.suppress(KeyboardInterrupt):
+    signal.raise_signal(number)
+  assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):

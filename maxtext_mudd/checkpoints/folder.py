@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import threading
 from typing import Any, Protocol
 
@@ -199,7 +200,7 @@ def staged(target: pathlib.Path):
   """
   if os.path.lexists(target):
     raise ConfigError(f"{target} exists already; name a folder that does not.")
-  stage, made = target.with_name(f".{target.name}.partial"), []
+  stage, made, interrupted = target.with_name(f".{target.name}.partial"), [], []
   others = threading.enumerate()
 
   def clean():
@@ -212,9 +213,12 @@ def staged(target: pathlib.Path):
   try:
     clean()
     made += [parent for parent in target.parents if not parent.exists()]
-    stage.mkdir(parents=True)
-    yield stage
-    stage.rename(target)
+    with _noticing(interrupted):
+      stage.mkdir(parents=True)
+      yield stage
+      if interrupted:
+        raise KeyboardInterrupt
+      stage.rename(target)
   except OSError as error:
     raise ConfigError(f"{target} cannot be written ({error.strerror or error}); name a folder that can be.") from error
   except KeyboardInterrupt:
@@ -225,6 +229,25 @@ def staged(target: pathlib.Path):
     raise
   finally:
     clean()
+
+
+@contextlib.contextmanager
+def _noticing(interrupted: list[int]):
+  """SIGINT and SIGTERM raise KeyboardInterrupt, and are noted down: libraries swallow some."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def stop(number, _):
+    interrupted.append(number)
+    raise KeyboardInterrupt
+
+  before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def save(stage: pathlib.Path, config, parameters: dict, keys: Mapping[str, Any]) -> None:

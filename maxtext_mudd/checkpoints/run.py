@@ -60,7 +60,8 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
 def _keys(config) -> dict[str, Any]:
   """Those that make the model, where they are not MaxText's defaults."""
   found, defaults = (x.get_keys() for x in (config, folder.configuration(folder.here())))
-  return {key: _plain(found[key]) for key in sorted(_KEYS & found.keys()) if found[key] != defaults.get(key)}
+  own = {key: _plain(found[key]) for key in sorted(_KEYS & found.keys()) if found[key] != defaults.get(key)}
+  return own | {"scan_layers": config.scan_layers}  # the layout of the parameters, default or not
 
 
 def _plain(value):

@@ -24,7 +24,7 @@ def load(config) -> nnx.Module:
   path = str(config.load_parameters_path)
   found = shapes(path)
   if not found:
-    raise ConfigError(f"{path} is no checkpoint with parameters; name one, as OUTPUT/RUN/checkpoints/STEP.")
+    raise ConfigError(f"{path} is no checkpoint with parameters, or is damaged; name OUTPUT/RUN/checkpoints/STEP.")
   check(found, folder.parameter_shapes(config), path)
   try:
     return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from flax import nnx, traverse_util
+import jax.numpy as jnp
 from maxtext.input_pipeline import tokenizer
 import ml_dtypes
 import numpy as np
@@ -472,6 +473,46 @@ def test_models_that_the_authors_code_does_not_have():
   ):
     with pytest.raises(ConfigError, match=f"{found} (is|are) not in the authors' MUDDFormer, which .*{expected}"):
       hf_config.fields(Changed(config, changes), {})
+
+
+@pytest.mark.parametrize(("block", "head_dim"), [("llama2", 16), pytest.param("mistral", 12, marks=pytest.mark.slow)])
+def test_blocks_that_keep_the_scale_of_scores_in_the_query_kernel(block, head_dim, tmp_path):
+  """What such models are in the authors' code, which scales scores: the same function, and to the bit where
+  sqrt(head_dim) is a power of two."""
+  keys = {
+    "mudd": True,
+    "mudd_ffn_reallocation": True,
+    "decoder_block": block,
+    "base_mlp_dim": 256,
+    "base_num_decoder_layers": 3,
+    "base_emb_dim": 2 * head_dim,
+    "base_num_query_heads": 2,
+    "base_num_kv_heads": 2,
+    "head_dim": head_dim,
+    "vocab_size": 64,
+    "max_target_length": 16,
+    "normalization_layer_epsilon": 1e-6,
+    "logits_via_embedding": False,
+    "mlp_activations": ["silu", "linear"],
+    "enable_dropout": False,
+    "scan_layers": False,
+    "weight_dtype": "float32",
+  }
+  config = folder.configuration(keys | folder.here())
+  model = models.build(folder.configuration(keys | folder.here() | {"dtype": "float32", "attention": "dot_product"}))
+  values = models.randomise(model)
+  with folder.staged(tmp_path / "maxtext") as stage:
+    folder.save(stage, config, {path: jnp.asarray(x) for path, x in values.items()}, keys)
+  hf.to_hf(tmp_path / "maxtext", tmp_path / "hf")
+
+  made, made_config = maxtext_mudd.from_pretrained(tmp_path / "hf")
+  assert made_config.decoder_block.value == "qwen3"
+  tokens = np.random.default_rng(1).integers(0, 64, (2, 16))
+  found, expected = (maxtext_mudd.logits(x, tokens) for x in (made, model))
+  assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
+  tensor = load_file(tmp_path / "hf" / "model.safetensors")["layers.2.attention.wq.weight"]
+  kernel = values["decoder/layers_2/self_attention/query/kernel"].reshape(2 * head_dim, -1).T
+  np.testing.assert_array_equal(tensor, (kernel.astype(np.float64) * head_dim**0.5).astype(np.float32))
 
 
 def test_exports_leave_no_parameter_behind(tmp_path):

@@ -26,3 +26,6 @@ FEED_FORWARD_NORMS = {
   "gemma": "pre_ffw_norm",
   "gpt3": "mlp.mlp_layer_norm",
 }
+
+# Scores are scaled by 1/sqrt(head_dim) in the query kernel from the start on, where others scale them as they are made.
+SCALED_QUERY_KERNELS = ("llama2", "mistral")

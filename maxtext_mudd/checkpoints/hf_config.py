@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from maxtext_mudd import topology
+from maxtext_mudd.blocks import SCALED_QUERY_KERNELS
 from maxtext_mudd.checkpoints import ffn
 from maxtext_mudd.config import MuddConfig
 from maxtext_mudd.errors import ConfigError
@@ -139,6 +140,8 @@ def fields(config, original: Mapping[str, Any]) -> dict[str, Any]:
   }
   widths = topology.from_config(config).ffn_widths
   released = _released_keys() | keys(told, widths, "this model") | _implied(config)
+  if config.decoder_block.value in SCALED_QUERY_KERNELS:  # the same block but for a factor, which `hf_names` knows
+    released |= {"decoder_block": config.decoder_block.value, "use_qk_norm": False}
   for key, value in released.items():
     found = _plain(getattr(config, key))
     if found != value:

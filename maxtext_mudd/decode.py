@@ -4,6 +4,7 @@ What MaxText's own decode does, without JetStream, which it needs and which is o
 """
 
 from collections.abc import Sequence
+import math
 import pathlib
 
 from maxtext_mudd.errors import ConfigError
@@ -33,6 +34,21 @@ def check_decoding(config) -> None:
       f"max_prefill_predict_length={config.max_prefill_predict_length} leaves no room for new tokens in "
       f"max_target_length={config.max_target_length}; lower it, or raise that."
     )
+  _check_sampling(config)
+
+
+def _check_sampling(config) -> None:
+  strategy, size = config.decode_sampling_strategy.value, config.vocab_size
+  needs = []
+  if strategy in ("topk", "composite"):
+    needs.append(("decode_sampling_top_k", lambda k: 0 < k <= size, f"from 1 to vocab_size={size}"))
+  if strategy in ("nucleus", "composite"):
+    needs.append(("decode_sampling_nucleus_p", lambda p: 0 < p <= 1, "above 0, and 1 at most"))
+  if strategy != "greedy":
+    needs.append(("decode_sampling_temperature", lambda x: 0 < x < math.inf, "above 0, and finite"))
+  for key, fits, kind in needs:
+    if not fits(value := getattr(config, key)):
+      raise ConfigError(f"{key}={value}: decode_sampling_strategy={strategy} needs it {kind}.")
 
 
 def items(path: str) -> pathlib.Path:

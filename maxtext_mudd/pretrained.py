@@ -146,12 +146,23 @@ def logits(
   Args:
     positions: 0 to T-1 in every row by default.
     segment_ids: tokens attend to their own segment only; one by default. 0 is padding.
+
+  Raises:
+    ValueError: tokens are no array [B,T] of whole numbers, or one is not in the vocabulary.
   """
-  if not jnp.issubdtype(jnp.result_type(jnp.asarray(tokens)), jnp.integer):
-    raise ValueError(f"tokens are {jnp.asarray(tokens).dtype}; they have to be whole numbers.")
-  tokens = jnp.asarray(tokens, jnp.int32)
+  try:
+    tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
+  except ValueError as error:
+    raise ValueError("tokens are rows of different lengths; they have to be [batch, length].") from error
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f"tokens are {tokens.dtype}; they have to be whole numbers.")
   if tokens.ndim != 2 or 0 in tokens.shape:
     raise ValueError(f"tokens are {list(tokens.shape)}; they have to be [batch, length].")
+  if not isinstance(tokens, jax.core.Tracer):  # whose values are not known; MaxText takes other tokens without a word
+    wrong = (tokens < 0) | (tokens >= model.config.vocab_size)
+    if wrong.any():
+      raise ValueError(f"tokens hold {tokens[wrong][0]}, and the model has vocab_size={model.config.vocab_size}.")
+  tokens = jnp.asarray(tokens, jnp.int32)
   if positions is None:
     positions = np.arange(tokens.shape[1], dtype=np.int32)
   if segment_ids is None:

@@ -137,6 +137,22 @@ def test_refusals_of_the_command(tmp_path):
       {"load_parameters_path": str(tmp_path), "max_prefill_predict_length": 64, "max_target_length": 64},
       "max_prefill_predict_length=64 leaves no room for new tokens in max_target_length=64; lower it, or raise that.",
     ),
+    (
+      {"load_parameters_path": str(tmp_path), "decode_sampling_strategy": "topk"},
+      "decode_sampling_top_k=0: decode_sampling_strategy=topk needs it from 1 to vocab_size=64.",
+    ),
+    (
+      {"load_parameters_path": str(tmp_path), "decode_sampling_strategy": "composite", "decode_sampling_top_k": 64},
+      "decode_sampling_nucleus_p=-1: decode_sampling_strategy=composite needs it above 0, and 1 at most.",
+    ),
+    (
+      {
+        "load_parameters_path": str(tmp_path),
+        "decode_sampling_strategy": "weighted",
+        "decode_sampling_temperature": 0.0,
+      },
+      "decode_sampling_temperature=0.0: decode_sampling_strategy=weighted needs it above 0, and finite.",
+    ),
   ):
     with pytest.raises(ConfigError) as refused:
       decode.check_decoding(models.config(**keys))

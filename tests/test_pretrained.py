@@ -571,12 +571,19 @@ def test_overrides(tmp_path):
   model, config = maxtext_mudd.from_pretrained(hugging_face(tmp_path / "hf"), dtype="bfloat16", weight_dtype="bfloat16")
   assert config.dtype == "bfloat16"
   assert {x.get_value().dtype.name for _, x in nnx.to_flat_state(nnx.state(model, nnx.Param))} == {"bfloat16"}
-  with pytest.raises(ValueError, match=r"tokens are \[3\]; they have to be \[batch, length\]"):
-    maxtext_mudd.logits(model, [1, 2, 3])
-  with pytest.raises(ValueError, match=r"tokens are float\d+; they have to be whole numbers"):
-    maxtext_mudd.logits(model, [[1.5]])
+  size = config.vocab_size
+  for tokens, message in (
+    ([1, 2, 3], "tokens are [3]; they have to be [batch, length]."),
+    ([[1, 2], [3]], "tokens are rows of different lengths; they have to be [batch, length]."),
+    ([[1.5]], "tokens are float64; they have to be whole numbers."),
+    ([[1, size]], f"tokens hold {size}, and the model has vocab_size={size}."),
+    (jnp.asarray([[1, -1]]), f"tokens hold -1, and the model has vocab_size={size}."),
+  ):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+      maxtext_mudd.logits(model, tokens)
   for key, value, own in (
     ("mudd_activation", "gelu_tanh", "gelu"),
+    ("base_config", "other.yml", "base.yml"),
     ("rope_min_timescale", 50, 1),
     ("vocab_size", 64, 128),
   ):
@@ -615,16 +622,19 @@ def test_golden_logits_of_the_fork(name, layout):
 
 @pytest.mark.slow
 def test_the_fork_s_orbax_folders(tmp_path):
-  """Of parameters alone, or of a whole train state, give what `params.safetensors` gives, to the bit."""
+  """Parameters alone, and a train state, as the authors save it, too: what `params.safetensors` gives, to the bit."""
   source = models.DATA / "muddjax_prepost"
   values = load_file(source / fork.FILE)
   tree = {"params": traverse_util.unflatten_dict({tuple(name.split("/")): x for name, x in values.items()})}
   ocp.PyTreeCheckpointer().save(tmp_path / "params", tree)
-  ocp.PyTreeCheckpointer().save(tmp_path / "run" / "items", {"params": tree, "step": np.zeros((), np.int32)})
-  for name in ("params", "run"):
+  state = {"params": tree, "step": np.zeros((), np.int32)}
+  ocp.PyTreeCheckpointer().save(tmp_path / "run" / "items", state)
+  # As the authors' code saves: a file for each array, under this name.
+  ocp.PyTreeCheckpointer(use_ocdbt=False).save(tmp_path / "100" / "state", state | {"opt_state": {"mu": tree}})
+  for name in ("params", "run", "100"):
     shutil.copyfile(source / "config.json", tmp_path / name / "config.json")
   made = []
-  for number, path in enumerate((source, tmp_path / "params", tmp_path / "run")):
+  for number, path in enumerate((source, tmp_path / "params", tmp_path / "run", tmp_path / "100")):
     target = tmp_path / f"maxtext{number}"
     convert.main(["from-fork", "--fork-dir", str(path), "--maxtext-dir", str(target), f"scan_layers={number == 2}"])
     config = folder.configuration(folder.keys(target) | folder.here())

@@ -104,7 +104,7 @@ def with_overrides(
   given = {key: value for key, value in overrides.items() if key not in free}
   unset = {key for key in given.keys() - keys.keys() if _OF_THE_FUNCTION.fullmatch(key)}
   defaults = configuration({"scan_layers": False, **keys, **here()}) if unset else None
-  own = keys | {key: getattr(defaults, key) for key in unset if hasattr(defaults, key)}
+  own = {"base_config": BASE} | keys | {key: getattr(defaults, key) for key in unset if hasattr(defaults, key)}
   for key, value in given.items():
     has = getattr(own.get(key, value), "value", own.get(key, value))  # of an enumeration
     if has != value:

@@ -104,4 +104,4 @@ def from_fork(source: pathlib.Path, target: pathlib.Path, overrides: Mapping[str
 
 def _items(path: pathlib.Path) -> pathlib.Path:
   """Where the tree of an Orbax folder is, in a checkpoint of a run or by itself."""
-  return next((path / name for name in ("items", "default") if (path / name).is_dir()), path)
+  return next((path / name for name in ("items", "default", "state") if (path / name).is_dir()), path)

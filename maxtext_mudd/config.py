@@ -218,6 +218,11 @@ class MuddConfig(MaxTextConfig):
         f"prefill_chunk_size={self.prefill_chunk_size} is no number of tokens; set it to 1 or more, or "
         "use_chunked_prefill=False."
       )
+    if self.use_chunked_prefill and self.decoder_block.value == "gpt3" and self.mudd_decoder_layer == "stock":
+      raise ValueError(
+        "use_chunked_prefill=True does not work with decoder_block='gpt3': MaxText's attends to one chunk alone; set "
+        "it to False."
+      )
     return self
 
   def _check_init(self):

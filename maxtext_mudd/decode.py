@@ -4,7 +4,7 @@ What MaxText's own decode does, without JetStream, which it needs and which is o
 """
 
 from collections.abc import Sequence
-import math
+import os
 import pathlib
 
 from maxtext_mudd.errors import ConfigError
@@ -27,34 +27,17 @@ def check_decoding(config) -> None:
     )
   if not config.load_parameters_path:
     raise ConfigError("load_parameters_path='' names no checkpoint; name one, as OUTPUT/RUN/checkpoints/STEP.")
-  if "://" not in config.load_parameters_path and not items(config.load_parameters_path).is_dir():
+  if "://" not in config.load_parameters_path and not pathlib.Path(config.load_parameters_path).is_dir():
     raise ConfigError(f"load_parameters_path={config.load_parameters_path}: there is no such folder.")
   if config.max_prefill_predict_length >= config.max_target_length:
     raise ConfigError(
       f"max_prefill_predict_length={config.max_prefill_predict_length} leaves no room for new tokens in "
       f"max_target_length={config.max_target_length}; lower it, or raise that."
     )
-  _check_sampling(config)
+  from maxtext_mudd import generation  # once MaxText is known to be the right one
 
-
-def _check_sampling(config) -> None:
-  strategy, size = config.decode_sampling_strategy.value, config.vocab_size
-  needs = []
-  if strategy in ("topk", "composite"):
-    needs.append(("decode_sampling_top_k", lambda k: 0 < k <= size, f"from 1 to vocab_size={size}"))
-  if strategy in ("nucleus", "composite"):
-    needs.append(("decode_sampling_nucleus_p", lambda p: 0 < p <= 1, "above 0, and 1 at most"))
-  if strategy != "greedy":
-    needs.append(("decode_sampling_temperature", lambda x: 0 < x < math.inf, "above 0, and finite"))
-  for key, fits, kind in needs:
-    if not fits(value := getattr(config, key)):
-      raise ConfigError(f"{key}={value}: decode_sampling_strategy={strategy} needs it {kind}.")
-
-
-def items(path: str) -> pathlib.Path:
-  """The tree in a checkpoint, which MaxText's loaders want named."""
-  inner = pathlib.Path(path) / "items"
-  return inner if inner.is_dir() else pathlib.Path(path)
+  generation.check_config(config)
+  generation.Sampling.from_config(config)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -71,12 +54,18 @@ def main(argv: Sequence[str]) -> None:
   text = texts[-1] if texts else config.prompt
   if not text:
     raise ConfigError("prompt='' says nothing; write something.")
-  words = tokens.Tokenizer(config)
+  words = tokens.Tokenizer(config, _moved_tokenizer(config))
   prompt = words.encode(text, words.add_bos)
+  if len(prompt) > config.max_prefill_predict_length:
+    raise ConfigError(
+      f"the prompt has {len(prompt)} tokens, more than max_prefill_predict_length={config.max_prefill_predict_length}; "
+      f"raise that, and what is left to max_target_length={config.max_target_length} is made, or shorten it."
+    )
   number = config.max_target_length - config.max_prefill_predict_length
   generation.check([prompt], number, config)
   if "://" not in config.load_parameters_path:
-    update = {"load_parameters_path": str(items(config.load_parameters_path).absolute())}
+    path = str(parameters.items(config.load_parameters_path))
+    update = {"load_parameters_path": os.path.abspath(path)}
     config = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))
   model = parameters.load(config)
   sampling = generation.Sampling.from_config(config)
@@ -84,7 +73,21 @@ def main(argv: Sequence[str]) -> None:
   made = [int(token) for token in found[0, len(prompt) :]]
   if words.eos_id in made:
     made = made[: made.index(words.eos_id)]
-  print(f"Input `{text}` -> `{words.decode(made)}`")
+  output = words.decode(made)
+  print(f"Input `{text}` -> `{output}`")
+  if not output.startswith(config.autoregressive_decode_assert):
+    raise ConfigError(
+      f"autoregressive_decode_assert={config.autoregressive_decode_assert}: the text does not begin so: {output!r}."
+    )
+
+
+def _moved_tokenizer(config) -> str:
+  """That of a converted folder which has been moved since its YAML was written; else nothing."""
+  from maxtext_mudd.checkpoints import folder, tokenizers
+
+  inside = pathlib.Path(config.load_parameters_path) / folder.TOKENIZER
+  gone = pathlib.Path(config.tokenizer_path or "").is_absolute() and not pathlib.Path(config.tokenizer_path).exists()
+  return str(inside) if gone and tokenizers.keys(inside) else ""
 
 
 if __name__ == "__main__":

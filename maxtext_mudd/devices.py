@@ -57,6 +57,13 @@ def check_batch(config) -> None:
     _check_divided(config, mesh, batch_axes, loaded, what, f"use a whole number for {key}")
 
 
+def batch_parts(config) -> int:
+  """Into how many parts the mesh divides a batch; one that is decoded has to be a multiple of it."""
+  mesh = _mesh(config)
+  (axes,) = _axes(config, mesh, ("activation_batch",))
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def _known_later(config) -> bool:
   return config.elastic_enabled or bool(config.subslice_shape)
 

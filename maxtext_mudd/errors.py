@@ -31,6 +31,9 @@ def one_sentence(config_class: type[pydantic.BaseModel]) -> Iterator[None]:
   except ConfigError:
     raise
   except (ValueError, AssertionError) as error:
+    if str(error).startswith("coordinator_address should be defined"):
+      advice = "on one host set skip_jax_distributed_system=true, and on a CPU hardware=cpu, too."
+      raise ConfigError(f"JAX finds no cluster to join; {advice}") from error
     unknown = re.match(r"'([^']*)' not in '", str(error))
     raise ConfigError(_unknown_key(unknown.group(1), config_class) if unknown else _one_line(error)) from error
   except (TypeError, KeyError, AttributeError, ImportError, OverflowError, RecursionError) as error:

@@ -5,6 +5,7 @@ A step reads the KV cache and the L+1 hidden states of its own token; depth conn
 
 from collections.abc import Sequence
 import functools
+import math
 from typing import Any, NamedTuple
 import weakref
 
@@ -16,8 +17,10 @@ from maxtext.configs import pyconfig
 from maxtext.inference.maxengine import maxengine
 import numpy as np
 
+from maxtext_mudd import devices
 from maxtext_mudd.errors import ConfigError
 
+COLDEST = 1e-6  # of temperatures: less is greedy, but for rounding
 _SHORTEST = 16  # of padded lengths
 
 
@@ -31,12 +34,27 @@ class Sampling(NamedTuple):
 
   @classmethod
   def from_config(cls, config) -> "Sampling":
-    return cls(
+    """Raises ConfigError."""
+    made = cls(
       config.decode_sampling_strategy.value,
       config.decode_sampling_top_k,
       config.decode_sampling_nucleus_p,
       config.decode_sampling_temperature,
     )
+    made.check(config.vocab_size, "decode_sampling_top_k", "decode_sampling_nucleus_p", "decode_sampling_temperature")
+    return made
+
+  def check(self, vocab_size: int, top_k: str = "top_k", top_p: str = "top_p", temperature: str = "temperature"):
+    """Raises ConfigError for what cannot be drawn with, by these names; MaxText draws nonsense then, or fails late."""
+    if self.algorithm in ("topk", "composite") and not 0 < self.topk <= vocab_size:
+      raise ConfigError(f"{top_k}={self.topk} is not from 1 to vocab_size={vocab_size}.")
+    if self.algorithm in ("nucleus", "composite") and not 0 < self.nucleus_topp <= 1:
+      raise ConfigError(f"{top_p}={self.nucleus_topp} is not above 0, and 1 at most.")
+    if self.algorithm != "greedy" and not COLDEST <= self.temperature < np.inf:
+      greedy = "greedy decoding" if temperature == "decode_sampling_temperature" else "0"
+      raise ConfigError(
+        f"{temperature}={self.temperature} is not from {COLDEST} on; {greedy} takes the most probable token each time."
+      )
 
 
 def generate(
@@ -53,7 +71,7 @@ def generate(
   Args:
     model, config: as of `from_pretrained`.
     prompt_tokens: one or more prompts, of any lengths; P is that of the longest.
-    temperature: 0 takes the most probable token each time.
+    temperature: 0 takes the most probable token each time, whatever `top_k`.
     top_k: draws from that many; 0: from all.
 
   Returns:
@@ -68,13 +86,16 @@ def generate(
       raise ConfigError(f"{name}={value!r} is not a whole number.")
   if not 0 <= seed < 2**32:
     raise ConfigError(f"seed={seed} is not from 0 to 2**32 - 1.")
-  if not isinstance(temperature, (int, float, np.number)):
+  if not np.ndim(temperature) == 0 or not np.isrealobj(temperature) or isinstance(temperature, str):
     raise ConfigError(f"temperature={temperature!r} is not a number.")
-  if not 0 <= temperature < np.inf:
-    raise ConfigError(f"temperature={temperature} is not 0 or more; 0 takes the most probable token each time.")
+  temperature = float(temperature)
   if not 0 <= top_k <= config.vocab_size:
     raise ConfigError(f"top_k={top_k} is not from 0 to vocab_size={config.vocab_size}; 0 draws from all.")
-  sampling = Sampling("topk" if top_k else "weighted", top_k, temperature=temperature) if temperature else Sampling()
+  sampling = Sampling()
+  if temperature:
+    sampling = Sampling("topk" if top_k else "weighted", int(top_k), temperature=temperature)
+  sampling.check(config.vocab_size)
+  max_new_tokens = int(max_new_tokens)
   check(prompt_tokens, max_new_tokens, config)
   return decode(model, config, prompt_tokens, max_new_tokens, sampling, seed)
 
@@ -160,15 +181,28 @@ def padded_length(length: int) -> int:
   return max(_SHORTEST, 1 << (length - 1).bit_length())
 
 
+def check_config(config) -> None:
+  """Raises ConfigError for models that MaxText does not decode as it trains them."""
+  if config.moba:
+    raise ConfigError("moba=True: MaxText decodes with all keys, where training chooses blocks of them; use logits.")
+
+
 def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -> None:
   """Raises ConfigError for prompts that cannot be gone on with."""
+  check_config(config)
+  if not hasattr(prompt_tokens, "__len__"):
+    raise ConfigError(f"prompts are {type(prompt_tokens).__name__}; they have to be a list of lists of tokens.")
   if not len(prompt_tokens):
     raise ConfigError("there is no prompt; give one at least.")
   if max_new_tokens < 1:
     raise ConfigError(f"max_new_tokens={max_new_tokens} is not a number of tokens; set it to 1 or more.")
   for number, prompt in enumerate(prompt_tokens):
-    if np.ndim(prompt) != 1 or not len(prompt) or not np.issubdtype(np.asarray(prompt).dtype, np.integer):
-      found = f"{np.asarray(prompt).dtype}{list(np.shape(prompt))}"
+    try:
+      prompt = np.asarray(prompt)
+      found = f"{prompt.dtype}{list(prompt.shape)}"
+    except ValueError:
+      prompt, found = np.zeros(0), "made of rows of different lengths"
+    if prompt.ndim != 1 or not len(prompt) or not np.issubdtype(prompt.dtype, np.integer):
       raise ConfigError(f"prompt {number} is {found}; it has to be a list of tokens, which are whole numbers.")
     if len(prompt) + max_new_tokens > config.max_target_length:
       raise ConfigError(
@@ -181,25 +215,30 @@ def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -
 
 
 def engine_for(model: nnx.Module, config, batch: int, prompt: int, new: int) -> maxengine.MaxEngine:
-  """The engine of a model for so many prompts, tokens of the longest and new tokens; a model's last one is kept."""
-  batch = -(-batch // model.mesh.size) * model.mesh.size
+  """The engine of a model for so many prompts, tokens of the longest and new tokens. A model's engines are kept: JAX
+  keeps them anyway, with the programs that it compiled for them."""
+  rows = devices.batch_parts(config)
+  batch = -(-batch // rows) * rows
   size = config.prefill_chunk_size
   prefill = -(-prompt // size) * size if config.use_chunked_prefill else padded_length(prompt)
-  length = prefill + padded_length(new)
-  sizes = (batch, prefill, length)
-  kept = _engines.get(model)
-  if kept is None or kept[0] != sizes or kept[1] is not config:
-    update = {
-      "per_device_batch_size": batch / model.mesh.size,
-      "micro_batch_size_to_train_on": batch,
-      "max_prefill_predict_length": prefill,
-      "max_target_length": length,
-    }
-    own = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))  # as MaxText changes one
-    engine = maxengine.MaxEngine(own)
-    engine.load_params(params=nnx.state(model, nnx.Param))
-    kept = _engines[model] = (sizes, config, engine)
-  return kept[2]
+  sizes = (batch, prefill, prefill + padded_length(new))
+  engines = _engines.setdefault(model, {})
+  if (sizes, config) not in engines:
+    engines[sizes, config] = _engine(model, config, *sizes)
+  return engines[sizes, config]
+
+
+def _engine(model: nnx.Module, config, batch: int, prefill: int, length: int) -> maxengine.MaxEngine:
+  update = {
+    "per_device_batch_size": math.nextafter(batch / model.mesh.size, math.inf),  # MaxText rounds down
+    "micro_batch_size_to_train_on": batch,
+    "max_prefill_predict_length": prefill,
+    "max_target_length": length,
+  }
+  own = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))  # as MaxText changes one
+  engine = maxengine.MaxEngine(own)
+  engine.load_params(params=nnx.state(model, nnx.Param))
+  return engine
 
 
 _engines = weakref.WeakKeyDictionary()

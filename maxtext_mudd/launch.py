@@ -53,6 +53,8 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
     raise
   except (MemoryError, PermissionError):
     raise
+  except KeyboardInterrupt:
+    exit_with("interrupted.")
   except errors.ConfigError as error:
     exit_with(str(error))
   except Exception as error:
@@ -82,7 +84,7 @@ class _Termination(logging.Handler):
 def keys(arguments: Sequence[str]) -> dict[str, Any]:
   """Of key=value arguments, read as MaxText reads them. Raises ConfigError."""
   for argument in arguments:
-    if "=" not in argument:
+    if "=" not in argument[1:]:
       raise errors.ConfigError(f"{argument} is not key=value, as scan_layers=true is.")
     try:
       omegaconf.OmegaConf.from_dotlist([argument])

@@ -29,6 +29,28 @@ def check_training(config) -> None:
       f"trainable_position_size={config.trainable_position_size} is less than max_target_length="
       f"{config.max_target_length}; make it at least as large."
     )
+  _check_start(config)
+
+
+def _check_start(config) -> None:
+  """The checkpoint that a new run starts from; MaxText would look at it when it has made the run's folders."""
+  if any(entry.name.isdigit() for entry in _entries(config.checkpoint_dir)):
+    return  # the run goes on from its own
+  for key in ("load_parameters_path", "load_full_state_path"):
+    path = getattr(config, key)
+    if path and REMOTE not in path and not os.path.isdir(path):
+      raise ConfigError(f"{key}={path}: there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP.")
+  path = config.load_parameters_path
+  if path and REMOTE not in path and config.mudd:
+    from maxtext.configs import pyconfig
+
+    from maxtext_mudd.checkpoints import parameters
+
+    parameters.check_path(str(parameters.items(path)), pyconfig.HyperParameters(config))
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+  return list(os.scandir(folder)) if folder and os.path.isdir(folder) else []
 
 
 def data_files(config) -> Iterator[tuple[str, str | list]]:

@@ -48,9 +48,10 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   from maxtext_mudd.checkpoints import folder as folders
   from maxtext_mudd.checkpoints import fork, hf, parameters, tensors, tokenizers
 
+  config_overrides = _as_written(config_overrides)
+  if not pathlib.Path(folder).expanduser().is_dir():
+    raise ConfigError(f"{folder} is not a folder; download or copy the model first, and name the folder that holds it.")
   folder = pathlib.Path(folder).expanduser().absolute()
-  if not folder.is_dir():
-    raise ConfigError(f"{folder} is not a folder; name one that holds a model.")
   if folders.is_folder(folder):
     free = {*DEFAULTS, *folders.FREE, "tokenizer_path", "tokenizer_type"} - {"scan_layers"}  # they lie in one layout
     keys = folders.with_overrides(DEFAULTS | folders.keys(folder), config_overrides, folder, free)
@@ -72,7 +73,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   return _model(config, source), config
 
 
-def from_run(checkpoint: str, config_file: str, **config_overrides: Any):
+def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **config_overrides: Any):
   """A model with the parameters of a training run, on the devices of this process, whatever mesh the run was on.
 
   Args:
@@ -93,16 +94,22 @@ def from_run(checkpoint: str, config_file: str, **config_overrides: Any):
   from maxtext_mudd.checkpoints import folder as folders
   from maxtext_mudd.checkpoints import parameters
 
+  checkpoint = str(checkpoint)
   if "://" not in checkpoint:
     path = pathlib.Path(checkpoint).expanduser().absolute()
     if not path.is_dir():
       raise ConfigError(f"{checkpoint}: there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP.")
-    checkpoint = str(path / folders.ITEMS if (path / folders.ITEMS).is_dir() else path)
+    checkpoint = str(parameters.items(str(path)))
   own = {"scan_layers"}  # as the parameters lie there
-  keys = {key: x for key, x in DEFAULTS.items() if key not in own} | folders.here() | config_overrides
-  config = pyconfig.initialize(["", config_file], **keys, load_parameters_path=checkpoint)
+  keys = {key: x for key, x in DEFAULTS.items() if key not in own} | folders.here() | _as_written(config_overrides)
+  config = pyconfig.initialize(["", str(config_file)], **keys, load_parameters_path=checkpoint)
   devices.check_mesh(config)
   return parameters.load(config), config
+
+
+def _as_written(overrides: dict[str, Any]) -> dict[str, Any]:
+  """As in a configuration file: data types by name."""
+  return {key: jnp.dtype(x).name if isinstance(x, (type, np.dtype)) else x for key, x in overrides.items()}
 
 
 def _is_of_a_run(folder: pathlib.Path) -> bool:
@@ -148,7 +155,8 @@ def logits(
     segment_ids: tokens attend to their own segment only; one by default. 0 is padding.
 
   Raises:
-    ValueError: tokens are no array [B,T] of whole numbers, or one is not in the vocabulary.
+    ValueError: tokens are no array [B,T] of whole numbers, longer than the context, or one is not in the vocabulary;
+      positions or segment_ids do not fit.
   """
   try:
     tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
@@ -158,6 +166,10 @@ def logits(
     raise ValueError(f"tokens are {tokens.dtype}; they have to be whole numbers.")
   if tokens.ndim != 2 or 0 in tokens.shape:
     raise ValueError(f"tokens are {list(tokens.shape)}; they have to be [batch, length].")
+  if tokens.shape[1] > model.config.max_target_length:
+    raise ValueError(
+      f"tokens are {list(tokens.shape)}, longer than the context, max_target_length={model.config.max_target_length}."
+    )
   if not isinstance(tokens, jax.core.Tracer):  # whose values are not known; MaxText takes other tokens without a word
     wrong = (tokens < 0) | (tokens >= model.config.vocab_size)
     if wrong.any():
@@ -167,9 +179,19 @@ def logits(
     positions = np.arange(tokens.shape[1], dtype=np.int32)
   if segment_ids is None:
     segment_ids = np.ones((), np.int32)
-  positions, segment_ids = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), tokens.shape) for x in (positions, segment_ids))
+  positions, segment_ids = (
+    _fitting(name, x, tokens.shape) for name, x in (("positions", positions), ("segment_ids", segment_ids))
+  )
   with jax.set_mesh(model.mesh), logical_axis_rules(model.config.logical_axis_rules):
     return _logits(model, tokens, positions, segment_ids)
+
+
+def _fitting(name: str, values, shape: tuple[int, int]) -> Int[Array, "B T"]:
+  values = jnp.asarray(values)
+  if not jnp.issubdtype(values.dtype, jnp.integer) or values.shape not in (shape, shape[1:], ()):
+    found = f"{values.dtype}{list(values.shape)}"
+    raise ValueError(f"{name} are {found}; they have to be whole numbers [batch, length], {list(shape)}.")
+  return jnp.broadcast_to(values.astype(jnp.int32), shape)
 
 
 @nnx.jit

@@ -13,6 +13,8 @@ import jax
 from maxtext.configs import pyconfig
 from maxtext.layers.nnx_decoders import NNXDecoder
 from maxtext.utils import max_utils
+import numpy as np
+import orbax.checkpoint as ocp
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -27,6 +29,11 @@ MISTAKES = {
   "chunks of nothing": (
     ["use_chunked_prefill=true", "prefill_chunk_size=0"],
     "prefill_chunk_size=0 is no number of tokens; set it to 1 or more, or use_chunked_prefill=False.",
+  ),
+  "chunks of gpt3": (
+    ["use_chunked_prefill=true", "decoder_block=gpt3"],
+    "use_chunked_prefill=True does not work with decoder_block='gpt3': MaxText's attends to one chunk alone; set it to "
+    "False.",
   ),
   "no tokens": (["max_target_length=0"], "max_target_length=0 has no room for a token; set it to 1 or more."),
   "no value": (["mudd"], "mudd is not key=value, nor a configuration file, which ends in .yml."),
@@ -442,6 +449,20 @@ def test_files_that_maxtext_finds_are_not_refused(tmp_path, monkeypatch):
 
 def corpus_file(folder) -> str:
   return runs.build_corpus(folder)[0].split("=")[1]
+
+
+def test_checkpoints_to_start_from(corpus, tmp_path, monkeypatch, capsys):
+  """Are looked at before the folders of the run are made."""
+  nowhere, other = tmp_path / "nowhere", tmp_path / "other"
+  embedding = {"embedding": np.zeros((320, 16), np.float32)}
+  ocp.PyTreeCheckpointer().save(other / "items", {"params": {"params": {"token_embedder": embedding}}})
+  argv = [runs.RUN_YML, *corpus, f"base_output_directory={tmp_path / 'out'}", "run_name=x"]
+  advice = "there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP."
+  for key in ("load_parameters_path", "load_full_state_path"):
+    assert refuse([*argv, f"{key}={nowhere}"], monkeypatch, capsys) == f"{key}={nowhere}: {advice}"
+  said = refuse([*argv, f"load_parameters_path={other}"], monkeypatch, capsys)
+  assert re.fullmatch(rf"{other}/items has no \S+, which this configuration needs; name the keys that .*", said)
+  assert not (tmp_path / "out").exists()
 
 
 def test_output_that_cannot_be_written(corpus, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Decoding with MaxText's engine: the released models' tokens, and those of teacher forcing."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -50,6 +51,21 @@ def test_chunks_of_prompts(name, scan):
   found = maxtext_mudd.generate(model, config, [prompts[0], prompts[1][:4]], number)
   np.testing.assert_array_equal(found[0], expected[0])
   check_greedy(model, found[1], 4, number)
+
+
+@pytest.mark.slow
+def test_engines_are_kept():
+  """One for each size, whichever was the last, with the parameters that the model has now."""
+  config = models.config(mudd=True, max_target_length=64)
+  model = models.build(config)
+  models.randomise(model)
+  for prompt in (3, 20, 3, 20):
+    found = maxtext_mudd.generate(model, config, [[1] * prompt], np.int64(4))
+    check_greedy(model, found[0], prompt, 4)
+  assert len(generation._engines[model]) == 2
+  models.randomise(model, seed=1)
+  check_greedy(model, maxtext_mudd.generate(model, config, [[1] * 3], 4)[0], 3, 4)
+  assert len(generation._engines[model]) == 2
 
 
 @pytest.mark.slow
@@ -107,7 +123,17 @@ REFUSED = {
   ),
   "no temperature": (
     ([[1]], 4, float("nan")),
-    "temperature=nan is not 0 or more; 0 takes the most probable token each time.",
+    "temperature=nan is not from 1e-06 on; 0 takes the most probable token each time.",
+  ),
+  "too cold to divide by": (
+    ([[1]], 4, 1e-40),
+    "temperature=1e-40 is not from 1e-06 on; 0 takes the most probable token each time.",
+  ),
+  "a complex temperature": (([[1]], 4, 1j), "temperature=1j is not a number."),
+  "a generator": ((iter([[1]]), 4), "prompts are list_iterator; they have to be a list of lists of tokens."),
+  "lists in lists": (
+    ([[1, [2, 3]]], 4),
+    "prompt 0 is made of rows of different lengths; it has to be a list of tokens, which are whole numbers.",
   ),
   "a part of a token": (([[1]], 2.5), "max_new_tokens=2.5 is not a whole number."),
   "a seed too large": (([[1]], 4, 1.0, 0, 2**70), f"seed={2**70} is not from 0 to 2**32 - 1."),
@@ -139,11 +165,11 @@ def test_refusals_of_the_command(tmp_path):
     ),
     (
       {"load_parameters_path": str(tmp_path), "decode_sampling_strategy": "topk"},
-      "decode_sampling_top_k=0: decode_sampling_strategy=topk needs it from 1 to vocab_size=64.",
+      "decode_sampling_top_k=0 is not from 1 to vocab_size=64.",
     ),
     (
       {"load_parameters_path": str(tmp_path), "decode_sampling_strategy": "composite", "decode_sampling_top_k": 64},
-      "decode_sampling_nucleus_p=-1: decode_sampling_strategy=composite needs it above 0, and 1 at most.",
+      "decode_sampling_nucleus_p=-1 is not above 0, and 1 at most.",
     ),
     (
       {
@@ -151,7 +177,11 @@ def test_refusals_of_the_command(tmp_path):
         "decode_sampling_strategy": "weighted",
         "decode_sampling_temperature": 0.0,
       },
-      "decode_sampling_temperature=0.0: decode_sampling_strategy=weighted needs it above 0, and finite.",
+      "decode_sampling_temperature=0.0 is not from 1e-06 on; greedy decoding takes the most probable token each time.",
+    ),
+    (
+      {"load_parameters_path": str(tmp_path), "moba": True},
+      "moba=True: MaxText decodes with all keys, where training chooses blocks of them; use logits.",
     ),
   ):
     with pytest.raises(ConfigError) as refused:
@@ -169,17 +199,26 @@ def test_the_command(tmp_path):
   overrides = runs.build_corpus(tmp_path)
   runs.train(runs.LAUNCHER, runs.RUN_YML, tmp_path, "run", *overrides, "steps=2")
   checkpoint = tmp_path / "run" / "checkpoints" / "1"
-  made = tmp_path / "made"
+  made, moved = tmp_path / "made", tmp_path / "moved"
   convert.main(["from-run", "--checkpoint", str(checkpoint), "--maxtext-dir", str(made), runs.RUN_YML])
   assert yaml.safe_load((made / "model.yml").read_text())["scan_layers"] is False
   prompt = np.arange(24)[None]
-  alike = [maxtext_mudd.from_pretrained(made)[0], maxtext_mudd.from_run(str(checkpoint), runs.RUN_YML)[0]]
+  alike = [maxtext_mudd.from_pretrained(made)[0], maxtext_mudd.from_run(checkpoint, pathlib.Path(runs.RUN_YML))[0]]
   np.testing.assert_array_equal(*(maxtext_mudd.logits(model, prompt) for model in alike))
+  made.rename(moved)
+  on_a_cpu = ["hardware=cpu", "skip_jax_distributed_system=true", "dtype=float32", "attention=dot_product"]
   said = []
-  for folder, prompt in ((checkpoint, TEXT), (checkpoint / "items", TEXT), (checkpoint, "x" * 60), (checkpoint, "")):
-    keys = [f"load_parameters_path={folder}", f"prompt={prompt}", "max_prefill_predict_length=40"]
+  for config, folder, prompt, *more in (
+    (runs.RUN_YML, checkpoint, TEXT),
+    (runs.RUN_YML, checkpoint / "items", TEXT),
+    (runs.RUN_YML, checkpoint, "x" * 60),
+    (runs.RUN_YML, checkpoint, ""),
+    (moved / "model.yml", moved, TEXT, *on_a_cpu),
+    (runs.RUN_YML, checkpoint, TEXT, "autoregressive_decode_assert=no such text"),
+  ):
+    keys = [f"load_parameters_path={folder}", f"prompt={prompt}", "max_prefill_predict_length=40", *more]
     finished = subprocess.run(
-      [sys.executable, "MaxText/decode.py", runs.RUN_YML, *keys],
+      [sys.executable, "MaxText/decode.py", str(config), *keys],
       cwd=runs.ROOT,
       env=runs.environment(),
       capture_output=True,
@@ -192,7 +231,10 @@ def test_the_command(tmp_path):
   assert len(said[0][1]) > len(f"Input `{TEXT}` -> ``")
   assert said[2][0] == 2
   assert said[2][2] == (
-    "maxtext-mudd: prompt 0 has 61 tokens, and 24 more are longer than the context, max_target_length=64; shorten it, "
-    "or ask for fewer."
+    "maxtext-mudd: the prompt has 61 tokens, more than max_prefill_predict_length=40; raise that, and what is left to "
+    "max_target_length=64 is made, or shorten it."
   )
   assert said[3][::2] == (2, "maxtext-mudd: prompt='' says nothing; write something.")
+  assert said[4][:2] == said[0][:2]
+  assert said[5][0] == 2
+  assert said[5][2].startswith("maxtext-mudd: autoregressive_decode_assert=no such text: the text does not begin so: '")

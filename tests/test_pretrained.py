@@ -568,7 +568,8 @@ def test_folders_that_hold_no_model(tmp_path):
 
 
 def test_overrides(tmp_path):
-  model, config = maxtext_mudd.from_pretrained(hugging_face(tmp_path / "hf"), dtype="bfloat16", weight_dtype="bfloat16")
+  dtypes = {"dtype": jnp.bfloat16, "weight_dtype": "bfloat16"}
+  model, config = maxtext_mudd.from_pretrained(hugging_face(tmp_path / "hf"), **dtypes)
   assert config.dtype == "bfloat16"
   assert {x.get_value().dtype.name for _, x in nnx.to_flat_state(nnx.state(model, nnx.Param))} == {"bfloat16"}
   size = config.vocab_size
@@ -576,11 +577,15 @@ def test_overrides(tmp_path):
     ([1, 2, 3], "tokens are [3]; they have to be [batch, length]."),
     ([[1, 2], [3]], "tokens are rows of different lengths; they have to be [batch, length]."),
     ([[1.5]], "tokens are float64; they have to be whole numbers."),
+    ([[1] * 99], f"tokens are [1, 99], longer than the context, max_target_length={config.max_target_length}."),
     ([[1, size]], f"tokens hold {size}, and the model has vocab_size={size}."),
     (jnp.asarray([[1, -1]]), f"tokens hold -1, and the model has vocab_size={size}."),
   ):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
       maxtext_mudd.logits(model, tokens)
+  for positions in ([[0, 1, 2]], [[0.5, 1]]):
+    with pytest.raises(ValueError, match=r"positions are .+; they have to be whole numbers \[batch, length\], \[1, 2\]"):
+      maxtext_mudd.logits(model, [[1, 2]], positions=positions)
   for key, value, own in (
     ("mudd_activation", "gelu_tanh", "gelu"),
     ("base_config", "other.yml", "base.yml"),

@@ -22,14 +22,25 @@ def load(config) -> nnx.Module:
     ConfigError: that is damaged or no checkpoint, or has other parameters than the configuration makes.
   """
   path = str(config.load_parameters_path)
-  found = shapes(path)
-  if not found:
-    raise ConfigError(f"{path} is no checkpoint with parameters, or is damaged; name OUTPUT/RUN/checkpoints/STEP.")
-  check(found, folder.parameter_shapes(config), path)
+  check_path(path, config)
   try:
     return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config))
   except Exception as error:  # Orbax and MaxText raise all kinds
     raise ConfigError(f"{path} cannot be read; it is damaged ({brief(error)}).") from error
+
+
+def items(path: str) -> epath.Path:
+  """The tree in a checkpoint, which some of MaxText's loaders want named."""
+  inner = epath.Path(path) / "items"
+  return inner if inner.is_dir() else epath.Path(path)
+
+
+def check_path(path: str, config) -> None:
+  """`check` of what is saved there. Raises ConfigError."""
+  found = shapes(path)
+  if not found:
+    raise ConfigError(f"{path} is no checkpoint with parameters, or is damaged; name OUTPUT/RUN/checkpoints/STEP.")
+  check(found, folder.parameter_shapes(config), path)
 
 
 def shapes(path: str) -> dict[str, tuple[int, ...]]:

@@ -527,6 +527,9 @@ def test_exports_leave_no_parameter_behind(tmp_path):
 def test_exports_say_what_the_checkpoint_is_now(tmp_path, capsys):
   """A longer context goes into config.json, whatever the original said; code goes along, and progress is shown."""
   source, target = hugging_face(tmp_path / "hf"), tmp_path / "maxtext"
+  fields = json.loads((source / "config.json").read_text())
+  del fields["stack_hidden"]  # as in the published models
+  (source / "config.json").write_text(json.dumps(fields))
   code = ("configuration_muddformer.py", "modeling_muddformer.py", "generation_config.json")
   for name in code:
     (source / name).write_text(f"# {name}\n")

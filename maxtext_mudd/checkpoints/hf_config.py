@@ -163,7 +163,7 @@ def fields(config, original: Mapping[str, Any]) -> dict[str, Any]:
     "use_layer_cache": True,
     "torch_dtype": str(config.weight_dtype),
   }
-  return {**others, **original, **told}
+  return {**(original or others), **told}
 
 
 def _implied(config) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import datasets
 from flax import nnx
-from flax.core.spmd import logical_axis_rules
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -16,7 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 import numpy as np
 import tqdm
 
-from maxtext_mudd import generation
+from maxtext_mudd import forward, generation
 from maxtext_mudd.errors import ConfigError
 from maxtext_mudd.tokens import Tokenizer
 
@@ -65,7 +64,8 @@ class MaxTextLM(TemplateLM):
     """Of each target after its context: the sum of log-probabilities, and whether each token is the most probable.
 
     Args:
-      requests: texts, which are for messages; tokens of the context, one at least; tokens of the target.
+      requests: texts, which are for messages; tokens of the context; tokens of the target. Where the context has none,
+        as one of white space, which the harness moves to the target, the prefix stands for it.
 
     Raises:
       ConfigError: a target has no tokens, or more than the context.
@@ -77,6 +77,7 @@ class MaxTextLM(TemplateLM):
           f"the target {texts[1][:40]!r} has {len(target)} tokens; it can have 1 to {self.max_length}, the context "
           "(max_target_length)."
         )
+      context = context or [self.prefix_token_id]
       rows.append(np.asarray([*context, *target][-(self.max_length + 1) :], np.int32))
       targets.append(len(target))
     found = [(0.0, False)] * len(rows)
@@ -191,11 +192,10 @@ def log_likelihoods(
   Args:
     segment_ids: tokens attend to their own segment only. 0 is padding.
   """
-  with jax.set_mesh(model.mesh), logical_axis_rules(model.config.logical_axis_rules):
-    return _log_likelihoods(model, *(jnp.asarray(x, jnp.int32) for x in (tokens, targets, segment_ids)))
+  return _log_likelihoods(model, *(jnp.asarray(x, jnp.int32) for x in (tokens, targets, segment_ids)))
 
 
-@nnx.jit
+@forward.pure
 def _log_likelihoods(model, tokens, targets, segment_ids):
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
   logits = model(tokens, positions, segment_ids, enable_dropout=False).astype(jnp.float32)

@@ -4,13 +4,12 @@ import pathlib
 from typing import Any
 
 from flax import nnx
-from flax.core.spmd import logical_axis_rules
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from maxtext_mudd import plugin
+from maxtext_mudd import forward, plugin
 from maxtext_mudd.errors import ConfigError
 
 # Beside the keys of a model. Matrix products of float32 are no less on TPUs and GPUs.
@@ -168,10 +167,9 @@ def logits(
   if segment_ids is None:
     segment_ids = np.ones((), np.int32)
   positions, segment_ids = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), tokens.shape) for x in (positions, segment_ids))
-  with jax.set_mesh(model.mesh), logical_axis_rules(model.config.logical_axis_rules):
-    return _logits(model, tokens, positions, segment_ids)
+  return _logits(model, tokens, positions, segment_ids)
 
 
-@nnx.jit
+@forward.pure
 def _logits(model, tokens, positions, segment_ids):
   return model(tokens, positions, segment_ids, enable_dropout=False).astype(jnp.float32)

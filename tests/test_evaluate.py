@@ -5,7 +5,9 @@ import pathlib
 import subprocess
 import sys
 
+from flax import nnx
 import jax
+import jax.numpy as jnp
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -15,9 +17,10 @@ import tokenizers
 import transformers
 
 import maxtext_mudd
-from maxtext_mudd import assets, convert, evaluate, evaluation, pretrained, tokens
+from maxtext_mudd import assets, convert, evaluate, evaluation, forward, pretrained, tokens
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
+from tests.test_blocks import MOE
 
 CONTEXT = 24
 BYTES = {"tokenizer_type": "huggingface", "tokenizer_path": assets.BYTE_TOKENIZER, "vocab_size": 264}
@@ -87,6 +90,15 @@ def check_log_likelihoods(lm) -> None:
   assert [greedy for _, greedy in found] == [True, False, False]
 
 
+def check_log_likelihoods_without_bos(lm) -> None:
+  """A text begins after the prefix: also one whose context is white space, which the harness moves to the target."""
+  pairs = (("\n", "abcdefg"), ("", "abcdefgh"), (" ", "x" * (CONTEXT - 1)), ("abcd", "efghi"))
+  found = lm.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
+  texts = [context + target for context, target in pairs]
+  rows = [[1, *of_bytes(text)] for text in texts[:3]] + [of_bytes(texts[3])]
+  check(found, [direct(lm, row, number) for row, number in zip(rows, (8, 8, CONTEXT, 5))])
+
+
 def most_probable(lm, row, place: int) -> int:
   return int(np.asarray(maxtext_mudd.logits(lm.model, np.asarray(row)[None, :-1]))[0, place].argmax())
 
@@ -95,9 +107,58 @@ def test_log_likelihoods(lm):
   check_log_likelihoods(lm)
 
 
+def test_log_likelihoods_without_bos(lm):
+  config = models.config(**KEYS | {"add_bos": False})
+  check_log_likelihoods_without_bos(evaluation.MaxTextLM(lm.model, config, tokens.Tokenizer(config), batch_size=3))
+
+
 @pytest.mark.slow
 def test_log_likelihoods_scanned():
   check_log_likelihoods(build(scan_layers=True))
+
+
+@pytest.mark.slow
+def test_log_likelihoods_of_experts():
+  """The model stays as it is, with what its layers sow, and is traced once for each function and length."""
+  lm = build(decoder_block="mixtral", **MOE)
+  before, traces, ones = jax.tree.structure(nnx.state(lm.model)), [], np.ones((3, 16), np.int32)
+  with pytest.MonkeyPatch.context() as patch:
+    call = type(lm.model).__call__
+    patch.setattr(type(lm.model), "__call__", lambda *args, **keys: traces.append(0) or call(*args, **keys))
+    for _ in range(2):
+      evaluation.log_likelihoods(lm.model, ones, ones, ones)
+      maxtext_mudd.logits(lm.model, ones)
+  assert len(traces) == 2
+  assert not jax.tree.leaves(nnx.state(lm.model, nnx.Intermediate))
+  assert jax.tree.structure(nnx.state(lm.model)) == before
+  check_log_likelihoods(lm)
+
+
+def test_models_stay_as_they_are():
+  """Those that sow are not written to, and not traced again; what is set from outside is seen."""
+
+  class Sowing(nnx.Module):
+    def __init__(self, mesh, config):
+      self.scale, self.mesh, self.config = nnx.Param(jnp.full((), 3.0)), mesh, config
+
+    def __call__(self, x):
+      self.sow(nnx.Intermediate, "seen", x)
+      return x * self.scale
+
+  traces = []
+
+  @forward.pure
+  def twice(model, x):
+    traces.append(0)
+    return 2 * model(x)
+
+  config = models.config(**KEYS)
+  model = Sowing(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), config)
+  assert [float(twice(model, jnp.float32(x))) for x in (1, 2)] == [6, 12]
+  model.scale.set_value(jnp.full((), 5.0))
+  assert float(twice(model, jnp.float32(1))) == 10
+  assert len(traces) == 1
+  assert set(nnx.state(model)) == {"scale"}
 
 
 TEXT = "Sphinx of black quartz, judge my vow: naïve façades."  # some letters are two bytes

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     plugin.install()
     wanted.load_tasks()
     lm = wanted.load_model()
+    wanted.check_generations(lm)
     results = wanted.evaluate(lm)
   except (ConfigError, versions.UnknownMaxText) as error:
     launch.exit_with(str(error))
@@ -151,6 +152,15 @@ class _Request:
     else:
       model, config = pretrained.from_pretrained(self.checkpoint, **self.overrides)
     return evaluation.MaxTextLM(model, config, tokens.Tokenizer(config, self.tokenizer), self.batch_size)
+
+  def check_generations(self, lm) -> None:
+    """Raises ConfigError for what a task asks for and the model cannot do, before hours of the other tasks."""
+    for name, task in self.manager.load(self.tasks)["tasks"].items():
+      if task.OUTPUT_TYPE == "generate_until" and task.config.generation_kwargs is not None:
+        try:
+          lm.check_generation(task.config.generation_kwargs)
+        except ConfigError as error:
+          raise ConfigError(f"--tasks: {name}: {error}") from error
 
   def evaluate(self, lm) -> dict[str, Any]:
     """The harness's results, which are written, too. Raises ConfigError."""

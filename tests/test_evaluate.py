@@ -326,6 +326,46 @@ def test_few_shot(run, lm, tmp_path):
   assert found["n-samples"]["choice"]["effective"] == 2
 
 
+@pytest.mark.parametrize(
+  ("asked", "message"),
+  [
+    ({"do_sample": True, "top_k": 5000}, "top_k=5000 is not from 1 to vocab_size=264."),
+    ({"temperature": 1, "top_k": -1}, "top_k=-1 is not from 1 to vocab_size=264."),
+    ({"do_sample": True, "top_k": 2.5}, "top_k=2.5 is not a whole number."),
+    ({"do_sample": True, "top_p": 1.5}, "top_p=1.5 is not above 0, and 1 at most."),
+    ({"do_sample": True, "top_p": 0.0}, "top_p=0.0 is not above 0, and 1 at most."),
+    ({"temperature": -1}, "temperature=-1.0 is not 0 or more, and finite; 0 takes the most probable token each time."),
+    ({"temperature": "hot"}, "temperature='hot' is not a number."),
+    ({"temperature": "nan"}, "temperature='nan' is not a number."),
+    ({"max_new_tokens": "all"}, "max_new_tokens='all' is not a whole number."),
+    ({"max_tokens": 0}, "max_gen_toks=0 leaves no room for a prompt, or asks for nothing; "),
+    ({"do_sample": "false"}, "do_sample='false' is neither true nor false."),
+    ({"until": ["\n", 5]}, "until=['\\n', 5] is not a text, nor a list of texts."),
+    (
+      {"temperature": 0.7, "top_k": 8, "top_p": 0.9},
+      "top_p=0.9 with temperature=0.7: MaxText cuts before the temperature, and task files mean after it; set "
+      "temperature=1, or leave top_p out.",
+    ),
+  ],
+)
+def test_generations_that_cannot_be(lm, asked, message):
+  with pytest.raises(ConfigError) as error:
+    lm.check_generation({"max_gen_toks": 6} | asked if "max" not in str(asked) else asked)
+  assert str(error.value).startswith(f"generation_kwargs: {message}")
+
+
+def test_generations_that_can_be(lm):
+  """Numbers as YAML gives them, and what is not set."""
+  for asked in (
+    {},
+    {"temperature": "1e0", "top_p": "9e-1", "top_k": None},
+    {"temperature": 0.7, "top_k": 264, "top_p": 1.0},
+    {"do_sample": False, "temperature": 0.0, "top_k": None, "top_p": 1.0, "until": "x"},
+    {"do_sample": True, "top_k": 1, "top_p": 0.5},
+  ):
+    lm.check_generation({"max_gen_toks": 6} | asked)
+
+
 @pytest.mark.slow
 def test_generation(lm):
   """Up to a stop sequence, EOS or the number; by batches of one kind, in the order of the requests."""
@@ -345,7 +385,7 @@ def test_generation(lm):
   )
   assert found[:2] == [whole[2].split(whole[2][1])[0], whole[0]]
   assert found[2] != whole[0]
-  for keys in ({"top_k": 1}, {"top_p": 1e-6}, {"top_k": 1, "top_p": 0.5}):
+  for keys in ({"top_k": 1}, {"top_p": 1e-6, "temperature": 1}, {"top_k": 1, "top_p": 0.5, "temperature": 1}):
     assert lm.generate_until(instances("generate_until", ("ab", drawn | keys)), disable_tqdm=True) == [whole[0]]
 
 
@@ -462,13 +502,14 @@ REFUSED = {
     "(max_target_length).",
   ),
   "more new tokens than the context": (
-    ["--tasks", "endless"],
-    "generation_kwargs: max_gen_toks=24 leaves no room for a prompt, or asks for nothing; set it from 1 to 23, for "
-    "max_target_length=24.",
+    ["--tasks", "choice,endless"],
+    "--tasks: endless: generation_kwargs: max_gen_toks=24 leaves no room for a prompt, or asks for nothing; set it "
+    "from 1 to 23, for max_target_length=24.",
   ),
   "beams": (
-    ["--tasks", "beams"],
-    "generation_kwargs: num_beams=4 is not known; do_sample, max_gen_toks, temperature, top_k, top_p, until are.",
+    ["--tasks", "choice,beams"],  # before the choices are scored
+    "--tasks: beams: generation_kwargs: num_beams=4 is not known; do_sample, max_gen_toks, temperature, top_k, top_p, "
+    "until are.",
   ),
   "a tokenizer with more tokens": (
     ["--tasks", "choice", "--tokenizer", "{tmp}/many"],

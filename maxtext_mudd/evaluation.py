@@ -1,6 +1,6 @@
 """A model of MaxText as EleutherAI's lm-evaluation-harness sees one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 from flax import nnx
@@ -32,17 +32,25 @@ class MaxTextLM(TemplateLM):
   beginning.
   """
 
-  def __init__(self, model: nnx.Module, config, tokenizer: Tokenizer, batch_size: int = 8):
+  def __init__(
+    self,
+    model: nnx.Module,
+    config,
+    tokenizer: Tokenizer,
+    batch_size: int = 8,
+    before_batch: Callable[[], None] = lambda: None,
+  ):
     """
     Args:
       model, config: as of `from_pretrained`.
       batch_size: rows of a batch; the next multiple of the number of devices is taken.
+      before_batch: called before each batch; what it raises ends the evaluation.
     """
     super().__init__()
     self.model, self.config, self.words = model, config, tokenizer
     self.tokenizer = tokenizer.hugging_face  # the harness writes its special tokens down
     self.batch_size = -(-batch_size // model.mesh.size) * model.mesh.size
-    self.max_length = config.max_target_length
+    self.max_length, self._before_batch = config.max_target_length, before_batch
     self._batches_drawn = 0
 
   @property
@@ -86,6 +94,7 @@ class MaxTextLM(TemplateLM):
     found = [(0.0, False)] * len(rows)
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))  # the longest first: memory runs out early
     for start in tqdm.trange(0, len(order), self.batch_size, desc="log-likelihoods", disable=disable_tqdm):
+      self._before_batch()
       batch = order[start : start + self.batch_size]
       scores, greedy = self._score([rows[row] for row in batch])
       for number, row in enumerate(batch):
@@ -138,6 +147,7 @@ class MaxTextLM(TemplateLM):
       batches[-1].append(row)
     found = [""] * len(requests)
     for batch in tqdm.tqdm(batches, desc="generations", disable=disable_tqdm):
+      self._before_batch()
       for row, text in zip(batch, self._generate([prompts[row] for row in batch], chosen[batch[0]])):
         found[row] = postprocess_generated_text(text, chosen[row].until, None)
     return found

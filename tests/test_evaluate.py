@@ -1,9 +1,14 @@
 """Evaluation: the harness's figures are those of the model's logits, and mistakes end in one sentence."""
 
+import errno
 import json
+import logging
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 from flax import nnx
 import jax
@@ -479,6 +484,18 @@ REFUSED = {
     "--limit=0 leaves nothing; set it to a number of documents, or a share below 1.",
   ),
   "no limit": (["--tasks", "choice", "--limit", "nan"], "--limit=nan is not a number from 0 on."),
+  "half a document": (
+    ["--tasks", "choice", "--limit", "2.9"],
+    "--limit=2.9 is neither a whole number of documents, nor a share below 1.",
+  ),
+  "an output that cannot be written": (  # not even by root, who may do all where there are permissions alone
+    ["--tasks", "choice", "--output", "/proc/results.json"],
+    "--output=/proc/results.json cannot be written (",
+  ),
+  "a configuration beside a model's own": (
+    ["--checkpoint", "{tmp}/own", "--tasks", "choice", "a.yml"],
+    "a.yml: --checkpoint={tmp}/own has a model.yml, which describes its model; leave a.yml out.",
+  ),
   "no key": (
     ["--tasks", "choice", "scan"],
     "scan is not key=value, nor a configuration file, which ends in .yml.",
@@ -538,6 +555,8 @@ def crowded(tmp_path_factory) -> pathlib.Path:
   (folder / "latin").write_bytes("naïve".encode("latin-1"))
   (folder / "run").mkdir()
   (folder / "run" / "_CHECKPOINT_METADATA").write_text("{}")
+  (folder / "own").mkdir()
+  (folder / "own" / "model.yml").write_text("{}")
   letters(folder / "many", 300)
   return folder
 
@@ -554,6 +573,87 @@ def test_refusals(case, crowded, lm, monkeypatch, capsys):
   assert ended.value.code == 2
   said = capsys.readouterr().err.splitlines()[-1]
   assert said.startswith("maxtext-mudd: " + message.format(tmp=crowded)), said
+  assert sorted(crowded.rglob("*")) == before
+
+
+def end_of(capsys, *arguments) -> str:
+  """The sentence that the command ends with."""
+  with pytest.raises(SystemExit) as ended:
+    evaluate.main([str(x) for x in arguments])
+  assert ended.value.code == 2
+  return capsys.readouterr().err.splitlines()[-1].removeprefix("maxtext-mudd: ")
+
+
+def test_models_without_tokenizers(crowded, lm, monkeypatch, capsys):
+  """Where nobody named one, the sentence is not of MaxText's default."""
+  bare = models.config(**KEYS | {"tokenizer_path": "", "tokenizer_type": "sentencepiece"})
+  for name in ("from_pretrained", "from_run"):
+    monkeypatch.setattr(pretrained, name, lambda *_, **__: (lm.model, bare))
+  text = ["--text", crowded / "many" / "tokenizer_config.json"]
+  assert end_of(capsys, "--checkpoint", crowded, *text) == (
+    f"--checkpoint={crowded} has no tokenizer; name the one that the model was trained with by --tokenizer=PATH."
+  )
+  assert end_of(capsys, "--checkpoint", crowded / "run", *text, "a.yml") == (
+    "a.yml names no tokenizer_path; name the tokenizer that the model was trained with by --tokenizer=PATH."
+  )
+  named = f"tokenizer_path={bare.tokenizer_path}"  # by the user
+  assert end_of(capsys, "--checkpoint", crowded, *text, named).startswith(f"{named} cannot be read as a tokenizer of ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("swallowed", ["", "before the last batch", "in the last batch", "into another error"])
+def test_interrupts(crowded, lm, monkeypatch, capsys, number, swallowed):
+  """Nothing is written after one, also where a library swallows it; nor is anything computed that need not be."""
+  batches, size = [], 15 if swallowed == "in the last batch" else 3
+
+  def interrupted(_, tokens, *__):
+    batches.append(len(tokens))
+    try:
+      os.kill(os.getpid(), number)
+      time.sleep(9)
+    except KeyboardInterrupt:
+      if not swallowed:
+        raise
+      if swallowed == "into another error":
+        raise ValueError("stopped") from None
+    return np.zeros(tokens.shape), np.zeros(tokens.shape, bool)
+
+  monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
+  monkeypatch.setattr(evaluation, "log_likelihoods", interrupted)
+  before, handlers = sorted(crowded.rglob("*")), [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
+  arguments = ["--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice", "--batch-size", size]
+  assert end_of(capsys, *arguments, "--output", crowded / "results.json") == "interrupted; no results were written."
+  assert batches == [size]
+  assert sorted(crowded.rglob("*")) == before
+  assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_outputs_that_cannot_be_written(crowded, lm, monkeypatch, capsys):
+  """On a full disk: the table is printed, the cause is told, and no part of a file is left."""
+
+  def full(path, text, **_):
+    if path.name == "results.json":  # the trial at the start
+      return write(path, text)
+    write(path, text[: len(text) // 2])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  write = pathlib.Path.write_text
+  monkeypatch.setattr(pathlib.Path, "write_text", full)
+  monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
+  logging.disable(logging.NOTSET)  # the end of an earlier test
+  before = sorted(crowded.rglob("*"))
+  zeros = np.zeros((3, 16))
+  monkeypatch.setattr(evaluation, "log_likelihoods", lambda *_: (zeros, zeros.astype(bool)))
+  arguments = ["--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice", "--batch-size", 3]
+  with pytest.raises(SystemExit) as ended:
+    evaluate.main([str(x) for x in (*arguments, "--output", crowded / "made.json")])
+  assert ended.value.code == 2
+  said = capsys.readouterr()
+  assert "|choice" in said.out
+  assert said.err.splitlines()[-1] == (
+    f"maxtext-mudd: --output={crowded}/made.json cannot be written (OSError(28, 'No space left on device')); name a "
+    "file that can be."
+  )
   assert sorted(crowded.rglob("*")) == before
 
 

@@ -576,12 +576,13 @@ def test_refusals(case, crowded, lm, monkeypatch, capsys):
   assert sorted(crowded.rglob("*")) == before
 
 
-def end_of(capsys, *arguments) -> str:
-  """The sentence that the command ends with."""
+def end_of(capsys, *arguments) -> tuple[str, str]:
+  """The sentence that the command ends with, and what it printed."""
   with pytest.raises(SystemExit) as ended:
     evaluate.main([str(x) for x in arguments])
   assert ended.value.code == 2
-  return capsys.readouterr().err.splitlines()[-1].removeprefix("maxtext-mudd: ")
+  said = capsys.readouterr()
+  return said.err.splitlines()[-1].removeprefix("maxtext-mudd: "), said.out
 
 
 def test_models_without_tokenizers(crowded, lm, monkeypatch, capsys):
@@ -590,39 +591,52 @@ def test_models_without_tokenizers(crowded, lm, monkeypatch, capsys):
   for name in ("from_pretrained", "from_run"):
     monkeypatch.setattr(pretrained, name, lambda *_, **__: (lm.model, bare))
   text = ["--text", crowded / "many" / "tokenizer_config.json"]
-  assert end_of(capsys, "--checkpoint", crowded, *text) == (
+  assert end_of(capsys, "--checkpoint", crowded, *text)[0] == (
     f"--checkpoint={crowded} has no tokenizer; name the one that the model was trained with by --tokenizer=PATH."
   )
-  assert end_of(capsys, "--checkpoint", crowded / "run", *text, "a.yml") == (
+  assert end_of(capsys, "--checkpoint", crowded / "run", *text, "a.yml")[0] == (
     "a.yml names no tokenizer_path; name the tokenizer that the model was trained with by --tokenizer=PATH."
   )
   named = f"tokenizer_path={bare.tokenizer_path}"  # by the user
-  assert end_of(capsys, "--checkpoint", crowded, *text, named).startswith(f"{named} cannot be read as a tokenizer of ")
+  assert end_of(capsys, "--checkpoint", crowded, *text, named)[0].startswith(
+    f"{named} cannot be read as a tokenizer of "
+  )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("swallowed", ["", "before the last batch", "in the last batch", "into another error"])
-def test_interrupts(crowded, lm, monkeypatch, capsys, number, swallowed):
+@pytest.mark.parametrize(
+  "how", ["", "swallowed", "swallowed in the last batch", "another error", "swallowed at the end"]
+)
+def test_interrupts(crowded, lm, monkeypatch, capsys, number, how):
   """Nothing is written after one, also where a library swallows it; nor is anything computed that need not be."""
-  batches, size = [], 15 if swallowed == "in the last batch" else 3
+  batches, size = [], 3 if how in ("", "swallowed", "another error") else 15
 
-  def interrupted(_, tokens, *__):
-    batches.append(len(tokens))
+  def interrupt(*_):
     try:
       os.kill(os.getpid(), number)
       time.sleep(9)
     except KeyboardInterrupt:
-      if not swallowed:
+      if not how:
         raise
-      if swallowed == "into another error":
+      if how == "another error":
         raise ValueError("stopped") from None
+    return True
+
+  def scores(_, tokens, *__):
+    batches.append(len(tokens))
+    if how != "swallowed at the end":
+      interrupt()
     return np.zeros(tokens.shape), np.zeros(tokens.shape, bool)
 
   monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
-  monkeypatch.setattr(evaluation, "log_likelihoods", interrupted)
+  monkeypatch.setattr(evaluation, "log_likelihoods", scores)
+  if how == "swallowed at the end":
+    monkeypatch.setattr(evaluate, "_is_json", interrupt)
   before, handlers = sorted(crowded.rglob("*")), [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
   arguments = ["--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice", "--batch-size", size]
-  assert end_of(capsys, *arguments, "--output", crowded / "results.json") == "interrupted; no results were written."
+  ended, table = end_of(capsys, *arguments, "--output", crowded / "results.json")
+  assert ended == "interrupted; no results were written."
+  assert ("|choice" in table) == (how == "swallowed at the end")
   assert batches == [size]
   assert sorted(crowded.rglob("*")) == before
   assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -645,15 +659,11 @@ def test_outputs_that_cannot_be_written(crowded, lm, monkeypatch, capsys):
   zeros = np.zeros((3, 16))
   monkeypatch.setattr(evaluation, "log_likelihoods", lambda *_: (zeros, zeros.astype(bool)))
   arguments = ["--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice", "--batch-size", 3]
-  with pytest.raises(SystemExit) as ended:
-    evaluate.main([str(x) for x in (*arguments, "--output", crowded / "made.json")])
-  assert ended.value.code == 2
-  said = capsys.readouterr()
-  assert "|choice" in said.out
-  assert said.err.splitlines()[-1] == (
-    f"maxtext-mudd: --output={crowded}/made.json cannot be written (OSError(28, 'No space left on device')); name a "
-    "file that can be."
+  ended, table = end_of(capsys, *arguments, "--output", crowded / "made.json")
+  assert ended == (
+    f"--output={crowded}/made.json cannot be written (OSError(28, 'No space left on device')); name a file that can be."
   )
+  assert "|choice" in table
   assert sorted(crowded.rglob("*")) == before
 
 

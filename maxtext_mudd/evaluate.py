@@ -94,7 +94,9 @@ class _Interrupts:
       raise KeyboardInterrupt
 
   def __enter__(self) -> "_Interrupts":
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    heard = threading.current_thread() is threading.main_thread()
+    # What is ignored stays so, as Ctrl-C is by what a script starts in the background.
+    signals = [x for x in (signal.SIGINT, signal.SIGTERM) if heard and signal.getsignal(x) != signal.SIG_IGN]
     self._before = {number: signal.signal(number, self._stop) for number in signals}
     return self
 

@@ -11,11 +11,17 @@ say otherwise.
 """
 
 import argparse
+from collections.abc import Callable, Iterator
+import contextlib
 import difflib
+import json
+import logging
 import os
 import pathlib
+import signal
 import sys
 import tempfile
+import threading
 from typing import Any
 
 from maxtext_mudd import assets, launch, plugin, versions
@@ -45,13 +51,63 @@ BOOTSTRAPS = 1000
 def main(argv: list[str]) -> None:
   args = _parser().parse_intermixed_args(argv)
   try:
-    wanted = _Request(args)
-    plugin.install()
-    wanted.load_tasks()
-    lm = wanted.load_model()
-    results = wanted.evaluate(lm)
+    with _Interrupts() as interrupts:
+      wanted = _Request(args)
+      plugin.install()
+      wanted.load_tasks()
+      lm = wanted.load_model(interrupts.check)
+      wanted.check_generations(lm)
+      results = wanted.evaluate(lm)
+      interrupts.check()
+      try:
+        _show(results)
+      finally:  # one is there where the other fails
+        wanted.write(results, interrupts.end)
   except (ConfigError, versions.UnknownMaxText) as error:
     launch.exit_with(str(error))
+  except KeyboardInterrupt:
+    launch.exit_with("interrupted; no results were written.")
+
+
+class _Interrupts:
+  """A context in which SIGINT and SIGTERM raise KeyboardInterrupt, and which leaves with one.
+
+  They are noted down: libraries swallow some, and make other errors of others.
+  """
+
+  def __init__(self):
+    self._seen = self._ended = False
+
+  def check(self) -> None:
+    """Raises KeyboardInterrupt where one was swallowed."""
+    if self._seen:
+      raise KeyboardInterrupt
+
+  def end(self) -> None:
+    """Lets what follows happen whatever signals come. Raises KeyboardInterrupt where one came before."""
+    self._ended = True
+    self.check()
+
+  def _stop(self, *_) -> None:
+    if not self._ended:
+      self._seen = True
+      raise KeyboardInterrupt
+
+  def __enter__(self) -> "_Interrupts":
+    heard = threading.current_thread() is threading.main_thread()
+    # What is ignored stays so, as Ctrl-C is by what a script starts in the background.
+    signals = [x for x in (signal.SIGINT, signal.SIGTERM) if heard and signal.getsignal(x) != signal.SIG_IGN]
+    self._before = {number: signal.signal(number, self._stop) for number in signals}
+    return self
+
+  def __exit__(self, _, error: BaseException | None, __) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+    if self._seen and error is not None:
+      raise KeyboardInterrupt from error
+
+
+def _show(results: dict[str, Any]) -> None:
   from lm_eval.utils import make_table
 
   print(make_table(results))
@@ -88,6 +144,8 @@ class _Request:
     self.num_fewshot = None if args.num_fewshot is None else _number("--num-fewshot", args.num_fewshot, int, 0)
     self.batch_size = _number("--batch-size", args.batch_size, int, 1)
     self.limit = None if args.limit is None else _number("--limit", args.limit, float, 0)
+    if self.limit and self.limit > 1 and self.limit != int(self.limit):
+      raise ConfigError(f"--limit={args.limit} is neither a whole number of documents, nor a share below 1.")
     if self.limit == 0:
       raise ConfigError("--limit=0 leaves nothing; set it to a number of documents, or a share below 1.")
     if not self.names and not args.text:
@@ -98,10 +156,12 @@ class _Request:
       raise ConfigError(f"--output={args.output} exists already; name a file that does not.")
     if self.output and not self.output.parent.is_dir():
       raise ConfigError(f"--output={args.output}: there is no folder {self.output.parent}; make it first.")
+    if self.output:
+      _try(self.output)
     if self.include and not pathlib.Path(self.include).is_dir():
       raise ConfigError(f"--include-dir={self.include} is not a folder; name one with task files.")
     self._check_checkpoint()
-    self.tasks, self.manager = [], None
+    self.tasks, self.manager, self.tracker = [], None, None
 
   def _check_checkpoint(self) -> None:
     path = pathlib.Path(self.checkpoint).expanduser()
@@ -110,6 +170,11 @@ class _Request:
         raise ConfigError(f"{self.checkpoint} is not a local folder; copy it first.")
     elif not path.is_dir():
       raise ConfigError(f"--checkpoint={self.checkpoint} is not a folder; name one that holds a model.")
+    elif self.config_file and (path / "model.yml").exists():
+      raise ConfigError(
+        f"{self.config_file}: --checkpoint={self.checkpoint} has a model.yml, which describes its model; leave "
+        f"{self.config_file} out."
+      )
     elif not self.config_file and (path / "_CHECKPOINT_METADATA").exists() and not (path / "model.yml").exists():
       raise ConfigError(
         f"--checkpoint={self.checkpoint} is a checkpoint of a run; name the CONFIG.yml that it was started with, too."
@@ -142,7 +207,7 @@ class _Request:
     except ValueError as error:  # of groups that share a task
       raise ConfigError(f"--tasks: these cannot be evaluated together ({brief(error)}).") from error
 
-  def load_model(self):
+  def load_model(self, before_batch: Callable[[], None]):
     """The model as the harness sees one. Raises ConfigError."""
     from maxtext_mudd import evaluation, pretrained, tokens
 
@@ -150,21 +215,45 @@ class _Request:
       model, config = pretrained.from_run(self.checkpoint, self.config_file, **self.overrides)
     else:
       model, config = pretrained.from_pretrained(self.checkpoint, **self.overrides)
-    return evaluation.MaxTextLM(model, config, tokens.Tokenizer(config, self.tokenizer), self.batch_size)
+    if not (self.tokenizer or self.overrides.get("tokenizer_path") or tokens.is_named(config)):
+      self._check_default_tokenizer(config.tokenizer_path)
+    return evaluation.MaxTextLM(model, config, tokens.Tokenizer(config, self.tokenizer), self.batch_size, before_batch)
+
+  def _check_default_tokenizer(self, path: str) -> None:
+    """MaxText's own, which a run may have been trained with, and no other model was. Raises ConfigError."""
+    if not self.config_file:
+      raise ConfigError(
+        f"--checkpoint={self.checkpoint} has no tokenizer; name the one that the model was trained with by "
+        "--tokenizer=PATH."
+      )
+    if not os.path.exists(path):
+      raise ConfigError(
+        f"{self.config_file} names no tokenizer_path; name the tokenizer that the model was trained with by "
+        "--tokenizer=PATH."
+      )
+
+  def check_generations(self, lm) -> None:
+    """Raises ConfigError for what a task asks for and the model cannot do, before hours of the other tasks."""
+    for name, task in self.manager.load(self.tasks)["tasks"].items():
+      if task.OUTPUT_TYPE == "generate_until" and task.config.generation_kwargs is not None:
+        try:
+          lm.check_generation(task.config.generation_kwargs)
+        except ConfigError as error:
+          raise ConfigError(f"--tasks: {name}: {error}") from error
 
   def evaluate(self, lm) -> dict[str, Any]:
-    """The harness's results, which are written, too. Raises ConfigError."""
+    """The harness's results. Raises ConfigError."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
     from maxtext_mudd import evaluation
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness's bootstraps would fork beside JAX's threads
-    tracker = EvaluationTracker()
+    self.tracker = EvaluationTracker()
     texts = [evaluation.TextTask(self.text, lm)] if self.text else []
     described = {"pretrained": self.checkpoint, "config": self.config_file, "tokenizer": lm.words.path}
     try:
-      results = simple_evaluate(
+      return simple_evaluate(
         model=lm,
         model_args=described | self.overrides,
         tasks=[*self.tasks, *texts],
@@ -172,7 +261,7 @@ class _Request:
         batch_size=lm.batch_size,
         limit=self.limit,
         bootstrap_iters=BOOTSTRAPS,
-        evaluation_tracker=tracker,
+        evaluation_tracker=self.tracker,
         task_manager=self.manager,
       )
     except ConfigError:
@@ -185,22 +274,78 @@ class _Request:
           f"--batch-size={self.batch_size} does not fit the device; use a smaller one ({brief(error)})."
         ) from error
       raise
+
+  def write(self, results: dict[str, Any], last_check: Callable[[], None]) -> None:
+    """The file, if one is wanted, whole or not at all.
+
+    Args:
+      last_check: called before it gets its name; there is none where this raises.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
     samples = results.pop("samples")
-    if self.output:
-      _write(self.output, tracker, results, samples)
-    return results
+    if not self.output:
+      return
+    try:
+      with _stage(self.output) as stage:
+        # By the harness's own writer, which puts a date into the name, and tells its log alone what goes wrong.
+        self.tracker.output_path = str(stage / "results.json")
+        with _told(logging.getLogger(type(self.tracker).__module__)) as said:
+          self.tracker.save_results_aggregated(results, samples)
+        made = next(stage.iterdir(), None)
+        if made is None or not _is_json(made):
+          raise _unwritable(self.output, (said or ["the harness does not say why"])[-1])
+        last_check()
+        made.rename(self.output)
+    except OSError as error:
+      raise _unwritable(self.output, brief(error)) from error
 
 
-def _write(path: pathlib.Path, tracker, results: dict[str, Any], samples: dict[str, Any]) -> None:
-  """Writes the file, whole or not at all. Raises ConfigError where it cannot be written."""
+def _try(path: pathlib.Path) -> None:
+  """Raises ConfigError for a file that could not be written: its permissions do not tell, nor a full disk."""
   try:
-    # By the harness's own writer, which puts a date into the name.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as stage:
-      tracker.output_path = f"{stage}/results.json"
-      tracker.save_results_aggregated(results, samples)
-      next(pathlib.Path(stage).iterdir()).rename(path)
-  except (OSError, StopIteration) as error:
-    raise ConfigError(f"--output={path} cannot be written ({brief(error)}); name a file that can be.") from error
+    with _stage(path) as stage:
+      (stage / "results.json").write_text("{}")
+  except OSError as error:
+    raise _unwritable(path, brief(error)) from error
+
+
+@contextlib.contextmanager
+def _stage(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder beside a file, for what is to become it."""
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as stage:
+    yield pathlib.Path(stage)
+
+
+def _unwritable(path: pathlib.Path, cause: str) -> ConfigError:
+  return ConfigError(f"--output={path} cannot be written ({cause}); name a file that can be.")
+
+
+def _is_json(path: pathlib.Path) -> bool:
+  try:
+    json.loads(path.read_bytes())
+  except ValueError:
+    return False
+  return True
+
+
+@contextlib.contextmanager
+def _told(logger: logging.Logger) -> Iterator[list[str]]:
+  """What is logged meanwhile, which goes nowhere else."""
+  said, level = [], logger.level
+
+  def note(record: logging.LogRecord) -> bool:
+    said.append(record.getMessage())
+    return False
+
+  logger.setLevel(logging.INFO)
+  logger.addFilter(note)
+  try:
+    yield said
+  finally:
+    logger.removeFilter(note)
+    logger.setLevel(level)
 
 
 def _split(arguments: list[str]) -> tuple[str, dict[str, Any]]:
@@ -226,7 +371,7 @@ def _number(flag: str, text: str, kind: type, least: int):
     value = -1
   if not least <= value < float("inf"):
     raise ConfigError(f"{flag}={text} is not a {'whole ' if kind is int else ''}number from {least} on.")
-  return int(value) if value >= 1 else value
+  return int(value) if value == int(value) else value
 
 
 def _text(name: str) -> str:

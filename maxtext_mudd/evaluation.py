@@ -1,10 +1,9 @@
 """A model of MaxText as EleutherAI's lm-evaluation-harness sees one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 from flax import nnx
-from flax.core.spmd import logical_axis_rules
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -16,11 +15,14 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 import numpy as np
 import tqdm
 
-from maxtext_mudd import generation
+from maxtext_mudd import forward, generation
 from maxtext_mudd.errors import ConfigError
 from maxtext_mudd.tokens import Tokenizer
 
 _GENERATION_KEYS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
+_NUMBERS = {"temperature": float, "top_p": float} | dict.fromkeys(
+  ("top_k", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), int
+)
 
 
 class MaxTextLM(TemplateLM):
@@ -30,17 +32,25 @@ class MaxTextLM(TemplateLM):
   beginning.
   """
 
-  def __init__(self, model: nnx.Module, config, tokenizer: Tokenizer, batch_size: int = 8):
+  def __init__(
+    self,
+    model: nnx.Module,
+    config,
+    tokenizer: Tokenizer,
+    batch_size: int = 8,
+    before_batch: Callable[[], None] = lambda: None,
+  ):
     """
     Args:
       model, config: as of `from_pretrained`.
       batch_size: rows of a batch; the next multiple of the number of devices is taken.
+      before_batch: called before each batch; what it raises ends the evaluation.
     """
     super().__init__()
     self.model, self.config, self.words = model, config, tokenizer
     self.tokenizer = tokenizer.hugging_face  # the harness writes its special tokens down
     self.batch_size = -(-batch_size // model.mesh.size) * model.mesh.size
-    self.max_length = config.max_target_length
+    self.max_length, self._before_batch = config.max_target_length, before_batch
     self._batches_drawn = 0
 
   @property
@@ -65,7 +75,8 @@ class MaxTextLM(TemplateLM):
     """Of each target after its context: the sum of log-probabilities, and whether each token is the most probable.
 
     Args:
-      requests: texts, which are for messages; tokens of the context, one at least; tokens of the target.
+      requests: texts, which are for messages; tokens of the context; tokens of the target. Where the context has none,
+        as one of white space, which the harness moves to the target, the prefix stands for it.
 
     Raises:
       ConfigError: a target has no tokens, or more than the context.
@@ -77,11 +88,13 @@ class MaxTextLM(TemplateLM):
           f"the target {texts[1][:40]!r} has {len(target)} tokens; it can have 1 to {self.max_length}, the context "
           "(max_target_length)."
         )
+      context = context or [self.prefix_token_id]
       rows.append(np.asarray([*context, *target][-(self.max_length + 1) :], np.int32))
       targets.append(len(target))
     found = [(0.0, False)] * len(rows)
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))  # the longest first: memory runs out early
     for start in tqdm.trange(0, len(order), self.batch_size, desc="log-likelihoods", disable=disable_tqdm):
+      self._before_batch()
       batch = order[start : start + self.batch_size]
       scores, greedy = self._score([rows[row] for row in batch])
       for number, row in enumerate(batch):
@@ -114,13 +127,17 @@ class MaxTextLM(TemplateLM):
       found[number] += score
     return found
 
+  def check_generation(self, asked: dict) -> None:
+    """Raises ConfigError where `generation_kwargs` has a key that is not known, or a value that cannot be had."""
+    _Generation.of(asked, self.config)
+
   def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
     """What follows each context, up to the first stop sequence or EOS.
 
     Raises:
-      ConfigError: `generation_kwargs` has a key that is not known, or asks for more tokens than the context has.
+      ConfigError: as `check_generation`.
     """
-    chosen = [_Generation.of(request.args[1], self.max_length) for request in requests]
+    chosen = [_Generation.of(request.args[1], self.config) for request in requests]
     prompts = [self._prompt(request.args[0], each) for request, each in zip(requests, chosen)]
     order = sorted(range(len(requests)), key=lambda row: (chosen[row].key, -len(prompts[row])))
     batches = []
@@ -130,6 +147,7 @@ class MaxTextLM(TemplateLM):
       batches[-1].append(row)
     found = [""] * len(requests)
     for batch in tqdm.tqdm(batches, desc="generations", disable=disable_tqdm):
+      self._before_batch()
       for row, text in zip(batch, self._generate([prompts[row] for row in batch], chosen[batch[0]])):
         found[row] = postprocess_generated_text(text, chosen[row].until, None)
     return found
@@ -157,27 +175,70 @@ class _Generation:
     self.key = (sampling, number)  # requests with the same go together
 
   @classmethod
-  def of(cls, asked: dict, max_length: int) -> "_Generation":
+  def of(cls, asked: dict, config) -> "_Generation":
+    """Raises ConfigError."""
+    try:
+      return cls._of(_with_numbers(asked), config)
+    except ConfigError as error:
+      raise ConfigError(f"generation_kwargs: {error}") from None
+
+  @classmethod
+  def _of(cls, asked: dict, config) -> "_Generation":
+    temperature, top_k, top_p = asked.get("temperature", 1.0), asked.get("top_k", 0), asked.get("top_p", 1.0)
+    if not 0 <= temperature < np.inf:
+      raise ConfigError(
+        f"temperature={temperature} is not 0 or more, and finite; 0 takes the most probable token each time."
+      )
     keys = normalize_gen_kwargs(asked)
     unknown = sorted(keys.keys() - _GENERATION_KEYS)
     if unknown:
+      raise ConfigError(f"{unknown[0]}={keys[unknown[0]]} is not known; {', '.join(sorted(_GENERATION_KEYS))} are.")
+    number, until = keys["max_gen_toks"], keys["until"]
+    if not 0 < number < config.max_target_length:
       raise ConfigError(
-        f"generation_kwargs: {unknown[0]}={keys[unknown[0]]} is not known; {', '.join(sorted(_GENERATION_KEYS))} are."
+        f"max_gen_toks={number} leaves no room for a prompt, or asks for nothing; set it from 1 to "
+        f"{config.max_target_length - 1}, for max_target_length={config.max_target_length}."
       )
-    number = keys["max_gen_toks"]
-    if not 0 < number < max_length:
-      raise ConfigError(
-        f"generation_kwargs: max_gen_toks={number} leaves no room for a prompt, or asks for nothing; set it from 1 to "
-        f"{max_length - 1}, for max_target_length={max_length}."
-      )
-    temperature = float(keys.get("temperature", 1.0))
+    if not all(isinstance(text, str) for text in until):
+      raise ConfigError(f"until={until} is not a text, nor a list of texts.")
+    if not isinstance(keys["do_sample"], bool):
+      raise ConfigError(f"do_sample={keys['do_sample']!r} is neither true nor false.")
     if not keys["do_sample"] or not temperature:
-      return cls(generation.Sampling(), number, keys["until"])
-    top_k, top_p = int(keys.get("top_k") or 0), float(keys.get("top_p", 1.0))
+      return cls(generation.Sampling(), number, until)
     algorithm = {(False, False): "weighted", (True, False): "topk", (False, True): "nucleus"}.get(
-      (top_k > 0, top_p < 1), "composite"
+      (top_k != 0, top_p != 1), "composite"
     )
-    return cls(generation.Sampling(algorithm, top_k, top_p, temperature), number, keys["until"])
+    sampling = generation.Sampling(algorithm, top_k, top_p, temperature)
+    _check(sampling, config.vocab_size)
+    if top_p < 1 and temperature != 1:
+      raise ConfigError(
+        f"top_p={top_p} with temperature={temperature}: MaxText cuts before the temperature, and task files mean after "
+        "it; set temperature=1, or leave top_p out."
+      )
+    return cls(sampling, number, until)
+
+
+def _with_numbers(asked: dict) -> dict:
+  """What is set, with numbers for texts: YAML's 1e-6 is one. Raises ConfigError."""
+  found = {key: value for key, value in asked.items() if value is not None}
+  for key in found.keys() & _NUMBERS.keys():
+    kind, text = _NUMBERS[key], found[key]
+    try:
+      found[key] = kind(text)
+      fits = found[key] == float(text)  # neither cut off, nor not a number
+    except (TypeError, ValueError, OverflowError):
+      fits = False
+    if not fits:
+      raise ConfigError(f"{key}={text!r} is not a {'whole ' if kind is int else ''}number.")
+  return found
+
+
+def _check(sampling: generation.Sampling, vocab_size: int) -> None:
+  """Raises ConfigError for what no token can be drawn by."""
+  if sampling.algorithm in ("topk", "composite") and not 1 <= sampling.topk <= vocab_size:
+    raise ConfigError(f"top_k={sampling.topk} is not from 1 to vocab_size={vocab_size}.")
+  if sampling.algorithm in ("nucleus", "composite") and not 0 < sampling.nucleus_topp <= 1:
+    raise ConfigError(f"top_p={sampling.nucleus_topp} is not above 0, and 1 at most.")
 
 
 def log_likelihoods(
@@ -191,11 +252,10 @@ def log_likelihoods(
   Args:
     segment_ids: tokens attend to their own segment only. 0 is padding.
   """
-  with jax.set_mesh(model.mesh), logical_axis_rules(model.config.logical_axis_rules):
-    return _log_likelihoods(model, *(jnp.asarray(x, jnp.int32) for x in (tokens, targets, segment_ids)))
+  return _log_likelihoods(model, *(jnp.asarray(x, jnp.int32) for x in (tokens, targets, segment_ids)))
 
 
-@nnx.jit
+@forward.pure
 def _log_likelihoods(model, tokens, targets, segment_ids):
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
   logits = model(tokens, positions, segment_ids, enable_dropout=False).astype(jnp.float32)

@@ -4,13 +4,12 @@ import pathlib
 from typing import Any
 
 from flax import nnx
-from flax.core.spmd import logical_axis_rules
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from maxtext_mudd import plugin
+from maxtext_mudd import forward, plugin
 from maxtext_mudd.errors import ConfigError
 
 # Beside the keys of a model. Matrix products of float32 are no less on TPUs and GPUs.
@@ -182,8 +181,7 @@ def logits(
   positions, segment_ids = (
     _fitting(name, x, tokens.shape) for name, x in (("positions", positions), ("segment_ids", segment_ids))
   )
-  with jax.set_mesh(model.mesh), logical_axis_rules(model.config.logical_axis_rules):
-    return _logits(model, tokens, positions, segment_ids)
+  return _logits(model, tokens, positions, segment_ids)
 
 
 def _fitting(name: str, values, shape: tuple[int, int]) -> Int[Array, "B T"]:
@@ -194,6 +192,6 @@ def _fitting(name: str, values, shape: tuple[int, int]) -> Int[Array, "B T"]:
   return jnp.broadcast_to(values.astype(jnp.int32), shape)
 
 
-@nnx.jit
+@forward.pure
 def _logits(model, tokens, positions, segment_ids):
   return model(tokens, positions, segment_ids, enable_dropout=False).astype(jnp.float32)

@@ -4,9 +4,15 @@ from collections.abc import Sequence
 import pathlib
 
 from maxtext.input_pipeline import tokenizer
+from maxtext.utils import globals as maxtext_globals
 
 from maxtext_mudd import assets
 from maxtext_mudd.errors import ConfigError, brief
+
+
+def is_named(config) -> bool:
+  """Whether something named `config.tokenizer_path`, which is MaxText's own where nothing did."""
+  return config.tokenizer_path != maxtext_globals.HF_IDS["default"]
 
 
 class Tokenizer:

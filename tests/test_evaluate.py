@@ -1,11 +1,18 @@
 """Evaluation: the harness's figures are those of the model's logits, and mistakes end in one sentence."""
 
+import errno
 import json
+import logging
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
+from flax import nnx
 import jax
+import jax.numpy as jnp
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -15,9 +22,10 @@ import tokenizers
 import transformers
 
 import maxtext_mudd
-from maxtext_mudd import assets, convert, evaluate, evaluation, pretrained, tokens
+from maxtext_mudd import assets, convert, evaluate, evaluation, forward, pretrained, tokens
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
+from tests.test_blocks import MOE
 
 CONTEXT = 24
 BYTES = {"tokenizer_type": "huggingface", "tokenizer_path": assets.BYTE_TOKENIZER, "vocab_size": 264}
@@ -87,6 +95,15 @@ def check_log_likelihoods(lm) -> None:
   assert [greedy for _, greedy in found] == [True, False, False]
 
 
+def check_log_likelihoods_without_bos(lm) -> None:
+  """A text begins after the prefix: also one whose context is white space, which the harness moves to the target."""
+  pairs = (("\n", "abcdefg"), ("", "abcdefgh"), (" ", "x" * (CONTEXT - 1)), ("abcd", "efghi"))
+  found = lm.loglikelihood(instances("loglikelihood", *pairs), disable_tqdm=True)
+  texts = [context + target for context, target in pairs]
+  rows = [[1, *of_bytes(text)] for text in texts[:3]] + [of_bytes(texts[3])]
+  check(found, [direct(lm, row, number) for row, number in zip(rows, (8, 8, CONTEXT, 5))])
+
+
 def most_probable(lm, row, place: int) -> int:
   return int(np.asarray(maxtext_mudd.logits(lm.model, np.asarray(row)[None, :-1]))[0, place].argmax())
 
@@ -95,9 +112,58 @@ def test_log_likelihoods(lm):
   check_log_likelihoods(lm)
 
 
+def test_log_likelihoods_without_bos(lm):
+  config = models.config(**KEYS | {"add_bos": False})
+  check_log_likelihoods_without_bos(evaluation.MaxTextLM(lm.model, config, tokens.Tokenizer(config), batch_size=3))
+
+
 @pytest.mark.slow
 def test_log_likelihoods_scanned():
   check_log_likelihoods(build(scan_layers=True))
+
+
+@pytest.mark.slow
+def test_log_likelihoods_of_experts():
+  """The model stays as it is, with what its layers sow, and is traced once for each function and length."""
+  lm = build(decoder_block="mixtral", **MOE)
+  before, traces, ones = jax.tree.structure(nnx.state(lm.model)), [], np.ones((3, 16), np.int32)
+  with pytest.MonkeyPatch.context() as patch:
+    call = type(lm.model).__call__
+    patch.setattr(type(lm.model), "__call__", lambda *args, **keys: traces.append(0) or call(*args, **keys))
+    for _ in range(2):
+      evaluation.log_likelihoods(lm.model, ones, ones, ones)
+      maxtext_mudd.logits(lm.model, ones)
+  assert len(traces) == 2
+  assert not jax.tree.leaves(nnx.state(lm.model, nnx.Intermediate))
+  assert jax.tree.structure(nnx.state(lm.model)) == before
+  check_log_likelihoods(lm)
+
+
+def test_models_stay_as_they_are():
+  """Those that sow are not written to, and not traced again; what is set from outside is seen."""
+
+  class Sowing(nnx.Module):
+    def __init__(self, mesh, config):
+      self.scale, self.mesh, self.config = nnx.Param(jnp.full((), 3.0)), mesh, config
+
+    def __call__(self, x):
+      self.sow(nnx.Intermediate, "seen", x)
+      return x * self.scale
+
+  traces = []
+
+  @forward.pure
+  def twice(model, x):
+    traces.append(0)
+    return 2 * model(x)
+
+  config = models.config(**KEYS)
+  model = Sowing(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), config)
+  assert [float(twice(model, jnp.float32(x))) for x in (1, 2)] == [6, 12]
+  model.scale.set_value(jnp.full((), 5.0))
+  assert float(twice(model, jnp.float32(1))) == 10
+  assert len(traces) == 1
+  assert set(nnx.state(model)) == {"scale"}
 
 
 TEXT = "Sphinx of black quartz, judge my vow: naïve façades."  # some letters are two bytes
@@ -265,6 +331,46 @@ def test_few_shot(run, lm, tmp_path):
   assert found["n-samples"]["choice"]["effective"] == 2
 
 
+@pytest.mark.parametrize(
+  ("asked", "message"),
+  [
+    ({"do_sample": True, "top_k": 5000}, "top_k=5000 is not from 1 to vocab_size=264."),
+    ({"temperature": 1, "top_k": -1}, "top_k=-1 is not from 1 to vocab_size=264."),
+    ({"do_sample": True, "top_k": 2.5}, "top_k=2.5 is not a whole number."),
+    ({"do_sample": True, "top_p": 1.5}, "top_p=1.5 is not above 0, and 1 at most."),
+    ({"do_sample": True, "top_p": 0.0}, "top_p=0.0 is not above 0, and 1 at most."),
+    ({"temperature": -1}, "temperature=-1.0 is not 0 or more, and finite; 0 takes the most probable token each time."),
+    ({"temperature": "hot"}, "temperature='hot' is not a number."),
+    ({"temperature": "nan"}, "temperature='nan' is not a number."),
+    ({"max_new_tokens": "all"}, "max_new_tokens='all' is not a whole number."),
+    ({"max_tokens": 0}, "max_gen_toks=0 leaves no room for a prompt, or asks for nothing; "),
+    ({"do_sample": "false"}, "do_sample='false' is neither true nor false."),
+    ({"until": ["\n", 5]}, "until=['\\n', 5] is not a text, nor a list of texts."),
+    (
+      {"temperature": 0.7, "top_k": 8, "top_p": 0.9},
+      "top_p=0.9 with temperature=0.7: MaxText cuts before the temperature, and task files mean after it; set "
+      "temperature=1, or leave top_p out.",
+    ),
+  ],
+)
+def test_generations_that_cannot_be(lm, asked, message):
+  with pytest.raises(ConfigError) as error:
+    lm.check_generation({"max_gen_toks": 6} | asked if "max" not in str(asked) else asked)
+  assert str(error.value).startswith(f"generation_kwargs: {message}")
+
+
+def test_generations_that_can_be(lm):
+  """Numbers as YAML gives them, and what is not set."""
+  for asked in (
+    {},
+    {"temperature": "1e0", "top_p": "9e-1", "top_k": None},
+    {"temperature": 0.7, "top_k": 264, "top_p": 1.0},
+    {"do_sample": False, "temperature": 0.0, "top_k": None, "top_p": 1.0, "until": "x"},
+    {"do_sample": True, "top_k": 1, "top_p": 0.5},
+  ):
+    lm.check_generation({"max_gen_toks": 6} | asked)
+
+
 @pytest.mark.slow
 def test_generation(lm):
   """Up to a stop sequence, EOS or the number; by batches of one kind, in the order of the requests."""
@@ -284,7 +390,7 @@ def test_generation(lm):
   )
   assert found[:2] == [whole[2].split(whole[2][1])[0], whole[0]]
   assert found[2] != whole[0]
-  for keys in ({"top_k": 1}, {"top_p": 1e-6}, {"top_k": 1, "top_p": 0.5}):
+  for keys in ({"top_k": 1}, {"top_p": 1e-6, "temperature": 1}, {"top_k": 1, "top_p": 0.5, "temperature": 1}):
     assert lm.generate_until(instances("generate_until", ("ab", drawn | keys)), disable_tqdm=True) == [whole[0]]
 
 
@@ -378,6 +484,18 @@ REFUSED = {
     "--limit=0 leaves nothing; set it to a number of documents, or a share below 1.",
   ),
   "no limit": (["--tasks", "choice", "--limit", "nan"], "--limit=nan is not a number from 0 on."),
+  "half a document": (
+    ["--tasks", "choice", "--limit", "2.9"],
+    "--limit=2.9 is neither a whole number of documents, nor a share below 1.",
+  ),
+  "an output that cannot be written": (  # not even by root, who may do all where there are permissions alone
+    ["--tasks", "choice", "--output", "/proc/results.json"],
+    "--output=/proc/results.json cannot be written (",
+  ),
+  "a configuration beside a model's own": (
+    ["--checkpoint", "{tmp}/own", "--tasks", "choice", "a.yml"],
+    "a.yml: --checkpoint={tmp}/own has a model.yml, which describes its model; leave a.yml out.",
+  ),
   "no key": (
     ["--tasks", "choice", "scan"],
     "scan is not key=value, nor a configuration file, which ends in .yml.",
@@ -401,13 +519,14 @@ REFUSED = {
     "(max_target_length).",
   ),
   "more new tokens than the context": (
-    ["--tasks", "endless"],
-    "generation_kwargs: max_gen_toks=24 leaves no room for a prompt, or asks for nothing; set it from 1 to 23, for "
-    "max_target_length=24.",
+    ["--tasks", "choice,endless"],
+    "--tasks: endless: generation_kwargs: max_gen_toks=24 leaves no room for a prompt, or asks for nothing; set it "
+    "from 1 to 23, for max_target_length=24.",
   ),
   "beams": (
-    ["--tasks", "beams"],
-    "generation_kwargs: num_beams=4 is not known; do_sample, max_gen_toks, temperature, top_k, top_p, until are.",
+    ["--tasks", "choice,beams"],  # before the choices are scored
+    "--tasks: beams: generation_kwargs: num_beams=4 is not known; do_sample, max_gen_toks, temperature, top_k, top_p, "
+    "until are.",
   ),
   "a tokenizer with more tokens": (
     ["--tasks", "choice", "--tokenizer", "{tmp}/many"],
@@ -436,6 +555,8 @@ def crowded(tmp_path_factory) -> pathlib.Path:
   (folder / "latin").write_bytes("naïve".encode("latin-1"))
   (folder / "run").mkdir()
   (folder / "run" / "_CHECKPOINT_METADATA").write_text("{}")
+  (folder / "own").mkdir()
+  (folder / "own" / "model.yml").write_text("{}")
   letters(folder / "many", 300)
   return folder
 
@@ -452,6 +573,97 @@ def test_refusals(case, crowded, lm, monkeypatch, capsys):
   assert ended.value.code == 2
   said = capsys.readouterr().err.splitlines()[-1]
   assert said.startswith("maxtext-mudd: " + message.format(tmp=crowded)), said
+  assert sorted(crowded.rglob("*")) == before
+
+
+def end_of(capsys, *arguments) -> tuple[str, str]:
+  """The sentence that the command ends with, and what it printed."""
+  with pytest.raises(SystemExit) as ended:
+    evaluate.main([str(x) for x in arguments])
+  assert ended.value.code == 2
+  said = capsys.readouterr()
+  return said.err.splitlines()[-1].removeprefix("maxtext-mudd: "), said.out
+
+
+def test_models_without_tokenizers(crowded, lm, monkeypatch, capsys):
+  """Where nobody named one, the sentence is not of MaxText's default."""
+  bare = models.config(**KEYS | {"tokenizer_path": "", "tokenizer_type": "sentencepiece"})
+  for name in ("from_pretrained", "from_run"):
+    monkeypatch.setattr(pretrained, name, lambda *_, **__: (lm.model, bare))
+  text = ["--text", crowded / "many" / "tokenizer_config.json"]
+  assert end_of(capsys, "--checkpoint", crowded, *text)[0] == (
+    f"--checkpoint={crowded} has no tokenizer; name the one that the model was trained with by --tokenizer=PATH."
+  )
+  assert end_of(capsys, "--checkpoint", crowded / "run", *text, "a.yml")[0] == (
+    "a.yml names no tokenizer_path; name the tokenizer that the model was trained with by --tokenizer=PATH."
+  )
+  named = f"tokenizer_path={bare.tokenizer_path}"  # by the user
+  assert end_of(capsys, "--checkpoint", crowded, *text, named)[0].startswith(
+    f"{named} cannot be read as a tokenizer of "
+  )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+  "how", ["", "swallowed", "swallowed in the last batch", "another error", "swallowed at the end"]
+)
+def test_interrupts(crowded, lm, monkeypatch, capsys, number, how):
+  """Nothing is written after one, also where a library swallows it; nor is anything computed that need not be."""
+  batches, size = [], 3 if how in ("", "swallowed", "another error") else 15
+
+  def interrupt(*_):
+    try:
+      os.kill(os.getpid(), number)
+      time.sleep(9)
+    except KeyboardInterrupt:
+      if not how:
+        raise
+      if how == "another error":
+        raise ValueError("stopped") from None
+    return True
+
+  def scores(_, tokens, *__):
+    batches.append(len(tokens))
+    if how != "swallowed at the end":
+      interrupt()
+    return np.zeros(tokens.shape), np.zeros(tokens.shape, bool)
+
+  monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
+  monkeypatch.setattr(evaluation, "log_likelihoods", scores)
+  if how == "swallowed at the end":
+    monkeypatch.setattr(evaluate, "_is_json", interrupt)
+  before, handlers = sorted(crowded.rglob("*")), [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
+  arguments = ["--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice", "--batch-size", size]
+  ended, table = end_of(capsys, *arguments, "--output", crowded / "results.json")
+  assert ended == "interrupted; no results were written."
+  assert ("|choice" in table) == (how == "swallowed at the end")
+  assert batches == [size]
+  assert sorted(crowded.rglob("*")) == before
+  assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_outputs_that_cannot_be_written(crowded, lm, monkeypatch, capsys):
+  """On a full disk: the table is printed, the cause is told, and no part of a file is left."""
+
+  def full(path, text, **_):
+    if path.name == "results.json":  # the trial at the start
+      return write(path, text)
+    write(path, text[: len(text) // 2])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  write = pathlib.Path.write_text
+  monkeypatch.setattr(pathlib.Path, "write_text", full)
+  monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
+  logging.disable(logging.NOTSET)  # the end of an earlier test
+  before = sorted(crowded.rglob("*"))
+  zeros = np.zeros((3, 16))
+  monkeypatch.setattr(evaluation, "log_likelihoods", lambda *_: (zeros, zeros.astype(bool)))
+  arguments = ["--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice", "--batch-size", 3]
+  ended, table = end_of(capsys, *arguments, "--output", crowded / "made.json")
+  assert ended == (
+    f"--output={crowded}/made.json cannot be written (OSError(28, 'No space left on device')); name a file that can be."
+  )
+  assert "|choice" in table
   assert sorted(crowded.rglob("*")) == before
 
 

@@ -32,21 +32,14 @@ import tqdm
 import yaml
 
 from maxtext_mudd import topology
-from maxtext_mudd.checkpoints import remote_code, tensors, tokenizers
+from maxtext_mudd.checkpoints import model_keys, remote_code, tensors, tokenizers
+from maxtext_mudd.checkpoints.model_keys import FREE
 from maxtext_mudd.errors import ConfigError, brief
 
 CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"
 BASE = "base.yml"  # MaxText's own
 BYTES_AT_A_TIME = 64 * 2**20  # in flight to and from files, beside the largest array
 SECONDS_TO_STOP = 60  # after an interrupt
-# Keys of a model that can be others than what it was made with.
-FREE = ("add_bos", "max_target_length", "weight_dtype", "scan_layers", "mudd_ffn_parts", "mudd_rope_table")
-# Keys that make another function of the same parameters, but for those in FREE.
-_OF_THE_FUNCTION = re.compile(
-  r"mudd_(?!kernel|init|ffn_groups).*|(local_|global_)?rope_.*|.*soft_cap|attention_type|sliding_window_size|attention_sink|"
-  r"chunk_attn_window_size|use_qk_norm.*|[qkv]+_norm_with_scale|use_post_(attn|ffw)_norm|normaliz.*|norm_topk_prob|"
-  r"logits_via_embedding|mlp_activations.*|num_experts.*|temperature_tuning"
-)
 
 
 def here() -> dict[str, Any]:
@@ -88,7 +81,7 @@ def keys(folder: pathlib.Path) -> dict[str, Any]:
     raise ConfigError(f"{folder / CONFIG} cannot be read ({' '.join(str(error).split())}).") from error
   if not isinstance(found, dict):
     raise ConfigError(f"{folder / CONFIG} does not hold the keys of a model; convert it again.")
-  return found | tokenizers.keys(folder / TOKENIZER)  # the folder may have been moved
+  return found | tokenizers.moved(found, folder / TOKENIZER)  # the folder may have been moved
 
 
 def configuration(keys: Mapping[str, Any]):
@@ -101,12 +94,12 @@ def with_overrides(
   keys: Mapping[str, Any], overrides: Mapping[str, Any], path: pathlib.Path, free=FREE
 ) -> dict[str, Any]:
   """Keys of a model with a user's beside them. Raises ConfigError where they would make it another model."""
-  given = {key: value for key, value in overrides.items() if key not in free}
-  unset = {key for key in given.keys() - keys.keys() if _OF_THE_FUNCTION.fullmatch(key)}
+  given = {key: value for key, value in overrides.items() if key not in free and key not in model_keys.HOW}
+  unset = {key for key in given.keys() - keys.keys() if key in model_keys.FUNCTION}
   defaults = configuration({"scan_layers": False, **keys, **here()}) if unset else None
   own = {"base_config": BASE} | keys | {key: getattr(defaults, key) for key in unset if hasattr(defaults, key)}
   for key, value in given.items():
-    has = getattr(own.get(key, value), "value", own.get(key, value))  # of an enumeration
+    has = model_keys.plain(own.get(key, value))
     if has != value:
       raise ConfigError(f"{key}={value}: the model in {path} has {key}={has}; leave it out.")
   return {**keys, **overrides}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import pathlib
 import re
 import shutil
@@ -24,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 import yaml
 
 import maxtext_mudd
-from maxtext_mudd import assets, convert, topology
+from maxtext_mudd import assets, convert, errors, topology
 from maxtext_mudd.checkpoints import (
   folder,
   fork,
@@ -157,6 +158,19 @@ def test_shards(tmp_path, monkeypatch):
   assert sum(x.size for x in found.values()) == sum(x.read().nbytes for x in expected.values())
 
 
+def test_shards_that_were_left_beside_one_file(tmp_path, monkeypatch):
+  """Are not read, by transformers neither."""
+  source = hugging_face(tmp_path / "hf")
+  in_shards(source, monkeypatch)
+  save_file({"new": np.zeros(3, np.float32)}, source / "model.safetensors")
+  assert hf_files.open_folder(source).keys() == {"new"}
+
+
+def test_values_that_do_not_fit_a_dtype_of_the_same_size():
+  with pytest.raises(ConfigError, match=r"^w has entries too large for float16; convert to float32\.$"):
+    tensors.cast(np.asarray([1e5], ml_dtypes.bfloat16), np.dtype("float16"), "w")
+
+
 def as_bin(path: pathlib.Path) -> None:
   """The tensors as PyTorch's own files, in two shards."""
   torch = pytest.importorskip("torch", reason="PyTorch is not one of the requirements")
@@ -195,6 +209,20 @@ def test_bin_files_without_pytorch(tmp_path, monkeypatch):
     ConfigError, match=r"model\.bin needs PyTorch to be read; install it \(pip install torch\), or save"
   ):
     hf_files.open_folder(tmp_path)
+
+
+def test_bin_files_of_pytorch_s_older_format(tmp_path, monkeypatch):
+  """Are no zip files, and PyTorch refuses to map them."""
+
+  def load(file, map_location, mmap, weights_only):
+    if mmap:
+      raise RuntimeError("mmap can only be used with files saved with `torch.save(_use_new_zipfile_serialization=True)")
+    return {}
+
+  torch = types.SimpleNamespace(float32=0, float16=1, bfloat16=2, Tensor=np.ndarray, load=load)
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
+  assert hf_files.open_folder(tmp_path) == {}
 
 
 BYTES = assets.BYTE_TOKENIZER_FOLDER
@@ -426,12 +454,62 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_conversion_left_is_removed(tmp_path):
-  for name in (".m[1].partial", ".m[1].partial.orbax-checkpoint-tmp", ".m1.partial"):
-    (tmp_path / name / "items").mkdir(parents=True)
+  for name in (".m[1].partial", ".m1.partial"):
+    (tmp_path / name / "made.orbax-checkpoint-tmp" / "items").mkdir(parents=True)
+  (tmp_path / ".m[1].partial" / "made").mkdir()
   with folder.staged(tmp_path / "m[1]") as stage:
     assert sorted(x.name for x in tmp_path.iterdir()) == [".m1.partial", ".m[1].partial"]
+    assert [x for x in stage.parent.iterdir() if not x.name.startswith(".")] == [stage]
     assert not list(stage.iterdir())
   assert sorted(x.name for x in tmp_path.iterdir()) == [".m1.partial", "m[1]"]
+
+
+def test_two_conversions_to_one_folder(tmp_path):
+  """The second is refused while the first lives, and touches nothing; targets with alike names are others."""
+  with folder.staged(tmp_path / "m.partial2") as other, folder.staged(tmp_path / "m") as stage:
+    (other / "a").write_text("")
+    (stage / "b").write_text("")
+    with (
+      pytest.raises(ConfigError, match=r"/m is being written by another process; wait for it, or name another folder"),
+      folder.staged(tmp_path / "m"),
+    ):
+      pass
+    code = "import pathlib, sys; from maxtext_mudd.checkpoints import locks\n"
+    code += "with locks.alone(*map(pathlib.Path, sys.argv[1:])): pass"
+    command = [sys.executable, "-c", code, str(tmp_path / ".m.partial"), str(tmp_path / "m")]
+    finished = subprocess.run(command, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True)
+    assert "ConfigError" in finished.stderr and "is being written by another process" in finished.stderr
+  assert [str(x.relative_to(tmp_path)) for x in sorted(tmp_path.rglob("*"))] == [
+    "m",
+    "m/b",
+    "m.partial2",
+    "m.partial2/a",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (OSError(28, "No space left on device"), "made cannot be written (No space left on device); name a folder that"),
+    (PermissionError(13, "Permission denied", "{}/made"), "made cannot be written (Permission denied); name a folder"),
+    (PermissionError(13, "Permission denied", "/hf/merges.txt"), "/hf/merges.txt cannot be read (Permission denied)"),
+  ],
+)
+def test_what_cannot_be_read_or_written_is_named(error, message, tmp_path):
+  if error.filename:
+    error.filename = error.filename.format(tmp_path)
+  with pytest.raises(ConfigError, match=re.escape(message)), folder.staged(tmp_path / "made"):
+    raise error
+  assert not list(tmp_path.iterdir())
+
+
+def test_hosts_that_jax_was_not_to_have(monkeypatch):
+  def unknown(backend):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  monkeypatch.setattr(folder.jax, "local_devices", unknown)
+  with pytest.raises(ConfigError, match=r"JAX_PLATFORMS=\S+ leaves out cpu, .*; set JAX_PLATFORMS=\S+,cpu\."):
+    folder.host()
 
 
 INTERRUPT = """
@@ -443,7 +521,7 @@ from maxtext_mudd.checkpoints import hf
 source, target = map(pathlib.Path, sys.argv[1:])
 
 def watch():
-  while not list(target.parent.glob(".*.orbax-checkpoint-tmp*")):
+  while not list(target.parent.glob(".*.partial/*.orbax-checkpoint-tmp*")):
     time.sleep(0.0005)
   signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
@@ -1034,3 +1112,105 @@ def test_keys_that_a_model_s_folder_does_not_have():
     read |= set(re.findall(r"\b(?:config|cfg)\.(\w+)", file.read_text()))
   left = {key for key in read & MaxTextConfig.model_fields.keys() - model_keys.KEYS if not OF_MACHINES.fullmatch(key)}
   assert left == set(OF_RUNS.split())
+
+
+@pytest.mark.parametrize("error", [ConfigError("The configuration cannot be read."), AttributeError("'NoneType'")])
+def test_interrupts_that_end_in_other_errors(error, tmp_path, monkeypatch, capsys):
+  def convert_it(*_, **__):
+    with contextlib.suppress(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    raise error
+
+  monkeypatch.setattr(hf, "from_hf", convert_it)
+  assert refusal(capsys, "from-hf", "--hf-dir", hugging_face(tmp_path / "hf"), "--maxtext-dir", tmp_path / "m") == (
+    "interrupted; nothing was made."
+  )
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def refusal(capsys, *command) -> str:
+  """What a command says of itself, all in all."""
+  capsys.readouterr()
+  with pytest.raises(SystemExit) as ended:
+    convert.main([str(x) for x in command])
+  logging.disable(logging.NOTSET)
+  assert ended.value.code == 2
+  said = [x for x in capsys.readouterr().err.splitlines() if x]
+  assert len(said) == 1, said
+  return said[0].removeprefix("maxtext-mudd: ")
+
+
+def test_folders_for_other_commands(tmp_path, capsys):
+  source, run_folder = hugging_face(tmp_path / "hf"), tmp_path / "runs" / "r"
+  for step in (7, 12):
+    (run_folder / "checkpoints" / str(step) / "items").mkdir(parents=True)
+  (tmp_path / "empty").mkdir()
+  jax_code = models.DATA / "muddjax_plain"
+  commands = {"from-hf": "--hf-dir", "from-fork": "--fork-dir", "from-run": "--checkpoint"}
+  wanted = "name a checkpoint, as OUTPUT/RUN/checkpoints/STEP."
+  newest = f"is the folder of a run; name one of its checkpoints, as {run_folder}/checkpoints/12."
+  for command, path, message in (
+    ("from-hf", jax_code, "is a folder of the authors' JAX code or of a run; convert it by from-fork or from-run."),
+    ("from-fork", source, "is a Hugging Face folder; convert it by from-hf."),
+    ("from-fork", tmp_path / "empty", "holds no parameters; name a folder with params.safetensors or an Orbax tree."),
+    ("from-run", source, "is a Hugging Face folder; convert it by from-hf."),
+    ("from-run", jax_code, "is a folder of the authors' JAX code; convert it by from-fork."),
+    ("from-run", run_folder, newest),
+    ("from-run", run_folder / "checkpoints", newest),
+    ("from-run", tmp_path / "empty", f"holds no parameters; {wanted}"),
+    ("from-run", tmp_path / "none", f": there is no such folder; {wanted}"),
+  ):
+    more = [runs.RUN_YML] if command == "from-run" else []
+    said = refusal(capsys, command, commands[command], path, "--maxtext-dir", tmp_path / "m", *more)
+    assert said == f"{path}{'' if message.startswith(':') else ' '}{message}"
+  for folders in (("", tmp_path / "m"), (source, "")):
+    said = refusal(capsys, "from-hf", "--hf-dir", folders[0], "--maxtext-dir", folders[1])
+    assert said == f"--{'maxtext' if folders[0] else 'hf'}-dir '' names no folder; name one."
+
+
+def test_keys_that_are_no_model_s(tmp_path, capsys):
+  source, made = hugging_face(tmp_path / "hf"), tmp_path / "m"
+  no_model = (
+    "model.yml describes a model, to which {0} does not belong; leave it out, and give it to what uses the model."
+  )
+  for key, message in (
+    ("load_parameters_path=/x", f"load_parameters_path=/x: {no_model}"),
+    ("run_name=a/b", f"run_name=a/b: {no_model}"),
+    ("steps=0", f"steps=0: {no_model}"),
+    ("tokenizer_path=nowhere", f"tokenizer_path=nowhere: {no_model}"),
+    ("base_config=other.yml", f"base_config=other.yml: the model in {source} has base_config=base.yml; leave it out."),
+    ("mudd_ffn_groups=2", f"mudd_ffn_groups=2: the model in {source} has FFNs of other widths; leave it out."),
+    (
+      "mudd_kernel=nope",
+      "mudd_kernel='nope' is not valid: input should be 'auto', 'xla', 'pallas' or 'pallas_interpret'.",
+    ),
+  ):
+    said = refusal(capsys, "from-hf", "--hf-dir", source, "--maxtext-dir", made, key)
+    assert said == message.format(key.split("=")[0])
+  keys = {"attention": "dot_product", "dtype": "bfloat16", "per_device_batch_size": 2, "enable_dropout": False}
+  folder._check_chosen({key: x for key, x in keys.items() if key != "enable_dropout"})
+  hf.from_hf(source, made, keys)
+  assert keys.items() <= folder.keys(made).items()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_from_run_leaves_the_layout(layout, tmp_path, capsys):
+  name = {"single": "layers_0", "scanned": "layers"}[layout]
+  tree = {"params": {"params": {"decoder": {name: {"mlp": np.zeros(3, np.float32)}}}}}
+  ocp.PyTreeCheckpointer().save(tmp_path / "r" / "items", tree)
+  wanted = layout == "single"
+  command = ["from-run", "--checkpoint", tmp_path / "r", "--maxtext-dir", tmp_path / "m", runs.RUN_YML]
+  said = refusal(capsys, *command, *(["scan_layers=true"] if wanted else []))
+  assert said == (
+    f"scan_layers={wanted}: {tmp_path}/r/items has {layout} layers, which from-run leaves as they are; set scan_layers="
+    f"{str(not wanted).lower()}, or convert the run first (layout)."
+  )
+  assert [x.name for x in tmp_path.iterdir()] == ["r"]
+
+
+def test_brief_errors_have_no_tails():
+  for tail in (
+    ". See full TensorStore details: <bound method pybind11_detail_function",
+    " [source locations='tensorstore/kvstore/x.cc:1']",
+  ):
+    assert errors.brief(ValueError(f"cannot read x{tail}")) == "ValueError: cannot read x"

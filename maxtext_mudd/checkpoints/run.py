@@ -26,11 +26,14 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
     ConfigError: the checkpoint is damaged, or not of this configuration; the target exists or cannot be written.
       Nothing is left behind then.
   """
-  config = pyconfig.initialize(["", config_file], **{**overrides, **folder.here()})
   path = checkpoint / folder.ITEMS if (checkpoint / folder.ITEMS).is_dir() else checkpoint
   if not path.is_dir():
     raise ConfigError(f"{path}: there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP.")
   found = saved.parameters(path)
+  scanned = any(name.startswith("decoder/layers/") for name in found)
+  _check_layout(path, scanned, overrides.get("scan_layers", scanned))  # before it makes keys that do not fit
+  config = pyconfig.initialize(["", config_file], **{**overrides, **folder.here()})
+  _check_layout(path, scanned, config.scan_layers)
   parameters.check({name: x.shape for name, x in found.items()}, folder.parameter_shapes(config), str(path))
   keys = _keys(config) | tokenizers.of_run(config, target.absolute() / folder.TOKENIZER)
   size = sum(x.size for x in found.values())
@@ -38,6 +41,15 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
     values = tensors.Lazy({name: x.read for name, x in found.items()}, bar.update)
     folder.save(stage, config, folder.tree(config, values.items(), path), keys)
     tokenizers.copy_of_run(config, stage / folder.TOKENIZER)
+
+
+def _check_layout(path: pathlib.Path, scanned: bool, wanted: bool) -> None:
+  if scanned != wanted:
+    kind = "scanned" if scanned else "single"
+    raise ConfigError(
+      f"scan_layers={wanted}: {path} has {kind} layers, which from-run leaves as they are; "
+      f"set scan_layers={str(scanned).lower()}, or convert the run first (layout)."
+    )
 
 
 def _keys(config) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
   layout.add_argument("overrides", nargs="*", metavar="key=value")
   layout.set_defaults(run=_layout)
   args = parser.parse_args(argv)
-  seen = []
+  seen, installed = [], False
 
   def refuse(error):
     if seen:  # libraries make other errors of an interrupt
@@ -79,6 +79,7 @@ def main(argv: list[str]) -> None:
     with interrupts.noticed(seen):  # SIGTERM, too, so that nothing half-made is left
       _check_folders(args)
       plugin.install(plugin.Reading(on_error=refuse))  # before MaxText says it in a banner of its own
+      installed = True
       print(args.run(args))
   except (ConfigError, versions.UnknownMaxText) as error:
     refuse(error)
@@ -89,7 +90,8 @@ def main(argv: list[str]) -> None:
       raise
     refuse(error)
   finally:
-    plugin.install(plugin.Reading())
+    if installed:  # what was interrupted while it was imported cannot be imported again
+      plugin.install(plugin.Reading())
 
 
 def _check_folders(args) -> None:

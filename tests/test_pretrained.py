@@ -124,15 +124,22 @@ def test_fields_that_no_original_tells(tmp_path):
     assert found == own
 
 
-def test_half_precision_comes_back_as_it_was(tmp_path):
+def test_half_precision_comes_back_as_it_was(tmp_path, monkeypatch):
+  """Of both kinds, in a checkpoint of float32 meanwhile, and in as many shards as one wants."""
   source = hugging_face(tmp_path / "hf")
-  fields = json.loads((source / "config.json").read_text()) | {"torch_dtype": "float16"}
+  fields = json.loads((source / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
   (source / "config.json").write_text(json.dumps(fields))
-  halves = {key: x.astype(np.float16) for key, x in load_file(source / "model.safetensors").items()}
+  halves = {
+    key: x.astype(np.float16 if "norm" in key else ml_dtypes.bfloat16)
+    for key, x in load_file(source / "model.safetensors").items()
+  }
   save_file(halves, source / "model.safetensors")
   hf.from_hf(source, tmp_path / "maxtext", {})
+  monkeypatch.setattr(tensors, "SHARD_BYTES", 200_000)
   hf.to_hf(tmp_path / "maxtext", tmp_path / "back")
-  check_same(load_file(tmp_path / "back" / "model.safetensors"), halves)
+  back = hf_files.open_folder(tmp_path / "back")
+  assert len({x.file for x in back.values()}) > 4
+  check_same({name: x.read() for name, x in back.items()}, halves)
 
 
 def in_shards(path: pathlib.Path, monkeypatch) -> dict[str, str]:
@@ -905,7 +912,9 @@ MEASURE = """
 import pathlib, sys, threading, time
 from maxtext_mudd import plugin
 plugin.install()
-from maxtext_mudd.checkpoints import folder, fork, hf
+from maxtext_mudd.checkpoints import folder, fork, hf, tensors
+
+tensors.SHARD_BYTES = int(sys.argv[4])
 
 def resident():
   return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -916,7 +925,7 @@ def watch():
     most = max(most, resident())
     time.sleep(0.005)
 
-source, target = map(pathlib.Path, sys.argv[2:])
+source, target = map(pathlib.Path, sys.argv[2:4])
 kind = {"from-hf": hf, "from-fork": fork}.get(sys.argv[1])
 keys = kind.Model(source).keys | {"scan_layers": False} if kind else folder.keys(source)
 folder.parameter_shapes(folder.configuration(keys | folder.here()))  # what tracing takes is no part of it
@@ -931,9 +940,9 @@ print(most - before)
 """
 
 
-def most_memory(*command: str | pathlib.Path) -> int:
-  """Of a conversion, in bytes."""
-  command = [sys.executable, "-c", MEASURE, *map(str, command)]
+def most_memory(*command: str | pathlib.Path, shard: int = tensors.SHARD_BYTES) -> int:
+  """Of a conversion, in bytes; `shard`: size of those that it writes."""
+  command = [sys.executable, "-c", MEASURE, *map(str, command), str(shard)]
   finished = subprocess.run(command, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, check=True)
   return int(finished.stdout.splitlines()[-1])
 
@@ -960,7 +969,7 @@ def test_memory_of_the_fork_s_orbax_folders(tmp_path):
 
 @pytest.mark.slow
 def test_memory(tmp_path, monkeypatch):
-  """Of 1.1 GB: the model once and one shard, of two in, and of one out."""
+  """Of 1.1 GB: the model once and one shard, of two in, and of many out."""
   source = tmp_path / "hf"
   source.mkdir()
   sizes = {"n_layer": 8, "dim": 1536, "n_head": 12, "n_local_heads": 12, "head_dim": 128, "intermediate_size": 4096}
@@ -979,11 +988,12 @@ def test_memory(tmp_path, monkeypatch):
   size = hf.Model(source).size
   assert size > 10**9
   assert most_memory("from-hf", source, tmp_path / "m") <= size + 6 * 10**8
-  assert most_memory("to-hf", tmp_path / "m", tmp_path / "b") <= 2 * size
-  check_same(
-    load_file(tmp_path / "b" / "model.safetensors"),
-    {name: x.read() for name, x in hf_files.open_folder(source).items()},
-  )
+  shard = 10**8
+  assert most_memory("to-hf", tmp_path / "m", tmp_path / "b", shard=shard) <= size + shard + 5 * 10**8
+  assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 10
+  found, expected = (hf_files.open_folder(x) for x in (tmp_path / "b", source))
+  assert found.keys() == expected.keys()
+  assert all(np.array_equal(found[name].read(), x.read()) for name, x in expected.items())
 
 
 def saved_run(path: pathlib.Path, *keys: str) -> pathlib.Path:
@@ -1214,3 +1224,16 @@ def test_brief_errors_have_no_tails():
     " [source locations='tensorstore/kvstore/x.cc:1']",
   ):
     assert errors.brief(ValueError(f"cannot read x{tail}")) == "ValueError: cannot read x"
+
+
+def test_interrupts_while_maxtext_is_imported(tmp_path, monkeypatch, capsys):
+  """Its modules cannot be imported once more."""
+  calls = []
+
+  def install(reading):
+    calls.append(reading)
+    signal.raise_signal(signal.SIGTERM)
+
+  monkeypatch.setattr(convert.plugin, "install", install)
+  assert refusal(capsys, "to-hf", "--maxtext-dir", tmp_path, "--hf-dir", "b") == "interrupted; nothing was made."
+  assert len(calls) == 1

@@ -1093,10 +1093,13 @@ def test_a_run_s_keys_are_its_model_s():
   assert {key: found.get(key) for key in given} == given
   assert not {x.split("=")[0] for x in of_run} & found.keys()
   again = folder.configuration(found | folder.here())
-  for key in ("routed_score_func", "moba_topk", "capacity_factor"):
-    with pytest.raises(ConfigError, match=f"{key}=3: the model in m has {key}=.*; leave it out"):
-      folder.with_overrides({key: x for key, x in found.items() if key != "moba_topk"}, {key: 3}, pathlib.Path("m"))
   assert {key: model_keys.plain(getattr(again, key)) for key in found} == found
+  assert {"routed_score_func", "moba", "moba_topk", "capacity_factor"} <= model_keys.FUNCTION
+  keys = {key: x for key, x in found.items() if key != "routed_score_func"}
+  with pytest.raises(
+    ConfigError, match="routed_score_func=sigmoid: the model in m has routed_score_func=; leave it out"
+  ):
+    folder.with_overrides(keys, {"routed_score_func": "sigmoid"}, pathlib.Path("m"))
 
 
 OF_MACHINES = re.compile(
@@ -1199,8 +1202,7 @@ def test_keys_that_are_no_model_s(tmp_path, capsys):
     assert said == message.format(key.split("=")[0])
   keys = {"attention": "dot_product", "dtype": "bfloat16", "per_device_batch_size": 2, "enable_dropout": False}
   folder._check_chosen({key: x for key, x in keys.items() if key != "enable_dropout"})
-  hf.from_hf(source, made, keys)
-  assert keys.items() <= folder.keys(made).items()
+  assert keys.items() <= folder.source_keys(hf.Model(source), keys).items()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -17,11 +17,20 @@ run goes on by `run_name=b` with this configuration. Any one machine will do, wh
 import argparse
 import functools
 import pathlib
-import signal
 import sys
 
 from maxtext_mudd import launch, plugin, versions
+from maxtext_mudd.checkpoints import interrupts
 from maxtext_mudd.errors import ConfigError
+
+_FOLDERS = {
+  "source": "--from",
+  "target": "--to",
+  "hf_dir": "--hf-dir",
+  "fork_dir": "--fork-dir",
+  "checkpoint": "--checkpoint",
+  "maxtext_dir": "--maxtext-dir",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -59,30 +68,52 @@ def main(argv: list[str]) -> None:
   layout.add_argument("overrides", nargs="*", metavar="key=value")
   layout.set_defaults(run=_layout)
   args = parser.parse_args(argv)
-  signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that nothing half-made is left
-  try:
-    for folder in (
-      getattr(args, name, "") for name in ("source", "target", "hf_dir", "fork_dir", "checkpoint", "maxtext_dir")
-    ):
-      if "://" in folder:
-        raise ConfigError(f"{folder} is not a local folder; copy it first.")
-    plugin.install()
-    print(args.run(args))
-  except (ConfigError, versions.UnknownMaxText) as error:
+  seen, installed = [], False
+
+  def refuse(error):
+    if seen:  # libraries make other errors of an interrupt
+      error = "interrupted; nothing was made."
     launch.exit_with(str(error))
+
+  try:
+    with interrupts.noticed(seen):  # SIGTERM, too, so that nothing half-made is left
+      _check_folders(args)
+      plugin.install(plugin.Reading(on_error=refuse))  # before MaxText says it in a banner of its own
+      installed = True
+      print(args.run(args))
+  except (ConfigError, versions.UnknownMaxText) as error:
+    refuse(error)
   except KeyboardInterrupt:
     launch.exit_with("interrupted; nothing was made.")
+  except Exception as error:
+    if not seen:
+      raise
+    refuse(error)
+  finally:
+    if installed:  # what was interrupted while it was imported cannot be imported again
+      plugin.install(plugin.Reading())
+
+
+def _check_folders(args) -> None:
+  for name, option in _FOLDERS.items():
+    folder = getattr(args, name, None)
+    if folder == "":
+      raise ConfigError(f"{option} '' names no folder; name one.")
+    if folder and "://" in folder:
+      raise ConfigError(f"{folder} is not a local folder; copy it first.")
 
 
 def _from_hf(args) -> str:
-  from maxtext_mudd.checkpoints import hf
+  from maxtext_mudd.checkpoints import hf, kinds
 
+  kinds.check(pathlib.Path(args.hf_dir), "from-hf")
   return _imported(hf.from_hf, args.hf_dir, args)
 
 
 def _from_fork(args) -> str:
-  from maxtext_mudd.checkpoints import fork
+  from maxtext_mudd.checkpoints import fork, kinds
 
+  kinds.check(pathlib.Path(args.fork_dir), "from-fork")
   return _imported(fork.from_fork, args.fork_dir, args)
 
 
@@ -97,8 +128,9 @@ def _imported(convert, source: str, args) -> str:
 
 
 def _from_run(args) -> str:
-  from maxtext_mudd.checkpoints import run
+  from maxtext_mudd.checkpoints import kinds, run
 
+  kinds.check(pathlib.Path(args.checkpoint), "from-run")
   return _imported(functools.partial(run.from_run, config_file=args.config), args.checkpoint, args)
 
 

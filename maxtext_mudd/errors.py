@@ -10,6 +10,9 @@ import omegaconf
 import pydantic
 import yaml
 
+# What Orbax and TensorStore put behind their errors.
+_NOISE = re.compile(r"See full TensorStore details|<bound method|\[source locations=|\[tensorstore_spec=")
+
 
 class ConfigError(ValueError):
   """A configuration that cannot work; one sentence that names the key or file, the value, and what would work."""
@@ -50,7 +53,8 @@ def failed_in(error: BaseException, function: str) -> bool:
 
 def brief(error: Exception) -> str:
   """What it is and says, in one short line, for the end of a sentence."""
-  return f"{type(error).__name__}: {_one_line(error)[:200]}"
+  says = _NOISE.split(_one_line(error), maxsplit=1)[0].rstrip(" .:([")
+  return f"{type(error).__name__}: {says[:200]}" if says else type(error).__name__
 
 
 def _unknown_key(key: str, config_class: type[pydantic.BaseModel]) -> str:

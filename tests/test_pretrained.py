@@ -2,15 +2,20 @@
 
 import contextlib
 import json
+import logging
 import pathlib
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 from flax import nnx, traverse_util
 import jax.numpy as jnp
+import maxtext
+from maxtext.configs import pyconfig
+from maxtext.configs.types import MaxTextConfig, TokenizerType
 from maxtext.input_pipeline import tokenizer
 import ml_dtypes
 import numpy as np
@@ -20,8 +25,20 @@ from safetensors.numpy import load_file, save_file
 import yaml
 
 import maxtext_mudd
-from maxtext_mudd import assets, convert, topology
-from maxtext_mudd.checkpoints import folder, fork, fork_config, hf, hf_config, hf_files, hf_names, tensors
+from maxtext_mudd import assets, convert, errors, topology
+from maxtext_mudd.checkpoints import (
+  folder,
+  fork,
+  fork_config,
+  hf,
+  hf_config,
+  hf_files,
+  hf_names,
+  model_keys,
+  run,
+  tensors,
+  tokenizers,
+)
 from maxtext_mudd.checkpoints import layout as layouts
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
@@ -107,15 +124,22 @@ def test_fields_that_no_original_tells(tmp_path):
     assert found == own
 
 
-def test_half_precision_comes_back_as_it_was(tmp_path):
+def test_half_precision_comes_back_as_it_was(tmp_path, monkeypatch):
+  """Of both kinds, in a checkpoint of float32 meanwhile, and in as many shards as one wants."""
   source = hugging_face(tmp_path / "hf")
-  fields = json.loads((source / "config.json").read_text()) | {"torch_dtype": "float16"}
+  fields = json.loads((source / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
   (source / "config.json").write_text(json.dumps(fields))
-  halves = {key: x.astype(np.float16) for key, x in load_file(source / "model.safetensors").items()}
+  halves = {
+    key: x.astype(np.float16 if "norm" in key else ml_dtypes.bfloat16)
+    for key, x in load_file(source / "model.safetensors").items()
+  }
   save_file(halves, source / "model.safetensors")
   hf.from_hf(source, tmp_path / "maxtext", {})
+  monkeypatch.setattr(tensors, "SHARD_BYTES", 200_000)
   hf.to_hf(tmp_path / "maxtext", tmp_path / "back")
-  check_same(load_file(tmp_path / "back" / "model.safetensors"), halves)
+  back = hf_files.open_folder(tmp_path / "back")
+  assert len({x.file for x in back.values()}) > 4
+  check_same({name: x.read() for name, x in back.items()}, halves)
 
 
 def in_shards(path: pathlib.Path, monkeypatch) -> dict[str, str]:
@@ -139,6 +163,19 @@ def test_shards(tmp_path, monkeypatch):
   assert all(np.array_equal(found[name].read(), x.read()) for name, x in expected.items())
   assert {name: x.file.name for name, x in found.items()} == where
   assert sum(x.size for x in found.values()) == sum(x.read().nbytes for x in expected.values())
+
+
+def test_shards_that_were_left_beside_one_file(tmp_path, monkeypatch):
+  """Are not read, by transformers neither."""
+  source = hugging_face(tmp_path / "hf")
+  in_shards(source, monkeypatch)
+  save_file({"new": np.zeros(3, np.float32)}, source / "model.safetensors")
+  assert hf_files.open_folder(source).keys() == {"new"}
+
+
+def test_values_that_do_not_fit_a_dtype_of_the_same_size():
+  with pytest.raises(ConfigError, match=r"^w has entries too large for float16; convert to float32\.$"):
+    tensors.cast(np.asarray([1e5], ml_dtypes.bfloat16), np.dtype("float16"), "w")
 
 
 def as_bin(path: pathlib.Path) -> None:
@@ -179,6 +216,20 @@ def test_bin_files_without_pytorch(tmp_path, monkeypatch):
     ConfigError, match=r"model\.bin needs PyTorch to be read; install it \(pip install torch\), or save"
   ):
     hf_files.open_folder(tmp_path)
+
+
+def test_bin_files_of_pytorch_s_older_format(tmp_path, monkeypatch):
+  """Are no zip files, and PyTorch refuses to map them."""
+
+  def load(file, map_location, mmap, weights_only):
+    if mmap:
+      raise RuntimeError("mmap can only be used with files saved with `torch.save(_use_new_zipfile_serialization=True)")
+    return {}
+
+  torch = types.SimpleNamespace(float32=0, float16=1, bfloat16=2, Tensor=np.ndarray, load=load)
+  monkeypatch.setitem(sys.modules, "torch", torch)
+  (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
+  assert hf_files.open_folder(tmp_path) == {}
 
 
 BYTES = assets.BYTE_TOKENIZER_FOLDER
@@ -410,12 +461,62 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_conversion_left_is_removed(tmp_path):
-  for name in (".m[1].partial", ".m[1].partial.orbax-checkpoint-tmp", ".m1.partial"):
-    (tmp_path / name / "items").mkdir(parents=True)
+  for name in (".m[1].partial", ".m1.partial"):
+    (tmp_path / name / "made.orbax-checkpoint-tmp" / "items").mkdir(parents=True)
+  (tmp_path / ".m[1].partial" / "made").mkdir()
   with folder.staged(tmp_path / "m[1]") as stage:
     assert sorted(x.name for x in tmp_path.iterdir()) == [".m1.partial", ".m[1].partial"]
+    assert [x for x in stage.parent.iterdir() if not x.name.startswith(".")] == [stage]
     assert not list(stage.iterdir())
   assert sorted(x.name for x in tmp_path.iterdir()) == [".m1.partial", "m[1]"]
+
+
+def test_two_conversions_to_one_folder(tmp_path):
+  """The second is refused while the first lives, and touches nothing; targets with alike names are others."""
+  with folder.staged(tmp_path / "m.partial2") as other, folder.staged(tmp_path / "m") as stage:
+    (other / "a").write_text("")
+    (stage / "b").write_text("")
+    with (
+      pytest.raises(ConfigError, match=r"/m is being written by another process; wait for it, or name another folder"),
+      folder.staged(tmp_path / "m"),
+    ):
+      pass
+    code = "import pathlib, sys; from maxtext_mudd.checkpoints import locks\n"
+    code += "with locks.alone(*map(pathlib.Path, sys.argv[1:])): pass"
+    command = [sys.executable, "-c", code, str(tmp_path / ".m.partial"), str(tmp_path / "m")]
+    finished = subprocess.run(command, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True)
+    assert "ConfigError" in finished.stderr and "is being written by another process" in finished.stderr
+  assert [str(x.relative_to(tmp_path)) for x in sorted(tmp_path.rglob("*"))] == [
+    "m",
+    "m/b",
+    "m.partial2",
+    "m.partial2/a",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (OSError(28, "No space left on device"), "made cannot be written (No space left on device); name a folder that"),
+    (PermissionError(13, "Permission denied", "{}/made"), "made cannot be written (Permission denied); name a folder"),
+    (PermissionError(13, "Permission denied", "/hf/merges.txt"), "/hf/merges.txt cannot be read (Permission denied)"),
+  ],
+)
+def test_what_cannot_be_read_or_written_is_named(error, message, tmp_path):
+  if error.filename:
+    error.filename = error.filename.format(tmp_path)
+  with pytest.raises(ConfigError, match=re.escape(message)), folder.staged(tmp_path / "made"):
+    raise error
+  assert not list(tmp_path.iterdir())
+
+
+def test_hosts_that_jax_was_not_to_have(monkeypatch):
+  def unknown(backend):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  monkeypatch.setattr(folder.jax, "local_devices", unknown)
+  with pytest.raises(ConfigError, match=r"JAX_PLATFORMS=\S+ leaves out cpu, .*; set JAX_PLATFORMS=\S+,cpu\."):
+    folder.host()
 
 
 INTERRUPT = """
@@ -427,7 +528,7 @@ from maxtext_mudd.checkpoints import hf
 source, target = map(pathlib.Path, sys.argv[1:])
 
 def watch():
-  while not list(target.parent.glob(".*.orbax-checkpoint-tmp*")):
+  while not list(target.parent.glob(".*.partial/*.orbax-checkpoint-tmp*")):
     time.sleep(0.0005)
   signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
@@ -819,7 +920,9 @@ MEASURE = """
 import pathlib, sys, threading, time
 from maxtext_mudd import plugin
 plugin.install()
-from maxtext_mudd.checkpoints import folder, fork, hf
+from maxtext_mudd.checkpoints import folder, fork, hf, tensors
+
+tensors.SHARD_BYTES = int(sys.argv[4])
 
 def resident():
   return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -830,7 +933,7 @@ def watch():
     most = max(most, resident())
     time.sleep(0.005)
 
-source, target = map(pathlib.Path, sys.argv[2:])
+source, target = map(pathlib.Path, sys.argv[2:4])
 kind = {"from-hf": hf, "from-fork": fork}.get(sys.argv[1])
 keys = kind.Model(source).keys | {"scan_layers": False} if kind else folder.keys(source)
 folder.parameter_shapes(folder.configuration(keys | folder.here()))  # what tracing takes is no part of it
@@ -845,9 +948,9 @@ print(most - before)
 """
 
 
-def most_memory(*command: str | pathlib.Path) -> int:
-  """Of a conversion, in bytes."""
-  command = [sys.executable, "-c", MEASURE, *map(str, command)]
+def most_memory(*command: str | pathlib.Path, shard: int = tensors.SHARD_BYTES) -> int:
+  """Of a conversion, in bytes; `shard`: size of those that it writes."""
+  command = [sys.executable, "-c", MEASURE, *map(str, command), str(shard)]
   finished = subprocess.run(command, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True, check=True)
   return int(finished.stdout.splitlines()[-1])
 
@@ -874,7 +977,7 @@ def test_memory_of_the_fork_s_orbax_folders(tmp_path):
 
 @pytest.mark.slow
 def test_memory(tmp_path, monkeypatch):
-  """Of 1.1 GB: the model once and one shard, of two in, and of one out."""
+  """Of 1.1 GB: the model once and one shard, of two in, and of many out."""
   source = tmp_path / "hf"
   source.mkdir()
   sizes = {"n_layer": 8, "dim": 1536, "n_head": 12, "n_local_heads": 12, "head_dim": 128, "intermediate_size": 4096}
@@ -893,8 +996,254 @@ def test_memory(tmp_path, monkeypatch):
   size = hf.Model(source).size
   assert size > 10**9
   assert most_memory("from-hf", source, tmp_path / "m") <= size + 6 * 10**8
-  assert most_memory("to-hf", tmp_path / "m", tmp_path / "b") <= 2 * size
-  check_same(
-    load_file(tmp_path / "b" / "model.safetensors"),
-    {name: x.read() for name, x in hf_files.open_folder(source).items()},
+  shard = 10**8
+  assert most_memory("to-hf", tmp_path / "m", tmp_path / "b", shard=shard) <= size + shard + 5 * 10**8
+  assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 10
+  found, expected = (hf_files.open_folder(x) for x in (tmp_path / "b", source))
+  assert found.keys() == expected.keys()
+  assert all(np.array_equal(found[name].read(), x.read()) for name, x in expected.items())
+
+
+def saved_run(path: pathlib.Path, *keys: str) -> pathlib.Path:
+  """A checkpoint of a run of tests/run.yml as MaxText saves it, less the moments."""
+  config = pyconfig.initialize(["", runs.RUN_YML, *keys], **folder.here())
+  random = np.random.default_rng(0)
+  values = {
+    tuple(name.split("/")): random.standard_normal(x.shape).astype(x.dtype)
+    for name, x in folder.parameter_shapes(config).items()
+  }
+  tree = {"params": {"params": traverse_util.unflatten_dict(values)}}
+  ocp.PyTreeCheckpointer().save(path / "items", tree)
+  return path
+
+
+def from_run(path: pathlib.Path, target: pathlib.Path, *keys: str) -> None:
+  convert.main(["from-run", "--checkpoint", str(path), "--maxtext-dir", str(target), runs.RUN_YML, *keys])
+
+
+ONE_FILE = pathlib.Path(maxtext.__path__[0]) / "assets" / "tokenizers" / "tokenizer.default"
+
+
+def test_a_run_of_bfloat16(tmp_path):
+  """With a tokenizer of SentencePiece, which goes along wherever the folder goes."""
+  keys = ("weight_dtype=bfloat16", "tokenizer_type=sentencepiece", f"tokenizer_path={ONE_FILE}")
+  made, moved = tmp_path / "m", tmp_path / "moved"
+  from_run(saved_run(tmp_path / "run", *keys), made, *keys)
+  own = yaml.safe_load((made / "model.yml").read_text())
+  assert own["weight_dtype"] == "bfloat16"
+  assert own["tokenizer_path"] == str(made / "tokenizer" / ONE_FILE.name)
+  made.rename(moved)
+  config = folder.configuration(folder.keys(moved) | folder.here())
+  assert config.weight_dtype == "bfloat16"
+  assert config.tokenizer_type.value == "sentencepiece"
+  words = tokenizer.build_tokenizer(config.tokenizer_path, "sentencepiece", False, False, "")
+  assert pathlib.Path(config.tokenizer_path).parent == moved / "tokenizer"
+  assert words.decode(words.encode("MUDD")) == "MUDD"
+
+
+def with_tokenizer(path, kind):
+  return types.SimpleNamespace(tokenizer_path=str(path), tokenizer_type=TokenizerType(kind))
+
+
+def test_tokenizers_of_runs(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path("vocab.txt").write_text("a")  # of something else
+  pathlib.Path("words").write_text("YQ== 0")
+  target = tmp_path / "tokenizer"
+  for path, kind, expected, files in (
+    ("", "sentencepiece", {}, 0),
+    ("words", "sentencepiece", {"tokenizer_path": f"{target}/words", "tokenizer_type": "sentencepiece"}, 1),
+    ("words", "tiktoken", {"tokenizer_path": f"{target}/words.tiktoken", "tokenizer_type": "tiktoken"}, 1),
+    ("an/other", "huggingface", {}, 0),
+    ("words", "huggingface", {"tokenizer_path": f"{tmp_path}/words"}, 0),
+    (
+      BYTES,
+      "huggingface",
+      {"tokenizer_path": str(target), "tokenizer_type": "huggingface"},
+      len(list(BYTES.iterdir())),
+    ),
+  ):
+    config = with_tokenizer(path, kind)
+    assert tokenizers.of_run(config, target) == expected
+    tokenizers.copy_of_run(config, target)
+    assert len(list(target.iterdir()) if target.exists() else []) == files
+    shutil.rmtree(target, ignore_errors=True)
+
+
+def keys_of_run(*keys: str) -> dict:
+  return run._keys(pyconfig.initialize(["", runs.RUN_YML, *keys], **folder.here()))
+
+
+def test_a_run_s_keys_are_its_model_s():
+  """None that makes its function is left out, whatever group of MaxText's it is in, and none of the run is in it."""
+  given = {
+    "routed_score_func": "sigmoid",
+    "routed_scaling_factor": 2.5,
+    "moba": True,
+    "moba_chunk_size": 8,
+    "moba_topk": 2,
+    "capacity_factor": 1.5,
+    "sparse_matmul": False,
+    "megablox": False,
+    "mlp_activations_limit": 7.0,
+    "num_experts": 4,
+    "base_moe_mlp_dim": 64,
+    "decoder_block": "qwen3_moe",
+    "attention_type": "local_sliding",
+    "sliding_window_size": 16,
+    "load_balance_loss_weight": 0.01,
+    "scan_layers": True,
+    "param_scan_axis": 0,
+  }
+  of_run = ("steps=7", "learning_rate=0.1", "per_device_batch_size=1", "remat_policy=full", "opt_type=adamw")
+  words = {key: f"{x}".lower() if isinstance(x, bool) else x for key, x in given.items()}
+  found = keys_of_run(*(f"{key}={x}" for key, x in words.items()), "mudd_ffn_reallocation=false", *of_run)
+  assert {key: found.get(key) for key in given} == given
+  assert not {x.split("=")[0] for x in of_run} & found.keys()
+  again = folder.configuration(found | folder.here())
+  assert {key: model_keys.plain(getattr(again, key)) for key in found} == found
+  assert {"routed_score_func", "moba", "moba_topk", "capacity_factor"} <= model_keys.FUNCTION
+  keys = {key: x for key, x in found.items() if key != "routed_score_func"}
+  with pytest.raises(
+    ConfigError, match="routed_score_func=sigmoid: the model in m has routed_score_func=; leave it out"
+  ):
+    folder.with_overrides(keys, {"routed_score_func": "sigmoid"}, pathlib.Path("m"))
+
+
+OF_MACHINES = re.compile(
+  r"(eval_)?(local_)?sa_.*|(ici|dcn)_.*|.*pipeline.*|.*splash.*|lti_.*|cost_.*|experimental_sa_.*"
+)
+OF_RUNS = """
+  ar_cache_axis_order attention attn_module_name check_vma compute_axis_order context_parallel_load_balance
+  context_parallel_strategy context_sharding custom_mesh_and_rule dataset_type debug_sharding
+  dense_fsdp_use_two_stage_all_gather dq_reduction_steps dropout_rate dtype emb_dim enable_dp_attention enable_dropout
+  hf_access_token logical_axis_rules matmul_precision max_prefill_predict_length max_segments_per_seq
+  micro_batch_size_to_train_on mlp_dim model_call_mode model_name moe_mlp_dim num_decoder_layers num_kv_heads
+  num_query_heads packing parameter_memory_host_offload per_device_batch_size prefill_cache_axis_order
+  record_internal_nn_metrics remat_policy reshape_q scan_layers_per_stage shard_mode tensors_on_device
+  tensors_to_offload ulysses_context_sharding use_chunked_prefill use_max_logit_estimate
+"""
+
+
+def test_keys_that_a_model_s_folder_does_not_have():
+  """Of those that MaxText's layers read, which do not go with a model; a new one has to be judged."""
+  root = pathlib.Path(maxtext.__path__[0])
+  read = set()
+  for file in (*root.glob("layers/*.py"), *root.glob("models/*.py")):
+    read |= set(re.findall(r"\b(?:config|cfg)\.(\w+)", file.read_text()))
+  left = {key for key in read & MaxTextConfig.model_fields.keys() - model_keys.KEYS if not OF_MACHINES.fullmatch(key)}
+  assert left == set(OF_RUNS.split())
+
+
+@pytest.mark.parametrize("error", [ConfigError("The configuration cannot be read."), AttributeError("'NoneType'")])
+def test_interrupts_that_end_in_other_errors(error, tmp_path, monkeypatch, capsys):
+  def convert_it(*_, **__):
+    with contextlib.suppress(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    raise error
+
+  monkeypatch.setattr(hf, "from_hf", convert_it)
+  assert refusal(capsys, "from-hf", "--hf-dir", hugging_face(tmp_path / "hf"), "--maxtext-dir", tmp_path / "m") == (
+    "interrupted; nothing was made."
   )
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def refusal(capsys, *command) -> str:
+  """What a command says of itself, all in all."""
+  capsys.readouterr()
+  with pytest.raises(SystemExit) as ended:
+    convert.main([str(x) for x in command])
+  logging.disable(logging.NOTSET)
+  assert ended.value.code == 2
+  said = [x for x in capsys.readouterr().err.splitlines() if x]
+  assert len(said) == 1, said
+  return said[0].removeprefix("maxtext-mudd: ")
+
+
+def test_folders_for_other_commands(tmp_path, capsys):
+  source, run_folder = hugging_face(tmp_path / "hf"), tmp_path / "runs" / "r"
+  for step in (7, 12):
+    (run_folder / "checkpoints" / str(step) / "items").mkdir(parents=True)
+  (tmp_path / "empty").mkdir()
+  jax_code = models.DATA / "muddjax_plain"
+  commands = {"from-hf": "--hf-dir", "from-fork": "--fork-dir", "from-run": "--checkpoint"}
+  wanted = "name a checkpoint, as OUTPUT/RUN/checkpoints/STEP."
+  newest = f"is the folder of a run; name one of its checkpoints, as {run_folder}/checkpoints/12."
+  for command, path, message in (
+    ("from-hf", jax_code, "is a folder of the authors' JAX code or of a run; convert it by from-fork or from-run."),
+    ("from-fork", source, "is a Hugging Face folder; convert it by from-hf."),
+    ("from-fork", tmp_path / "empty", "holds no parameters; name a folder with params.safetensors or an Orbax tree."),
+    ("from-run", source, "is a Hugging Face folder; convert it by from-hf."),
+    ("from-run", jax_code, "is a folder of the authors' JAX code; convert it by from-fork."),
+    ("from-run", run_folder, newest),
+    ("from-run", run_folder / "checkpoints", newest),
+    ("from-run", tmp_path / "empty", f"holds no parameters; {wanted}"),
+    ("from-run", tmp_path / "none", f": there is no such folder; {wanted}"),
+  ):
+    more = [runs.RUN_YML] if command == "from-run" else []
+    said = refusal(capsys, command, commands[command], path, "--maxtext-dir", tmp_path / "m", *more)
+    assert said == f"{path}{'' if message.startswith(':') else ' '}{message}"
+  for folders in (("", tmp_path / "m"), (source, "")):
+    said = refusal(capsys, "from-hf", "--hf-dir", folders[0], "--maxtext-dir", folders[1])
+    assert said == f"--{'maxtext' if folders[0] else 'hf'}-dir '' names no folder; name one."
+
+
+def test_keys_that_are_no_model_s(tmp_path, capsys):
+  source, made = hugging_face(tmp_path / "hf"), tmp_path / "m"
+  no_model = (
+    "model.yml describes a model, to which {0} does not belong; leave it out, and give it to what uses the model."
+  )
+  for key, message in (
+    ("load_parameters_path=/x", f"load_parameters_path=/x: {no_model}"),
+    ("run_name=a/b", f"run_name=a/b: {no_model}"),
+    ("steps=0", f"steps=0: {no_model}"),
+    ("tokenizer_path=nowhere", f"tokenizer_path=nowhere: {no_model}"),
+    ("base_config=other.yml", f"base_config=other.yml: the model in {source} has base_config=base.yml; leave it out."),
+    ("mudd_ffn_groups=2", f"mudd_ffn_groups=2: the model in {source} has FFNs of other widths; leave it out."),
+    (
+      "mudd_kernel=nope",
+      "mudd_kernel='nope' is not valid: input should be 'auto', 'xla', 'pallas' or 'pallas_interpret'.",
+    ),
+  ):
+    said = refusal(capsys, "from-hf", "--hf-dir", source, "--maxtext-dir", made, key)
+    assert said == message.format(key.split("=")[0])
+  keys = {"attention": "dot_product", "dtype": "bfloat16", "per_device_batch_size": 2, "enable_dropout": False}
+  folder._check_chosen({key: x for key, x in keys.items() if key != "enable_dropout"})
+  assert keys.items() <= folder.source_keys(hf.Model(source), keys).items()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_from_run_leaves_the_layout(layout, tmp_path, capsys):
+  name = {"single": "layers_0", "scanned": "layers"}[layout]
+  tree = {"params": {"params": {"decoder": {name: {"mlp": np.zeros(3, np.float32)}}}}}
+  ocp.PyTreeCheckpointer().save(tmp_path / "r" / "items", tree)
+  wanted = layout == "single"
+  command = ["from-run", "--checkpoint", tmp_path / "r", "--maxtext-dir", tmp_path / "m", runs.RUN_YML]
+  said = refusal(capsys, *command, *(["scan_layers=true"] if wanted else []))
+  assert said == (
+    f"scan_layers={wanted}: {tmp_path}/r/items has {layout} layers, which from-run leaves as they are; set scan_layers="
+    f"{str(not wanted).lower()}, or convert the run first (layout)."
+  )
+  assert [x.name for x in tmp_path.iterdir()] == ["r"]
+
+
+def test_brief_errors_have_no_tails():
+  for tail in (
+    ". See full TensorStore details: <bound method pybind11_detail_function",
+    " [source locations='tensorstore/kvstore/x.cc:1']",
+  ):
+    assert errors.brief(ValueError(f"cannot read x{tail}")) == "ValueError: cannot read x"
+
+
+def test_interrupts_while_maxtext_is_imported(tmp_path, monkeypatch, capsys):
+  """Its modules cannot be imported once more."""
+  calls = []
+
+  def install(reading):
+    calls.append(reading)
+    signal.raise_signal(signal.SIGTERM)
+
+  monkeypatch.setattr(convert.plugin, "install", install)
+  assert refusal(capsys, "to-hf", "--maxtext-dir", tmp_path, "--hf-dir", "b") == "interrupted; nothing was made."
+  assert len(calls) == 1

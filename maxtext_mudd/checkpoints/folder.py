@@ -9,12 +9,9 @@ M/remote_code  what a Hugging Face folder has of code and generation_config.json
 import atexit
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
-import glob
 import os
 import pathlib
 import re
-import shutil
-import signal
 import threading
 from typing import Any, Protocol
 
@@ -32,21 +29,18 @@ import tqdm
 import yaml
 
 from maxtext_mudd import topology
-from maxtext_mudd.checkpoints import remote_code, tensors, tokenizers
+from maxtext_mudd.checkpoints import interrupts, locks, model_keys, remote_code, tensors, tokenizers
+from maxtext_mudd.checkpoints.model_keys import FREE
+from maxtext_mudd.config import MuddConfig
 from maxtext_mudd.errors import ConfigError, brief
 
 CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"
 BASE = "base.yml"  # MaxText's own
+# Keys that one may give a folder: of the model, and some of what uses it.
+CHOSEN = model_keys.KEYS - {"tokenizer_path", "tokenizer_type"}
+CHOSEN |= {"attention", "dtype", "matmul_precision", "per_device_batch_size", "remat_policy"}
 BYTES_AT_A_TIME = 64 * 2**20  # in flight to and from files, beside the largest array
 SECONDS_TO_STOP = 60  # after an interrupt
-# Keys of a model that can be others than what it was made with.
-FREE = ("add_bos", "max_target_length", "weight_dtype", "scan_layers", "mudd_ffn_parts", "mudd_rope_table")
-# Keys that make another function of the same parameters, but for those in FREE.
-_OF_THE_FUNCTION = re.compile(
-  r"mudd_(?!kernel|init|ffn_groups).*|(local_|global_)?rope_.*|.*soft_cap|attention_type|sliding_window_size|attention_sink|"
-  r"chunk_attn_window_size|use_qk_norm.*|[qkv]+_norm_with_scale|use_post_(attn|ffw)_norm|normaliz.*|norm_topk_prob|"
-  r"logits_via_embedding|mlp_activations.*|num_experts.*|temperature_tuning"
-)
 
 
 def here() -> dict[str, Any]:
@@ -54,7 +48,19 @@ def here() -> dict[str, Any]:
   axes = [key for key in MaxTextConfig.model_fields if re.fullmatch(r"(ici|dcn)_\w+_parallelism", key)]
   keys = {"run_name": "", "log_config": False, "enable_checkpointing": False}
   keys |= {"skip_jax_distributed_system": True, "num_slices": 1}
+  keys |= {"base_output_directory": "maxtext_output"}  # as MaxText takes it, with a warning; nothing goes there
   return keys | dict.fromkeys(axes, 1) | {"ici_fsdp_parallelism": -1}
+
+
+def host() -> jax.Device:
+  """Where parameters are put together. Raises ConfigError where JAX was not to have it."""
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError as error:
+    found = jax.config.jax_platforms
+    raise ConfigError(
+      f"JAX_PLATFORMS={found} leaves out cpu, where parameters are put together; set JAX_PLATFORMS={found},cpu."
+    ) from error
 
 
 class Source(Protocol):
@@ -88,7 +94,7 @@ def keys(folder: pathlib.Path) -> dict[str, Any]:
     raise ConfigError(f"{folder / CONFIG} cannot be read ({' '.join(str(error).split())}).") from error
   if not isinstance(found, dict):
     raise ConfigError(f"{folder / CONFIG} does not hold the keys of a model; convert it again.")
-  return found | tokenizers.keys(folder / TOKENIZER)  # the folder may have been moved
+  return found | tokenizers.moved(found, folder / TOKENIZER)  # the folder may have been moved
 
 
 def configuration(keys: Mapping[str, Any]):
@@ -101,12 +107,12 @@ def with_overrides(
   keys: Mapping[str, Any], overrides: Mapping[str, Any], path: pathlib.Path, free=FREE
 ) -> dict[str, Any]:
   """Keys of a model with a user's beside them. Raises ConfigError where they would make it another model."""
-  given = {key: value for key, value in overrides.items() if key not in free}
-  unset = {key for key in given.keys() - keys.keys() if _OF_THE_FUNCTION.fullmatch(key)}
+  given = {key: value for key, value in overrides.items() if key not in free and key not in model_keys.HOW}
+  unset = {key for key in given.keys() - keys.keys() if key in model_keys.FUNCTION}
   defaults = configuration({"scan_layers": False, **keys, **here()}) if unset else None
   own = {"base_config": BASE} | keys | {key: getattr(defaults, key) for key in unset if hasattr(defaults, key)}
   for key, value in given.items():
-    has = getattr(own.get(key, value), "value", own.get(key, value))  # of an enumeration
+    has = model_keys.plain(own.get(key, value))
     if has != value:
       raise ConfigError(f"{key}={value}: the model in {path} has {key}={has}; leave it out.")
   return {**keys, **overrides}
@@ -121,13 +127,15 @@ def source_keys(source: Source, overrides: Mapping[str, Any]) -> dict[str, Any]:
   """
   # The released models saw texts without BOS, whatever MaxText's default.
   keys = with_overrides({"add_bos": False, **source.keys}, overrides, source.path)
-  if keys.get("scan_layers") and keys["mudd_ffn_reallocation"]:
+  scanned = keys.get("scan_layers")
+  if scanned and keys["mudd_ffn_reallocation"]:
     keys.setdefault("mudd_ffn_groups", keys["base_num_decoder_layers"])
+  if keys.get("mudd_ffn_groups"):
     config = configuration(keys | here())
     if topology.from_config(config).ffn_widths != source.ffn_widths:
       raise ConfigError(
         f"mudd_ffn_groups={keys['mudd_ffn_groups']}: the model in {source.path} has FFNs of other widths; leave it "
-        "out, and each gets a group of its own."
+        f"out{', and each gets a group of its own' if scanned else ''}."
       )
   return keys
 
@@ -152,8 +160,7 @@ def tree(
   Raises:
     ConfigError: one is missing, not of this model, of another shape, or has entries that are not finite.
   """
-  here = jax.local_devices(backend="cpu")[0]
-  wanted = parameter_shapes(config)
+  here, wanted = host(), parameter_shapes(config)
   made = {}
   for path, value in parameters:
     like = wanted.pop(path, None)
@@ -179,6 +186,7 @@ def convert(source: Source, target: pathlib.Path, overrides: Mapping[str, Any], 
   Raises:
     ConfigError: as `source_keys` and `tree`; the target exists or cannot be written. Nothing is left behind then.
   """
+  _check_chosen({key: value for key, value in overrides.items() if key not in source.keys})
   keys = source_keys(source, {"scan_layers": False, "weight_dtype": "float32", **overrides})
   config, words = configuration(keys | here()), tokenizers.keys(source.path)
   words |= {"tokenizer_path": str(target.absolute() / TOKENIZER)} if words else {}
@@ -191,63 +199,67 @@ def convert(source: Source, target: pathlib.Path, overrides: Mapping[str, Any], 
       (stage / name).write_text(text)
 
 
+def _check_chosen(overrides: Mapping[str, Any]) -> None:
+  """Raises ConfigError for keys that say nothing of a model; a folder would give them to all that read it."""
+  for key, value in overrides.items():
+    if key in MuddConfig.model_fields and key not in CHOSEN and key != "base_config":  # refused by itself
+      raise ConfigError(
+        f"{key}={value}: {CONFIG} describes a model, to which {key} does not belong; leave it out, and give it to what "
+        "uses the model."
+      )
+
+
 @contextlib.contextmanager
 def staged(target: pathlib.Path):
   """A folder to write to, which becomes `target` when all went well, and is gone otherwise.
 
   Raises:
-    ConfigError: the target exists, or cannot be written.
+    ConfigError: the target exists, cannot be written, or is being written by another process.
   """
   if os.path.lexists(target):
     raise ConfigError(f"{target} exists already; name a folder that does not.")
-  stage, made, interrupted = target.with_name(f".{target.name}.partial"), [], []
-  others = threading.enumerate()
+  # What is made lies in it, with Orbax's temporary folders beside that.
+  workshop, interrupted = target.with_name(f".{target.name}.partial"), []
+  others, made = threading.enumerate(), [parent for parent in target.parents if not parent.exists()]
 
-  def clean():
-    for path in stage.parent.glob(f"{glob.escape(stage.name)}*"):  # Orbax writes beside it first
-      shutil.rmtree(path, ignore_errors=True)
+  def remove_parents():
     for parent in made:
-      with contextlib.suppress(OSError):  # it is not empty
+      with contextlib.suppress(OSError):  # it is not empty, or not there
         parent.rmdir()
 
+  def clean_later():
+    if workshop.exists():
+      with contextlib.suppress(ConfigError, OSError), locks.alone(workshop, target):
+        pass
+    remove_parents()
+
   try:
-    clean()
-    made += [parent for parent in target.parents if not parent.exists()]
-    with _noticing(interrupted):
-      stage.mkdir(parents=True)
-      yield stage
-      if interrupted:
-        raise KeyboardInterrupt
-      stage.rename(target)
+    with interrupts.noticed(interrupted), locks.alone(workshop, target):
+      try:
+        stage = workshop / "made"
+        stage.mkdir()
+        yield stage
+        if interrupted:
+          raise KeyboardInterrupt
+        stage.rename(target)
+      except KeyboardInterrupt:
+        atexit.register(clean_later)  # for what is written after the wait
+        for thread in threading.enumerate():  # Orbax's cannot be stopped, and would fail one by one
+          if thread not in others and not thread.daemon:
+            thread.join(SECONDS_TO_STOP)
+        raise
   except OSError as error:
-    raise ConfigError(f"{target} cannot be written ({error.strerror or error}); name a folder that can be.") from error
-  except KeyboardInterrupt:
-    atexit.register(clean)  # for what is written after the wait
-    for thread in threading.enumerate():  # Orbax's cannot be stopped, and would fail one by one
-      if thread not in others and not thread.daemon:
-        thread.join(SECONDS_TO_STOP)
-    raise
+    raise ConfigError(_of_file(error, target, workshop)) from error
   finally:
-    clean()
+    remove_parents()
 
 
-@contextlib.contextmanager
-def _noticing(interrupted: list[int]):
-  """SIGINT and SIGTERM raise KeyboardInterrupt, and are noted down: libraries swallow some."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-
-  def stop(number, _):
-    interrupted.append(number)
-    raise KeyboardInterrupt
-
-  before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-  try:
-    yield
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
+def _of_file(error: OSError, target: pathlib.Path, workshop: pathlib.Path) -> str:
+  """Which file it is about: the target, unless it names one that is elsewhere."""
+  file, why = pathlib.Path(str(error.filename or target)), error.strerror or error
+  if file in (target, workshop, *target.parents) or file.is_relative_to(workshop):
+    return f"{target} cannot be written ({why}); name a folder that can be."
+  return f"{file} cannot be read ({why}); make it readable, or copy it again."
 
 
 def save(stage: pathlib.Path, config, parameters: dict, keys: Mapping[str, Any]) -> None:
@@ -270,7 +282,7 @@ def save(stage: pathlib.Path, config, parameters: dict, keys: Mapping[str, Any])
 
 def restore(folder: pathlib.Path, config) -> dict[str, np.ndarray]:
   """The parameters of such a folder by path, on this host. Raises ConfigError."""
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+  here = jax.sharding.SingleDeviceSharding(host())
   try:
     saved = ocp.metadata(folder, checkpointable_name=ITEMS).metadata
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)

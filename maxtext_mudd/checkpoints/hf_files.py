@@ -23,10 +23,10 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     ConfigError: there are none, files and index are not of each other, or a file is damaged or of integers.
   """
   for single, index, of_file in KINDS:
+    if (folder / single).exists():  # before what shards and an index were left beside it, as transformers reads it
+      return of_file(folder / single)
     if (folder / index).exists():
       return _of_shards(folder, index, of_file)
-    if (folder / single).exists():
-      return of_file(folder / single)
   raise ConfigError(f"{folder} has none of {', '.join(FILES)}; name a folder that holds a model.")
 
 

@@ -1,6 +1,7 @@
 """Tensors of `.bin` files, as PyTorch saves them; they need PyTorch to be read."""
 
 import pathlib
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -27,7 +28,8 @@ def of_file(file: pathlib.Path) -> dict[str, Tensor]:
     torch.bfloat16: ml_dtypes.bfloat16,
   }
   try:
-    found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    # PyTorch maps no files of its older format, which are read at once.
+    found = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
   except Exception as error:  # it raises all kinds
     raise ConfigError(f"{file} cannot be read; it is cut off or damaged ({brief(error)}); copy it again.") from error
   if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) for x in found.values()):

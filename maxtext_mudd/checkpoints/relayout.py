@@ -42,7 +42,7 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
     raise ConfigError("mudd=False: layouts of models with connections are converted; name such a configuration.")
   if target.exists():
     raise ConfigError(f"{target} exists already; name a run that does not.")
-  step, folder = _checkpoint(source, step)
+  step, folder = checkpoint(source, step)
   values = {path: x for path, x in _by_path(folders.numpy_tree(folder, _STATE)).items() if "/rngs/" not in path}
   scanned = any("/decoder/layers/" in path for path in values)
   if scanned == config.scan_layers:
@@ -60,7 +60,8 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
   return step
 
 
-def _checkpoint(source: pathlib.Path, step: int | None) -> tuple[int, pathlib.Path]:
+def checkpoint(source: pathlib.Path, step: int | None = None) -> tuple[int, pathlib.Path]:
+  """Of a run, and its step, the latest if not told. Raises ConfigError where there is none."""
   folder = source / "checkpoints"
   if not folder.is_dir():
     raise ConfigError(f"{source} is not the folder of a run: it has no checkpoints/.")

@@ -130,6 +130,6 @@ def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     raise ConfigError(f"{name} has entries that are NaN or infinite; the model is broken.")
   with np.errstate(over="ignore"):
     made = np.ascontiguousarray(value, dtype)
-  if made.dtype.itemsize < value.dtype.itemsize and not np.isfinite(made).all():
+  if made.dtype != value.dtype and not np.isfinite(made).all():
     raise ConfigError(f"{name} has entries too large for {made.dtype}; convert to float32.")
   return made

@@ -20,8 +20,8 @@ import pathlib
 import sys
 
 from maxtext_mudd import launch, plugin, versions
-from maxtext_mudd.checkpoints import interrupts
 from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.interrupts import Interrupts
 
 _FOLDERS = {
   "source": "--from",
@@ -68,27 +68,22 @@ def main(argv: list[str]) -> None:
   layout.add_argument("overrides", nargs="*", metavar="key=value")
   layout.set_defaults(run=_layout)
   args = parser.parse_args(argv)
-  seen, installed = [], False
+  interrupts, installed = Interrupts(), False
 
   def refuse(error):
-    if seen:  # libraries make other errors of an interrupt
-      error = "interrupted; nothing was made."
+    interrupts.check()  # which libraries make other errors of
     launch.exit_with(str(error))
 
   try:
-    with interrupts.noticed(seen):  # SIGTERM, too, so that nothing half-made is left
+    with interrupts:  # SIGTERM, too, so that nothing half-made is left
       _check_folders(args)
       plugin.install(plugin.Reading(on_error=refuse))  # before MaxText says it in a banner of its own
       installed = True
       print(args.run(args))
   except (ConfigError, versions.UnknownMaxText) as error:
-    refuse(error)
+    launch.exit_with(str(error))
   except KeyboardInterrupt:
     launch.exit_with("interrupted; nothing was made.")
-  except Exception as error:
-    if not seen:
-      raise
-    refuse(error)
   finally:
     if installed:  # what was interrupted while it was imported cannot be imported again
       plugin.install(plugin.Reading())

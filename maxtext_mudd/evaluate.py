@@ -18,14 +18,13 @@ import json
 import logging
 import os
 import pathlib
-import signal
 import sys
 import tempfile
-import threading
 from typing import Any
 
 from maxtext_mudd import assets, launch, plugin, versions
 from maxtext_mudd.errors import ConfigError, brief, failed_in
+from maxtext_mudd.interrupts import Interrupts
 
 HARNESS = "lm_eval==0.4.13"
 # The columns of the paper's Table 3, zero-shot and five-shot by the harness. That these were the tasks is not written:
@@ -51,7 +50,7 @@ BOOTSTRAPS = 1000
 def main(argv: list[str]) -> None:
   args = _parser().parse_intermixed_args(argv)
   try:
-    with _Interrupts() as interrupts:
+    with Interrupts() as interrupts:
       wanted = _Request(args)
       plugin.install()
       wanted.load_tasks()
@@ -67,44 +66,6 @@ def main(argv: list[str]) -> None:
     launch.exit_with(str(error))
   except KeyboardInterrupt:
     launch.exit_with("interrupted; no results were written.")
-
-
-class _Interrupts:
-  """A context in which SIGINT and SIGTERM raise KeyboardInterrupt, and which leaves with one.
-
-  They are noted down: libraries swallow some, and make other errors of others.
-  """
-
-  def __init__(self):
-    self._seen = self._ended = False
-
-  def check(self) -> None:
-    """Raises KeyboardInterrupt where one was swallowed."""
-    if self._seen:
-      raise KeyboardInterrupt
-
-  def end(self) -> None:
-    """Lets what follows happen whatever signals come. Raises KeyboardInterrupt where one came before."""
-    self._ended = True
-    self.check()
-
-  def _stop(self, *_) -> None:
-    if not self._ended:
-      self._seen = True
-      raise KeyboardInterrupt
-
-  def __enter__(self) -> "_Interrupts":
-    heard = threading.current_thread() is threading.main_thread()
-    # What is ignored stays so, as Ctrl-C is by what a script starts in the background.
-    signals = [x for x in (signal.SIGINT, signal.SIGTERM) if heard and signal.getsignal(x) != signal.SIG_IGN]
-    self._before = {number: signal.signal(number, self._stop) for number in signals}
-    return self
-
-  def __exit__(self, _, error: BaseException | None, __) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-    if self._seen and error is not None:
-      raise KeyboardInterrupt from error
 
 
 def _show(results: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 import numpy as np
 import tqdm
 
-from maxtext_mudd import forward, generation
+from maxtext_mudd import devices, forward, generation
 from maxtext_mudd.errors import ConfigError
 from maxtext_mudd.tokens import Tokenizer
 
@@ -43,13 +43,14 @@ class MaxTextLM(TemplateLM):
     """
     Args:
       model, config: as of `from_pretrained`.
-      batch_size: rows of a batch; the next multiple of the number of devices is taken.
+      batch_size: rows of a batch; the next multiple of what the mesh divides them into is taken.
       before_batch: called before each batch; what it raises ends the evaluation.
     """
     super().__init__()
     self.model, self.config, self.words = model, config, tokenizer
     self.tokenizer = tokenizer.hugging_face  # the harness writes its special tokens down
-    self.batch_size = -(-batch_size // model.mesh.size) * model.mesh.size
+    rows = devices.batch_parts(config)
+    self.batch_size = -(-batch_size // rows) * rows
     self.max_length, self._before_batch = config.max_target_length, before_batch
     self._batches_drawn = 0
 
@@ -209,7 +210,7 @@ class _Generation:
       (top_k != 0, top_p != 1), "composite"
     )
     sampling = generation.Sampling(algorithm, top_k, top_p, temperature)
-    _check(sampling, config.vocab_size)
+    sampling.check(config.vocab_size)
     if top_p < 1 and temperature != 1:
       raise ConfigError(
         f"top_p={top_p} with temperature={temperature}: MaxText cuts before the temperature, and task files mean after "
@@ -231,14 +232,6 @@ def _with_numbers(asked: dict) -> dict:
     if not fits:
       raise ConfigError(f"{key}={text!r} is not a {'whole ' if kind is int else ''}number.")
   return found
-
-
-def _check(sampling: generation.Sampling, vocab_size: int) -> None:
-  """Raises ConfigError for what no token can be drawn by."""
-  if sampling.algorithm in ("topk", "composite") and not 1 <= sampling.topk <= vocab_size:
-    raise ConfigError(f"top_k={sampling.topk} is not from 1 to vocab_size={vocab_size}.")
-  if sampling.algorithm in ("nucleus", "composite") and not 0 < sampling.nucleus_topp <= 1:
-    raise ConfigError(f"top_p={sampling.nucleus_topp} is not above 0, and 1 at most.")
 
 
 def log_likelihoods(

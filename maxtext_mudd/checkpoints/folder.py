@@ -29,10 +29,11 @@ import tqdm
 import yaml
 
 from maxtext_mudd import topology
-from maxtext_mudd.checkpoints import interrupts, locks, model_keys, remote_code, tensors, tokenizers
+from maxtext_mudd.checkpoints import locks, model_keys, remote_code, tensors, tokenizers
 from maxtext_mudd.checkpoints.model_keys import FREE
 from maxtext_mudd.config import MuddConfig
 from maxtext_mudd.errors import ConfigError, brief
+from maxtext_mudd.interrupts import Interrupts
 
 CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"
 BASE = "base.yml"  # MaxText's own
@@ -219,7 +220,7 @@ def staged(target: pathlib.Path):
   if os.path.lexists(target):
     raise ConfigError(f"{target} exists already; name a folder that does not.")
   # What is made lies in it, with Orbax's temporary folders beside that.
-  workshop, interrupted = target.with_name(f".{target.name}.partial"), []
+  workshop = target.with_name(f".{target.name}.partial")
   others, made = threading.enumerate(), [parent for parent in target.parents if not parent.exists()]
 
   def remove_parents():
@@ -234,13 +235,12 @@ def staged(target: pathlib.Path):
     remove_parents()
 
   try:
-    with interrupts.noticed(interrupted), locks.alone(workshop, target):
+    with Interrupts() as interrupts, locks.alone(workshop, target):
       try:
         stage = workshop / "made"
         stage.mkdir()
         yield stage
-        if interrupted:
-          raise KeyboardInterrupt
+        interrupts.end()
         stage.rename(target)
       except KeyboardInterrupt:
         atexit.register(clean_later)  # for what is written after the wait

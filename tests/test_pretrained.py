@@ -36,6 +36,7 @@ from maxtext_mudd.checkpoints import (
   hf_names,
   model_keys,
   run,
+  saved,
   tensors,
   tokenizers,
 )
@@ -747,7 +748,7 @@ def test_the_fork_s_orbax_folders(tmp_path):
     target = tmp_path / f"maxtext{number}"
     convert.main(["from-fork", "--fork-dir", str(path), "--maxtext-dir", str(target), f"scan_layers={number == 2}"])
     config = folder.configuration(folder.keys(target) | folder.here())
-    values = folder.restore(target, config)
+    values = {name: x.read() for name, x in saved.parameters(target / "items").items()}
     made.append(layouts.unstack(values, config) if config.scan_layers else values)
   for found in made[1:]:
     check_same(found, made[0])
@@ -977,7 +978,7 @@ def test_memory_of_the_fork_s_orbax_folders(tmp_path):
 
 @pytest.mark.slow
 def test_memory(tmp_path, monkeypatch):
-  """Of 1.1 GB: the model once and one shard, of two in, and of many out."""
+  """Of 1.1 GB: the model once and one shard of two in; out, a shard of many, and what is in flight."""
   source = tmp_path / "hf"
   source.mkdir()
   sizes = {"n_layer": 8, "dim": 1536, "n_head": 12, "n_local_heads": 12, "head_dim": 128, "intermediate_size": 4096}
@@ -997,7 +998,7 @@ def test_memory(tmp_path, monkeypatch):
   assert size > 10**9
   assert most_memory("from-hf", source, tmp_path / "m") <= size + 6 * 10**8
   shard = 10**8
-  assert most_memory("to-hf", tmp_path / "m", tmp_path / "b", shard=shard) <= size + shard + 5 * 10**8
+  assert most_memory("to-hf", tmp_path / "m", tmp_path / "b", shard=shard) <= 5 * 10**8
   assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 10
   found, expected = (hf_files.open_folder(x) for x in (tmp_path / "b", source))
   assert found.keys() == expected.keys()

@@ -280,21 +280,6 @@ def save(stage: pathlib.Path, config, parameters: dict, keys: Mapping[str, Any])
   (stage / CONFIG).write_text(yaml.safe_dump({"base_config": BASE, **keys}, sort_keys=False))
 
 
-def restore(folder: pathlib.Path, config) -> dict[str, np.ndarray]:
-  """The parameters of such a folder by path, on this host. Raises ConfigError."""
-  here = jax.sharding.SingleDeviceSharding(host())
-  try:
-    saved = ocp.metadata(folder, checkpointable_name=ITEMS).metadata
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
-    with _context(config, wanted):
-      found = ocp.load(folder, wanted, checkpointable_name=ITEMS)["params"]["params"]
-  except Exception as error:  # Orbax raises all kinds
-    raise ConfigError(
-      f"{folder / ITEMS} cannot be read; it is damaged, or has no parameters ({brief(error)})."
-    ) from error
-  return {path: np.asarray(value) for path, value in by_path(found).items()}
-
-
 def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
   return {"/".join(path): value for path, value in traverse_util.flatten_dict(tree).items()}
 

@@ -1,6 +1,7 @@
 """Released models from Hugging Face folders.
 
-One tensor is read at a time, so that the host holds the model once, in the dtype that it is converted to.
+One tensor is read at a time: the host holds the model once, in the dtype that it is converted to, or, on the way back,
+a shard.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from maxtext_mudd.checkpoints import (
   hf_names,
   layout,
   remote_code,
+  saved,
   tensors,
   tokenizers,
 )
@@ -87,18 +89,18 @@ def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
   original = read_fields(source / ORIGINAL) if (source / ORIGINAL).exists() else {}
   fields = hf_config.fields(config, original.get("fields", {}))
   with folder.staged(target) as stage:
-    values = folder.restore(source, config)
+    found = saved.parameters(source / folder.ITEMS)
     try:
-      values = layout.unstack(values, config) if config.scan_layers else values
+      found = _single_layers(found, config) if config.scan_layers else found
     except ValueError as error:
       raise ConfigError(f"{source} is not of the model that its {folder.CONFIG} describes: {error}.") from None
     names, dtypes = sorted(hf_names.names(config), key=_by_kind), original.get("dtypes", {})
-    _check_parameters(values, names, source)
-    with tqdm.tqdm(total=sum(x.nbytes for x in values.values()), unit="B", unit_scale=True, desc=source.name) as bar:
+    _check_parameters(found, names, source)
+    with tqdm.tqdm(total=sum(x.size for x in found.values()), unit="B", unit_scale=True, desc=source.name) as bar:
       made = {}
       for name in names:
         dtype = jnp.dtype(dtypes.get(name.tensor, config.weight_dtype))
-        made[name.tensor] = name.tensor_shape, dtype, functools.partial(_taken, values, name, bar.update)
+        made[name.tensor] = name.tensor_shape, dtype, functools.partial(_read, found[name.path], name, bar.update)
       tensors.write(stage, made)
     (stage / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True))
     tokenizers.copy(source / folder.TOKENIZER, stage)
@@ -106,11 +108,28 @@ def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _by_kind(name: Name) -> str:
-  """Layers of one parameter together: where they were scanned, they are one array, which goes with the last of them."""
+  """Layers of one parameter together: where they were scanned, they are one array, which is read once for all."""
   return re.sub(r"layers_\d+", "layers", name.path)
 
 
-def _check_parameters(values: Mapping[str, np.ndarray], names: Sequence[Name], path: pathlib.Path) -> None:
+def _single_layers(found: Mapping[str, Tensor], config) -> dict[str, Tensor]:
+  """Of scanned ones; the array that was read last is kept. Raises ValueError as `layout.unstack`."""
+
+  @functools.lru_cache(maxsize=1)
+  def unstacked(path):
+    return layout.unstack({path: found[path].read()}, config)
+
+  def tensor(path, name, like):
+    return Tensor(found[path].file, like.shape, like.dtype, lambda: unstacked(path)[name].copy())
+
+  made = {}
+  for path, x in found.items():
+    likes = layout.unstack({path: np.broadcast_to(np.zeros((), x.dtype), x.shape)}, config)  # no memory is taken
+    made |= {name: tensor(path, name, like) for name, like in likes.items()}
+  return made
+
+
+def _check_parameters(values: Mapping[str, Tensor], names: Sequence[Name], path: pathlib.Path) -> None:
   for name in names:
     if name.path not in values or values[name.path].shape != name.shape:
       wanted = f"{name.path} of {list(name.shape)}"
@@ -119,10 +138,9 @@ def _check_parameters(values: Mapping[str, np.ndarray], names: Sequence[Name], p
     raise ConfigError(f"{path} has {min(extra)}, for which the model of its {folder.CONFIG} has no place.")
 
 
-def _taken(values: dict[str, np.ndarray], name: Name, progress: Callable[[int], None]) -> np.ndarray:
-  value = values.pop(name.path)
-  progress(value.nbytes)
-  return name.to_hf(value)
+def _read(tensor: Tensor, name: Name, progress: Callable[[int], None]) -> np.ndarray:
+  progress(tensor.size)
+  return name.to_hf(tensor.read())
 
 
 def read_fields(file: pathlib.Path) -> dict[str, Any]:

@@ -85,9 +85,10 @@ def _moved_tokenizer(config) -> str:
   """That of a converted folder which has been moved since its YAML was written; else nothing."""
   from maxtext_mudd.checkpoints import folder, tokenizers
 
-  inside = pathlib.Path(config.load_parameters_path) / folder.TOKENIZER
-  gone = pathlib.Path(config.tokenizer_path or "").is_absolute() and not pathlib.Path(config.tokenizer_path).exists()
-  return str(inside) if gone and tokenizers.keys(inside) else ""
+  if not pathlib.Path(config.tokenizer_path or "").is_absolute() or pathlib.Path(config.tokenizer_path).exists():
+    return ""
+  own = {"tokenizer_path": config.tokenizer_path, "tokenizer_type": config.tokenizer_type.value}
+  return tokenizers.moved(own, pathlib.Path(config.load_parameters_path) / folder.TOKENIZER).get("tokenizer_path", "")
 
 
 if __name__ == "__main__":

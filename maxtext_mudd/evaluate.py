@@ -11,18 +11,14 @@ say otherwise.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import difflib
-import json
-import logging
 import os
 import pathlib
 import sys
-import tempfile
 from typing import Any
 
-from maxtext_mudd import assets, launch, plugin, versions
+from maxtext_mudd import assets, launch, plugin, results_file, versions
 from maxtext_mudd.errors import ConfigError, brief, failed_in
 from maxtext_mudd.interrupts import Interrupts
 
@@ -118,7 +114,7 @@ class _Request:
     if self.output and not self.output.parent.is_dir():
       raise ConfigError(f"--output={args.output}: there is no folder {self.output.parent}; make it first.")
     if self.output:
-      _try(self.output)
+      results_file.check(self.output)
     if self.include and not pathlib.Path(self.include).is_dir():
       raise ConfigError(f"--include-dir={self.include} is not a folder; name one with task files.")
     self._check_checkpoint()
@@ -237,76 +233,10 @@ class _Request:
       raise
 
   def write(self, results: dict[str, Any], last_check: Callable[[], None]) -> None:
-    """The file, if one is wanted, whole or not at all.
-
-    Args:
-      last_check: called before it gets its name; there is none where this raises.
-
-    Raises:
-      ConfigError: it cannot be written.
-    """
+    """`results_file.write`, if a file is wanted. Raises ConfigError."""
     samples = results.pop("samples")
-    if not self.output:
-      return
-    try:
-      with _stage(self.output) as stage:
-        # By the harness's own writer, which puts a date into the name, and tells its log alone what goes wrong.
-        self.tracker.output_path = str(stage / "results.json")
-        with _told(logging.getLogger(type(self.tracker).__module__)) as said:
-          self.tracker.save_results_aggregated(results, samples)
-        made = next(stage.iterdir(), None)
-        if made is None or not _is_json(made):
-          raise _unwritable(self.output, (said or ["the harness does not say why"])[-1])
-        last_check()
-        made.rename(self.output)
-    except OSError as error:
-      raise _unwritable(self.output, brief(error)) from error
-
-
-def _try(path: pathlib.Path) -> None:
-  """Raises ConfigError for a file that could not be written: its permissions do not tell, nor a full disk."""
-  try:
-    with _stage(path) as stage:
-      (stage / "results.json").write_text("{}")
-  except OSError as error:
-    raise _unwritable(path, brief(error)) from error
-
-
-@contextlib.contextmanager
-def _stage(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder beside a file, for what is to become it."""
-  with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as stage:
-    yield pathlib.Path(stage)
-
-
-def _unwritable(path: pathlib.Path, cause: str) -> ConfigError:
-  return ConfigError(f"--output={path} cannot be written ({cause}); name a file that can be.")
-
-
-def _is_json(path: pathlib.Path) -> bool:
-  try:
-    json.loads(path.read_bytes())
-  except ValueError:
-    return False
-  return True
-
-
-@contextlib.contextmanager
-def _told(logger: logging.Logger) -> Iterator[list[str]]:
-  """What is logged meanwhile, which goes nowhere else."""
-  said, level = [], logger.level
-
-  def note(record: logging.LogRecord) -> bool:
-    said.append(record.getMessage())
-    return False
-
-  logger.setLevel(logging.INFO)
-  logger.addFilter(note)
-  try:
-    yield said
-  finally:
-    logger.removeFilter(note)
-    logger.setLevel(level)
+    if self.output:
+      results_file.write(self.output, self.tracker, results, samples, last_check)
 
 
 def _split(arguments: list[str]) -> tuple[str, dict[str, Any]]:

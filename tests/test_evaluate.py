@@ -22,7 +22,7 @@ import tokenizers
 import transformers
 
 import maxtext_mudd
-from maxtext_mudd import assets, convert, evaluate, evaluation, forward, pretrained, tokens
+from maxtext_mudd import assets, convert, evaluate, evaluation, forward, pretrained, results_file, tokens
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
 from tests.test_blocks import MOE
@@ -631,7 +631,7 @@ def test_interrupts(crowded, lm, monkeypatch, capsys, number, how):
   monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
   monkeypatch.setattr(evaluation, "log_likelihoods", scores)
   if how == "swallowed at the end":
-    monkeypatch.setattr(evaluate, "_is_json", interrupt)
+    monkeypatch.setattr(results_file, "_is_json", interrupt)
   before, handlers = sorted(crowded.rglob("*")), [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
   arguments = ["--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice", "--batch-size", size]
   ended, table = end_of(capsys, *arguments, "--output", crowded / "results.json")

@@ -998,7 +998,8 @@ def test_memory(tmp_path, monkeypatch):
   assert size > 10**9
   assert most_memory("from-hf", source, tmp_path / "m") <= size + 6 * 10**8
   shard = 10**8
-  assert most_memory("to-hf", tmp_path / "m", tmp_path / "b", shard=shard) <= 5 * 10**8
+  # Of the largest array, and so of a shard, there are some copies on the way from Orbax to the file.
+  assert most_memory("to-hf", tmp_path / "m", tmp_path / "b", shard=shard) <= 7 * shard
   assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 10
   found, expected = (hf_files.open_folder(x) for x in (tmp_path / "b", source))
   assert found.keys() == expected.keys()

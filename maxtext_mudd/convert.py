@@ -134,7 +134,8 @@ def _to_hf(args) -> str:
 
   target = pathlib.Path(args.hf_dir).absolute()
   hf.to_hf(pathlib.Path(args.maxtext_dir).absolute(), target)
-  return f"{target}: loads with trust_remote_code, with the authors' configuration_*.py and modeling_*.py beside it"
+  once = "" if any(target.glob("*.py")) else ", once the authors' configuration_*.py and modeling_*.py are copied there"
+  return f"{target}: loads with trust_remote_code{once}"
 
 
 def _layout(args) -> str:

@@ -101,6 +101,7 @@ def test_round_trip(name, layout, tmp_path, capsys):
   check_logits(model, name)
   hf.to_hf(target, back)
   assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+  assert len({x.stat().st_mode for x in back.iterdir()}) == 1
   check_same(load_file(back / "model.safetensors"), load_file(source / "model.safetensors"))
   assert not list(tmp_path.glob(".*.partial"))
 

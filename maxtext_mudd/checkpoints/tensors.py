@@ -118,8 +118,12 @@ def write(folder: pathlib.Path, made: Mapping[str, tuple[tuple[int, ...], np.dty
     (folder / INDEX).write_text(json.dumps(index, indent=2))
   for file, names in zip(files, shards):
     shard = {name: cast(made[name][2](), made[name][1], name) for name in names}
+    path = folder / file
+    path.touch()
+    mode = path.stat().st_mode  # that of all files here; theirs is the owner's alone
     try:
-      save_file(shard, folder / file, metadata={"format": "pt"})
+      save_file(shard, path, metadata={"format": "pt"})
+      path.chmod(mode)
     except safetensors.SafetensorError as error:
       raise OSError(str(error)) from error
 

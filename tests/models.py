@@ -1,5 +1,6 @@
 """Tiny models for the tests: configurations, construction, and setting parameters by path."""
 
+import functools
 import pathlib
 
 from flax import nnx
@@ -112,6 +113,18 @@ def batch(cfg, seed=0) -> dict[str, np.ndarray]:
 @nnx.jit
 def jitted_logits(model, data):
   return logits(model, data)
+
+
+@functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+)
+def _logits(graph, state, data):
+  return logits(nnx.merge(graph, state), data)
+
+
+def exact_logits(model, data):
+  """Compiled as models are, whatever XLA_FLAGS says to be quick: that rounds otherwise, too much on some processors."""
+  return _logits(*nnx.split(model), data)
 
 
 def logits(model, data):

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
   from_hf.add_argument("overrides", nargs="*", metavar="key=value", help="as scan_layers=true")
   from_hf.set_defaults(run=_from_hf)
   to_hf = commands.add_parser("to-hf", help="to a Hugging Face folder")
-  to_hf.add_argument("--maxtext-dir", required=True, metavar="M", help="folder that from-hf made")
+  to_hf.add_argument("--maxtext-dir", required=True, metavar="M", help="folder that from-hf or from-run made")
   to_hf.add_argument("--hf-dir", required=True, metavar="D", help="folder to make")
   to_hf.set_defaults(run=_to_hf)
   from_fork = commands.add_parser("from-fork", help="from a folder of the authors' JAX code")

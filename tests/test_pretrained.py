@@ -431,7 +431,7 @@ def test_targets_are_never_written_over(tmp_path, capsys):
     "gs://bucket/m is not a local folder; copy it first.",
     "scan_layers is not key=value, as scan_layers=true is.",
     "mudd_wayz is not a configuration key; the nearest is mudd_ways.",
-    f"{target} has no model.yml; name a folder that from-hf made.",
+    f"{target} has no model.yml; name a folder that from-hf or from-run made.",
     f"{source} exists already; name a folder that does not.",
     f"head_dim=32: the model in {source} has head_dim=16; leave it out.",
     f"mudd_ffn_groups=2: the model in {source} has FFNs of other widths; leave it out, and each gets a group of its "

@@ -84,7 +84,7 @@ def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
       cannot be written. Nothing is left behind then.
   """
   if not folder.is_folder(source):
-    raise ConfigError(f"{source} has no {folder.CONFIG}; name a folder that from-hf made.")
+    raise ConfigError(f"{source} has no {folder.CONFIG}; name a folder that from-hf or from-run made.")
   config = folder.configuration(folder.keys(source) | folder.here())
   original = read_fields(source / ORIGINAL) if (source / ORIGINAL).exists() else {}
   fields = hf_config.fields(config, original.get("fields", {}))

@@ -60,7 +60,7 @@ $(READY): requirements/dev.txt pyproject.toml
 	  echo "make: $$found cannot make virtual environments; install its venv package (Debian: python3.12-venv)." >&2; exit 2; \
 	fi
 	@if $(PY) -m pip install --quiet --disable-pip-version-check $(UV); then \
-	  installer="$(PY) -m uv pip install --quiet --python $(PY)"; \
+	  installer="$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY)"; \
 	else \
 	  installer="$(PY) -m pip install --quiet --disable-pip-version-check"; \
 	fi; \
@@ -86,7 +86,7 @@ compare: $(READY) $(DATA)  ## train the plain and the MUDD model on the same tok
 $(XPK): requirements/xpk.txt | $(READY)
 	$(PY) -m venv --clear $(XPK_VENV)
 	@if $(PY) -m uv --version >/dev/null 2>&1; then \
-	  $(PY) -m uv pip install --quiet --python $(XPK_VENV)/bin/python -r requirements/xpk.txt; \
+	  $(PY) -m uv pip install --quiet --compile-bytecode --python $(XPK_VENV)/bin/python -r requirements/xpk.txt; \
 	else \
 	  $(XPK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/xpk.txt; \
 	fi

@@ -2,19 +2,30 @@
 
 import os
 import pathlib
+import signal
+
+import xdist
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
-import jax
+# A shell ignores interrupts in what it starts in the background, and so would all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
-jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-from maxtext_mudd import plugin
+def pytest_sessionstart(session):
+  if xdist.is_xdist_controller(session):
+    return  # the workers run the tests; importing takes a while
 
-plugin.install()
+  import jax
+
+  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+  from maxtext_mudd import plugin
+
+  plugin.install()
 
 
 def pytest_collection_modifyitems(items):

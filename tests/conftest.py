@@ -19,6 +19,7 @@ def pytest_sessionstart(session):
     return  # the workers run the tests; importing takes a while
 
   import jax
+  import omegaconf
 
   jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -26,6 +27,9 @@ def pytest_sessionstart(session):
   from maxtext_mudd import plugin
 
   plugin.install()
+  # Most of the second that a configuration takes is OmegaConf copying what it merges. MaxText does not use the parts
+  # again, except for `logical_axis_rules`, which no test overrides. Runs in processes of their own do without.
+  omegaconf.OmegaConf.merge = staticmethod(omegaconf.OmegaConf.unsafe_merge)
 
 
 def pytest_collection_modifyitems(items):

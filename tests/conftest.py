@@ -4,8 +4,6 @@ import os
 import pathlib
 import signal
 
-import xdist
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -15,8 +13,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionstart(session):
-  if xdist.is_xdist_controller(session):
-    return  # the workers run the tests; importing takes a while
+  if session.config.getoption("dist", "no") != "no" and not hasattr(session.config, "workerinput"):
+    return  # workers run the tests, and importing takes a while
 
   import jax
   import omegaconf

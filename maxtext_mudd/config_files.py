@@ -60,13 +60,17 @@ def load(name: str) -> dict[str, Any]:
   Raises:
     ConfigError: there is no such file, or it does not map keys to values.
   """
-  path = pathlib.Path(pyconfig.resolve_config_path(name))
-  if not path.is_file():
-    raise ConfigError(f"{name}: no such configuration file; see yaml/ for those that come with this project.")
-  values = omegaconf.OmegaConf.load(path)
+  values = omegaconf.OmegaConf.load(_file(name))
   if not isinstance(values, omegaconf.DictConfig):
     raise ConfigError(f"{name}: a configuration file maps keys to values, as in `mudd: true`.")
   return omegaconf.OmegaConf.to_container(values)
+
+
+def _file(name: str) -> pathlib.Path:
+  path = pathlib.Path(pyconfig.resolve_config_path(name))
+  if not path.is_file():
+    raise ConfigError(f"{name}: no such configuration file; see yaml/ for those that come with this project.")
+  return path
 
 
 def check(argv: Sequence[str] | None, overrides: dict) -> None:
@@ -84,10 +88,10 @@ def chain(name: str) -> list[pathlib.Path]:
   """The files that a configuration is made of, less MaxText's own.
 
   Raises:
-    ConfigError: the chain of `base_config` does not end in one of MaxText's own, which give every key a value.
+    ConfigError: there is no such file, or the chain of `base_config` does not end in one of MaxText's own, which give
+      every key a value.
   """
-  load(name)
-  path, seen = pathlib.Path(pyconfig.resolve_config_path(name)), []
+  path, seen = _file(name), []
   configs = pathlib.Path(MAXTEXT_CONFIGS_DIR)
   while not path.resolve().is_relative_to(configs.resolve()):
     if path.resolve() in seen:

@@ -20,7 +20,7 @@ import pathlib
 import sys
 
 from maxtext_mudd import launch, plugin, versions
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.errors import ConfigError, reachable
 from maxtext_mudd.interrupts import Interrupts
 
 _FOLDERS = {
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     launch.exit_with(str(error))
 
   try:
-    with interrupts:  # SIGTERM, too, so that nothing half-made is left
+    with interrupts, reachable():  # interrupts: SIGTERM, too, so that nothing half-made is left
       _check_folders(args)
       plugin.install(plugin.Reading(on_error=refuse))  # before MaxText says it in a banner of its own
       installed = True

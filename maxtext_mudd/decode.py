@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import os
 import pathlib
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.errors import ConfigError, reachable
 from maxtext_mudd.launch import launch
 
 _PROMPT = "prompt="
@@ -18,6 +18,7 @@ def run() -> None:
   launch("maxtext_mudd.decode", check=check_decoding)
 
 
+@reachable()
 def check_decoding(config) -> None:
   """Raises ConfigError for keys and folders that give no text."""
   if config.load_full_state_path:
@@ -40,6 +41,7 @@ def check_decoding(config) -> None:
   generation.Sampling.from_config(config)
 
 
+@reachable()
 def main(argv: Sequence[str]) -> None:
   import jax
   from maxtext.configs import pyconfig

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import difflib
+import errno
 import re
 import traceback
 
@@ -44,6 +45,18 @@ def one_sentence(config_class: type[pydantic.BaseModel]) -> Iterator[None]:
       sentence = "hardware=cpu: MaxText finds no other hosts to join; on one, set skip_jax_distributed_system=true."
       raise ConfigError(sentence) from error
     raise ConfigError(f"The configuration cannot be read ({type(error).__name__}: {_one_line(error)}).") from error
+
+
+@contextlib.contextmanager
+def reachable() -> Iterator[None]:
+  """Turns paths that the system does not even look up, as behind folders of others, into `ConfigError`s."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
+      raise
+    reason = error.strerror[0].lower() + error.strerror[1:]
+    raise ConfigError(f"{error.filename} cannot be reached: {reason}; name one that can.") from error
 
 
 def failed_in(error: BaseException, function: str) -> bool:

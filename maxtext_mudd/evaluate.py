@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from maxtext_mudd import assets, launch, plugin, results_file, versions
-from maxtext_mudd.errors import ConfigError, brief, failed_in
+from maxtext_mudd.errors import ConfigError, brief, failed_in, reachable
 from maxtext_mudd.interrupts import Interrupts
 
 HARNESS = "lm_eval==0.4.13"
@@ -46,7 +46,7 @@ BOOTSTRAPS = 1000
 def main(argv: list[str]) -> None:
   args = _parser().parse_intermixed_args(argv)
   try:
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, reachable():
       wanted = _Request(args)
       plugin.install()
       wanted.load_tasks()

@@ -86,7 +86,7 @@ def generate(
       raise ConfigError(f"{name}={value!r} is not a whole number.")
   if not 0 <= seed < 2**32:
     raise ConfigError(f"seed={seed} is not from 0 to 2**32 - 1.")
-  if not np.ndim(temperature) == 0 or not np.isrealobj(temperature) or isinstance(temperature, str):
+  if temperature is None or np.ndim(temperature) or not np.isrealobj(temperature) or isinstance(temperature, str):
     raise ConfigError(f"temperature={temperature!r} is not a number.")
   temperature = float(temperature)
   if not 0 <= top_k <= config.vocab_size:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from maxtext_mudd import forward, plugin
+from maxtext_mudd import errors, forward, plugin
 from maxtext_mudd.errors import ConfigError
 
 # Beside the keys of a model. Matrix products of float32 are no less on TPUs and GPUs.
@@ -28,6 +28,7 @@ DEFAULTS = {
 }
 
 
+@errors.reachable()
 def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   """A model with the parameters of a folder, on the devices of this process.
 
@@ -45,7 +46,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   plugin.install()
   from maxtext_mudd import devices
   from maxtext_mudd.checkpoints import folder as folders
-  from maxtext_mudd.checkpoints import fork, hf, parameters, tensors, tokenizers
+  from maxtext_mudd.checkpoints import fork, hf, hf_files, parameters, tensors, tokenizers
 
   config_overrides = _as_written(config_overrides)
   if not pathlib.Path(folder).expanduser().is_dir():
@@ -62,7 +63,8 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
       f"{folder} is a checkpoint without the keys of its model; name the folder that has {folders.CONFIG}, or give the "
       "CONFIG.yml of its run to from_run."
     )
-  kind = next((kind for kind in (fork, hf) if kind.is_folder(folder)), None)
+  published = any((folder / name).exists() for name in hf_files.FILES)
+  kind = next((kind for kind in ((hf, fork) if published else (fork, hf)) if kind.is_folder(folder)), None)
   if kind is None:
     raise ConfigError(f"{folder} holds no model: neither {folders.CONFIG}, {tensors.SINGLE} nor {fork.FILE} is there.")
   source = kind.Model(folder)
@@ -72,6 +74,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   return _model(config, source), config
 
 
+@errors.reachable()
 def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **config_overrides: Any):
   """A model with the parameters of a training run, on the devices of this process, whatever mesh the run was on.
 

@@ -448,6 +448,10 @@ REFUSED = {
     ["--checkpoint", "{tmp}/none", "--tasks", "choice"],
     "--checkpoint={tmp}/none is not a folder; name one that holds a model.",
   ),
+  "a checkpoint that cannot be looked up": (
+    ["--checkpoint", "{tmp}/" + "n" * 300, "--tasks", "choice"],
+    "{tmp}/" + "n" * 300 + " cannot be reached: file name too long; name one that can.",
+  ),
   "a distant checkpoint": (
     ["--checkpoint", "gs://a/b", "--tasks", "choice"],
     "gs://a/b is not a local folder; copy it first.",

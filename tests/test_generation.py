@@ -129,6 +129,7 @@ REFUSED = {
     ([[1]], 4, 1e-40),
     "temperature=1e-40 is not from 1e-06 on; 0 takes the most probable token each time.",
   ),
+  "temperature left out": (([[1]], 4, None), "temperature=None is not a number."),
   "a complex temperature": (([[1]], 4, 1j), "temperature=1j is not a number."),
   "a generator": ((iter([[1]]), 4), "prompts are list_iterator; they have to be a list of lists of tokens."),
   "lists in lists": (
@@ -154,6 +155,10 @@ def test_refusals_of_the_command(tmp_path):
   for keys, message in (
     ({}, "load_parameters_path='' names no checkpoint; name one, as OUTPUT/RUN/checkpoints/STEP."),
     ({"load_parameters_path": str(nowhere)}, f"load_parameters_path={nowhere}: there is no such folder."),
+    (
+      {"load_parameters_path": str(tmp_path / ("n" * 300))},
+      f"{tmp_path / ('n' * 300)} cannot be reached: file name too long; name one that can.",
+    ),
     (
       {"load_full_state_path": str(nowhere), "enable_checkpointing": True},
       f"load_full_state_path={nowhere}: decoding reads parameters alone; name the checkpoint by load_parameters_path, "

@@ -667,10 +667,16 @@ def test_folders_that_hold_no_model(tmp_path):
     maxtext_mudd.from_pretrained(tmp_path / "part")
   for path, message in (
     (tmp_path / "none", "is not a folder"),
+    (tmp_path / ("n" * 300), "cannot be reached: file name too long; name one that can"),
     (tmp_path, "holds no model: neither model.yml, model.safetensors nor params"),
   ):
     with pytest.raises(ConfigError, match=message):
       maxtext_mudd.from_pretrained(path)
+
+
+def test_a_published_folder_with_folders_of_other_names(tmp_path):
+  (hugging_face(tmp_path / "hf") / "checkpoint").mkdir()
+  maxtext_mudd.from_pretrained(tmp_path / "hf")
 
 
 def test_overrides(tmp_path):
@@ -1174,6 +1180,7 @@ def test_folders_for_other_commands(tmp_path, capsys):
   wanted = "name a checkpoint, as OUTPUT/RUN/checkpoints/STEP."
   newest = f"is the folder of a run; name one of its checkpoints, as {run_folder}/checkpoints/12."
   for command, path, message in (
+    ("from-hf", tmp_path / ("n" * 300), "cannot be reached: file name too long; name one that can."),
     ("from-hf", jax_code, "is a folder of the authors' JAX code or of a run; convert it by from-fork or from-run."),
     ("from-fork", source, "is a Hugging Face folder; convert it by from-hf."),
     ("from-fork", tmp_path / "empty", "holds no parameters; name a folder with params.safetensors or an Orbax tree."),

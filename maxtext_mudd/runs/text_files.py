@@ -123,7 +123,7 @@ def _write(
           rows.write(table, f"{key}={file}: rows {number + 1} to {number + table.num_rows}")
           number += table.num_rows
           blank_number += _blank_rows(table)
-          progress.update(table.nbytes)
+          progress.update(min(table.nbytes, total - progress.n))  # nearly the bytes of plain text
       except ConfigError:
         raise
       except OSError as error:

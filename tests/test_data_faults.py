@@ -132,16 +132,16 @@ def test_a_compressed_file_is_read_as_datasets_reads_it(settings, tmp_path):
 
   (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a\n"))
   found = explain(settings, f"{tmp_path}/a.txt.gz", "text")
-  assert found.endswith("; the local files of hf_train_files show no fault.")
+  assert found.endswith("; the local files show no fault.")
 
 
 def test_no_file_at_fault(settings, tmp_path):
   (tmp_path / "a.txt").write_text("a\n")
   assert explain(settings, f"{tmp_path}/a.txt", "text", OSError("one\n two")) == (
-    "The data of dataset_type=hf cannot be read (OSError: one two); the local files of hf_train_files show no fault."
+    f"hf_train_files={tmp_path}/a.txt: the data cannot be read (OSError: one two); the local files show no fault."
   )
   assert explain(settings, "en/*", "allenai/c4", OSError("no net")) == (
-    "The data of dataset_type=hf cannot be read (OSError: no net); which file is at fault is not known."
+    "hf_path=allenai/c4: the data cannot be read (OSError: no net); which file is at fault is not known."
   )
   assert explain(settings, f"{tmp_path}/a.txt", "text", ConfigError("a=b is wrong.")) == "a=b is wrong."
 
@@ -162,7 +162,7 @@ def test_a_search_ends(settings, tmp_path, monkeypatch):
   monkeypatch.setattr(data_faults, "SEARCH_SECONDS", -1)
   (tmp_path / "a.txt").write_bytes(b"\xff\n")
   assert explain(settings, f"{tmp_path}/a.txt", "text", OSError("x")) == (
-    "The data cannot be read (OSError: x); no file at fault was found in -1 seconds."
+    f"hf_train_files={tmp_path}/a.txt: the data cannot be read (OSError: x); no file at fault was found in -1 seconds."
   )
 
 

@@ -188,7 +188,7 @@ def test_fine_tuning(check, good, tmp_path):
 
 def test_a_hub_that_cannot_be_reached(check, monkeypatch):
   said = refusal(check, dataset_type="hf", hf_path="nobody/nothing")
-  assert said.startswith("The data of dataset_type=hf cannot be read (")
+  assert said.startswith("hf_path=nobody/nothing: the data cannot be read (")
   assert said.endswith("; which file is at fault is not known.")
 
 

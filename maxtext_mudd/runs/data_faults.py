@@ -51,37 +51,34 @@ def explain(config, error: Exception) -> str:
     error: what a data iterator of MaxText raised.
 
   Returns:
-    A sentence that names the file and the row, both counted from 1, where they can be found; else the cause, and that
-    the file is not known.
+    A sentence that names the file and the row, counted from 1, where they can be found; else the cause, and that the
+    file is not known.
   """
   if isinstance(error, ConfigError):
     return str(error)
   if sentence := _setting_at_fault(config, error):
     return sentence
   deadline = time.monotonic() + SEARCH_SECONDS
+  searched = False
+  names = " and ".join(sources.named(split, config) for split in sources.splits(config))
+  unreadable = f"{names}: the data cannot be read ({brief(error)})"
   try:
     for key, value in sources.data_files(config):
       for file in sources.local_files(key, value, config):
         if fault := find(file, sources.file_type(key, config), sources.columns(key, config), deadline):
           return f"{key}={file}: {fault}"
+        searched = True
   except _SearchEnded:
-    return f"The data cannot be read ({brief(error)}); no file at fault was found in {SEARCH_SECONDS} seconds."
-  named = " and ".join(key for key, value in sources.data_files(config) if value)
-  where = f"the local files of {named} show no fault" if named else "which file is at fault is not known"
-  return f"The data of dataset_type={_text(config.dataset_type)} cannot be read ({brief(error)}); {where}."
-
-
-def _text(value) -> str:
-  """Of an enumeration of MaxText's, or of the text that it is compared with."""
-  return getattr(value, "value", value)
+    return f"{unreadable}; no file at fault was found in {SEARCH_SECONDS} seconds."
+  return f"{unreadable}; {'the local files show no fault' if searched else 'which file is at fault is not known'}."
 
 
 def _setting_at_fault(config, error: Exception) -> str:
   """What is said where a key is at fault, and no file."""
   if isinstance(error, ModuleNotFoundError):
     return (
-      f"dataset_type={_text(config.dataset_type)} needs the module {error.name}, which is not installed; install "
-      "it, or use another dataset_type."
+      f"{sources.named('train', config)} needs the module {error.name}, which is not installed; install it, or use "
+      "another dataset_type."
     )
   if not config.use_sft:
     return ""

@@ -1,5 +1,6 @@
 """Takes the first batch of a training run from MaxText's data iterators before anything is compiled."""
 
+import contextlib
 import itertools
 
 from maxtext.configs import pyconfig
@@ -41,7 +42,9 @@ def check(config) -> None:
     raise ConfigError(data_faults.explain(config, error)) from error
   finally:
     for part in (part for iterator in iterators for part in _parts(iterator)):
-      part.close()
+      # MaxText's close looks at `_parent` of Grain's iterators, which asserts that there is one.
+      with contextlib.suppress(AssertionError):
+        part.close()
   for split, batch in zip(("train", "eval"), batches):
     if batch is not None:
       _check_batch(batch, split, config)
@@ -71,7 +74,7 @@ def _parts(iterator) -> list[multihost_dataloading.MultiHostDataLoadIterator]:
 
 
 def _check_batch(batch: dict[str, np.ndarray], split: str, config) -> None:
-  name = _name(split, config)
+  name = sources.named(split, config)
   if not batch:
     size = f"per_device_batch_size={config.per_device_batch_size:g}"
     raise ConfigError(
@@ -84,12 +87,6 @@ def _check_batch(batch: dict[str, np.ndarray], split: str, config) -> None:
       f"{name} holds token {largest} in its first batch, and the model has vocab_size={config.vocab_size}; set it to "
       f"{largest + 1} or more, or name data of another tokenizer."
     )
-
-
-def _name(split: str, config) -> str:
-  """The key and value that name the data of a split."""
-  named = (f"{key}={value}" for key, value in sources.data_files(config) if split in key and value)
-  return next(named, f"dataset_type={config.dataset_type.value}")
 
 
 def _rows(split: str, config) -> str:

@@ -30,12 +30,17 @@ def cache_folder() -> pathlib.Path:
   return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maxtext-mudd" / "text"
 
 
+def splits(config) -> tuple[str, ...]:
+  """Of which data a run reads: for training and, if there is an evaluation, for it."""
+  return ("train", "eval") if config.eval_interval > 0 else ("train",)
+
+
 def data_files(config) -> Iterator[tuple[str, str]]:
   """The keys by which a user names the data files of this configuration, with their values.
 
   Nothing is yielded for a hub's data sets, for synthetic data, and for `mmap_npy`, which names folders and index files.
   """
-  for split in ("train", "eval") if config.eval_interval > 0 else ("train",):
+  for split in splits(config):
     if key := _key(config, split):
       yield key, getattr(config, key) or ""
 
@@ -51,6 +56,16 @@ def _key(config, split: str) -> str:
   files = getattr(config, key)
   named_by_hf = not files or files == getattr(config, hf_key) or files.startswith(glob.escape(str(cache_folder())))
   return hf_key if local and config.grain_file_type == "parquet" and named_by_hf else key
+
+
+def named(split: str, config) -> str:
+  """The key and value by which a user names the data of `train` or `eval`."""
+  for key, value in data_files(config):
+    if split in key and value:
+      return f"{key}={value}"
+  key = {"grain": f"grain_{split}_files", "hf": "hf_path"}.get(config.dataset_type, "dataset_type")
+  value = getattr(config, key)
+  return f"{key}={getattr(value, 'value', value)}"
 
 
 def file_type(key: str, config) -> str:

@@ -99,7 +99,7 @@ def _check_parquet(key: str, file: pathlib.Path, columns: sources.Columns) -> No
 
 
 def _check_workers(key: str, files: int, config) -> None:
-  """MaxText gives each worker of Grain files of its own where it reads them from the first row to the last."""
+  """Grain's workers share no file where MaxText reads files from the first row to the last. Raises ConfigError."""
   workers_key = "grain_worker_count_eval" if "eval" in key else "grain_worker_count"
   workers = getattr(config, workers_key)
   if config.dataset_type != "grain" or config.grain_file_type not in ("parquet", "tfrecord"):

@@ -109,8 +109,8 @@ def read(path: str | None, kind: str, access_token: str | None):
       offline = "with HF_HUB_OFFLINE set, " if os.environ.get("HF_HUB_OFFLINE") else ""
       gated = ", with HF_TOKEN set, as it is gated" if "gated" in str(error) else ""
       raise ConfigError(
-        f"{_name(path)} cannot be read as a tokenizer of {kind}: it is no local folder and, {offline}is not to "
-        f"be had from Hugging Face; name a folder with a tokenizer.json, or a model of the hub{gated}."
+        f"{_name(path)} cannot be read as a tokenizer of {kind}: it is no local folder and, {offline}"
+        f"cannot be loaded from Hugging Face; name a folder with a tokenizer.json, or a model of the hub{gated}."
       ) from error
     raise ConfigError(
       f"{_name(path)} cannot be read as a tokenizer of {kind}; name another ({brief(error)})."

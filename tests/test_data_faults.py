@@ -75,7 +75,7 @@ FAULTS = {
   "JSON that is cut off": (
     "json",
     b'{"text": "a"}\n{"text": "b"\n',
-    "line 2 is not valid JSON (Expecting ',' delimiter at character 13); mend it.",
+    "line 2 is not valid JSON (Expecting ',' delimiter at character 13); correct it.",
   ),
   "a JSON list": ("json", b'[{"text": "a"},\n {"text" "b"}]', "line 2 is not valid JSON (Expecting ':' delimiter at "),
   "JSON without a value": ("json", b'{"text": "a"}\n\n{"text": null}\n', "row 2 has no value in column 'text'; "),
@@ -119,20 +119,20 @@ def test_file_and_row(kind, settings, tmp_path):
 
 
 def test_files_of_the_evaluation(settings, tmp_path):
-  """Are looked through behind those of training, in which nothing is found."""
+  """The search goes through them behind the files of training."""
   (tmp_path / "train.txt").write_text("a\n")
   (tmp_path / "eval.txt").write_bytes(b"\xff\n")
   changes = {"eval_interval": 1, "hf_eval_files": f"{tmp_path}/eval.txt"}
-  found = explain(settings, f"{tmp_path}/train.txt", "text", **changes)
-  assert found.startswith(f"hf_eval_files={tmp_path}/eval.txt: line 1 is not UTF-8 (0xff at byte 1 of the line")
+  sentence = explain(settings, f"{tmp_path}/train.txt", "text", **changes)
+  assert sentence.startswith(f"hf_eval_files={tmp_path}/eval.txt: line 1 is not UTF-8 (0xff at byte 1 of the line")
 
 
 def test_a_compressed_file_is_read_as_datasets_reads_it(settings, tmp_path):
   import gzip
 
   (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a\n"))
-  found = explain(settings, f"{tmp_path}/a.txt.gz", "text")
-  assert found.endswith("; the local files show no fault.")
+  sentence = explain(settings, f"{tmp_path}/a.txt.gz", "text")
+  assert sentence.endswith("; the local files show no fault.")
 
 
 def test_no_file_at_fault(settings, tmp_path):
@@ -154,15 +154,16 @@ def test_a_configuration_as_maxtext_passes_it_on(settings, tmp_path):
     "hf_train_files": f"{tmp_path}/a.txt",
   }
   config = pyconfig.HyperParameters(settings.model_copy(update=changes))
-  found = data_faults.explain(config, ValueError("x"))
-  assert found.startswith(f"hf_train_files={tmp_path}/a.txt: line 1 is not UTF-8")
+  sentence = data_faults.explain(config, ValueError("x"))
+  assert sentence.startswith(f"hf_train_files={tmp_path}/a.txt: line 1 is not UTF-8")
 
 
 def test_a_search_ends(settings, tmp_path, monkeypatch):
   monkeypatch.setattr(data_faults, "SEARCH_SECONDS", -1)
   (tmp_path / "a.txt").write_bytes(b"\xff\n")
   assert explain(settings, f"{tmp_path}/a.txt", "text", OSError("x")) == (
-    f"hf_train_files={tmp_path}/a.txt: the data cannot be read (OSError: x); no file at fault was found in -1 seconds."
+    f"hf_train_files={tmp_path}/a.txt: the data cannot be read (OSError: x); the search for the file at fault ended "
+    "after -1 seconds."
   )
 
 
@@ -202,13 +203,13 @@ def test_maps_of_megatron(kind, settings, tmp_path):
   assert explain(settings, f"{tmp_path}/pair", "mmap").endswith("show no fault.")
   index = tmp_path / "pair.idx"
   index.write_bytes(change(index.read_bytes()))
-  found = explain(settings, f"{tmp_path}/pair", "mmap")
-  assert found.startswith(f"grain_train_files={index}: " + message.format(idx=index, bin=tmp_path / "pair.bin"))
+  sentence = explain(settings, f"{tmp_path}/pair", "mmap")
+  assert sentence.startswith(f"grain_train_files={index}: " + message.format(idx=index, bin=tmp_path / "pair.bin"))
 
 
 def test_maps_whose_tokens_are_cut_off(settings, tmp_path):
   data_files.write_pair(tmp_path / "pair", [np.arange(5)] * 3)
   tokens = tmp_path / "pair.bin"
   tokens.write_bytes(tokens.read_bytes()[:-2])
-  found = explain(settings, f"{tmp_path}", "mmap")  # a folder of pairs
-  assert found.endswith(f": {tokens} has 28 bytes, and pair.idx describes 30; copy or write both again.")
+  sentence = explain(settings, f"{tmp_path}", "mmap")  # a folder of pairs
+  assert sentence.endswith(f": {tokens} has 28 bytes, and pair.idx describes 30; copy or write both again.")

@@ -126,7 +126,7 @@ TOKENIZERS = {
   "a mistyped name": (
     {"tokenizer_path": "nobody/nothing"},
     "tokenizer_path=nobody/nothing cannot be read as a tokenizer of huggingface: it is no local folder and, with "
-    "HF_HUB_OFFLINE set, is not to be had from Hugging Face; name a folder with a tokenizer.json, or a model of the "
+    "HF_HUB_OFFLINE set, cannot be loaded from Hugging Face; name a folder with a tokenizer.json, or a model of the "
     "hub.",
   ),
   "a folder for SentencePiece": (
@@ -204,6 +204,6 @@ def test_the_end_of_a_launcher(pipeline, tmp_path, monkeypatch, capsys):
   assert ended.value.code == 2
   assert capsys.readouterr().err.splitlines()[-1] == (
     f"maxtext-mudd: hf_train_files={text}: line 2 is not UTF-8 (0xff at byte 2 of the line, byte 7 of the file); "
-    "convert the file, or mend the line."
+    "convert the file to UTF-8, or correct the line."
   )
   assert not (tmp_path / "out").exists()

@@ -87,6 +87,9 @@ def test_files_are_converted_once(tmp_path, cache):
   os.utime(file, ns=(1, 1))
   assert convert([file]) != first
   assert convert([file, file]) not in (first, convert([file]))
+  damaged = convert([file])
+  damaged.write_bytes(b"PAR1 and then nothing")
+  assert convert([file]) == damaged and pq.read_table(damaged).to_pydict() == {"text": ["a"]}
   assert {x.suffix for x in cache.iterdir()} == {".parquet"}
 
 
@@ -132,7 +135,7 @@ def test_blank_files_are_warned_of(tmp_path, caplog):
   for name, text in (("blank.txt", "\n \n\t\na\n"), ("half.txt", "a\n\n"), ("full.txt", "a\nb\n")):
     (tmp_path / name).write_text(text)
   files = sorted(tmp_path.glob("*.txt"))
-  for _ in range(2):  # converted, and found in the cache
+  for _ in range(2):  # converted, and read from the cache
     caplog.clear()
     with caplog.at_level(logging.WARNING):
       convert(files)

@@ -43,16 +43,16 @@ def quiet() -> Iterator[None]:
 def explain(config, error: Exception) -> str:
   """What is wrong with the data that a configuration names, in one sentence.
 
-  Looks through the local files of the configuration, for training and for evaluation, up to the first fault, for at
-  most `SEARCH_SECONDS`.
+  Searches the local files of the configuration, for training and for evaluation, up to the first fault, for at most
+  `SEARCH_SECONDS`.
 
   Args:
     config: MaxText's configuration, as either of its classes.
     error: what a data iterator of MaxText raised.
 
   Returns:
-    A sentence that names the file and the row, counted from 1, where they can be found; else the cause, and that the
-    file is not known.
+    A sentence that names the file and the row, counted from 1, where the search locates them; else the cause, and that
+    the file is not known.
   """
   if isinstance(error, ConfigError):
     return str(error)
@@ -69,7 +69,7 @@ def explain(config, error: Exception) -> str:
           return f"{key}={file}: {fault}"
         searched = True
   except _SearchEnded:
-    return f"{unreadable}; no file at fault was found in {SEARCH_SECONDS} seconds."
+    return f"{unreadable}; the search for the file at fault ended after {SEARCH_SECONDS} seconds."
   return f"{unreadable}; {'the local files show no fault' if searched else 'which file is at fault is not known'}."
 
 
@@ -110,7 +110,7 @@ def find(file: pathlib.Path, file_type: str, columns: sources.Columns, deadline:
     deadline: on the clock of `time.monotonic`, when the search ends.
 
   Returns:
-    The end of a sentence; nothing if no fault is found, as in formats that are not looked through.
+    The end of a sentence; empty if there is no fault, and for formats that are not searched.
 
   Raises:
     _SearchEnded: after the deadline.
@@ -159,7 +159,7 @@ def _in_text(file: pathlib.Path, deadline: float) -> str:
       except UnicodeDecodeError as error:
         return (
           f"line {number} is not UTF-8 (0x{line[error.start]:02x} at byte {error.start + 1} of the line, byte "
-          f"{start + error.start + 1} of the file); convert the file, or mend the line."
+          f"{start + error.start + 1} of the file); convert the file to UTF-8, or correct the line."
         )
       start += len(line)
   return ""
@@ -175,7 +175,7 @@ def _in_json(file: pathlib.Path, deadline: float) -> str:
         json.loads(text.rstrip() or b"{}")
       except json.JSONDecodeError as error:
         line = number + error.lineno - 1
-        return f"line {line} is not valid JSON ({error.msg} at character {error.colno}); mend it."
+        return f"line {line} is not valid JSON ({error.msg} at character {error.colno}); correct it."
   return ""
 
 
@@ -194,7 +194,7 @@ def _in_tables(rows: Iterable[pa.Table], columns: sources.Columns, deadline: flo
 
 
 def in_table(table: pa.Table, columns: sources.Columns, first: int) -> str:
-  """The first fault of a table whose first row has the number `first`, as the end of a sentence; nothing if none."""
+  """The first fault of a table whose first row has the number `first`, as the end of a sentence; else empty."""
   faults = (_in_column(table[column], column, first) for column in columns.names)
   return in_schema(table.schema, columns) or next(filter(None, faults), "")
 

@@ -18,7 +18,7 @@ def check(config) -> None:
 
   Takes 10 to 40 ms for small local files and 0.3 s more where `datasets` has to be imported; 0.4 s for a window of
   10,000 lines to shuffle; 0.2 to 1.5 s for Megatron maps of 20 million documents, whose sizes MaxText sums; and for a
-  hub's files what their first rows take. Each host reads its own part, as in the run. A host that cannot read it ends
+  hub's files what their first rows take. Each host reads its part, as in the run. A host that cannot read it ends
   with the sentence, and JAX's coordinator ends the others.
 
   Args:

@@ -3,8 +3,9 @@
 Grain reads parquet and no plain text, so text is converted once, to one parquet file for each split in a cache folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -68,7 +69,7 @@ def convert(files: Sequence[pathlib.Path], key: str, file_type: str, columns: so
   states = _states(files)
   described = json.dumps([_LAYOUT, file_type, columns.names, columns.tokenize, states])
   path = sources.cache_folder() / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.parquet"
-  if not path.is_file():
+  if not _is_complete(path):
     with _new_file(path) as part:
       _write(part, files, key, file_type, columns)
       if _states(files) != states:
@@ -77,72 +78,80 @@ def convert(files: Sequence[pathlib.Path], key: str, file_type: str, columns: so
   return path
 
 
+def _is_complete(path: pathlib.Path) -> bool:
+  try:
+    return _BLANK in (pq.read_metadata(path).metadata or {})
+  except (pa.ArrowException, OSError):
+    return False
+
+
 def _states(files: Sequence[pathlib.Path]) -> list[tuple[str, int, int]]:
   """Path, size, and time of the last change."""
   return [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 @contextlib.contextmanager
-def _new_file(path: pathlib.Path):
-  """A file of another name in the same folder, which is renamed to `path` when it is complete, or else removed."""
+def _new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A file of another name in the same folder, which is renamed to `path` when it is complete, or else removed.
+
+  Raises:
+    ConfigError: it cannot be written.
+  """
+  part = None
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(suffix=".part", dir=path.parent)
-  except OSError as error:
-    raise ConfigError(
-      f"{path.parent}: converted text cannot be written there ({error.strerror}); set the environment variable "
-      "XDG_CACHE_HOME to a folder that files can be written to."
-    ) from error
-  os.close(descriptor)
-  part = pathlib.Path(name)
-  try:
+    os.close(descriptor)
+    part = pathlib.Path(name)
     yield part
     part.rename(path)
+  except OSError as error:
+    raise ConfigError(
+      f"{path.parent}: converted text cannot be written there ({error.strerror or brief(error)}); set the environment "
+      "variable XDG_CACHE_HOME to a folder with space, which files can be written to."
+    ) from error
   finally:
-    part.unlink(missing_ok=True)
+    if part:
+      part.unlink(missing_ok=True)
 
 
 def _write(
   part: pathlib.Path, files: Sequence[pathlib.Path], key: str, file_type: str, columns: sources.Columns
 ) -> None:
-  """Writes the rows, and the numbers of blank rows and of rows for each file. Raises ConfigError."""
-  rows, blank = _Rows(part), {}
-  total = sum(file.stat().st_size for file in files)
+  """Writes the rows, and the numbers of blank rows and of rows for each file. Raises ConfigError and OSError."""
+  blank, total = {}, sum(file.stat().st_size for file in files)
   with (
     data_faults.quiet(),
-    rows,
+    _Rows(part) as rows,
     tqdm.tqdm(total=total, desc="converting text", unit="B", unit_scale=True, delay=1) as progress,
   ):
     for file in files:
       number = blank_number = 0
-      try:
-        for table in data_faults.tables(file, file_type):
-          if fault := data_faults.in_table(table, columns, number + 1):
-            raise ConfigError(f"{key}={file}: {fault}")
-          table = table.select(list(columns.names))
-          rows.write(table, f"{key}={file}: rows {number + 1} to {number + table.num_rows}")
-          number += table.num_rows
-          blank_number += _blank_rows(table)
-          progress.update(min(table.nbytes, total - progress.n))  # nearly the bytes of plain text
-      except ConfigError:
-        raise
-      except OSError as error:
-        if error.errno is None:  # of pyarrow, which has read the file
-          raise _unreadable(file, key, file_type, columns, error) from error
-        raise ConfigError(f"{part.parent}: text cannot be converted ({error.strerror}); mend this first.") from error
-      except Exception as error:  # of several libraries behind `datasets`
-        raise _unreadable(file, key, file_type, columns, error) from error
+      for table in _read(file, key, file_type, columns):
+        rows.write(table, f"{key}={file}: rows {number + 1} to {number + table.num_rows}")
+        number += table.num_rows
+        blank_number += _blank_rows(table)
+        progress.update(min(table.nbytes, total - progress.n))  # nearly the bytes of plain text
       blank[str(file)] = (blank_number, number)
     if not any(number for _, number in blank.values()):
       raise ConfigError(f"{key}: the files hold no rows; write them again.")
     rows.describe({_BLANK: json.dumps(blank)})
 
 
-def _unreadable(
-  file: pathlib.Path, key: str, file_type: str, columns: sources.Columns, error: Exception
-) -> ConfigError:
-  fault = data_faults.find(file, file_type, columns) or f"the file cannot be read ({brief(error)}); write it again."
-  return ConfigError(f"{key}={file}: {fault}")
+def _read(file: pathlib.Path, key: str, file_type: str, columns: sources.Columns) -> Iterator[pa.Table]:
+  """The columns of a file. Raises ConfigError, which names the first fault."""
+  first = 1
+  try:
+    for table in data_faults.tables(file, file_type):
+      if fault := data_faults.in_table(table, columns, first):
+        raise ConfigError(f"{key}={file}: {fault}")
+      yield table.select(list(columns.names))
+      first += table.num_rows
+  except ConfigError:
+    raise
+  except Exception as error:  # of several libraries behind `datasets`
+    fault = data_faults.find(file, file_type, columns) or f"the file cannot be read ({brief(error)}); write it again."
+    raise ConfigError(f"{key}={file}: {fault}") from error
 
 
 class _Rows:
@@ -188,7 +197,7 @@ def _blank_rows(table: pa.Table) -> int:
   if not all(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in table.schema.types):
     return 0
   blank = [pc.equal(pc.utf8_trim_whitespace(column), "") for column in table.columns]
-  return sum(all(row) for row in zip(*(column.to_pylist() for column in blank)))
+  return pc.sum(functools.reduce(pc.and_, blank)).as_py() or 0
 
 
 def _warn_of_blank_rows(numbers: dict[str, tuple[int, int]], key: str) -> None:

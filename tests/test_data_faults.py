@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from maxtext_mudd.errors import ConfigError
-from maxtext_mudd.runs import data_faults
+from maxtext_mudd.runs import data_faults, sources
 from tests import data_files, runs
 
 
@@ -133,6 +133,13 @@ def test_a_compressed_file_is_read_as_datasets_reads_it(settings, tmp_path):
   (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a\n"))
   sentence = explain(settings, f"{tmp_path}/a.txt.gz", "text")
   assert sentence.endswith("; the local files show no fault.")
+
+
+def test_a_file_that_the_system_does_not_open(tmp_path):
+  columns = sources.Columns(("text",), "tokenize_train_data", True)
+  for file_type in ("text", "json", "csv"):
+    sentence = data_faults.find(tmp_path / "gone", file_type, columns)
+    assert sentence == "the file cannot be read (No such file or directory); name one that can."
 
 
 def test_no_file_at_fault(settings, tmp_path):

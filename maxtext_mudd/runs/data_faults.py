@@ -115,6 +115,13 @@ def find(file: pathlib.Path, file_type: str, columns: sources.Columns, deadline:
   Raises:
     _SearchEnded: after the deadline.
   """
+  try:
+    return _first_fault(file, file_type, columns, deadline)
+  except OSError as error:
+    return f"the file cannot be read ({error.strerror or brief(error)}); name one that can."
+
+
+def _first_fault(file: pathlib.Path, file_type: str, columns: sources.Columns, deadline: float) -> str:
   if file_type == "mmap":
     return token_maps.fault(str(file).removesuffix(".idx"))
   if file_type == "parquet":

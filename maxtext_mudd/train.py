@@ -5,9 +5,11 @@ from maxtext_mudd.launch import launch
 
 def check_training(config) -> None:
   from maxtext_mudd import devices, preflight  # once MaxText is known to be the right one
+  from maxtext_mudd.runs import data_place
 
   devices.check_batch(config)
   preflight.check_training(config)
+  data_place.warn_on_resume(config)
 
 
 def run() -> None:

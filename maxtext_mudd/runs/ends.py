@@ -68,7 +68,7 @@ def of_training_data(error: BaseException | None, argv: Sequence[str]) -> End | 
   run = _Run.from_variables(variables, done=variables["step"])
   cause = error.__context__
   if not isinstance(cause, StopIteration):
-    return _unreadable(run, cause)
+    return _unreadable(run.with_place_of_last_step(), cause)
   where, is_saved = run.save()
   if run.done > run.start:
     what = f"the data ended after {run.done} of steps={run.config.steps}"
@@ -139,6 +139,18 @@ class _Run:
     if newest is None:
       return "there is no checkpoint, because no step was done", True
     return f"the checkpoint of the last step is {folder}/{newest}", True
+
+  def with_place_of_last_step(self) -> "_Run":
+    """The run with an iterator that has read the batches of its steps and no more, where they can be read again."""
+    from maxtext_mudd.runs import data_place  # imports what MaxText does
+
+    if self.manager is None or self.done == self.start:
+      return self
+    try:
+      iterator = data_place.after(self.iterator, self.manager, self.config, self.start, self.done)
+    except Exception:  # of any reader: the data are broken, and the iterator as it is serves
+      return self
+    return dataclasses.replace(self, iterator=iterator)
 
   def remedy(self) -> str:
     """A clause that says what continues a run whose data have ended."""

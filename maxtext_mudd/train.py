@@ -1,6 +1,7 @@
 """Stock `maxtext.trainers.pre_train.train` with MUDD connections: `python3 -m maxtext_mudd.train FILE.yml`."""
 
 from maxtext_mudd.launch import launch
+from maxtext_mudd.runs import run_lock
 
 
 def check_training(config) -> None:
@@ -13,8 +14,14 @@ def check_training(config) -> None:
 
 
 def run() -> None:
-  """Trains; what the run reads and writes is checked before anything is compiled."""
-  launch("maxtext.trainers.pre_train.train", check=check_training)
+  """Trains; what the run reads and writes is checked before anything is compiled, and its folder is locked."""
+  with run_lock.RunLock() as lock:
+
+    def check(config) -> None:
+      check_training(config)
+      lock.take(config)
+
+    launch("maxtext.trainers.pre_train.train", check=check)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from maxtext_mudd.runs import run_lock
 
 def check_training(config) -> None:
   from maxtext_mudd import devices, preflight  # once MaxText is known to be the right one
-  from maxtext_mudd.runs import data_place
+  from maxtext_mudd.runs import data_place, refusals
 
+  refusals.check(config)
   devices.check_batch(config)
   preflight.check_training(config)
   data_place.warn_on_resume(config)

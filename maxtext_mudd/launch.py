@@ -15,6 +15,7 @@ import omegaconf
 import yaml
 
 from maxtext_mudd import errors, plugin, versions
+from maxtext_mudd.runs import ends
 
 
 def launch(entry_point: str, check: Callable | None = None) -> None:
@@ -23,7 +24,7 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   An unknown MaxText, a configuration that cannot work, and a checkpoint that cannot be restored end the process with
   one sentence on stderr and status 2; nothing has been written then. So does a step that does not fit the device, which
   only its compiler, or its first run, can tell. A run that saved and stopped because of a SIGTERM ends with 143, for
-  what starts it again; MaxText's own script ends with 0.
+  what starts it again, and a run whose data ended before its steps were done with 3; MaxText's own script ends with 0.
 
   Args:
     entry_point: name of the module.
@@ -32,8 +33,8 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   if len(sys.argv) < 2:
     exit_with(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine")
   seen = []
-  termination = _Termination()
-  absl_logging.get_absl_logger().addHandler(termination)
+  watch = ends.Watch()
+  absl_logging.get_absl_logger().addHandler(watch)
 
   def read(config):
     seen.append(config)
@@ -48,8 +49,10 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   try:
     app.run(importlib.import_module(entry_point).main)
   except SystemExit as ended:  # as every run does that ends by itself
-    if termination.seen and not ended.code:
+    if watch.terminated and not ended.code:
       sys.exit(128 + signal.SIGTERM)
+    if end := ends.of_training_data(watch.error, sys.argv):
+      exit_with(end.sentence, end.status)
     raise
   except (MemoryError, PermissionError):
     raise
@@ -63,22 +66,15 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
     if errors.failed_in(error, "validate_completed_steps"):
       folder = pathlib.Path(seen[-1].checkpoint_dir)
       exit_with(f"{folder}: this run has done its steps={seen[-1].steps}; set steps higher to go on.")
+    if end := ends.of_evaluation_data(error):
+      exit_with(end.sentence, end.status)
     if seen and (sentence := _devices().out_of_memory(error, seen[-1])):
       exit_with(sentence)
     raise
   finally:
+    absl_logging.get_absl_logger().removeHandler(watch)
     # MaxText's data iterators clean up when collected, and cannot any more once the interpreter shuts down.
     gc.collect()
-
-
-class _Termination(logging.Handler):
-  """Whether MaxText stopped a run in good order because of a SIGTERM: it says so in its log alone."""
-
-  seen = False
-
-  def emit(self, record: logging.LogRecord) -> None:
-    if record.getMessage().startswith("Training stopped: Job received termination signal"):
-      self.seen = True
 
 
 def keys(arguments: Sequence[str]) -> dict[str, Any]:
@@ -95,11 +91,11 @@ def keys(arguments: Sequence[str]) -> dict[str, Any]:
   return omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(list(arguments)))
 
 
-def exit_with(sentence: str) -> NoReturn:
-  """Ends the process as every mistake of a user does."""
+def exit_with(sentence: str, status: int = 2) -> NoReturn:
+  """Ends the process with one sentence on stderr; status 2 is that of every mistake of a user."""
   print(f"maxtext-mudd: {sentence}", file=sys.stderr)
   logging.disable()  # of threads that are still ending
-  sys.exit(2)
+  sys.exit(status)
 
 
 def _devices():

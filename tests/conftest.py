@@ -1,8 +1,11 @@
 """Set before anything imports JAX: CPU, no model hub, a compilation cache inside the repository."""
 
+import logging
 import os
 import pathlib
 import signal
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +13,13 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 # A shell ignores interrupts in what it starts in the background, and so would all that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def logging_stays_enabled():
+  """A launcher that refuses a run disables logging for the rest of its process, which here is that of other tests."""
+  yield
+  logging.disable(logging.NOTSET)
 
 
 def pytest_sessionstart(session):

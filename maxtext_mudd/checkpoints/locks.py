@@ -1,5 +1,6 @@
-"""Folders that one process at a time works in."""
+"""Files that one process at a time holds, and folders that one process at a time works in."""
 
+from collections.abc import Callable
 import contextlib
 import fcntl
 import os
@@ -22,40 +23,58 @@ def alone(workshop: pathlib.Path, target: pathlib.Path):
     ConfigError: a living process works in it.
     OSError: it cannot be made.
   """
-  file, done = workshop / _LOCK, False
-  while not done:
-    workshop.mkdir(parents=True, exist_ok=True)
+  file = workshop / _LOCK
+  lock = take(file, lambda _: f"{target} is being written by another process; wait for it, or name another folder.")
+  try:
+    try:
+      for path in workshop.iterdir():
+        if path != file:
+          _remove(path)
+      yield
+    finally:
+      shutil.rmtree(workshop, ignore_errors=True)
+  finally:
+    os.close(lock)
+  with contextlib.suppress(OSError):  # network file systems keep a file until it is closed
+    workshop.rmdir()
+
+
+def take(file: pathlib.Path, refusal: Callable[[str], str]) -> int:
+  """Locks a file, which is created in a folder that is created, if they do not exist.
+
+  The kernel frees the lock when its process ends, however it ends. On a file system without locks nobody is refused.
+
+  Args:
+    refusal: from the text of the file, which its holder may have written, to the sentence for who is refused.
+
+  Returns:
+    A descriptor of the file, which holds the lock until it is closed.
+
+  Raises:
+    ConfigError: a living process holds it.
+    OSError: the file cannot be written.
+  """
+  while True:
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
       lock = os.open(file, os.O_RDWR | os.O_CREAT)
     except FileNotFoundError:  # its holder has just removed the folder
       continue
     try:
-      _hold(lock, target)
-      if done := _is(file, lock):
-        try:
-          for path in workshop.iterdir():
-            if path != file:
-              _remove(path)
-          yield
-        finally:
-          shutil.rmtree(workshop, ignore_errors=True)
-    finally:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      text = os.pread(lock, 4096, 0).decode(errors="replace")
       os.close(lock)
-    with contextlib.suppress(OSError):  # network file systems keep a file until it is closed
-      workshop.rmdir()
+      raise ConfigError(refusal(text)) from error
+    except OSError:  # a file system without locks
+      pass
+    if _is(file, lock):
+      return lock
+    os.close(lock)
 
 
 def _remove(path: pathlib.Path) -> None:
   shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _hold(lock: int, target: pathlib.Path) -> None:
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise ConfigError(f"{target} is being written by another process; wait for it, or name another folder.") from error
-  except OSError:  # a file system without locks
-    pass
 
 
 def _is(file: pathlib.Path, lock: int) -> bool:

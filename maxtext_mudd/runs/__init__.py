@@ -1,1 +1,1 @@
-"""What a run of a launcher needs around MaxText: its data, looked at and prepared before anything is compiled."""
+"""What a run of a launcher needs around MaxText: its data and its place in them, how it ends, and its lock."""

@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 from maxtext.configs import pyconfig
+from maxtext.configs.types import MaxTextConfig
 from maxtext.models import models as maxtext_models
 import pytest
 
 from maxtext_mudd import plugin, versions
 from maxtext_mudd.config import MuddConfig
 from maxtext_mudd.decoder import MuddDecoder
+from maxtext_mudd.keys import MuddKeys
 from tests import runs
 
 
@@ -62,7 +64,7 @@ def test_seam_of_another_shape(seam, monkeypatch):
 def test_other_config_classes_are_left_alone():
   """Entry points with a configuration class of their own keep it."""
 
-  class Other(MuddConfig.__base__):
+  class Other(MaxTextConfig):
     pass
 
   from tests import models
@@ -84,11 +86,8 @@ def test_every_key_stands_in_the_base_file_with_its_default():
   import yaml
 
   values = yaml.safe_load((runs.ROOT / "yaml" / "mudd_base.yml").read_text())
-  own = {
-    name: field.default
-    for name, field in MuddConfig.model_fields.items()
-    if name not in MuddConfig.__base__.model_fields
-  }
+  own = {name: field.default for name, field in MuddKeys.model_fields.items()}
+  assert own.keys() == MuddConfig.model_fields.keys() - MaxTextConfig.model_fields.keys()
   assert {key: value for key, value in values.items() if key != "base_config"} == own
 
 

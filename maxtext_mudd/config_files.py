@@ -23,8 +23,10 @@ _FOLDER = "yaml/"  # of a checkout
 
 
 def packaged() -> list[str]:
-  """The configuration files of this package, by the names that a command line and `base_config:` take."""
-  return sorted(path.relative_to(assets.CONFIGURATIONS).as_posix() for path in assets.CONFIGURATIONS.rglob("*.yml"))
+  """The configuration files of this package, by the names that a command line and `base_config:` take; those in
+  folders come last."""
+  names = (path.relative_to(assets.CONFIGURATIONS).as_posix() for path in assets.CONFIGURATIONS.rglob("*.yml"))
+  return sorted(names, key=lambda name: ("/" in name, name))
 
 
 def split(argv: Sequence[str] | None) -> tuple[list[str] | None, dict[str, Any]]:
@@ -172,6 +174,19 @@ def merged(name: str) -> omegaconf.DictConfig:
   """What the files of a chain say together, the named one first; without MaxText's own values."""
   files, root, _ = _chain(name)
   return omegaconf.OmegaConf.merge({}, *(_read(str(file)) for file in reversed(files)), {_BASE: str(root)})
+
+
+def values(argv: Sequence[str]) -> omegaconf.DictConfig:
+  """What a command line sets, by files and by key=value; without MaxText's own values.
+
+  Raises:
+    ConfigError: as `check` and `split`; and what OmegaConf raises for key=value that is not YAML.
+  """
+  name = model(argv, {})
+  files = merged(name) if name else {}
+  kept, further = split(argv)
+  overrides = omegaconf.OmegaConf.from_cli(kept[2 if name else 1 :])
+  return omegaconf.OmegaConf.merge(files, overrides, further)
 
 
 @contextlib.contextmanager

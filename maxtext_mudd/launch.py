@@ -15,6 +15,7 @@ import omegaconf
 import yaml
 
 from maxtext_mudd import errors, plugin, versions
+from maxtext_mudd.runs import early, usage
 
 
 def launch(entry_point: str, check: Callable | None = None) -> None:
@@ -31,6 +32,13 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   """
   if len(sys.argv) < 2:
     exit_with(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine")
+  if text := usage.answer(entry_point.rpartition(".")[2], sys.argv[1:]):
+    print(text)
+    return
+  try:
+    early.check(sys.argv)
+  except (errors.ConfigError, versions.UnknownMaxText) as error:
+    exit_with(str(error))
   seen = []
   termination = _Termination()
   absl_logging.get_absl_logger().addHandler(termination)

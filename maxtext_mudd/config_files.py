@@ -118,6 +118,11 @@ def _maxtext_configs() -> pathlib.Path:
   return pathlib.Path(MAXTEXT_CONFIGS_DIR)
 
 
+def stock_file() -> pathlib.Path:
+  """MaxText's file with a value for every key."""
+  return _maxtext_configs() / "base.yml"
+
+
 def check(argv: Sequence[str] | None, overrides: dict) -> None:
   """Refuses a first argument that MaxText would misread: it takes one that does not end in `.yml` for an override, and
   trains its default model."""

@@ -145,7 +145,7 @@ def model(argv: Sequence[str] | None, overrides: dict) -> str:
 
 
 def chain(name: str) -> list[pathlib.Path]:
-  """The files that a configuration is made of, less MaxText's own; the named one first.
+  """The files that a configuration is made of, without those of MaxText; the named one first.
 
   Raises:
     ConfigError: there is no such file, or the chain of `base_config` does not end in one of MaxText's own, which give
@@ -176,13 +176,13 @@ def _chain(name: str) -> tuple[list[pathlib.Path], pathlib.Path, bool]:
 
 
 def merged(name: str) -> omegaconf.DictConfig:
-  """What the files of a chain say together, the named one first; without MaxText's own values."""
+  """What the files of a chain say together, the named one first; without the values of MaxText's files."""
   files, root, _ = _chain(name)
   return omegaconf.OmegaConf.merge({}, *(_read(str(file)) for file in reversed(files)), {_BASE: str(root)})
 
 
 def values(argv: Sequence[str]) -> omegaconf.DictConfig:
-  """What a command line sets, by files and by key=value; without MaxText's own values.
+  """What a command line sets, by files and by key=value; without the values of MaxText's files.
 
   Raises:
     ConfigError: as `check` and `split`; and what OmegaConf raises for key=value that is not YAML.

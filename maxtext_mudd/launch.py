@@ -31,7 +31,7 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
     check: called with the configuration as soon as it is read; raises ConfigError for what cannot work.
   """
   if len(sys.argv) < 2:
-    exit_with(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine")
+    exit_with(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine (see --help)")
   if text := usage.answer(entry_point.rpartition(".")[2], sys.argv[1:]):
     print(text)
     return

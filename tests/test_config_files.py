@@ -42,19 +42,19 @@ def read(*arguments) -> dict:
 def test_a_model_on_a_file_of_the_package(empty_folder):
   model = empty_folder / "my.yml"
   model.write_text(f"base_config: mudd_base.yml\n{TINY}")
-  found = read("my.yml")
-  assert (found["mudd"], found["num_decoder_layers"], found["emb_dim"]) == (True, 4, 32)
+  values = read("my.yml")
+  assert (values["mudd"], values["num_decoder_layers"], values["emb_dim"]) == (True, 4, 32)
   model.write_text(f"base_config: {assets.CONFIGURATIONS / 'mudd_base.yml'}\n{TINY}")
-  assert found == read("my.yml")
+  assert values == read("my.yml")
   assert list(empty_folder.iterdir()) == [model]
 
 
 def test_a_chain_of_several_files(empty_folder):
   (empty_folder / "shape.yml").write_text(f"base_config: yaml/data/synthetic.yml\n{TINY}")
   (empty_folder / "my.yml").write_text("base_config: shape.yml\nmudd_window: 2\nlearning_rate: 1.e-6\n")
-  found = read("my.yml", "mudd_ways=1")
-  assert (found["mudd_window"], found["mudd_ways"], found["learning_rate"]) == (2, 1, 1e-6)
-  assert (found["dataset_type"].value, found["base_num_decoder_layers"]) == ("synthetic", 4)
+  values = read("my.yml", "mudd_ways=1")
+  assert (values["mudd_window"], values["mudd_ways"], values["learning_rate"]) == (2, 1, 1e-6)
+  assert (values["dataset_type"].value, values["base_num_decoder_layers"]) == ("synthetic", 4)
 
 
 def test_values_of_a_chain_stay_values_of_files(empty_folder, monkeypatch):
@@ -65,21 +65,21 @@ def test_values_of_a_chain_stay_values_of_files(empty_folder, monkeypatch):
     (empty_folder / "models").mkdir(exist_ok=True)
     (empty_folder / "models" / "llama2-7b.yml").write_text("base_num_decoder_layers: 6\n")
     monkeypatch.setenv("M_MUDD_WINDOW", "3")
-    found = read("my.yml")
-    assert (found["num_decoder_layers"], found["mudd_window"]) == (6, 3)
+    values = read("my.yml")
+    assert (values["num_decoder_layers"], values["mudd_window"]) == (6, 3)
 
 
 @pytest.mark.parametrize("name", ["mudd_2p8b.yml", "yaml/mudd_2p8b.yml"])
 def test_a_model_of_the_package_by_its_name(name, empty_folder):
-  found = read(name)
-  assert found == read(str(assets.CONFIGURATIONS / "mudd_2p8b.yml"))
-  assert (found["mudd"], found["emb_dim"]) == (True, 2560)
+  values = read(name)
+  assert values == read(str(assets.CONFIGURATIONS / "mudd_2p8b.yml"))
+  assert (values["mudd"], values["emb_dim"]) == (True, 2560)
 
 
 @pytest.mark.parametrize("folder", ["", "yaml/"])
 def test_further_files_of_the_package(folder, empty_folder):
-  found = read("mudd_405m.yml", f"{folder}data/synthetic.yml")
-  assert found["dataset_type"].value == "synthetic"
+  values = read("mudd_405m.yml", f"{folder}data/synthetic.yml")
+  assert values["dataset_type"].value == "synthetic"
 
 
 def test_a_users_file_goes_before_the_packages(empty_folder):

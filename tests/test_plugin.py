@@ -86,9 +86,9 @@ def test_every_key_stands_in_the_base_file_with_its_default():
   import yaml
 
   values = yaml.safe_load((runs.ROOT / "yaml" / "mudd_base.yml").read_text())
-  own = {name: field.default for name, field in MuddKeys.model_fields.items()}
-  assert own.keys() == MuddConfig.model_fields.keys() - MaxTextConfig.model_fields.keys()
-  assert {key: value for key, value in values.items() if key != "base_config"} == own
+  defaults = {name: field.default for name, field in MuddKeys.model_fields.items()}
+  assert defaults.keys() == MuddConfig.model_fields.keys() - MaxTextConfig.model_fields.keys()
+  assert {key: value for key, value in values.items() if key != "base_config"} == defaults
 
 
 def test_keys_from_the_environment(monkeypatch):

@@ -45,15 +45,15 @@ def scores(lm, *pairs) -> list[float]:
 def test_an_answer_inside_a_token_of_the_context(lm, caplog):
   """The answer is encoded alone, and the other questions are answered as before."""
   with caplog.at_level(logging.WARNING, logger="maxtext_mudd.evaluation"):
-    found = scores(lm, ("ab", "c"), ("ab", "d"), ("a", "bc"), ("aab", "c"), ("a ", "d"))
+    answers = scores(lm, ("ab", "c"), ("ab", "d"), ("a", "bc"), ("aab", "c"), ("a ", "d"))
   rows = (("<bos>|a|b|c", 1), ("<bos>|a|b|d", 1), ("<bos>|a|bc", 1), ("<bos>|a|a|b|c", 1), ("<bos>|a| d", 1))
-  np.testing.assert_allclose(found, [direct(lm, *row) for row in rows], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(answers, [direct(lm, *row) for row in rows], rtol=1e-5, atol=1e-5)
   (record,) = caplog.records
   assert record.getMessage().startswith("the target 'c' after 'ab': one token spans both, so the target is encoded")
 
 
 def test_a_token_that_spans_a_part_of_the_answer(lm):
-  """As the harness's own models do: what is left of the target after the context's number of tokens."""
+  """As the models of the harness do: what is left of the target after the context's number of tokens."""
   np.testing.assert_allclose(scores(lm, ("ab", "cd")), [direct(lm, "<bos>|a|b|d", 1)], rtol=1e-5, atol=1e-5)
 
 

@@ -134,11 +134,11 @@ def test_size(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_that_are_counted(name):
   """Read without MaxText, they are those of its configuration."""
-  config, found = read(name), sizes.read(["", str(FOLDER / f"{name}.yml")])
+  config, counted = read(name), sizes.read(["", str(FOLDER / f"{name}.yml")])
   derived = [key for key, value in vars(sizes.Sizes).items() if isinstance(value, property)]
   for key in (*sizes.Sizes.model_fields.keys() - {"decoder_block"}, *derived):
-    assert getattr(found, key) == getattr(config, key)
-  assert found.decoder_block.value == config.decoder_block.value
+    assert getattr(counted, key) == getattr(config, key)
+  assert counted.decoder_block.value == config.decoder_block.value
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - TINY))

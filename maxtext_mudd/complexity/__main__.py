@@ -63,8 +63,8 @@ def read(arguments: list[str], **overrides):
   argv = ["", *arguments]
   early.check(argv)
   with errors.one_sentence(sizes.Sizes):
-    found = sizes.read(argv, **overrides)
-  return found or _read_all(argv, overrides)
+    model = sizes.read(argv, **overrides)
+  return model or _read_all(argv, overrides)
 
 
 def _read_all(argv: list[str], overrides: dict):

@@ -82,13 +82,13 @@ def stock_keys() -> tuple[frozenset[str], frozenset[str]]:
 
   def annotations(name: str) -> dict[str, str]:
     """Fields of a class and its bases, with their types."""
-    found = {}
+    types = {}
     for base in classes[name].bases:
-      found |= annotations(base.id) if isinstance(base, ast.Name) and base.id in classes else {}
+      types |= annotations(base.id) if isinstance(base, ast.Name) and base.id in classes else {}
     for node in classes[name].body:
       if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-        found[node.target.id] = ast.unparse(node.annotation)
-    return found
+        types[node.target.id] = ast.unparse(node.annotation)
+    return types
 
   fields = annotations("MaxTextConfig")
   nested = [annotations(kind) for kind in fields.values() if kind in classes]

@@ -16,7 +16,7 @@ _BATCH = {
   "max_target_length": "tokens of a sequence",
 }
 _DATA = {
-  "dataset_type": "grain, hf, tfds or synthetic; each has keys of its own:",
+  "dataset_type": "grain, hf, tfds or synthetic; their keys:",
   "grain_train_files": "grain: Parquet files, or a pair of Megatron's (grain_file_type=mmap)",
   "hf_path": "hf: text, json, csv or parquet for local files, or a data set's name",
   "hf_train_files": "hf: files, or a quoted pattern",

@@ -36,8 +36,11 @@ USAGE = (
 
 
 def main(arguments: list[str]) -> None:
-  if not arguments or arguments[0] in ("-h", "--help"):
+  if not arguments:
     exit_with(USAGE)
+  if arguments[0] in ("-h", "--help"):
+    print(__doc__.strip())
+    return
   if arguments[0] == "--list":
     print(usage.listing())
     return

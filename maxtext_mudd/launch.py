@@ -24,7 +24,8 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   An unknown MaxText, a configuration that cannot work, and a checkpoint that cannot be restored end the process with
   one sentence on stderr and status 2; nothing has been written then. So does a step that does not fit the device, which
   only its compiler, or its first run, can tell. A run that saved and stopped because of a SIGTERM ends with 143, for
-  what starts it again; MaxText's own script ends with 0.
+  what starts it again; MaxText's own script ends with 0. `--help` and `--list` are answered, and mistakes in keys and
+  files, without importing JAX.
 
   Args:
     entry_point: name of the module.

@@ -77,6 +77,7 @@ def dropped_by_exact_widths() -> int:
     (["absent.yml"], "absent.yml: no such configuration file"),
     ([runs.RUN_YML, "mudd_way=1"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
     ([runs.RUN_YML, "base_emb_dim=wide"], "base_emb_dim='wide' is not valid: input should be a valid integer"),
+    ([runs.RUN_YML, "base_emb_dim=0"], "base_emb_dim=0 is not valid: input should be greater than 0."),
     ([runs.RUN_YML, "mudd_ffn_groups=3"], "mudd_ffn_groups=3 is more than the model has blocks; use at most 2"),
     ([runs.RUN_YML, "mudd_source_dilation=3"], "mudd_source_dilation=3 leaves every DA without sources"),
     ([runs.RUN_YML, "decoder_block=llama"], "decoder_block='llama' is not valid: input should be 'default', "),

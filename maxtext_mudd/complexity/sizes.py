@@ -5,7 +5,7 @@ import enum
 from typing import Any
 
 import omegaconf
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 
 from maxtext_mudd import blocks, config_files
 from maxtext_mudd.keys import MuddKeys
@@ -21,18 +21,18 @@ class Sizes(MuddKeys):
   """
 
   decoder_block: DecoderBlock
-  base_emb_dim: int
-  base_mlp_dim: int
+  base_emb_dim: PositiveInt
+  base_mlp_dim: PositiveInt
   base_moe_mlp_dim: int
-  base_num_decoder_layers: int
-  base_num_query_heads: int
-  base_num_kv_heads: int
-  head_dim: int
+  base_num_decoder_layers: PositiveInt
+  base_num_query_heads: PositiveInt
+  base_num_kv_heads: PositiveInt
+  head_dim: PositiveInt
   mlp_activations: list[str]
-  num_experts: int
-  num_experts_per_tok: int
-  vocab_size: int
-  max_target_length: int
+  num_experts: PositiveInt
+  num_experts_per_tok: PositiveInt
+  vocab_size: PositiveInt
+  max_target_length: PositiveInt
   trainable_position_size: int
   attention_bias: bool
   logits_via_embedding: bool

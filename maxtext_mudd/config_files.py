@@ -6,6 +6,7 @@ with or without `yaml/` before it. Nothing here imports JAX.
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import dataclasses
 import difflib
 import os
 import pathlib
@@ -151,18 +152,35 @@ def chain(name: str) -> list[pathlib.Path]:
     ConfigError: there is no such file, or the chain of `base_config` does not end in one of MaxText's own, which give
       every key a value.
   """
-  return [file.resolve() for file in _chain(name)[0]]
+  return [file.resolve() for file in _chain(name).files]
 
 
-def _chain(name: str) -> tuple[list[pathlib.Path], pathlib.Path, bool]:
-  """The chain, MaxText's file at its end, and whether MaxText would find each file of it."""
-  path, files = find(name), []
-  configs, stock = _maxtext_configs(), True
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+  """A configuration file and those that it builds on by `base_config`.
+
+  Attributes:
+    files: without MaxText's, the named one first.
+    root: MaxText's file at the end.
+    values: what the files set together; without the values of `root`.
+    is_stock: whether MaxText finds each file by itself.
+  """
+
+  files: list[pathlib.Path]
+  root: pathlib.Path
+  values: omegaconf.DictConfig
+  is_stock: bool
+
+
+def _chain(name: str) -> _Chain:
+  path, files, values = find(name), [], []
+  configs, is_stock = _maxtext_configs(), True
   while not path.resolve().is_relative_to(configs.resolve()):
     if path.resolve() in [file.resolve() for file in files]:
       raise ConfigError(f"{path}: its base_config leads back to itself; end the chain in base.yml.")
     files.append(path)
-    base = load(str(path)).get(_BASE)
+    values.append(_read(str(path)))
+    base = values[-1].get(_BASE)
     if not base:
       raise ConfigError(f"{path} has no base_config; write base_config: mudd_base.yml (or base.yml, MaxText's own).")
     places = (path.parent / base, configs / base, *_in_package(base))
@@ -171,14 +189,9 @@ def _chain(name: str) -> tuple[list[pathlib.Path], pathlib.Path, bool]:
       raise ConfigError(
         f"{files[-1]}: base_config={base}: no such configuration file beside it, in MaxText or in this package."
       )
-    stock = stock and path in places[:2]
-  return files, path, stock
-
-
-def merged(name: str) -> omegaconf.DictConfig:
-  """What the files of a chain say together, the named one first; without the values of MaxText's files."""
-  files, root, _ = _chain(name)
-  return omegaconf.OmegaConf.merge({}, *(_read(str(file)) for file in reversed(files)), {_BASE: str(root)})
+    is_stock = is_stock and path in places[:2]
+  merged = omegaconf.OmegaConf.merge({}, *reversed(values), {_BASE: str(path)})
+  return _Chain(files, path, merged, is_stock)
 
 
 def values(argv: Sequence[str]) -> omegaconf.DictConfig:
@@ -188,10 +201,10 @@ def values(argv: Sequence[str]) -> omegaconf.DictConfig:
     ConfigError: as `check` and `split`; and what OmegaConf raises for key=value that is not YAML.
   """
   name = model(argv, {})
-  files = merged(name) if name else {}
+  of_model = _chain(name).values if name else {}
   kept, further = split(argv)
   overrides = omegaconf.OmegaConf.from_cli(kept[2 if name else 1 :])
-  return omegaconf.OmegaConf.merge(files, overrides, further)
+  return omegaconf.OmegaConf.merge(of_model, overrides, further)
 
 
 @contextlib.contextmanager
@@ -209,17 +222,18 @@ def for_maxtext(argv: Sequence[str] | None, overrides: dict) -> Iterator[list[st
   if not name:
     yield argv
     return
-  files, root, stock = _chain(name)
-  source = files[0] if files else root
-  if stock:
+  chain_of_model = _chain(name)
+  source = chain_of_model.files[0] if chain_of_model.files else chain_of_model.root
+  if chain_of_model.is_stock:
     yield [argv[0], str(source), *argv[2:]]
     return
   with tempfile.TemporaryDirectory(prefix="maxtext-mudd-") as folder:
     file = pathlib.Path(folder, "configs", source.name)
     file.parent.mkdir()
-    omegaconf.OmegaConf.save(merged(name), file)
+    omegaconf.OmegaConf.save(chain_of_model.values, file)
     # MaxText looks for the file of `model_name` in these folders, too.
-    for here, there in ((file.parent, source.parent), (file.parents[1], source.absolute().parents[1])):
+    beside = source.absolute().parent
+    for here, there in ((file.parent, beside), (file.parents[1], beside.parent)):
       if (there / "models").is_dir():
-        os.symlink((there / "models").absolute(), here / "models")
+        os.symlink(there / "models", here / "models")
     yield [argv[0], str(file), *argv[2:]]

@@ -1,6 +1,5 @@
 """What is replaced in MaxText, and that nothing is when MaxText is not the one this package knows."""
 
-import pathlib
 import re
 import subprocess
 import sys
@@ -95,29 +94,3 @@ def test_keys_from_the_environment(monkeypatch):
   monkeypatch.setenv("M_MUDD_WINDOW", "3")
   argv = ["", str(runs.ROOT / "yaml" / "mudd_tiny.yml"), "run_name=x"]
   assert pyconfig.initialize(argv).mudd_window == 3
-
-
-def test_wheel_holds_the_package_and_the_models(tmp_path):
-  import zipfile
-
-  subprocess.run(["make", "wheel", f"WHEEL_DIR={tmp_path}"], cwd=runs.ROOT, check=True, capture_output=True)
-  (wheel,) = pathlib.Path(tmp_path).glob("maxtext_mudd-*.whl")
-  names = zipfile.ZipFile(wheel).namelist()
-  for name in ("plugin.py", "assets/byte_tokenizer/tokenizer.json", "yaml/mudd_tiny.yml"):
-    assert f"maxtext_mudd/{name}" in names
-  metadata = next(name for name in names if name.endswith("METADATA"))
-  text = zipfile.ZipFile(wheel).read(metadata).decode()
-  for line in ("Name: maxtext-mudd", "License-Expression: Apache-2.0", "Provides-Extra: tpu", "Provides-Extra: cuda"):
-    assert line in text
-
-
-def test_wheel_asks_for_everything_that_is_pinned():
-  """MaxText declares no dependencies outside extras, so the wheel has to."""
-  import tomllib
-
-  def name(requirement):
-    return re.split(r"[=<>\[ ]", requirement)[0].lower().replace("_", "-")
-
-  project = tomllib.loads((runs.ROOT / "pyproject.toml").read_text())["project"]
-  pinned = (runs.ROOT / "requirements" / "runtime.in").read_text().split()
-  assert {name(r) for r in project["dependencies"]} == {name(r) for r in pinned}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+import zipfile
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -29,6 +30,7 @@ head_dim: 16
 base_mlp_dim: 256
 vocab_size: 64
 """
+UV = (sys.executable, "-m", "uv", "--quiet")
 ON_ONE_CPU = ("hardware=cpu", "skip_jax_distributed_system=true", "enable_checkpointing=false")
 SMALL = ("max_target_length=16", "per_device_batch_size=2", "enable_goodput_recording=false", "monitor_goodput=false")
 
@@ -36,6 +38,32 @@ SMALL = ("max_target_length=16", "per_device_batch_size=2", "enable_goodput_reco
 def requirements() -> dict[str, Requirement]:
   project = tomllib.loads((runs.ROOT / "pyproject.toml").read_text())["project"]
   return {canonicalize_name(each.name): each for each in map(Requirement, project["dependencies"])}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> pathlib.Path:
+  """As `make wheel` builds it, which would also renew .venv where a pinned requirement is newer."""
+  folder = tmp_path_factory.mktemp("dist")
+  subprocess.run([*UV, "build", "--wheel", "--out-dir", folder, runs.ROOT], check=True)
+  (file,) = folder.glob("maxtext_mudd-*.whl")
+  return file
+
+
+def test_the_wheel_holds_the_package_and_the_models(wheel):
+  with zipfile.ZipFile(wheel) as archive:
+    names = archive.namelist()
+    (metadata,) = (name for name in names if name.endswith("METADATA"))
+    text = archive.read(metadata).decode()
+  for name in ("plugin.py", "assets/byte_tokenizer/tokenizer.json", "yaml/mudd_tiny.yml"):
+    assert f"maxtext_mudd/{name}" in names
+  for line in ("Name: maxtext-mudd", "License-Expression: Apache-2.0", "Provides-Extra: tpu", "Provides-Extra: cuda"):
+    assert line in text
+
+
+def test_the_wheel_asks_for_everything_that_is_pinned():
+  """MaxText declares no dependencies outside extras, so the wheel has to."""
+  lines = (runs.ROOT / "requirements" / "runtime.in").read_text().splitlines()
+  assert requirements().keys() == {canonicalize_name(Requirement(line.split("#")[0].strip()).name) for line in lines}
 
 
 def test_dependencies_are_bounded():
@@ -54,14 +82,11 @@ def test_tested_versions_are_taken(name):
 
 
 @pytest.mark.slow
-def test_the_first_commands_of_a_user(tmp_path):
+def test_the_first_commands_of_a_user(wheel, tmp_path):
   """Installs from the package index, which takes minutes."""
-  uv = [sys.executable, "-m", "uv", "--quiet"]
-  subprocess.run([*uv, "build", "--wheel", "--out-dir", tmp_path, str(runs.ROOT)], check=True)
-  (wheel,) = tmp_path.glob("*.whl")
   venv.create(tmp_path / "venv", with_pip=False)
   python = tmp_path / "venv" / "bin" / "python"
-  subprocess.run([*uv, "pip", "install", "--python", python, str(wheel)], check=True)
+  subprocess.run([*UV, "pip", "install", "--python", python, wheel], check=True)
   folder = tmp_path / "empty"
   folder.mkdir()
 

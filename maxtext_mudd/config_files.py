@@ -96,7 +96,7 @@ def find(name: str) -> pathlib.Path:
   stock = name.removeprefix("src/maxtext/configs/")
   of_maxtext = [_maxtext_configs() / stock] if stock != name else []
   for path in (pathlib.Path(name), *of_maxtext, pathlib.Path("src", name), *_in_package(name)):
-    if path.is_file():
+    if os.path.isfile(path):  # False, too, for names that the system does not take
       return path
   relative = os.path.basename(name) if os.path.isabs(name) else name.removeprefix(_FOLDER)
   nearest = difflib.get_close_matches(relative, packaged(), n=1, cutoff=0.0)
@@ -184,7 +184,7 @@ def _chain(name: str) -> _Chain:
     if not base:
       raise ConfigError(f"{path} has no base_config; write base_config: mudd_base.yml (or base.yml, MaxText's own).")
     places = (path.parent / base, configs / base, *_in_package(base))
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places if os.path.isfile(place)), None)
     if path is None:
       raise ConfigError(
         f"{files[-1]}: base_config={base}: no such configuration file beside it, in MaxText or in this package."

@@ -34,9 +34,9 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def read(*arguments) -> dict:
-  """Values of all keys, less where the file is based."""
+  """Values of all keys, but for the name of the file, and for flags that MaxText sets once for a process."""
   config = pyconfig.initialize_pydantic(["", *arguments, "run_name=x", "base_output_directory=out"])
-  return {key: value for key, value in config.model_dump().items() if key != "base_config"}
+  return {key: x for key, x in config.model_dump().items() if key not in ("base_config", "dump_hlo_xla_flags")}
 
 
 def test_a_model_on_a_file_of_the_package(empty_folder):
@@ -90,10 +90,19 @@ def test_a_users_file_goes_before_the_packages(empty_folder):
   assert config_files.chain("my.yml") == [empty_folder / "my.yml", empty_folder / "mudd_base.yml"]
 
 
-def test_names_that_leave_the_package(empty_folder):
-  for name in ("../mudd_2p8b.yml", "/mudd_2p8b.yml", "yaml/../yaml/mudd_2p8b.yml"):
-    with pytest.raises(ConfigError, match=r"no such configuration file; the nearest of this package is mudd_2p8b\.yml"):
-      config_files.find(name)
+@pytest.mark.parametrize("name", ["../mudd_2p8b.yml", "/mudd_2p8b.yml", "yaml/../yaml/mudd_2p8b.yml", "mudd_2p8.yml"])
+def test_names_that_are_not_of_the_package(name, empty_folder):
+  with pytest.raises(ConfigError, match=r"no such configuration file; the nearest of this package is mudd_2p8b\.yml"):
+    config_files.find(name)
+
+
+def test_names_that_the_system_does_not_take(empty_folder):
+  name = "m" * 300 + ".yml"
+  with pytest.raises(ConfigError, match=f"^{name}: no such configuration file"):
+    config_files.find(name)
+  (empty_folder / "my.yml").write_text(f"base_config: {name}\n")
+  with pytest.raises(ConfigError, match=f"^my.yml: base_config={name}: no such configuration file beside it"):
+    config_files.chain("my.yml")
 
 
 def test_every_file_of_the_package_is_found(empty_folder):

@@ -19,6 +19,7 @@ from maxtext_mudd.keys import MuddKeys
 _PROMPT = "prompt="
 
 
+@errors.reachable()
 def check(argv: Sequence[str]) -> None:
   """Checks the version of MaxText, and the files, the names of keys and the `mudd_*` values of a command line.
 

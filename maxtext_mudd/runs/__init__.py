@@ -1,1 +1,1 @@
-"""What a run of a launcher needs around MaxText: how it ends, its place in the data, and its lock."""
+"""What a run of a launcher needs around MaxText: early checks, help, its data, its lock, its console, how it ends."""

@@ -3,6 +3,7 @@
     python benchmarks/study.py yaml/study/table_5.yml              # runs what is not done yet
     python benchmarks/study.py yaml/study/table_5.yml --status     # says what is
     python benchmarks/study.py yaml/study/table_5.yml --report     # writes the report of what is
+    python benchmarks/study.py yaml/study/table_5_405m.yml --submit # prints the commands for a cluster
 
 A cell is one model with one seed and one learning rate, trained by this project's launcher. Cells of one seed read the
 same rows in the same order and start from the same values of the parameters that they share. When a cell ends, its
@@ -22,10 +23,12 @@ import math
 import os
 import pathlib
 import platform
+import shlex
 import shutil
+import statistics
 import subprocess
 import sys
-import time
+from typing import Literal
 
 import paired
 import pydantic
@@ -47,6 +50,7 @@ class Model(pydantic.BaseModel):
     against: the model that it is compared with; default: the study's baseline.
     paper: the perplexity that the paper reports for it.
     same_time_as: a model; this one trains for as many steps as take the time of that one's steps, by `--time`.
+    tokens: of a run; default: the study's.
   """
 
   model_config = pydantic.ConfigDict(extra="forbid")
@@ -55,6 +59,7 @@ class Model(pydantic.BaseModel):
   against: str = ""
   paper: float | None = pydantic.Field(None, gt=1)
   same_time_as: str = ""
+  tokens: int = pydantic.Field(0, ge=0)
 
 
 class Study(pydantic.BaseModel):
@@ -62,7 +67,8 @@ class Study(pydantic.BaseModel):
 
   Attributes:
     config: configuration file of all models, beside the study's file.
-    tokens: of one run, rounded to whole steps.
+    tokens: of one run, rounded to whole steps; 0: as many steps as `config` says.
+    unit: of losses; bits per byte needs a tokenizer whose tokens are bytes.
     seeds: of parameters and of data.
     baseline: the model that others are compared with.
     keys: what all models set on top of `config`.
@@ -70,7 +76,8 @@ class Study(pydantic.BaseModel):
 
   model_config = pydantic.ConfigDict(extra="forbid")
   config: str
-  tokens: int = pydantic.Field(gt=0)
+  tokens: int = pydantic.Field(ge=0)
+  unit: Literal["bits per byte", "nats per token"] = "bits per byte"
   seeds: list[int] = pydantic.Field(min_length=1)
   learning_rates: list[float] = pydantic.Field(min_length=1)
   baseline: str
@@ -97,7 +104,8 @@ class Cell:
 
   Attributes:
     config: path of its configuration file.
-    keys: what it sets on the command line, `steps` included.
+    keys: what it sets on the command line.
+    unit: of its losses.
   """
 
   model: str
@@ -105,6 +113,11 @@ class Cell:
   learning_rate: float
   config: pathlib.Path
   keys: dict
+  unit: str
+
+  @property
+  def steps(self) -> int:
+    return self.keys.get("steps") or merged_values(self.config)["steps"]
 
   @property
   def name(self) -> str:
@@ -147,10 +160,11 @@ def read(path: pathlib.Path) -> Study:
 
 
 def merged_values(config: pathlib.Path) -> dict:
-  """What a configuration file and those that it builds on set, without MaxText's own."""
+  """What a configuration file and those that it builds on set, less defaults: MaxText's own, and mudd_base.yml."""
   values = yaml.safe_load(config.read_text()) or {}
   base = config.parent / values.pop("base_config", "")
-  return (merged_values(base) if base.is_file() else {}) | values
+  is_model = base.is_file() and base.name != "mudd_base.yml"
+  return (merged_values(base) if is_model else {}) | values
 
 
 def cells(study: Study, folder: pathlib.Path, ratios: dict[str, float]) -> list[Cell]:
@@ -169,18 +183,18 @@ def cells(study: Study, folder: pathlib.Path, ratios: dict[str, float]) -> list[
           continue
         config = (folder / (model.config or study.config)).resolve()
         keys = study.keys | model.keys
-        steps, interval = _steps(study.tokens * ratios.get(model.same_time_as, 1), merged_values(config) | keys)
-        keys |= {"steps": steps, "eval_interval": interval, "learning_rate": rate}
-        keys |= {"init_weights_seed": seed, "data_shuffle_seed": seed}
-        found.append(Cell(name, seed, rate, config, keys))
+        tokens = (model.tokens or study.tokens) * ratios.get(model.same_time_as, 1)
+        keys |= _steps(tokens, merged_values(config) | keys) if tokens else {}
+        keys |= {"learning_rate": rate, "init_weights_seed": seed, "data_shuffle_seed": seed}
+        found.append(Cell(name, seed, rate, config, keys, study.unit))
   return found
 
 
-def _steps(tokens: float, values: dict) -> tuple[int, int]:
-  """(steps, eval_interval): MaxText evaluates after steps 0, interval, 2·interval, ..., and so after the last one."""
+def _steps(tokens: float, values: dict) -> dict[str, int]:
+  """The length of a run: MaxText evaluates after steps 0, interval, 2·interval, ..., and so after the last one."""
   tokens_per_step = values["per_device_batch_size"] * values["max_target_length"]
   interval = max(round(tokens / tokens_per_step / EVALUATIONS), 1)
-  return EVALUATIONS * interval + 1, interval
+  return {"steps": EVALUATIONS * interval + 1, "eval_interval": interval}
 
 
 class Results:
@@ -235,15 +249,21 @@ def run(cell: Cell, work: pathlib.Path) -> dict:
   """
   folder = work / cell.name
   folder.mkdir(parents=True, exist_ok=True)
-  began = time.monotonic()
+  if is_done(row := result(cell, folder), cell):  # killed between its last step and its result
+    return row
   with (folder / "launcher.txt").open("a") as log:
     status = subprocess.run(command(cell, work), cwd=record.ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-  row = result(cell, folder) | {"seconds": round(time.monotonic() - began, 1)}
-  if status and not row["dead"]:
+  row = result(cell, folder)
+  if not is_done(row, cell):
     lines = (folder / "launcher.txt").read_text(errors="replace").splitlines()
     said = next((line for line in reversed(lines) if line.startswith("maxtext-mudd: ")), f"see {folder}/launcher.txt")
     raise ConfigError(f"{cell.name}: the launcher ended with status {status}: {said.removeprefix('maxtext-mudd: ')}")
   return row
+
+
+def is_done(row: dict, cell: Cell) -> bool:
+  """Whether this is the result of a whole run, or of one that died."""
+  return bool(row["dead"]) or cell.steps - 1 in row.get("held_out", {})
 
 
 def result(cell: Cell, folder: pathlib.Path) -> dict:
@@ -258,10 +278,9 @@ def result(cell: Cell, folder: pathlib.Path) -> dict:
     return {"dead": None}
   losses = dict(sorted(scalars[report.TRAIN_LOSS].items()))
   wrong = next((step for step, loss in losses.items() if not math.isfinite(loss)), None)
-  evaluated = {step: loss / math.log(2) for step, loss in sorted(scalars.get(report.EVAL_LOSS, {}).items())}
+  scale = math.log(2) if cell.unit == "bits per byte" else 1
   speeds = sorted(scalars[report.SPEED].values())
-  tflops = scalars["perf/per_device_tflops_per_sec"]
-  seconds = scalars["perf/step_time_seconds"]
+  tflops, seconds = scalars["perf/per_device_tflops_per_sec"], scalars["perf/step_time_seconds"]
   steady = sorted(tflops[step] * seconds[step] for step in tflops.keys() & seconds.keys())
   return {
     "kind": "cell",
@@ -273,11 +292,12 @@ def result(cell: Cell, folder: pathlib.Path) -> dict:
     "keys": cell.keys,
     "dead": None if wrong is None else f"the loss of step {wrong} is not finite",
     "steps_done": max(losses) + 1,
-    "held_out": {step: _finite(x) for step, x in evaluated.items()},  # bits per byte
-    "train": _thinned({step: x / math.log(2) for step, x in losses.items()}),  # bits per byte
+    "held_out": {step: _finite(x / scale) for step, x in sorted(scalars.get(report.EVAL_LOSS, {}).items())},
+    "train": _thinned({step: x / scale for step, x in losses.items()}),
     "largest_gradient_norm": _finite(max(scalars["learning/raw_grad_norm"].values())),
     "tokens_per_second": speeds[len(speeds) // 2],
     "tflops_per_step": steady[len(steady) // 2],
+    "median_step_seconds": statistics.median(seconds.values()),
     "parameters": int(report.read_texts(folder)["num_model_parameters"]),
   }
 
@@ -313,11 +333,11 @@ def status_lines(study: Study, folder: pathlib.Path, results: Results, work: pat
     row = results.of(cell)
     saved = [int(x.name) for x in (work / cell.name / "checkpoints").glob("*") if x.name.isdigit()]
     if row and row["dead"]:
-      what = f"dead after {row['steps_done']} of {cell.keys['steps']} steps: {row['dead']}"
+      what = f"dead after {row['steps_done']} of {cell.steps} steps: {row['dead']}"
     elif row:
-      what = f"done: {list(row['held_out'].values())[-1]:.4f} bits per byte"
+      what = f"done: {list(row['held_out'].values())[-1]:.4f} {study.unit}"
     elif saved:
-      what = f"step {max(saved) + 1} of {cell.keys['steps']}"
+      what = f"step {max(saved) + 1} of {cell.steps}"
     else:
       what = "not begun"
     lines.append(f"{cell.name:<44} {what}")
@@ -334,7 +354,28 @@ def run_all(study: Study, folder: pathlib.Path, results: Results, work: pathlib.
     row = run(cell, work) | machine() | {"date": datetime.date.today().isoformat()}
     results.append(row)
     shutil.rmtree(work / cell.name / "checkpoints", ignore_errors=True)
-    record.say(f"{cell.name}: {row['dead'] or list(row['held_out'].values())[-1]} after {row['seconds']:.0f} s")
+    record.say(f"{cell.name}: {row['dead'] or list(row['held_out'].values())[-1]}")
+
+
+def collect(study: Study, folder: pathlib.Path, results: Results, work: pathlib.Path) -> None:
+  """Appends the results of runs that ended elsewhere, whose folders lie in `work`."""
+  for cell in cells(study, folder, results.ratios()):
+    if results.of(cell) is None and is_done(row := result(cell, work / cell.name), cell):
+      results.append(row | machine() | {"date": datetime.date.today().isoformat()})
+      record.say(f"{cell.name}: {row['dead'] or list(row['held_out'].values())[-1]}")
+
+
+def submissions(study: Study, folder: pathlib.Path, results: Results) -> list[str]:
+  """`make xpk` lines of the cells without a result; CLUSTER, TPU_TYPE and OUTPUT are the user's to set."""
+  lines = []
+  for cell in cells(study, folder, results.ratios()):
+    if results.of(cell) is None:
+      keys = {"run_name": cell.name, **cell.keys}
+      arguments = shlex.quote(" ".join(f"{key}={_written(x)}" for key, x in keys.items()))
+      config = os.path.relpath(cell.config, record.ROOT)
+      workload = cell.name.replace("_", "-").replace(".", "-").lower()[:40]
+      lines.append(f"make xpk CONFIG={config} WORKLOAD={workload} ARGS={arguments}")
+  return lines
 
 
 def time_all(study: Study, folder: pathlib.Path, results: Results, rounds: int) -> None:
@@ -377,6 +418,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   what = parser.add_mutually_exclusive_group()
   what.add_argument("--status", action="store_true", help="one line a cell, and end")
   what.add_argument("--report", action="store_true", help="write results/study-NAME.md and .png, and end")
+  what.add_argument("--submit", action="store_true", help="print a make xpk line for each cell not done, and end")
+  what.add_argument("--collect", action="store_true", help="take the results of finished runs in --work, and end")
   what.add_argument("--time", action="store_true", help="time the models that same_time_as names, and end")
   parser.add_argument("--cells", type=int, help="run at most this many; default: all")
   parser.add_argument("--rounds", type=int, default=10, help="of --time; default: %(default)s")
@@ -397,6 +440,10 @@ def main(arguments: list[str]) -> None:
       import study_report
 
       print(study_report.write(study, cells(study, folder, results.ratios()), results, options.study))
+    elif options.submit:
+      print("\n".join(submissions(study, folder, results)))
+    elif options.collect:
+      collect(study, folder, results, work)
     elif options.time:
       time_all(study, folder, results, options.rounds)
     else:

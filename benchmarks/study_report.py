@@ -11,10 +11,17 @@ import record
 import scipy.stats
 
 FAR = 1.2  # a final loss above this many times the median of a study's is that of a run that diverged
-COLUMNS = ["model", "rate", "parameters", "runs", "held-out bits per byte", "difference", "95% interval", "deviation"]
-COLUMNS += ["paper, nats per token", "tokens/s", "largest gradient norm", "dead"]
+COLUMNS = [
+  "difference",
+  "95% interval",
+  "deviation",
+  "paper, nats per token",
+  "tokens/s",
+  "largest gradient norm",
+  "dead",
+]
 NOTES = """
-Held-out bits per byte: after the last step, the mean over seeds and its standard error. Difference: to `{baseline}`
+Held-out loss: in {unit}, after the last step, the mean over seeds and its standard error. Difference: to `{baseline}`
 or the model in brackets, by seed, since runs of one seed read the same rows and start from the same values; its mean,
 the 95% interval of the mean by Student's t, and the deviation of single differences. Paper: the difference of the
 logarithms of Table 5's perplexities, at 405M parameters on the Pile; a token there is about four bytes. Tokens/s: the
@@ -27,7 +34,7 @@ Rankings of models this small need not be those of large ones.
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Paired differences of one model to another, in bits per byte.
+  """Paired differences of one model to another, in the unit of the study.
 
   Attributes:
     mean, deviation: of the differences, over seeds.
@@ -56,7 +63,7 @@ class Summary:
   """One model at one learning rate.
 
   Attributes:
-    losses: final held-out bits per byte by seed, of the runs that are not dead.
+    losses: final held-out loss by seed, of the runs that are not dead.
     dead: seeds of the dead runs.
     against: name of the model that it is compared with; empty for the baseline.
     difference: to that model; None where no seed has both.
@@ -72,7 +79,7 @@ class Summary:
 
 
 def final(row: dict) -> float | None:
-  """Held-out bits per byte after the last step; None where that is not finite."""
+  """Held-out loss after the last step; None where that is not finite."""
   return list(row["held_out"].values())[-1] if row["held_out"] and not row["dead"] else None
 
 
@@ -182,9 +189,9 @@ def draw(study, summaries: list[Summary], path: pathlib.Path) -> None:
   losses = [x for by_seed in curves.values() for curve in by_seed.values() for x in curve.values()]
   if losses:
     left.set_ylim(0.97 * min(losses), sorted(losses)[int(0.9 * (len(losses) - 1))])
-  left.set(xlabel="step", ylabel="training loss, bits per byte")
+  left.set(xlabel="step", ylabel=f"training loss, {study.unit}")
   right.axhline(0, color="black", linewidth=0.8)
-  right.set(xlabel="step", ylabel=f"difference to {study.baseline} (same seed), bits per byte")
+  right.set(xlabel="step", ylabel=f"difference to {study.baseline} (same seed), {study.unit}")
   left.legend(fontsize=8)
   for axes in (left, right):
     axes.grid(alpha=0.3)
@@ -220,13 +227,17 @@ def write(study, cells, results, file: pathlib.Path) -> str:
     for row in results.rows()
     if row["kind"] == "timing"
   ]
+  length = f"about {study.tokens:,}" if study.tokens else "as configured"
   text = (
     f"# {results.path.stem}\n\n- command: `python benchmarks/study.py {file.as_posix()}`, then `--report`\n"
-    f"- tokens of a run: about {study.tokens:,}; seeds: {', '.join(map(str, study.seeds))}\n"
+    f"- tokens of a run: {length}; seeds: {', '.join(map(str, study.seeds))}\n"
     f"- machines: {'; '.join(machines)}\n- commits: {', '.join(commits)}\n{''.join(timings)}\n"
-    + record.table(COLUMNS, [_row(study, summary) for summary in summaries])
+    + record.table(
+      ["model", "rate", "parameters", "runs", f"held-out {study.unit}", *COLUMNS],
+      [_row(study, summary) for summary in summaries],
+    )
     + "".join(f"\n{line}\n" for line in sentences(summaries, missing))
-    + NOTES.format(baseline=study.baseline, far=FAR)
+    + NOTES.format(baseline=study.baseline, far=FAR, unit=study.unit)
     + f"\n![Curves]({picture.name})\n"
   )
   results.path.with_suffix(".md").write_text(text)

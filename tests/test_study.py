@@ -1,7 +1,11 @@
 """benchmarks/study.py: what it plans, what it refuses, what it keeps; and that its runs are paired."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -56,11 +60,25 @@ def test_a_model_of_equal_time_waits_for_the_timing(tmp_path):
   assert longer.keys["steps"] == 121
 
 
+def test_lines_for_a_cluster(tmp_path):
+  plan, results = study.read(write(tmp_path)), study.Results(tmp_path / "results.jsonl")
+  lines = study.submissions(plan, tmp_path, results)
+  assert len(lines) == 4
+  assert lines[1].endswith(
+    "WORKLOAD=mudd-lr0-003-seed0 ARGS='run_name=mudd-lr0.003-seed0 mudd=true steps=101 eval_interval=25 "
+    "learning_rate=0.003 init_weights_seed=0 data_shuffle_seed=0'"
+  )
+  results.append(
+    {"kind": "cell", "cell": "mudd-lr0.003-seed0", "fingerprint": study.cells(plan, tmp_path, {})[1].fingerprint}
+  )
+  assert len(study.submissions(plan, tmp_path, results)) == 3
+
+
 @pytest.mark.parametrize(
   "changes, says",
   [
     ({"token": 5}, "token: is not a key of studies; those are config, tokens,"),
-    ({"tokens": 0}, "tokens: Input should be greater than 0"),
+    ({"tokens": -1}, "tokens: Input should be greater than or equal to 0"),
     ({"seeds": [1, 1]}, "seeds=[1, 1] names one of them twice"),
     ({"baseline": "plane"}, "baseline=plane: there is no such model; the models are plain, mudd, longer"),
     ({"config": "none.yml"}, "config: none.yml: there is no such file beside it"),
@@ -128,3 +146,35 @@ def test_models_of_a_seed_start_from_the_same_shared_parameters():
       np.testing.assert_array_equal(connected[path], plain[path], err_msg=path)
       if not path.endswith("scale"):
         assert (plain[path] != other[path]).any(), path
+
+
+@pytest.mark.slow
+def test_a_killed_study_resumes_and_gives_the_same_result(tmp_path):
+  files = runs.build_corpus(tmp_path)
+  (tmp_path / "model.yml").write_text(
+    f"base_config: {runs.ROOT}/yaml/tiny.yml\nbase_num_decoder_layers: 2\nbase_emb_dim: 32\nbase_mlp_dim: 64\n"
+    "per_device_batch_size: 2\nmax_target_length: 32\neval_steps: 1\ncheckpoint_period: 5\n"
+    f"jax_cache_dir: {runs.ROOT}/.cache/jax\n" + "\n".join(file.replace("=", ": ", 1) for file in files) + "\n"
+  )
+  plan = tmp_path / "plan.yml"
+  plan.write_text(json.dumps(PLAN | {"tokens": 64 * 200, "seeds": [0], "models": {"plain": {}}}))
+
+  def command(name):
+    paths = ["--work", str(tmp_path / name), "--results", str(tmp_path / f"{name}.jsonl")]
+    return [sys.executable, str(runs.ROOT / "benchmarks" / "study.py"), str(plan), *paths]
+
+  subprocess.run(command("whole"), check=True, env=runs.environment())
+  process = subprocess.Popen(command("killed"), env=runs.environment(), start_new_session=True)
+  checkpoints = tmp_path / "killed" / "plain-lr0.003-seed0" / "checkpoints"
+  deadline = time.monotonic() + 300
+  while not (checkpoints / "10").exists():
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  os.killpg(process.pid, signal.SIGKILL)  # the launcher, too
+  process.wait()
+  assert not (tmp_path / "killed.jsonl").exists(), "killed too late to tell anything"
+  subprocess.run(command("killed"), check=True, env=runs.environment())
+  (whole,), (resumed,) = (study.Results(tmp_path / f"{name}.jsonl").rows() for name in ("whole", "killed"))
+  assert resumed["held_out"] == whole["held_out"]
+  assert resumed["train"] == whole["train"]
+  assert not checkpoints.exists()

@@ -17,6 +17,7 @@ CONFIG ?= yaml/mudd_tiny.yml
 STAMP := $(shell date +%Y%m%d-%H%M%S)
 RUN ?= $(basename $(notdir $(CONFIG)))-$(STAMP)
 STEPS ?=
+NAME ?=
 ARGS ?=
 OUTPUT ?= runs
 CORPUS := data/stdlib
@@ -70,8 +71,14 @@ $(READY): requirements/dev.txt pyproject.toml
 $(CORPUS)/train.parquet $(CORPUS)/eval.parquet &: | $(READY)
 	$(PY) -m maxtext_mudd.corpus $(CORPUS)
 
-corpus: $(READY)  ## build the default corpus from the Python standard library (again)
+corpus: $(READY)  ## build a corpus: of Python's standard library, or with NAME=english of English from Debian packages
+ifeq ($(NAME),english)
+	$(PY) benchmarks/english_corpus.py data/english
+else ifeq ($(NAME),)
 	$(PY) -m maxtext_mudd.corpus $(CORPUS)
+else
+	@echo 'make: NAME=$(NAME): there is no such corpus; leave it out for Python, or set NAME=english.' >&2; exit 2
+endif
 
 train: $(READY) $(DATA)  ## train CONFIG (yaml/mudd_tiny.yml); RUN=name resumes a run, STEPS=n sets its length
 	$(PY) MaxText/train.py $(CONFIG) 'run_name=$(RUN)' 'base_output_directory=$(OUTPUT)' $(OVERRIDES)

@@ -87,7 +87,7 @@ def plain_model(name: str) -> str:
 def _chain(name: str) -> list[pathlib.Path]:
   """The files of a model, from its own to the last above MaxText's and this project's defaults."""
   config_files.check(["", name], {})
-  files = [pathlib.Path(pyconfig.resolve_config_path(name))]
+  files = [config_files.find(name)]
   while base := config_files.load(str(files[-1])).get("base_config"):
     path = files[-1].parent / base
     if path.name in ("base.yml", "mudd_base.yml") or not path.is_file():

@@ -22,6 +22,7 @@ import sys
 from maxtext_mudd import launch, plugin, versions
 from maxtext_mudd.errors import ConfigError, reachable
 from maxtext_mudd.interrupts import Interrupts
+from maxtext_mudd.runs import early
 
 _FOLDERS = {
   "source": "--from",
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> None:
   try:
     with interrupts, reachable():  # interrupts: SIGTERM, too, so that nothing half-made is left
       _check_folders(args)
+      _check_keys(args)
       plugin.install(plugin.Reading(on_error=refuse))  # before MaxText says it in a banner of its own
       installed = True
       print(args.run(args))
@@ -96,6 +98,15 @@ def _check_folders(args) -> None:
       raise ConfigError(f"{option} '' names no folder; name one.")
     if folder and "://" in folder:
       raise ConfigError(f"{folder} is not a local folder; copy it first.")
+
+
+def _check_keys(args) -> None:
+  """Before MaxText is imported. Raises ConfigError."""
+  overrides = getattr(args, "overrides", [])
+  if args.command != "layout":  # which takes further files, too
+    early.check_keys(launch.keys(overrides))
+  if hasattr(args, "config"):
+    early.check(["", args.config, *overrides])
 
 
 def _from_hf(args) -> str:

@@ -63,10 +63,16 @@ def build(library: pathlib.Path, folder: pathlib.Path) -> dict[str, int]:
     text = read(library / path)
     if text is not None:
       rows["eval" if is_eval(path) else "train"].extend(pieces(text))
-  folder.mkdir(parents=True, exist_ok=True)
   for split, texts in rows.items():
     if not texts:
       raise ValueError(f"{library}: no Python sources for the {split} split; pass a complete standard library.")
+  return write(rows, folder)
+
+
+def write(rows: dict[str, list[str]], folder: pathlib.Path) -> dict[str, int]:
+  """Writes the rows of each split, shuffled, to SPLIT.parquet in `folder`; returns the bytes of text in each."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for split, texts in rows.items():
     random.Random(0).shuffle(texts)
     part = folder / f"{split}.parquet.part"
     pa.parquet.write_table(pa.table({TEXT_COLUMN: texts}), part)

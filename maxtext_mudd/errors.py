@@ -1,6 +1,6 @@
 """Configuration mistakes in one sentence each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import difflib
 import errno
@@ -39,7 +39,8 @@ def one_sentence(config_class: type[pydantic.BaseModel]) -> Iterator[None]:
       advice = "on one host set skip_jax_distributed_system=true, and on a CPU hardware=cpu, too."
       raise ConfigError(f"JAX finds no cluster to join; {advice}") from error
     unknown = re.match(r"'([^']*)' not in '", str(error))
-    raise ConfigError(_unknown_key(unknown.group(1), config_class) if unknown else _one_line(error)) from error
+    sentence = unknown_key(unknown.group(1), config_class.model_fields) if unknown else _one_line(error)
+    raise ConfigError(sentence) from error
   except (TypeError, KeyError, AttributeError, ImportError, OverflowError, RecursionError) as error:
     if failed_in(error, "initialize_jax_for_cpu"):
       sentence = "hardware=cpu: MaxText finds no other hosts to join; on one, set skip_jax_distributed_system=true."
@@ -70,8 +71,9 @@ def brief(error: Exception) -> str:
   return f"{type(error).__name__}: {says[:200]}" if says else type(error).__name__
 
 
-def _unknown_key(key: str, config_class: type[pydantic.BaseModel]) -> str:
-  nearest = difflib.get_close_matches(key.lower(), config_class.model_fields, n=1, cutoff=0.0)
+def unknown_key(key: str, known: Iterable[str]) -> str:
+  """The sentence for a key that is none of the known ones."""
+  nearest = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.0)
   return f"{key} is not a configuration key; the nearest is {nearest[0]}."
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from maxtext_mudd import assets, launch, plugin, results_file, versions
 from maxtext_mudd.errors import ConfigError, brief, failed_in, reachable
 from maxtext_mudd.interrupts import Interrupts
+from maxtext_mudd.runs import early
 
 HARNESS = "lm_eval==0.4.13"
 # The columns of the paper's Table 3, zero-shot and five-shot by the harness. That these were the tasks is not written:
@@ -118,6 +119,7 @@ class _Request:
     if self.include and not pathlib.Path(self.include).is_dir():
       raise ConfigError(f"--include-dir={self.include} is not a folder; name one with task files.")
     self._check_checkpoint()
+    self._check_keys([x for x in args.arguments if "=" in x])
     self.tasks, self.manager, self.tracker = [], None, None
 
   def _check_checkpoint(self) -> None:
@@ -136,6 +138,13 @@ class _Request:
       raise ConfigError(
         f"--checkpoint={self.checkpoint} is a checkpoint of a run; name the CONFIG.yml that it was started with, too."
       )
+
+  def _check_keys(self, overrides: list[str]) -> None:
+    """Before MaxText is imported. Raises ConfigError."""
+    if self.config_file:
+      early.check(["", self.config_file, *overrides])
+    else:
+      early.check_keys(self.overrides)
 
   def load_tasks(self) -> None:
     """Reads tasks, with their data sets. Raises ConfigError."""

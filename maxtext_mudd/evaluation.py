@@ -1,6 +1,7 @@
 """A model of MaxText as EleutherAI's lm-evaluation-harness sees one."""
 
 from collections.abc import Callable, Sequence
+import logging
 
 import datasets
 from flax import nnx
@@ -19,6 +20,7 @@ from maxtext_mudd import devices, forward, generation
 from maxtext_mudd.errors import ConfigError
 from maxtext_mudd.tokens import Tokenizer
 
+_logger = logging.getLogger(__name__)
 _GENERATION_KEYS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
 _NUMBERS = {"temperature": float, "top_p": float} | dict.fromkeys(
   ("top_k", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), int
@@ -53,6 +55,7 @@ class MaxTextLM(TemplateLM):
     self.batch_size = -(-batch_size // rows) * rows
     self.max_length, self._before_batch = config.max_target_length, before_batch
     self._batches_drawn = 0
+    self._warned_of_spanning = False
 
   @property
   def eot_token_id(self) -> int:
@@ -69,6 +72,27 @@ class MaxTextLM(TemplateLM):
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
     return self.words.encode(string, self.words.add_bos if add_special_tokens is None else add_special_tokens)
+
+  def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of a context and of the target after it.
+
+    The harness encodes both together and takes as target what is beyond the context's number of tokens. Where a token
+    spans both, nothing may be left, which its model for PyTorch asserts against (its issue 1297). The target is encoded
+    alone then, as its pull request 4055 does.
+    """
+    context_tokens, target = super()._encode_pair(context, continuation)
+    if target:
+      return context_tokens, target
+    spaces = context[len(context.rstrip()) :]  # which the harness moves to the target
+    target = self.tok_encode(spaces + continuation, add_special_tokens=False)
+    if target and not self._warned_of_spanning:
+      self._warned_of_spanning = True
+      _logger.warning(
+        "the target %r after %r: one token spans both, so the target is encoded alone, here and wherever this is so.",
+        continuation[:40],
+        context[-40:],
+      )
+    return context_tokens, target
 
   def _loglikelihood_tokens(
     self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_

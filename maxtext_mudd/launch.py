@@ -15,7 +15,7 @@ import omegaconf
 import yaml
 
 from maxtext_mudd import errors, plugin, versions
-from maxtext_mudd.runs import ends
+from maxtext_mudd.runs import early, ends, usage
 
 
 def launch(entry_point: str, check: Callable | None = None) -> None:
@@ -25,13 +25,21 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   one sentence on stderr and status 2; nothing has been written then. So does a step that does not fit the device, which
   only its compiler, or its first run, can tell. A run that saved and stopped because of a SIGTERM ends with 143, for
   what starts it again, and a run whose data ended before its steps were done with 3; MaxText's own script ends with 0.
+  `--help` and `--list` are answered, and mistakes in keys and files, without importing JAX.
 
   Args:
     entry_point: name of the module.
     check: called with the configuration as soon as it is read; raises ConfigError for what cannot work.
   """
   if len(sys.argv) < 2:
-    exit_with(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine")
+    exit_with(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine (see --help)")
+  if text := usage.answer(entry_point.rpartition(".")[2], sys.argv[1:]):
+    print(text)
+    return
+  try:
+    early.check(sys.argv)
+  except (errors.ConfigError, versions.UnknownMaxText) as error:
+    exit_with(str(error))
   seen = []
   watch = ends.Watch()
   absl_logging.get_absl_logger().addHandler(watch)

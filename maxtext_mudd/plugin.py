@@ -8,8 +8,8 @@ and two correct what MaxText reports of it:
   maxtext.utils.maxtext_utils.calculate_tflops_training_per_device   counts the aggregates and the re-allocated FFNs
   maxtext.trainers.pre_train.train.record_activation_metrics         logs the statistics of the aggregates
 With `mudd: false` each of them does what it replaces, but for what `mudd_decoder_layer` and `mudd_init` ask, and three
-courtesies when a configuration is read: more files than one can be named, a relative `base_output_directory` is made
-absolute, and `maxtext_mudd/byte` names the tokenizer of this package.
+courtesies when a configuration is read: several files can be named, those of this package without their folder; a
+relative `base_output_directory` is made absolute; and `maxtext_mudd/byte` names the tokenizer of this package.
 
 What imports MaxText's modules is imported inside functions, after the version is known to be right.
 """
@@ -81,10 +81,9 @@ def _read_mudd_config(stock):
     if config_class is MaxTextConfig:
       config_class = MuddConfig
     try:
-      with errors.one_sentence(config_class):
-        config_files.check(argv, kwargs)
-        argv, laid_over = config_files.split(argv)
-        config = stock(argv, config_class=config_class, **(laid_over | kwargs))
+      with errors.one_sentence(config_class), config_files.for_maxtext(argv, kwargs) as argv:
+        argv, further = config_files.split(argv)
+        config = stock(argv, config_class=config_class, **(further | kwargs))
       if _reading.check:
         _reading.check(config)
       return config

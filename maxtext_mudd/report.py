@@ -49,17 +49,31 @@ def records(data: bytes):
     start = end + 4
 
 
+def events(folder: pathlib.Path):
+  """The TensorBoard events under a run's folder, file by file in the order in which they were written."""
+  for file in sorted(folder.rglob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime):
+    for record in records(file.read_bytes()):
+      yield event_pb2.Event.FromString(record)
+
+
 def read_scalars(folder: pathlib.Path) -> dict[str, dict[int, float]]:
   """The scalars under a run's folder; where a resumed run wrote a step again, the later value."""
-  files = sorted(folder.rglob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
   scalars: dict[str, dict[int, float]] = {}
-  for file in files:
-    for record in records(file.read_bytes()):
-      event = event_pb2.Event.FromString(record)
-      for value in event.summary.value:
-        if value.HasField("simple_value"):
-          scalars.setdefault(value.tag, {})[event.step] = value.simple_value
+  for event in events(folder):
+    for value in event.summary.value:
+      if value.HasField("simple_value"):
+        scalars.setdefault(value.tag, {})[event.step] = value.simple_value
   return scalars
+
+
+def read_texts(folder: pathlib.Path) -> dict[str, str]:
+  """The texts under a run's folder by tag, as `num_model_parameters`; of several, the last."""
+  return {
+    value.tag.removesuffix("/text_summary"): value.tensor.string_val[0].decode()
+    for event in events(folder)
+    for value in event.summary.value
+    if value.tensor.string_val
+  }
 
 
 def read(folder: pathlib.Path) -> Run:

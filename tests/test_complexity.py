@@ -2,6 +2,7 @@
 
 import re
 
+from maxtext.configs import pyconfig
 import pytest
 
 from maxtext_mudd import plugin
@@ -75,6 +76,11 @@ def dropped_by_exact_widths() -> int:
     (["--table", "2"], "--table 2: the tables are 1 (parameters and FLOPs) and 6 (activation memory)."),
     (["absent.yml"], "absent.yml: no such configuration file"),
     ([runs.RUN_YML, "mudd_way=1"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
+    ([runs.RUN_YML, "base_emb_dim=wide"], "base_emb_dim='wide' is not valid: input should be a valid integer"),
+    ([runs.RUN_YML, "base_emb_dim=0"], "base_emb_dim=0 is not valid: input should be greater than 0."),
+    ([runs.RUN_YML, "mudd_ffn_groups=3"], "mudd_ffn_groups=3 is more than the model has blocks; use at most 2"),
+    ([runs.RUN_YML, "mudd_source_dilation=3"], "mudd_source_dilation=3 leaves every DA without sources"),
+    ([runs.RUN_YML, "decoder_block=llama"], "decoder_block='llama' is not valid: input should be 'default', "),
   ],
 )
 def test_mistakes(arguments, message, capsys):
@@ -82,6 +88,37 @@ def test_mistakes(arguments, message, capsys):
     command.main(arguments)
   assert ended.value.code == 2
   assert capsys.readouterr().err.splitlines()[-1].startswith(f"maxtext-mudd: {message}")
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    ["global_parameter_scale=8"],
+    [
+      "mudd=false",
+      "mudd_ffn_reallocation=false",
+      "mudd_init=stock",
+      "model_name=llama2-7b",
+      "override_model_config=true",
+    ],
+    ["decoder_block=qwen3_moe", "num_experts=4", "num_experts_per_tok=2", "base_moe_mlp_dim=512"],
+    ["base_emb_dim=${base_mlp_dim}"],
+  ],
+)
+def test_sizes_that_maxtext_derives(arguments):
+  argv = [runs.RUN_YML, *arguments]
+  config = pyconfig.initialize_pydantic(["", *argv, "run_name=x"])
+  assert command.describe(command.read(argv)) == command.describe(config)
+
+
+def test_sizes_from_the_environment(monkeypatch):
+  monkeypatch.setenv("M_BASE_NUM_DECODER_LAYERS", "4")
+  assert command.read([runs.RUN_YML]).num_decoder_layers == 4
+
+
+def test_list(capsys):
+  rows = printed(capsys, "--list")
+  assert ["mudd_2p8b.yml", "MUDDFormer-2.8B, as released and in Table 4."] in rows
 
 
 def test_counts_of_hyper_connections():

@@ -353,7 +353,8 @@ MISTAKES = {
   ),
   "second file that is not there": (
     ["other.yml"],
-    "other.yml: no such configuration file; see yaml/ for those that come with this project.",
+    "other.yml: no such configuration file; the nearest of this package is paper.yml (python3 -m "
+    "maxtext_mudd.train --list names them all).",
   ),
   "weight of a file": (
     ["grain_train_files=a.parquet,heavy"],
@@ -478,12 +479,12 @@ def test_output_that_cannot_be_written(corpus, tmp_path, monkeypatch, capsys):
   ("name", "text", "message"),
   [
     ("model.yaml", "mudd: true", "{file}: a configuration file must end in .yml; rename it or put the file first."),
-    ("absent.yml", None, "{file}: no such configuration file; see yaml/ for those that come with this project."),
+    ("absent.yml", None, "{file}: no such configuration file; the nearest of this package is "),
     ("broken.yml", "mudd: [", "A configuration file is not valid YAML: while parsing a flow node"),
     (
       "orphan.yml",
       "base_config: nowhere.yml",
-      "{file}: base_config=nowhere.yml: no such configuration file beside it, nor in MaxText.",
+      "{file}: base_config=nowhere.yml: no such configuration file beside it, in MaxText or in this package.",
     ),
     (
       "rootless.yml",

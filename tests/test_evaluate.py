@@ -598,8 +598,8 @@ def test_models_without_tokenizers(crowded, lm, monkeypatch, capsys):
   assert end_of(capsys, "--checkpoint", crowded, *text)[0] == (
     f"--checkpoint={crowded} has no tokenizer; name the one that the model was trained with by --tokenizer=PATH."
   )
-  assert end_of(capsys, "--checkpoint", crowded / "run", *text, "a.yml")[0] == (
-    "a.yml names no tokenizer_path; name the tokenizer that the model was trained with by --tokenizer=PATH."
+  assert end_of(capsys, "--checkpoint", crowded / "run", *text, "data/pile.yml")[0] == (
+    "data/pile.yml names no tokenizer_path; name the tokenizer that the model was trained with by --tokenizer=PATH."
   )
   named = f"tokenizer_path={bare.tokenizer_path}"  # by the user
   assert end_of(capsys, "--checkpoint", crowded, *text, named)[0].startswith(

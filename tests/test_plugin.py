@@ -1,17 +1,18 @@
 """What is replaced in MaxText, and that nothing is when MaxText is not the one this package knows."""
 
-import pathlib
 import re
 import subprocess
 import sys
 
 from maxtext.configs import pyconfig
+from maxtext.configs.types import MaxTextConfig
 from maxtext.models import models as maxtext_models
 import pytest
 
 from maxtext_mudd import plugin, versions
 from maxtext_mudd.config import MuddConfig
 from maxtext_mudd.decoder import MuddDecoder
+from maxtext_mudd.keys import MuddKeys
 from tests import runs
 
 
@@ -62,7 +63,7 @@ def test_seam_of_another_shape(seam, monkeypatch):
 def test_other_config_classes_are_left_alone():
   """Entry points with a configuration class of their own keep it."""
 
-  class Other(MuddConfig.__base__):
+  class Other(MaxTextConfig):
     pass
 
   from tests import models
@@ -84,41 +85,12 @@ def test_every_key_stands_in_the_base_file_with_its_default():
   import yaml
 
   values = yaml.safe_load((runs.ROOT / "yaml" / "mudd_base.yml").read_text())
-  own = {
-    name: field.default
-    for name, field in MuddConfig.model_fields.items()
-    if name not in MuddConfig.__base__.model_fields
-  }
-  assert {key: value for key, value in values.items() if key != "base_config"} == own
+  defaults = {name: field.default for name, field in MuddKeys.model_fields.items()}
+  assert defaults.keys() == MuddConfig.model_fields.keys() - MaxTextConfig.model_fields.keys()
+  assert {key: value for key, value in values.items() if key != "base_config"} == defaults
 
 
 def test_keys_from_the_environment(monkeypatch):
   monkeypatch.setenv("M_MUDD_WINDOW", "3")
   argv = ["", str(runs.ROOT / "yaml" / "mudd_tiny.yml"), "run_name=x"]
   assert pyconfig.initialize(argv).mudd_window == 3
-
-
-def test_wheel_holds_the_package_and_the_models(tmp_path):
-  import zipfile
-
-  subprocess.run(["make", "wheel", f"WHEEL_DIR={tmp_path}"], cwd=runs.ROOT, check=True, capture_output=True)
-  (wheel,) = pathlib.Path(tmp_path).glob("maxtext_mudd-*.whl")
-  names = zipfile.ZipFile(wheel).namelist()
-  for name in ("plugin.py", "assets/byte_tokenizer/tokenizer.json", "yaml/mudd_tiny.yml"):
-    assert f"maxtext_mudd/{name}" in names
-  metadata = next(name for name in names if name.endswith("METADATA"))
-  text = zipfile.ZipFile(wheel).read(metadata).decode()
-  for line in ("Name: maxtext-mudd", "License-Expression: Apache-2.0", "Provides-Extra: tpu", "Provides-Extra: cuda"):
-    assert line in text
-
-
-def test_wheel_asks_for_everything_that_is_pinned():
-  """MaxText declares no dependencies outside extras, so the wheel has to."""
-  import tomllib
-
-  def name(requirement):
-    return re.split(r"[=<>\[ ]", requirement)[0].lower().replace("_", "-")
-
-  project = tomllib.loads((runs.ROOT / "pyproject.toml").read_text())["project"]
-  pinned = (runs.ROOT / "requirements" / "runtime.in").read_text().split()
-  assert {name(r) for r in project["dependencies"]} == {name(r) for r in pinned}

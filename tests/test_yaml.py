@@ -11,7 +11,7 @@ from maxtext.utils import maxtext_utils
 import numpy as np
 import pytest
 
-from maxtext_mudd.complexity import counts
+from maxtext_mudd.complexity import counts, sizes
 from tests import models, runs, shrink, steps
 
 FOLDER = runs.ROOT / "yaml"
@@ -129,6 +129,16 @@ def test_size(name):
   if size != "1p3b":  # Pythia-1.4B's shape
     number, unit = re.search(r"([\dp]+)([mb])$", size).groups()
     assert named == pytest.approx(float(number.replace("p", ".")) * {"m": 1e6, "b": 1e9}[unit], rel=0.012)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_that_are_counted(name):
+  """Read without MaxText, they are those of its configuration."""
+  config, counted = read(name), sizes.read(["", str(FOLDER / f"{name}.yml")])
+  derived = [key for key, value in vars(sizes.Sizes).items() if isinstance(value, property)]
+  for key in (*sizes.Sizes.model_fields.keys() - {"decoder_block"}, *derived):
+    assert getattr(counted, key) == getattr(config, key)
+  assert counted.decoder_block.value == config.decoder_block.value
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - TINY))

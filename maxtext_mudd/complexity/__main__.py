@@ -1,16 +1,18 @@
-"""`python3 -m maxtext_mudd.complexity yaml/NAME.yml [key=value ...]`, or `--table 1`, `--table 6`."""
+"""`python3 -m maxtext_mudd.complexity yaml/NAME.yml [key=value ...]`, or `--table 1`, `--table 6`, or `--list`.
+
+Checks the files, the names of all keys, the values of the `mudd_*` keys and of the sizes, and whether MUDD connections
+work in a model of this size. Commands that train, compile or decode check MaxText's other keys, and the features that
+do not work with MUDD connections.
+"""
 
 import contextlib
 import logging
-import pathlib
 import sys
 
-from maxtext_mudd import plugin, versions
-from maxtext_mudd.complexity import counts, paper
+from maxtext_mudd import assets, errors, plugin, versions
+from maxtext_mudd.complexity import counts, paper, sizes
 from maxtext_mudd.launch import exit_with
-
-_PACKAGE = pathlib.Path(__file__).parents[1]
-_YAML = next(folder for folder in (_PACKAGE / "yaml", _PACKAGE.parent / "yaml") if folder.is_dir())
+from maxtext_mudd.runs import early, usage
 
 # Model, configuration, and the two ratios in percent as Table 1 prints them; there T = 4096.
 TABLE_1 = (
@@ -28,32 +30,53 @@ TABLE_6 = (
   ("6.9B", "mudd_6p9b", "17"),
 )
 USAGE = (
-  "name a configuration file, as in: python3 -m maxtext_mudd.complexity yaml/mudd_2p8b.yml; or --table 1, --table 6"
+  "name a configuration file, as in: python3 -m maxtext_mudd.complexity yaml/mudd_2p8b.yml (--list names them all); or "
+  "--table 1, --table 6"
 )
 
 
 def main(arguments: list[str]) -> None:
-  if not arguments or arguments[0] in ("-h", "--help"):
+  if not arguments:
     exit_with(USAGE)
+  if arguments[0] in ("-h", "--help"):
+    print(__doc__.strip())
+    return
+  if arguments[0] == "--list":
+    print(usage.listing())
+    return
   if arguments[0].startswith("--table="):
     arguments = arguments[0].split("=", 1)
   if arguments[0] == "--table" and arguments[1:] not in (["1"], ["6"]):
     exit_with(f"--table {' '.join(arguments[1:])}: the tables are 1 (parameters and FLOPs) and 6 (activation memory).")
-  logging.disable(logging.WARNING)
   tables = {"1": table_1, "6": table_6}
-  with contextlib.redirect_stdout(sys.stderr):  # MaxText's imports print
-    try:
-      plugin.install(plugin.Reading(on_error=lambda error: exit_with(str(error))))
-    except versions.UnknownMaxText as error:
-      exit_with(str(error))
+  try:
     rows = tables[arguments[1]]() if arguments[0] == "--table" else describe(read(arguments))
+  except (errors.ConfigError, versions.UnknownMaxText) as error:
+    exit_with(str(error))
   print("\n".join(align(rows)))
 
 
 def read(arguments: list[str], **overrides):
-  from maxtext.configs import pyconfig  # once MaxText is known to be the right one
+  """The sizes of a model; MaxText's whole configuration where these do not follow from files alone.
 
-  return pyconfig.initialize_pydantic(["", *arguments], log_config=False, skip_jax_distributed_system=True, **overrides)
+  Raises:
+    errors.ConfigError: the configuration cannot work.
+    versions.UnknownMaxText: MaxText is missing, or another version is installed.
+  """
+  argv = ["", *arguments]
+  early.check(argv)
+  with errors.one_sentence(sizes.Sizes):
+    model = sizes.read(argv, **overrides)
+  return model or _read_all(argv, overrides)
+
+
+def _read_all(argv: list[str], overrides: dict):
+  logging.disable(logging.WARNING)
+  with contextlib.redirect_stdout(sys.stderr):  # MaxText's imports print
+    plugin.install(plugin.Reading(on_error=lambda error: exit_with(str(error))))  # before MaxText prints a banner
+    from maxtext.configs import pyconfig
+
+    return pyconfig.initialize_pydantic(argv, log_config=False, skip_jax_distributed_system=True, **overrides)
 
 
 def describe(config) -> list[tuple[str, ...]]:
@@ -93,7 +116,7 @@ def table_1() -> list[tuple[str, ...]]:
     ("model", "Table 1", "η/6", "Eq. 13", "released", "Table 1", "η/(3+ρ/4)", "Eq. 15", "released"),
   ]
   for model, name, parameters, flops in TABLE_1:
-    config = read([str(_YAML / f"{name}.yml")], max_target_length=4096)
+    config = read([str(assets.CONFIGURATIONS / f"{name}.yml")], max_target_length=4096)
     made = counts.weight_parameters(config) / (12 * config.num_decoder_layers * config.emb_dim**2)
     rows.append(
       (
@@ -121,7 +144,7 @@ def table_1() -> list[tuple[str, ...]]:
 def table_6() -> list[tuple[str, ...]]:
   rows = [("model", "TFM++", "DenseFormer", "MUDDFM", "DenseFormer", "MUDDFM", "counted", "Table 7")]
   for model, name, measured in TABLE_6:
-    config = read([str(_YAML / f"{name}.yml")])
+    config = read([str(assets.CONFIGURATIONS / f"{name}.yml")])
     plain, blocks = paper.plain_activations(config), config.num_decoder_layers
     rows.append(
       (

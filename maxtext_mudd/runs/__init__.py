@@ -1,1 +1,1 @@
-"""What a run of a launcher needs around MaxText: its data and its place in them, how it ends, and its lock."""
+"""What a run of a launcher needs around MaxText: early checks, help, its data, its lock, its console, how it ends."""

@@ -14,7 +14,7 @@ import sys
 import traceback
 from typing import Any
 
-from maxtext_mudd import errors
+from maxtext_mudd import config_files, errors
 
 DATA_ENDED = 3  # status of a run whose data ended before its steps were done
 _STOPPED = "Training stopped: "
@@ -172,14 +172,7 @@ def _unreadable(run: _Run, error: BaseException) -> End:
 
 def _asks_for_epochs(argv: Sequence[str]) -> bool:
   """Whether `num_epoch` is set by an argument or by a configuration file that is not one of MaxText's."""
-  from maxtext_mudd import config_files  # imports MaxText
-
-  arguments = argv[1:]
-  names = [argument for argument in arguments if argument.endswith(".yml") and "=" not in argument]
-  files = [*config_files.chain(names[0]), *names[1:]] if names else []
-  return any(argument.startswith("num_epoch=") for argument in arguments) or any(
-    "num_epoch" in config_files.load(str(file)) for file in files
-  )
+  return "num_epoch" in config_files.values(argv)
 
 
 def _variables(error: BaseException | None) -> Mapping[str, Any] | None:

@@ -1,0 +1,244 @@
+"""The report of a study: means, paired differences, their intervals, and a picture."""
+
+import collections
+import dataclasses
+import itertools
+import math
+import pathlib
+import statistics
+
+import record
+import scipy.stats
+
+FAR = 1.2  # a final loss above this many times the median of a study's is that of a run that diverged
+COLUMNS = [
+  "difference",
+  "95% interval",
+  "deviation",
+  "paper, nats per token",
+  "tokens/s",
+  "largest gradient norm",
+  "dead",
+]
+NOTES = """
+Held-out loss: in {unit}, after the last step, the mean over seeds and its standard error. Difference: to `{baseline}`
+or the model in brackets, by seed, since runs of one seed read the same rows and start from the same values; its mean,
+the 95% interval of the mean by Student's t, and the deviation of single differences. Paper: the difference of the
+logarithms of Table 5's perplexities, at 405M parameters on the Pile; a token there is about four bytes. Tokens/s: the
+median step of each run, on the machines that the results name, which need not be alike. Dead: runs whose loss was not
+finite, or ended above {far} times the median of the study; they count in no mean.
+
+Rankings of models this small need not be those of large ones.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """Paired differences of one model to another, in the unit of the study.
+
+  Attributes:
+    mean, deviation: of the differences, over seeds.
+    half_width: of the 95% interval of the mean; infinite for one seed.
+  """
+
+  mean: float
+  deviation: float
+  half_width: float
+
+  @classmethod
+  def of(cls, values: list[float]) -> "Difference":
+    mean, n = statistics.fmean(values), len(values)
+    if n < 2:
+      return cls(mean, math.nan, math.inf)
+    deviation = statistics.stdev(values)
+    return cls(mean, deviation, float(scipy.stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n))
+
+  @property
+  def resolved(self) -> bool:
+    return abs(self.mean) > self.half_width
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """One model at one learning rate.
+
+  Attributes:
+    losses: final held-out loss by seed, of the runs that are not dead.
+    dead: seeds of the dead runs.
+    against: name of the model that it is compared with; empty for the baseline.
+    difference: to that model; None where no seed has both.
+  """
+
+  model: str
+  learning_rate: float
+  rows: list[dict]
+  losses: dict[int, float]
+  dead: list[int]
+  against: str
+  difference: Difference | None
+
+
+def final(row: dict) -> float | None:
+  """Held-out loss after the last step; None where that is not finite."""
+  return list(row["held_out"].values())[-1] if row["held_out"] and not row["dead"] else None
+
+
+def summarise(study, cells, results) -> list[Summary]:
+  """One summary for each learning rate and model that has results, in the order of the study."""
+  rows = collections.defaultdict(list)
+  for cell in cells:
+    if row := results.of(cell):
+      rows[cell.learning_rate, cell.model].append(row)
+  finals = [x for found in rows.values() for x in map(final, found) if x is not None]
+  limit = FAR * statistics.median(finals) if finals else math.inf
+  losses, dead = {}, {}
+  for key, found in rows.items():
+    last = {row["seed"]: final(row) for row in found}
+    losses[key] = {seed: x for seed, x in last.items() if x is not None and x <= limit}
+    dead[key] = [seed for seed in last if seed not in losses[key]]
+  summaries = []
+  for rate in study.learning_rates:
+    for name, model in study.models.items():
+      if (key := (rate, name)) not in rows:
+        continue
+      against = "" if name == study.baseline else model.against or study.baseline
+      other = losses.get((rate, against), {})
+      values = [x - other[seed] for seed, x in losses[key].items() if seed in other]
+      difference = Difference.of(values) if values else None
+      summaries.append(Summary(name, rate, rows[key], losses[key], dead[key], against, difference))
+  return summaries
+
+
+def _mean(values: list[float]) -> str:
+  if not values:
+    return "n/a"
+  error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+  return f"{statistics.fmean(values):.4f}{error}"
+
+
+def _row(study, summary: Summary) -> list[str]:
+  rows, difference, model = summary.rows, summary.difference, study.models[summary.model]
+  paper = ""
+  if summary.against and model.paper and study.models[summary.against].paper:
+    paper = f"{math.log(model.paper / study.models[summary.against].paper):+.4f}"
+  named = f" [{summary.against}]" if summary.against not in ("", study.baseline) else ""
+  norms = [row["largest_gradient_norm"] for row in rows]
+  return [
+    summary.model,
+    f"{summary.learning_rate:g}",
+    f"{rows[0]['parameters']:,}",
+    str(len(rows)),
+    _mean(list(summary.losses.values())),
+    f"{difference.mean:+.4f}{named}" if difference else "",
+    f"± {difference.half_width:.4f}" if difference and math.isfinite(difference.half_width) else "",
+    f"{difference.deviation:.4f}" if difference and math.isfinite(difference.deviation) else "",
+    paper,
+    f"{statistics.median(row['tokens_per_second'] for row in rows):,.0f}",
+    "not finite" if None in norms else f"{max(norms):.2f}",
+    str(len(summary.dead)) if summary.dead else "",
+  ]
+
+
+def sentences(summaries: list[Summary], missing: int) -> list[str]:
+  """What the figures say and what they do not."""
+  lines = []
+  if missing:
+    lines.append(f"**Not complete**: {missing} of the study's runs are not in here.")
+  compared = [x for x in summaries if x.difference]
+  within = [f"`{x.model}` at {x.learning_rate:g}" for x in compared if not x.difference.resolved]
+  if within:
+    lines.append(f"The noise hides the sign of the difference for {', '.join(within)}.")
+  deviations = [x.difference.deviation for x in compared if math.isfinite(x.difference.deviation)]
+  means = sorted(x.difference.mean for x in compared)
+  if deviations and len(means) > 1:
+    step = statistics.median(b - a for a, b in itertools.pairwise(means))
+    lines.append(
+      f"Deviation of the paired differences: {statistics.median(deviations):.4f} (median over models); the median step "
+      f"from one difference to the next: {step:.4f}."
+    )
+  return lines
+
+
+def draw(study, summaries: list[Summary], path: pathlib.Path) -> None:
+  """Training loss, and its paired difference to the baseline, over steps: means over seeds, and bands from the lowest
+  to the highest seed."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 6), layout="constrained")
+  curves = {
+    (x.model, x.learning_rate): {
+      row["seed"]: {int(step): loss for step, loss in row["train"].items() if loss is not None} for row in x.rows
+    }
+    for x in summaries
+  }
+  colors = pyplot.get_cmap("tab20")
+  for number, summary in enumerate(summaries):
+    mine = curves[summary.model, summary.learning_rate]
+    other = curves.get((summary.against or study.baseline, summary.learning_rate), {})
+    label = summary.model if len(study.learning_rates) == 1 else f"{summary.model}, {summary.learning_rate:g}"
+    style = {"color": colors(number % 20), "label": label}
+    _band(left, list(mine.values()), **style)
+    if summary.against:
+      paired = [
+        {s: x - other[seed][s] for s, x in c.items() if s in other[seed]} for seed, c in mine.items() if seed in other
+      ]
+      _band(right, paired, **style)
+  losses = [x for by_seed in curves.values() for curve in by_seed.values() for x in curve.values()]
+  if losses:
+    left.set_ylim(0.97 * min(losses), sorted(losses)[int(0.9 * (len(losses) - 1))])
+  left.set(xlabel="step", ylabel=f"training loss, {study.unit}")
+  right.axhline(0, color="black", linewidth=0.8)
+  right.set(xlabel="step", ylabel=f"difference to {study.baseline} (same seed), {study.unit}")
+  left.legend(fontsize=8)
+  for axes in (left, right):
+    axes.grid(alpha=0.3)
+  figure.savefig(path, dpi=110)
+  pyplot.close(figure)
+
+
+def _band(axes, curves: list[dict[int, float]], **style) -> None:
+  steps = sorted(set.intersection(*map(set, curves))) if curves else []
+  if not steps:
+    return
+  by_step = [[curve[step] for curve in curves] for step in steps]
+  axes.plot(steps, [statistics.fmean(x) for x in by_step], linewidth=1.3, **style)
+  axes.fill_between(steps, [min(x) for x in by_step], [max(x) for x in by_step], alpha=0.15, color=style["color"])
+
+
+def write(study, cells, results, file: pathlib.Path) -> str:
+  """Writes NAME.md and NAME.png beside the results; the Markdown."""
+  summaries = summarise(study, cells, results)
+  missing = sum(results.of(cell) is None for cell in cells) + sum(
+    len(study.seeds) * len(study.learning_rates)
+    for model in study.models.values()
+    if model.same_time_as and model.same_time_as not in results.ratios()
+  )
+  picture = results.path.with_suffix(".png")
+  draw(study, summaries, picture)
+  used = [row for summary in summaries for row in summary.rows]
+  machines = sorted({f"{row['cpu']}, {row['cores']} core(s)" for row in used})
+  commits = sorted({row["commit"] for row in used})
+  timings = [
+    f"- step time of `{row['model']}` over `{row['against']}`: {row['ratio']['median']:.3f}, quartiles "
+    f"{row['ratio']['lower_quartile']:.3f} to {row['ratio']['upper_quartile']:.3f}, in turn in one process\n"
+    for row in results.rows()
+    if row["kind"] == "timing"
+  ]
+  length = f"about {study.tokens:,}" if study.tokens else "as configured"
+  text = (
+    f"# {results.path.stem}\n\n- command: `python benchmarks/study.py {file.as_posix()}`, then `--report`\n"
+    f"- tokens of a run: {length}; seeds: {', '.join(map(str, study.seeds))}\n"
+    f"- machines: {'; '.join(machines)}\n- commits: {', '.join(commits)}\n{''.join(timings)}\n"
+    + record.table(
+      ["model", "rate", "parameters", "runs", f"held-out {study.unit}", *COLUMNS],
+      [_row(study, summary) for summary in summaries],
+    )
+    + "".join(f"\n{line}\n" for line in sentences(summaries, missing))
+    + NOTES.format(baseline=study.baseline, far=FAR, unit=study.unit)
+    + f"\n![Curves]({picture.name})\n"
+  )
+  results.path.with_suffix(".md").write_text(text)
+  return text

@@ -1,0 +1,112 @@
+"""What the launchers answer to `--help` and `--list`, without importing JAX or MaxText."""
+
+from collections.abc import Mapping, Sequence
+import importlib.util
+import pathlib
+import textwrap
+
+from maxtext_mudd import assets, config_files
+
+_RUN = {
+  "run_name": "name of the run's folder; a run of this name that exists is resumed",
+  "base_output_directory": "folder of all runs, local or gs://",
+}
+_BATCH = {
+  "per_device_batch_size": "sequences of a step for each device; 0.5: one for two devices",
+  "max_target_length": "tokens of a sequence",
+}
+_DATA = {
+  "dataset_type": "grain, hf, tfds or synthetic; their keys:",
+  "grain_train_files": "grain: Parquet files, or a pair of Megatron's (grain_file_type=mmap)",
+  "hf_path": "hf: text, json, csv or parquet for local files, or a data set's name",
+  "hf_train_files": "hf: files, or a quoted pattern",
+  "tokenizer_path": "folder or name of a tokenizer; maxtext_mudd/byte works offline",
+}
+_DEVICES = {
+  "hardware": "tpu, gpu or cpu; on a CPU with skip_jax_distributed_system=true",
+}
+# By module: what the command does, and its main keys.
+COMMANDS = {
+  "train": (
+    "Trains a model, or resumes its run.",
+    _RUN
+    | {
+      "steps": "length of the run",
+      "learning_rate": "at its peak",
+      "checkpoint_period": "steps from one checkpoint to the next",
+      "eval_interval": "steps from one evaluation to the next; -1: none",
+      "load_parameters_path": "checkpoint whose parameters a new run starts from",
+    }
+    | _BATCH
+    | _DATA
+    | _DEVICES,
+  ),
+  "train_compile": (
+    "Compiles the train step of a model for TPUs that are not here.",
+    {
+      "compile_topology": "what to compile for, such as v5p-8",
+      "compile_topology_num_slices": "number of slices",
+      "remat_policy": "what the backward pass recomputes: full, minimal, ...",
+      "scan_layers": "true: compile one layer for all",
+    }
+    | _BATCH,
+  ),
+  "decode": (
+    "Continues a prompt.",
+    {
+      "load_parameters_path": "checkpoint: OUTPUT/RUN/checkpoints/STEP, or what `convert` wrote",
+      "prompt": "the text to continue",
+      "max_prefill_predict_length": "tokens that a prompt may have",
+      "max_target_length": "tokens of prompt and continuation",
+      "decode_sampling_strategy": "greedy, weighted, nucleus, topk or composite",
+      "tokenizer_path": "folder or name of the model's tokenizer",
+    }
+    | _DEVICES,
+  ),
+}
+
+
+def answer(command: str, arguments: Sequence[str]) -> str:
+  """The text that a command prints instead of running; empty where the arguments ask for none.
+
+  Args:
+    command: a key of `COMMANDS`.
+  """
+  if {"-h", "--help"} & set(arguments):
+    return _help(command, *COMMANDS[command])
+  return listing() if "--list" in arguments else ""
+
+
+def listing() -> str:
+  """The configuration files of this package, one a line: its name, and its first line if that is a comment."""
+  names = config_files.packaged()
+  comments = [(assets.CONFIGURATIONS / name).read_text().partition("\n")[0] for name in names]
+  comments = [comment.removeprefix("#").strip() if comment.startswith("#") else "" for comment in comments]
+  width = max(map(len, names), default=0)
+  return "\n".join(f"{name:<{width}}  {comment}".rstrip() for name, comment in zip(names, comments))
+
+
+def _help(command: str, purpose: str, keys: Mapping[str, str]) -> str:
+  width = max(map(len, keys)) + 1
+  rows = [f"  {key + '=':<{width}}  {meaning}" for key, meaning in keys.items()]
+  maxtext = importlib.util.find_spec("maxtext")
+  stock = pathlib.Path(maxtext.origin).parent / "configs" / "base.yml" if maxtext else "base.yml of MaxText"
+  rest = textwrap.dedent(f"""
+    All keys, with their defaults:
+      mudd_*    {assets.CONFIGURATIONS / "mudd_base.yml"}
+      MaxText   {stock}
+  """)
+  head = textwrap.dedent(f"""\
+    usage: python3 -m maxtext_mudd.{command} MODEL.yml [FURTHER.yml ...] [key=value ...]
+
+    {purpose}
+
+      MODEL.yml    a path, or a file of this package: mudd_2p8b.yml, yaml/mudd_2p8b.yml
+      FURTHER.yml  overrides keys of the model: data/pile.yml, data/local_text.yml, data/synthetic.yml
+      key=value    overrides both
+      --list       prints the files of this package
+      --help       prints this text
+
+    Main keys:
+  """)
+  return head + "\n".join(rows) + "\n" + rest.rstrip()

@@ -1,0 +1,81 @@
+"""The report of a study, on made-up results with known statistics."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from tests import runs
+
+sys.path.insert(0, str(runs.ROOT / "benchmarks"))
+
+import study
+import study_report
+
+PLAN = study.Study(
+  config="model.yml",
+  tokens=1000,
+  seeds=[0, 1, 2],
+  learning_rates=[0.003],
+  baseline="plain",
+  models={"plain": {"paper": 12.0}, "better": {"paper": 11.0}, "same": {}, "broken": {}},
+)
+LOSSES = {
+  "plain": [2.0, 2.1, 2.2],
+  "better": [1.9, 1.99, 2.11],  # differences -0.10, -0.11, -0.09
+  "same": [2.01, 2.08, 2.21],  # +0.01, -0.02, +0.01
+  "broken": [2.0, 9.0, None],  # one that diverged, one that was not finite
+}
+
+
+@pytest.fixture
+def report(tmp_path):
+  (tmp_path / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 5\n")
+  results = study.Results(tmp_path / "study-plan.jsonl")
+  cells = study.cells(PLAN, tmp_path, {})
+  for cell in cells:
+    loss = LOSSES[cell.model][cell.seed]
+    row = {"kind": "cell", "cell": cell.name, "fingerprint": cell.fingerprint, "model": cell.model, "seed": cell.seed}
+    row |= {"dead": None if loss else "the loss of step 7 is not finite", "held_out": {"0": 8.0, "100": loss}}
+    row |= {"train": {"9": 5.0, "19": loss}, "parameters": 1000, "tokens_per_second": 50.0, "commit": "abc"}
+    row |= {"largest_gradient_norm": loss and 3.0, "cpu": "a CPU", "cores": 1, "learning_rate": cell.learning_rate}
+    results.append(row)
+  return PLAN, cells, results
+
+
+def test_statistics(report):
+  summaries = {x.model: x for x in study_report.summarise(*report)}
+  better = summaries["better"].difference
+  np.testing.assert_allclose([better.mean, better.deviation], [-0.1, 0.01], rtol=1e-6)
+  np.testing.assert_allclose(better.half_width, 4.302653 * 0.01 / math.sqrt(3), rtol=1e-5)  # t of 2 degrees of freedom
+  assert better.resolved
+  assert not summaries["same"].difference.resolved
+  assert summaries["plain"].difference is None
+
+
+def test_dead_runs_are_counted_and_left_out_of_means(report):
+  broken = next(x for x in study_report.summarise(*report) if x.model == "broken")
+  assert broken.dead == [1, 2]
+  assert broken.losses == {0: 2.0}
+
+
+def test_the_written_report(report, tmp_path):
+  text = study_report.write(*report, tmp_path / "plan.yml")
+  row = next(line for line in text.splitlines() if line.startswith("| better"))
+  for cell in ("2.0000 ± 0.0608", "-0.1000", "± 0.0248", "0.0100", f"{math.log(11 / 12):+.4f}", "3.00"):
+    assert f"| {cell} |" in row, (cell, row)
+  assert "The noise hides the sign of the difference for `same` at 0.003" in text
+  assert "`better` at" not in text
+  assert "not finite" in next(line for line in text.splitlines() if line.startswith("| broken"))
+  assert (tmp_path / "study-plan.png").read_bytes().startswith(b"\x89PNG")
+  assert (tmp_path / "study-plan.md").read_text() == text
+
+
+def test_a_report_of_part_of_a_study_says_so(report, tmp_path):
+  plan, cells, _ = report
+  part = study.Results(tmp_path / "part.jsonl")
+  for row in report[2].rows()[:4]:
+    part.append(row)
+  text = study_report.write(plan, cells, part, tmp_path / "plan.yml")
+  assert "**Not complete**: 8 of the study's runs are not in here." in text

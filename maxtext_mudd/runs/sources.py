@@ -27,7 +27,9 @@ class Columns:
 
 def cache_folder() -> pathlib.Path:
   """Where `text_files` keeps converted text; it can be deleted at any time that no run reads it."""
-  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maxtext-mudd" / "text"
+  # Not Path.expanduser, which raises for users without a home folder, whatever data they read.
+  caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+  return pathlib.Path(caches).absolute() / "maxtext-mudd" / "text"
 
 
 def splits(config) -> tuple[str, ...]:

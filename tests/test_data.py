@@ -1,30 +1,15 @@
 """Megatron's .bin and .idx maps, as the Pile comes: the tokens that the model sees are those of the file."""
 
-import struct
-
 import jax
 from maxtext.common.data_loader import DataLoader
 from maxtext.trainers.pre_train import train
 import numpy as np
 import pytest
 
-from tests import runs
+from tests import data_files, runs
 
 EOD = 0
 ROWS, LENGTH = 2, 32
-
-
-def write_pair(prefix, documents) -> None:
-  """Megatron's indexed data set: the tokens one after another, and where each document starts."""
-  sizes = [len(document) for document in documents]
-  starts = np.cumsum([0, *sizes[:-1]]) * 2
-  with open(f"{prefix}.bin", "wb") as file:
-    file.write(np.concatenate(documents).astype("<u2").tobytes())
-  with open(f"{prefix}.idx", "wb") as file:
-    file.write(b"MMIDIDX\x00\x00" + struct.pack("<QB", 1, 8))  # version 1, unsigned 16 bits
-    file.write(struct.pack("<QQ", len(sizes), len(sizes) + 1))
-    file.write(np.asarray(sizes, "<i4").tobytes() + np.asarray(starts, "<i8").tobytes())
-    file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +17,7 @@ def pair(tmp_path_factory):
   rng = np.random.default_rng(0)
   documents = [np.append(rng.integers(1, 300, n), EOD) for n in rng.integers(5, 90, 40)]
   prefix = tmp_path_factory.mktemp("maps") / "document"
-  write_pair(prefix, documents)
+  data_files.write_pair(prefix, documents)
   return prefix, np.concatenate(documents)
 
 

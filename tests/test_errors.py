@@ -22,7 +22,7 @@ import pytest
 from maxtext_mudd import devices, errors, plugin, preflight, train, train_compile
 from maxtext_mudd.config import REMAT_POLICIES, MuddConfig
 from maxtext_mudd.errors import ConfigError
-from tests import models, runs
+from tests import data_files, models, runs
 
 MISTAKES = {
   "mistyped key": (["mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
@@ -407,7 +407,7 @@ UNREADABLE = {
   "no rows": (pa.table({"text": pa.array([], pa.string())}), "{key}: the file holds no text; write it again."),
   "no bytes": (b"", "{key}: the file holds no text; write it again."),
   "half a file": (b"PAR1 and then nothing", "{key} is not a complete parquet file; write it again."),
-  "another column": (pa.table({"content": ["x"]}), "{key} has no column 'text'; it has content."),
+  "another column": (pa.table({"content": ["x"]}), "{key}: the file has no column 'text'; it has content."),
   "numbers": (pa.table({"text": [1, 2]}), "{key}: column 'text' holds int64; text or token lists are needed."),
   "a folder": (None, "{key} is not a file; name files, or a pattern that matches files."),
 }
@@ -431,8 +431,7 @@ def test_corpus_that_cannot_be_read(kind, tmp_path, monkeypatch, capsys):
 
 def test_files_that_maxtext_finds_are_not_refused(tmp_path, monkeypatch):
   """A hub's own paths, remote files, folders of mmap_npy, Megatron pairs, and the home folder."""
-  (tmp_path / "pair.bin").write_bytes(b"1")
-  (tmp_path / "pair.idx").write_bytes(b"1")
+  data_files.write_pair(tmp_path / "pair", [np.arange(5)])
   (tmp_path / "home.parquet").write_bytes(pathlib.Path(corpus_file(tmp_path)).read_bytes())
   monkeypatch.setenv("HOME", str(tmp_path))
   output = f"base_output_directory={tmp_path / 'out'}"
@@ -445,7 +444,7 @@ def test_files_that_maxtext_finds_are_not_refused(tmp_path, monkeypatch):
     ["grain_train_files=~/home.parquet"],
   ):
     cfg = pyconfig.initialize_pydantic(["", runs.RUN_YML, "run_name=x", output, *overrides])
-    preflight.check_training(cfg)
+    preflight.check_files(cfg)
 
 
 def corpus_file(folder) -> str:
@@ -528,7 +527,7 @@ def test_files_laid_over_a_model():
   assert (cfg.mudd, cfg.base_emb_dim) == (True, 32)  # the model's
   text = str(runs.ROOT / "yaml" / "data" / "local_text.yml")
   cfg = pyconfig.initialize_pydantic(["", runs.RUN_YML, text, "run_name=x", "hf_train_files=a.txt"])
-  assert (cfg.dataset_type.value, cfg.hf_path, cfg.hf_train_files, cfg.packing) == ("hf", "text", "a.txt", True)
+  assert (cfg.dataset_type.value, cfg.hf_path, cfg.hf_train_files, cfg.packing) == ("grain", "text", "a.txt", True)
 
 
 def test_a_pair_without_its_index(tmp_path, monkeypatch, capsys):

@@ -5,9 +5,10 @@ import io
 import logging
 import os
 
-from maxtext_mudd import config_files, plugin, preflight, slices
+from maxtext_mudd import config_files, plugin, slices
 from maxtext_mudd.cluster.request import IN_IMAGE, ROOT, Request
 from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.runs import sources
 
 WORKDIR = "/app"  # of the image
 _LIKE = "v5p-8"  # stands for the TPU types that MaxText does not know by XPK's name
@@ -33,7 +34,7 @@ def check(request: Request) -> list[str]:
 
     devices.check_mesh(config)
     devices.check_batch(config)
-  return [path for key, value in preflight.data_files(config) for path in _local(key, value, config)]
+  return [path for key, value in sources.data_files(config) for path in _local(key, value, config)]
 
 
 def _check_chain(name: str) -> None:
@@ -76,11 +77,11 @@ def _check_hardware(config, request: Request) -> None:
     )
 
 
-def _local(key: str, value: str | list, config) -> list[str]:
+def _local(key: str, value: str, config) -> list[str]:
   if key.startswith("hf") and not value:
     raise ConfigError(f"{key}='' names no data; set it to files, or to a pattern that matches files.")
-  patterns = [entry.split(",")[0] for entry in preflight.entries(value)]
-  remote = [pattern for pattern in patterns if preflight.REMOTE in pattern]
+  patterns = [pattern for pattern, _ in sources.entries(key, value)]
+  remote = [pattern for pattern in patterns if sources.REMOTE in pattern]
   if remote and key.startswith("grain") and config.grain_file_type == "mmap":
     raise ConfigError(
       f"{key}={remote[0]}: Megatron maps are read from a file system; mount the bucket, as docs/cluster.md says, and "

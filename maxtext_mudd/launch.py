@@ -18,7 +18,7 @@ from maxtext_mudd import errors, plugin, versions
 from maxtext_mudd.runs import early, ends, usage
 
 
-def launch(entry_point: str, check: Callable | None = None) -> None:
+def launch(entry_point: str, check: Callable | None = None, check_early: Callable | None = None) -> None:
   """Runs the `main` of a stock MaxText module as its own script does.
 
   An unknown MaxText, a configuration that cannot work, and a checkpoint that cannot be restored end the process with
@@ -30,6 +30,7 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
   Args:
     entry_point: name of the module.
     check: called with the configuration as soon as it is read; raises ConfigError for what cannot work.
+    check_early: `check_settings` of `early.check`.
   """
   if len(sys.argv) < 2:
     exit_with(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine (see --help)")
@@ -37,7 +38,7 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
     print(text)
     return
   try:
-    early.check(sys.argv)
+    early.check(sys.argv, check_early)
   except (errors.ConfigError, versions.UnknownMaxText) as error:
     exit_with(str(error))
   seen = []

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 
 import jax
 import pyarrow as pa
@@ -32,11 +31,11 @@ def check_training(config) -> None:
 
 def check_files(config) -> None:
   """Raises ConfigError for local data files that are not named, do not exist, or are of another format."""
+  sources.check(config)
   for key, value in sources.data_files(config):
-    if value:
-      _check_files(key, value, config)
-    elif key.startswith("hf"):  # of grain, MaxText says it itself
-      raise ConfigError(f"{key}='' names no data; set it to files, or to a pattern that matches files.")
+    for pattern, _ in sources.entries(key, value) if value else ():
+      if sources.REMOTE not in pattern:
+        _check_files(key, pattern, config)
 
 
 def _check_start(config) -> None:
@@ -60,22 +59,15 @@ def _entries(folder: str) -> list[os.DirEntry]:
   return list(os.scandir(folder)) if folder and os.path.isdir(folder) else []
 
 
-def _check_files(key: str, value: str, config) -> None:
-  for pattern, weight in sources.entries(key, value):
-    if sources.REMOTE in pattern:
-      continue
-    if weight and not re.fullmatch(r"[0-9.eE+-]+", weight):
-      raise ConfigError(f"{key}={pattern},{weight}: {weight!r} is not a weight; write pattern,number.")
-    files = sources.matches(key, pattern, config)
-    if not files:
-      raise ConfigError(f"{key}={pattern}: no such file; yaml/README.md says where data comes from.")
-    if sources.file_type(key, config) == "mmap":
-      for fault in filter(None, (token_maps.fault(str(file.with_suffix(""))) for file in files)):
-        raise ConfigError(f"{key}={pattern}: {fault}")
-      continue
-    for file in files:
-      _check_file(key, file, config)
-    _check_workers(key, len(files), config)
+def _check_files(key: str, pattern: str, config) -> None:
+  files = sources.matches(key, pattern, config)
+  if sources.file_type(key, config) == "mmap":
+    for fault in filter(None, (token_maps.fault(str(file.with_suffix(""))) for file in files)):
+      raise ConfigError(f"{key}={pattern}: {fault}")
+    return
+  for file in files:
+    _check_file(key, file, config)
+  _check_workers(key, len(files), config)
 
 
 def _check_file(key: str, file: pathlib.Path, config) -> None:

@@ -1,7 +1,7 @@
 """Stock `maxtext.trainers.pre_train.train` with MUDD connections: `python3 -m maxtext_mudd.train FILE.yml`."""
 
 from maxtext_mudd.launch import launch
-from maxtext_mudd.runs import run_lock
+from maxtext_mudd.runs import run_lock, sources
 
 
 def check_training(config) -> None:
@@ -22,7 +22,7 @@ def run() -> None:
       check_training(config)
       lock.take(config)
 
-    launch("maxtext.trainers.pre_train.train", check=check)
+    launch("maxtext.trainers.pre_train.train", check=check, check_early=sources.check)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import pytest
 from maxtext_mudd import config_files, errors
 from maxtext_mudd.config import MuddConfig
 from maxtext_mudd.keys import MuddKeys
-from maxtext_mudd.runs import early, usage
+from maxtext_mudd.runs import early, sources, usage
 from tests import runs
 
 MODEL = str(runs.ROOT / "yaml" / "mudd_405m.yml")
+TINY = str(runs.ROOT / "yaml" / "mudd_tiny.yml")
 FIXED = ("run_name=x", "log_config=false", "skip_jax_distributed_system=true")
 
 
@@ -60,6 +61,32 @@ def test_files_are_refused_by_the_same_sentence(tmp_path):
   ):
     (tmp_path / "my.yml").write_text(text)
     assert refusal(early.check, file) == refusal(pyconfig.initialize_pydantic, file)
+
+
+@pytest.mark.parametrize(
+  "arguments, says",
+  [
+    (
+      ["grain_train_files=none.parquet"],
+      "grain_train_files=none.parquet: no such file; yaml/README.md says where data",
+    ),
+    (["grain_train_files=a,x;b,1"], "grain_train_files=a,x: 'x' is not a weight; write pattern,number."),
+    (["data/local_text.yml", "hf_train_files=none.txt"], "hf_train_files=none.txt: no such file"),
+    (["data/local_text.yml"], "hf_train_files='' names no data"),
+  ],
+)
+def test_data_that_are_not_there(arguments, says):
+  with pytest.raises(errors.ConfigError) as refused:
+    early.check(["", TINY, *arguments], sources.check)
+  assert says in str(refused.value)
+
+
+def test_data_that_may_be_there():
+  files = f"grain_train_files={__file__}"
+  early.check(["", TINY, files, "eval_interval=-1"], sources.check)
+  early.check(["", TINY, "grain_train_files=gs://bucket/none", "eval_interval=-1"], sources.check)
+  early.check(["", TINY, "dataset_type=synthetic", "grain_train_files=none"], sources.check)
+  early.check(["", TINY, files, "eval_interval=x"], sources.check)  # refused later, for what it is
 
 
 def accept(*arguments):

@@ -4,10 +4,12 @@ Refuses a part of what MuddConfig refuses, in the same sentences and by the same
 """
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+import contextlib
 import functools
 import os
 import pathlib
+import types
 
 import omegaconf
 
@@ -20,12 +22,13 @@ _PROMPT = "prompt="
 
 
 @errors.reachable()
-def check(argv: Sequence[str]) -> None:
+def check(argv: Sequence[str], check_settings: Callable[[types.SimpleNamespace], None] | None = None) -> None:
   """Checks the version of MaxText, and the files, the names of keys and the `mudd_*` values of a command line.
 
   Args:
     argv: as in `sys.argv`, the name of the program first. Nothing but the version is checked where flags of Abseil are
       among the arguments: these may have values that look like arguments.
+    check_settings: a further check, given all keys with the values that MaxText's configuration class will be given.
 
   Raises:
     ConfigError: the configuration cannot work.
@@ -39,6 +42,10 @@ def check(argv: Sequence[str]) -> None:
     check_keys(values)
     if not is_changed_later(values):
       MuddKeys(**{key: value for key, value in plain(values).items() if key in MuddKeys.model_fields})
+      if check_settings and values.get("base_config") in (None, str(config_files.stock_file())):
+        stock = omegaconf.OmegaConf.load(config_files.stock_file())
+        with contextlib.suppress(TypeError, AttributeError):  # a value of another type, which is refused later
+          check_settings(types.SimpleNamespace(**plain(omegaconf.OmegaConf.merge(stock, values))))
 
 
 def check_keys(keys: Iterable[str]) -> None:

@@ -5,6 +5,10 @@ import dataclasses
 import glob
 import os
 import pathlib
+import re
+
+from maxtext_mudd import assets
+from maxtext_mudd.errors import ConfigError
 
 REMOTE = "://"
 LOCAL_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`; any other hf_path names a hub's files
@@ -45,6 +49,26 @@ def data_files(config) -> Iterator[tuple[str, str]]:
   for split in splits(config):
     if key := _key(config, split):
       yield key, getattr(config, key) or ""
+
+
+def check(config) -> None:
+  """Raises ConfigError for local files that are not named, or are not there."""
+  for key, value in data_files(config):
+    if not value and key.startswith("hf"):  # of grain, MaxText says it itself
+      raise ConfigError(f"{key}='' names no data; set it to files, or to a pattern that matches files.")
+    for pattern, weight in entries(key, value) if value else ():
+      if REMOTE in pattern:
+        continue
+      if weight and not re.fullmatch(r"[0-9.eE+-]+", weight):
+        raise ConfigError(f"{key}={pattern},{weight}: {weight!r} is not a weight; write pattern,number.")
+      if not matches(key, pattern, config):
+        raise ConfigError(f"{key}={pattern}: no such file; {_readme()} says where data comes from.")
+
+
+def _readme() -> str:
+  """Where the page about data is: as a path from here, if it is below."""
+  path = assets.CONFIGURATIONS / "README.md"
+  return str(path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path)
 
 
 def _key(config, split: str) -> str:

@@ -149,6 +149,12 @@ class MuddConfig(MaxTextConfig):
     "auto", description="Depth-wise aggregation: fused on TPU (pallas) and plain elsewhere (xla), or as named."
   )
 
+  log_console: Literal["brief", "full"] = Field(
+    "brief",
+    description="brief: the console shows progress, results, warnings and errors, and log.txt in the run's folder gets "
+    "everything; full: MaxText's console, as always where base_output_directory is remote (gs://...).",
+  )
+
   @model_validator(mode="before")
   @classmethod
   def _check_topology(cls, values: dict) -> dict:

@@ -9,13 +9,15 @@ import pathlib
 
 from maxtext_mudd.errors import ConfigError, reachable
 from maxtext_mudd.launch import launch
+from maxtext_mudd.runs import console
 
 _PROMPT = "prompt="
 
 
 def run() -> None:
   """Decodes; what is read is checked before anything is compiled."""
-  launch("maxtext_mudd.decode", check=check_decoding)
+  with console.Console(writes_log=False):
+    launch("maxtext_mudd.decode", check=check_decoding)
 
 
 @reachable()
@@ -76,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
   if words.eos_id in made:
     made = made[: made.index(words.eos_id)]
   output = words.decode(made)
-  print(f"Input `{text}` -> `{output}`")
+  console.show(f"Input `{text}` -> `{output}`")
   if not output.startswith(config.autoregressive_decode_assert):
     raise ConfigError(
       f"autoregressive_decode_assert={config.autoregressive_decode_assert}: the text does not begin so: {output!r}."

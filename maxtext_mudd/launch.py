@@ -15,6 +15,7 @@ import omegaconf
 import yaml
 
 from maxtext_mudd import errors, plugin, versions
+from maxtext_mudd.runs import console
 
 
 def launch(entry_point: str, check: Callable | None = None) -> None:
@@ -40,6 +41,7 @@ def launch(entry_point: str, check: Callable | None = None) -> None:
     _devices().check_mesh(config)
     if check:
       check(config)
+    console.configured(config)
 
   try:
     plugin.install(plugin.Reading(check=read, on_error=lambda error: exit_with(str(error))))
@@ -97,7 +99,7 @@ def keys(arguments: Sequence[str]) -> dict[str, Any]:
 
 def exit_with(sentence: str) -> NoReturn:
   """Ends the process as every mistake of a user does."""
-  print(f"maxtext-mudd: {sentence}", file=sys.stderr)
+  console.refuse(f"maxtext-mudd: {sentence}")
   logging.disable()  # of threads that are still ending
   sys.exit(2)
 

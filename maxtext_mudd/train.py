@@ -1,6 +1,7 @@
 """Stock `maxtext.trainers.pre_train.train` with MUDD connections: `python3 -m maxtext_mudd.train FILE.yml`."""
 
 from maxtext_mudd.launch import launch
+from maxtext_mudd.runs.console import Console
 
 
 def check_training(config) -> None:
@@ -12,7 +13,8 @@ def check_training(config) -> None:
 
 def run() -> None:
   """Trains; what the run reads and writes is checked before anything is compiled."""
-  launch("maxtext.trainers.pre_train.train", check=check_training)
+  with Console():
+    launch("maxtext.trainers.pre_train.train", check=check_training)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ def main(argv: Sequence[str]) -> None:
     path = str(parameters.items(config.load_parameters_path))
     update = {"load_parameters_path": os.path.abspath(path)}
     config = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))
+  if console.stderr().isatty():
+    print("reading the checkpoint and compiling ...", file=console.stderr())
   model = parameters.load(config)
   sampling = generation.Sampling.from_config(config)
   found = generation.decode(model, config, [prompt], number, sampling, seed=config.init_weights_seed)

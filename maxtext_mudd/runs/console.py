@@ -3,7 +3,7 @@
 Between the start of a `Console` and its end the process' standard output and error, C++ and child processes included,
 are files: first temporary ones, for only the configuration says where the run's folder is and what `log_console` is;
 then RUN/log.txt. The console shows lines of `Progress`, warnings once each, errors, and what is given to `show` and
-`show_error`.
+`refuse`.
 """
 
 from collections.abc import Iterator
@@ -43,6 +43,11 @@ def show(text: str) -> None:
     print(text)
 
 
+def stderr() -> TextIO:
+  """The real standard error, for progress of a launcher that is not training."""
+  return _active.err if _active else sys.stderr
+
+
 def refuse(sentence: str) -> None:
   """Prints to the real standard error with what sentence the process ends. Its log is dropped if it did no step."""
   if _active:
@@ -66,6 +71,7 @@ class Console:
 
   Attributes:
     writes_log: whether the run has a folder for log.txt; if not, what is not shown is dropped at a good end.
+    err: the real standard error.
   """
 
   def __init__(self, writes_log: bool = True):
@@ -85,7 +91,7 @@ class Console:
     global _active
     self._restore = contextlib.ExitStack()
     self._out = self._restore.enter_context(_real(sys.stdout, 1))
-    self._err = self._restore.enter_context(_real(sys.stderr, 2))
+    self.err = self._restore.enter_context(_real(sys.stderr, 2))
     self._held = [self._restore.enter_context(tempfile.TemporaryFile()) for _ in range(2)]  # noqa: SIM115
     for fd, held in zip((1, 2), self._held):
       self._restore.callback(os.close, saved := os.dup(fd))
@@ -136,7 +142,7 @@ class Console:
 
     def show(arguments) -> None:
       threading.__excepthook__(arguments)  # to the log
-      self._print("".join(traceback.format_exception(*arguments[:3])).rstrip(), self._err)
+      self._print("".join(traceback.format_exception(*arguments[:3])).rstrip(), self.err)
 
     threading.excepthook = show
     logging.captureWarnings(True)
@@ -155,7 +161,7 @@ class Console:
     self._refused = True
     self._seen.add(sentence)
     print(sentence, file=sys.stderr)  # to the log
-    self._print(sentence, self._err)
+    self._print(sentence, self.err)
 
   def handle(self, record: logging.LogRecord) -> None:
     """Shows what is to be shown of a log record."""
@@ -169,7 +175,7 @@ class Console:
       if record.levelno >= logging.WARNING:
         self._show_warning(record, message)
       elif message.startswith("Training stopped: "):
-        self._print(message, self._err)
+        self._print(message, self.err)
       elif self._progress:
         self._advance(message)
 
@@ -193,14 +199,14 @@ class Console:
       message += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
     if message not in self._seen:
       self._seen.add(message)
-      self._print(f"{record.levelname.lower()}: {message}", self._err)
+      self._print(f"{record.levelname.lower()}: {message}", self.err)
 
   def _show_what_was_logged(self) -> None:
     for line in _TO_SHOW.finditer(self._log.news()):
       text = (line["native"] or line["sentence"]).decode(errors="replace")
       if text not in self._seen:
         self._seen.add(text)
-        self._print(f"error: {text}" if line["native"] else text, self._err)
+        self._print(f"error: {text}" if line["native"] else text, self.err)
 
   def _show_bar(self) -> None:
     if not self._bar and self._out.isatty():
@@ -229,7 +235,7 @@ class Console:
     """Prints what was held back, and ends the redirection."""
     global _active
     _active = None
-    for held, stream, redirected in zip(self._held, (self._out, self._err), (sys.stdout, sys.stderr)):
+    for held, stream, redirected in zip(self._held, (self._out, self.err), (sys.stdout, sys.stderr)):
       redirected.flush()
       held.seek(0)
       stream.write(held.read().decode(errors="backslashreplace"))
@@ -259,7 +265,7 @@ class Console:
     has_trained = self._progress is not None and self._progress.done is not None
     self._log.close(drop=(self._refused and not has_trained) or (is_good and not self.writes_log))
     if crash and self._log.is_temporary:
-      self._print(f"maxtext-mudd: the log of this run is {self._log.path}.", self._err)
+      self._print(f"maxtext-mudd: the log of this run is {self._log.path}.", self.err)
 
 
 class _Handler(logging.Handler):

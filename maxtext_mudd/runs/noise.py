@@ -9,6 +9,8 @@ import sys
 from typing import TextIO
 import warnings
 
+from absl import logging as absl_logging
+
 _WARNINGS = (
   # Orbax asks itself for this: every parameter that it restores for MaxText gets a TensorStore context of its own.
   r"ParamInfo\(name='.*'\) created with ts_context=None",
@@ -44,13 +46,14 @@ def hidden() -> Iterator[None]:
     def filter(self, record: logging.LogRecord) -> bool:
       return not is_known(record.getMessage())
 
-  logger, known = logging.getLogger("absl"), Filter()  # Orbax and MaxText log through absl
+  logger, known = absl_logging.get_absl_logger(), Filter()  # through which Orbax and MaxText log
   logger.addFilter(known)
   try:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(_WithoutLines(sys.stdout)):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(_WithoutLines(sys.stdout)) as stdout:
       for message in _WARNINGS:
         warnings.filterwarnings("ignore", message)
       yield
+      stdout.flush()
   finally:
     logger.removeFilter(known)
 

@@ -1,6 +1,7 @@
 """Commands on good runs print their results, and no warnings that ask nothing of anybody."""
 
 import logging
+import re
 import subprocess
 import sys
 import warnings
@@ -63,4 +64,5 @@ def test_decode_and_evaluate_print_their_results_alone(tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith(begins)
-    assert not finished.stderr
+    # lm-evaluation-harness draws bars of its progress there.
+    assert not [line for line in finished.stderr.splitlines() if line and not re.search(r"\d+%\|.*\|", line)]

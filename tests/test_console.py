@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 import types
 
 import jax
@@ -335,6 +336,7 @@ def test_a_bar_on_terminals_alone(config, log, is_terminal, monkeypatch):
     with Console():
       console.configured(config)
       for number in range(3):
+        time.sleep(0.15)  # a bar is drawn ten times a second at most
         log.info(step(number))
     monkeypatch.undo()
   shown = ""

@@ -220,8 +220,8 @@ class Console:
         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
       )
     if self._bar:
-      self._bar.n = self._progress.done
-      self._bar.set_postfix_str(self._progress.status)
+      self._bar.set_postfix_str(self._progress.status, refresh=False)
+      self._bar.update(self._progress.done - self._bar.n)  # draws ten times a second at most
 
   def _print(self, text: str, stream: TextIO) -> None:
     with self._lock, contextlib.suppress(OSError):  # nobody may read any more

@@ -14,6 +14,8 @@ from tests import runs
 KNOWN = (
   "ParamInfo(name='layers.0') created with ts_context=None. Passing unshared or default TensorStore contexts",
   "Metadata file does not exist: /runs/a/checkpoints/160/items/_CHECKPOINT_METADATA",
+  "Failed to resolve handler for checkpointable: 'tokenizer'. Attempting to load using pytree handler.",
+  "Failed to get metadata for checkpointable: remote_code due to incompatible handler: <object>",
 )
 OTHERS = (
   "Metadata file does not exist: /runs/a/checkpoints/160/_CHECKPOINT_METADATA",

@@ -16,8 +16,12 @@ _WARNINGS = (
   r"ParamInfo\(name='.*'\) created with ts_context=None",
   # Orbax looks for metadata in STEP/items first; MaxText's checkpoints have it in STEP.
   r"Metadata file does not exist: .*/items/_CHECKPOINT_METADATA",
-  # STEP/iter is the state of the training data, which has no metadata, and which only training reads.
-  r"Failed to get metadata for checkpointable: iter due to incompatible handler",
+  # Folders beside `items` that are no checkpoints of arrays, and that Orbax is not asked to read: STEP/iter, the state
+  # of the training data, and what `convert` puts there.
+  r"Failed to get metadata for checkpointable: (?:iter|tokenizer|remote_code) due to incompatible handler",
+  r"Failed to resolve handler for checkpointable: '(?:tokenizer|remote_code)'",
+  # Nothing is written there but by training, which shows where its log is.
+  r"base_output_directory is not provided; Using local directory called maxtext_output",
   # Deprecations in calls of MaxText 0.2.5, which pins the versions of Orbax and Grain that still take them.
   r"The transformations API will eventually be replaced by an upgraded design",
   r"Specifying dataset_type upon checkpointer creation is deprecated",

@@ -46,7 +46,7 @@ SIZES = (
   "num_experts",
 )
 # Keys of this project that a plain model reads, too.
-_OF_ALL_MODELS = {"mudd_decoder_layer", "mudd_rotary_fraction", "mudd_init", "mudd_init_std"}
+_OF_ALL_MODELS = {"mudd_decoder_layer", "mudd_rotary_fraction", "mudd_init", "mudd_init_std", "log_console"}
 OF_CONNECTIONS = set(MuddConfig.model_fields) - set(MaxTextConfig.model_fields) - _OF_ALL_MODELS
 
 

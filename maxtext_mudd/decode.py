@@ -9,13 +9,15 @@ import pathlib
 
 from maxtext_mudd.errors import ConfigError, reachable
 from maxtext_mudd.launch import launch
+from maxtext_mudd.runs import console
 
 _PROMPT = "prompt="
 
 
 def run() -> None:
   """Decodes; what is read is checked before anything is compiled."""
-  launch("maxtext_mudd.decode", check=check_decoding)
+  with console.Console(writes_log=False):
+    launch("maxtext_mudd.decode", check=check_decoding)
 
 
 @reachable()
@@ -69,6 +71,8 @@ def main(argv: Sequence[str]) -> None:
     path = str(parameters.items(config.load_parameters_path))
     update = {"load_parameters_path": os.path.abspath(path)}
     config = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))
+  if console.stderr().isatty():
+    print("reading the checkpoint and compiling ...", file=console.stderr())
   model = parameters.load(config)
   sampling = generation.Sampling.from_config(config)
   found = generation.decode(model, config, [prompt], number, sampling, seed=config.init_weights_seed)
@@ -76,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
   if words.eos_id in made:
     made = made[: made.index(words.eos_id)]
   output = words.decode(made)
-  print(f"Input `{text}` -> `{output}`")
+  console.show(f"Input `{text}` -> `{output}`")
   if not output.startswith(config.autoregressive_decode_assert):
     raise ConfigError(
       f"autoregressive_decode_assert={config.autoregressive_decode_assert}: the text does not begin so: {output!r}."

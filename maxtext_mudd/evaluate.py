@@ -21,7 +21,7 @@ from typing import Any
 from maxtext_mudd import assets, launch, plugin, results_file, versions
 from maxtext_mudd.errors import ConfigError, brief, failed_in, reachable
 from maxtext_mudd.interrupts import Interrupts
-from maxtext_mudd.runs import early
+from maxtext_mudd.runs import early, noise
 
 HARNESS = "lm_eval==0.4.13"
 # The columns of the paper's Table 3, zero-shot and five-shot by the harness. That these were the tasks is not written:
@@ -46,8 +46,9 @@ BOOTSTRAPS = 1000
 
 def main(argv: list[str]) -> None:
   args = _parser().parse_intermixed_args(argv)
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # warnings; else XLA announces its devices
   try:
-    with Interrupts() as interrupts, reachable():
+    with Interrupts() as interrupts, reachable(), noise.hidden():
       wanted = _Request(args)
       plugin.install()
       wanted.load_tasks()

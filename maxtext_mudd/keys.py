@@ -113,6 +113,11 @@ class MuddKeys(BaseModel):
   mudd_kernel: Literal["auto", "xla", "pallas", "pallas_interpret"] = Field(
     "auto", description="Depth-wise aggregation: fused on TPU (pallas) and plain elsewhere (xla), or as named."
   )
+  log_console: Literal["brief", "full"] = Field(
+    "brief",
+    description="brief: the console shows progress, results, warnings and errors, and log.txt in the run's folder gets "
+    "everything; full: MaxText's console, as always where base_output_directory is remote (gs://...).",
+  )
 
   @model_validator(mode="after")
   def _check_keys(self):

@@ -15,7 +15,7 @@ import omegaconf
 import yaml
 
 from maxtext_mudd import errors, plugin, versions
-from maxtext_mudd.runs import early, ends, usage
+from maxtext_mudd.runs import console, early, ends, usage
 
 
 def launch(entry_point: str, check: Callable | None = None, check_early: Callable | None = None) -> None:
@@ -50,6 +50,7 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
     _devices().check_mesh(config)
     if check:
       check(config)
+    console.configured(config)
 
   try:
     plugin.install(plugin.Reading(check=read, on_error=lambda error: exit_with(str(error))))
@@ -102,7 +103,7 @@ def keys(arguments: Sequence[str]) -> dict[str, Any]:
 
 def exit_with(sentence: str, status: int = 2) -> NoReturn:
   """Ends the process with one sentence on stderr; status 2 is that of every mistake of a user."""
-  print(f"maxtext-mudd: {sentence}", file=sys.stderr)
+  console.refuse(f"maxtext-mudd: {sentence}")
   logging.disable()  # of threads that are still ending
   sys.exit(status)
 

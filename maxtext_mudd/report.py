@@ -2,7 +2,7 @@
 
 Reads MaxText's TensorBoard events. One run: its figures and a loss curve. Two runs on the same tokens: both curves
 and their final difference, the second against the first. Loss is printed in bits per byte, which needs the byte
-tokenizer: there a token is a byte.
+tokenizer: there a token is a byte. Steps are counted from 1, as on the console, where MaxText numbers them from 0.
 """
 
 import dataclasses
@@ -122,7 +122,7 @@ def difference(baseline: Run, run: Run) -> str:
   if not common:
     raise ValueError(f"{baseline.name} and {run.name} were not evaluated at a common step; train both alike.")
   step = max(common)
-  return f"after step {step}: {run.name} {ours[step] - theirs[step]:+.4f} bits per byte against {baseline.name}"
+  return f"after step {step + 1}: {run.name} {ours[step] - theirs[step]:+.4f} bits per byte against {baseline.name}"
 
 
 def summary(run: Run) -> list[str]:
@@ -131,8 +131,8 @@ def summary(run: Run) -> list[str]:
   (first_step, first), (last_step, last) = losses[0], losses[-1]
   return [
     run.name,
-    f"  {what + ' loss at the start':<23} {first:.4f} bits per byte (after step {first_step})",
-    f"  {what + ' loss at the end':<23} {last:.4f} bits per byte (after step {last_step})",
+    f"  {what + ' loss at the start':<23} {first:.4f} bits per byte (after step {first_step + 1})",
+    f"  {what + ' loss at the end':<23} {last:.4f} bits per byte (after step {last_step + 1})",
     f"  speed                   {run.tokens_per_second():,.0f} tokens/s per device (median step)",
   ]
 

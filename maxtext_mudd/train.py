@@ -1,7 +1,7 @@
 """Stock `maxtext.trainers.pre_train.train` with MUDD connections: `python3 -m maxtext_mudd.train FILE.yml`."""
 
 from maxtext_mudd.launch import launch
-from maxtext_mudd.runs import run_lock, sources
+from maxtext_mudd.runs import console, run_lock, sources
 
 
 def check_training(config) -> None:
@@ -16,7 +16,7 @@ def check_training(config) -> None:
 
 def run() -> None:
   """Trains; what the run reads and writes is checked before anything is compiled, and its folder is locked."""
-  with run_lock.RunLock() as lock:
+  with run_lock.RunLock() as lock, console.Console():
 
     def check(config) -> None:
       check_training(config)

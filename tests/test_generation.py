@@ -229,7 +229,11 @@ def test_the_command(tmp_path):
       capture_output=True,
       text=True,
     )
-    said.append((finished.returncode, finished.stdout.splitlines()[-1], finished.stderr.splitlines()[-1]))
+    said.append(
+      (finished.returncode, *("".join(text.splitlines()[-1:]) for text in (finished.stdout, finished.stderr)))
+    )
+    assert finished.stdout.startswith("Input `") or (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr.count("\n") <= 1
   assert said[0][:2] == said[1][:2]
   assert said[0][0] == 0
   assert said[0][1].startswith(f"Input `{TEXT}` -> `")

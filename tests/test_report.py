@@ -29,8 +29,8 @@ def two(tmp_path):
 def test_summary_of_one_run(two, capsys):
   report.main(["report", str(two[0])])
   printed = capsys.readouterr().out
-  assert "eval loss at the start  3.0000 bits per byte (after step 0)" in printed
-  assert "eval loss at the end    2.0000 bits per byte (after step 2)" in printed
+  assert "eval loss at the start  3.0000 bits per byte (after step 1)" in printed
+  assert "eval loss at the end    2.0000 bits per byte (after step 3)" in printed
   assert "100 tokens/s" in printed
   assert "next: make" in printed
   assert (two[0] / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -38,7 +38,7 @@ def test_summary_of_one_run(two, capsys):
 
 def test_comparison(two, capsys):
   report.main(["report", *map(str, two)])
-  assert "after step 2: mudd -0.5000 bits per byte against plain" in capsys.readouterr().out
+  assert "after step 3: mudd -0.5000 bits per byte against plain" in capsys.readouterr().out
   assert (two[1] / "comparison.png").exists()
 
 

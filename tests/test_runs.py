@@ -123,7 +123,7 @@ def test_a_run_that_was_told_to_end_is_not_taken_for_completed(folder, overrides
   """SIGTERM, as before a preemption: MaxText saves and stops; the status tells a cluster to start the run again."""
   one_process = {"JOB_INDEX": "0", "JOB_COMPLETION_INDEX": "0", "PROCESSES_IN_JOB": "1", "JAX_PROCESS_COUNT": "1"}
   keys = ["steps=1000000", "checkpoint_period=1000000", "enable_autocheckpoint=true", "eval_interval=-1"]
-  keys += ["hardware=cpu", "skip_jax_distributed_system=false"]
+  keys += ["hardware=cpu", "skip_jax_distributed_system=false", "log_console=full"]
   process = subprocess.Popen(
     runs.command(runs.LAUNCHER, runs.RUN_YML, folder / "output", "told", *overrides, *keys),
     cwd=runs.ROOT,

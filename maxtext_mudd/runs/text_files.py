@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import tqdm
 
 from maxtext_mudd.errors import ConfigError, brief
-from maxtext_mudd.runs import data_faults, sources
+from maxtext_mudd.runs import console, data_faults, sources
 
 _LAYOUT = 1  # raise it when the same text would be converted differently
 _ROW_GROUP_BYTES = 8 << 20  # Grain holds a row group as Python strings
@@ -123,7 +123,9 @@ def _write(
   with (
     data_faults.quiet(),
     _Rows(part) as rows,
-    tqdm.tqdm(total=total, desc="converting text", unit="B", unit_scale=True, delay=1) as progress,
+    tqdm.tqdm(
+      total=total, desc="converting text", unit="B", unit_scale=True, delay=1, file=console.stderr()
+    ) as progress,
   ):
     for file in files:
       number = blank_number = 0

@@ -184,14 +184,16 @@ def test_what_a_person_has_to_see(config, folder, log, capsys):
     thread = threading.Thread(target=lambda: 1 / 0)
     thread.start()
     thread.join()
-    log.info("Training stopped: You may have run out of training data.")
+    log.info("Training stopped: You may have run out of training data. Received <class 'StopIteration'>")
+    log.info("Training stopped: Target loss 2.0 is achieved.")
   shown = capsys.readouterr().err
   assert shown.startswith("warning: before the configuration\nwarning: seen twice\n")
   assert "error: the device is lost\nmaxtext-mudd: a sentence.\nerror: not saved\nTraceback" in shown
   assert "OSError: the disk is full\n" in shown
   assert "ZeroDivisionError" in shown
   assert "ZeroDivisionError" in (folder / "log.txt").read_text()
-  assert shown.endswith("\nTraining stopped: You may have run out of training data.\n")
+  assert "You may have run out" not in shown  # `launch` says it in its own words
+  assert shown.endswith("\nTraining stopped: Target loss 2.0 is achieved.\n")
   for text in ("seen twice", "the device is lost"):
     assert shown.count(text) == 1
   assert "ts_context" not in shown

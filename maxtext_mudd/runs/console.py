@@ -25,7 +25,7 @@ from typing import TextIO
 import tqdm
 
 from maxtext_mudd.errors import ConfigError
-from maxtext_mudd.runs import noise
+from maxtext_mudd.runs import ends, noise
 from maxtext_mudd.runs.progress import Progress
 
 # Errors that C++ code logs, and sentences that this package prints to stderr; neither passes through Python's logging.
@@ -174,7 +174,7 @@ class Console:
       self._show_what_was_logged()
       if record.levelno >= logging.WARNING:
         self._show_warning(record, message)
-      elif message.startswith("Training stopped: "):
+      elif ends.is_unexplained_stop(message):
         self._print(message, self.err)
       elif self._progress:
         self._advance(message)

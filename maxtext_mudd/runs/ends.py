@@ -18,6 +18,7 @@ from maxtext_mudd import config_files, errors
 
 DATA_ENDED = 3  # status of a run whose data ended before its steps were done
 _STOPPED = "Training stopped: "
+_OF_DATA = ("You may have run out of training data.", "`next(self.data_iterator)` failed")
 
 
 class Watch(logging.Handler):
@@ -38,6 +39,11 @@ class Watch(logging.Handler):
     if message.startswith(_STOPPED):
       self.terminated = message.startswith(f"{_STOPPED}Job received termination signal")
       self.error = sys.exception()  # MaxText writes this line in the except clause
+
+
+def is_unexplained_stop(message: str) -> bool:
+  """Whether MaxText's log says here why it stops training, and no sentence of this module will."""
+  return message.startswith(_STOPPED) and not message.removeprefix(_STOPPED).startswith(_OF_DATA)
 
 
 @dataclasses.dataclass(frozen=True)

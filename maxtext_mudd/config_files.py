@@ -25,8 +25,9 @@ _FOLDER = "yaml/"  # of a checkout
 
 def packaged() -> list[str]:
   """The configuration files of this package, by the names that a command line and `base_config:` take; those in
-  folders come last."""
-  names = (path.relative_to(assets.CONFIGURATIONS).as_posix() for path in assets.CONFIGURATIONS.rglob("*.yml"))
+  folders come last. Plans of studies, which name models, are no configurations."""
+  files = (path for path in assets.CONFIGURATIONS.rglob("*.yml") if f"\n{_BASE}:" in f"\n{path.read_text()}")
+  names = (path.relative_to(assets.CONFIGURATIONS).as_posix() for path in files)
   return sorted(names, key=lambda name: ("/" in name, name))
 
 

@@ -111,8 +111,11 @@ def test_out_of_memory_is_one_sentence(monkeypatch):
 
 
 REFUSALS = {
-  "config": (["--config", "yaml/no.yml"], "yaml/no.yml: no such configuration file; see yaml/ for those that come"),
-  "baseline": (["--config", TINY, "--baseline", "no.yml"], "no.yml: no such configuration file; see yaml/ for those"),
+  "config": (["--config", "yaml/no.yml"], "yaml/no.yml: no such configuration file; the nearest of this package is"),
+  "baseline": (
+    ["--config", TINY, "--baseline", "no.yml"],
+    "no.yml: no such configuration file; the nearest of this package is",
+  ),
   "no baseline": (["--config", PLAIN_TINY], f"{PLAIN_TINY} has no connections (mudd: false); name a model with them"),
   "key": (["--config", TINY, "mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
   "rounds": (["--config", TINY, "--rounds", "1"], "--rounds is 1; at least 2 is needed."),

@@ -128,8 +128,11 @@ def test_the_baseline_is_stock():
 
 
 REFUSALS = {
-  "config": (["--config", "yaml/no.yml"], "yaml/no.yml: no such configuration file; see yaml/ for those that come"),
-  "baseline": (["--config", TINY, "--baseline", "no.yml"], "no.yml: no such configuration file; see yaml/ for those"),
+  "config": (["--config", "yaml/no.yml"], "yaml/no.yml: no such configuration file; the nearest of this package is"),
+  "baseline": (
+    ["--config", TINY, "--baseline", "no.yml"],
+    "no.yml: no such configuration file; the nearest of this package is",
+  ),
   "variant": (
     ["--config", TINY, "--variants", "xla,3x3"],
     "--variants has '3x3'; use some of xla, pallas, scanned, unscanned, 2x2, trimmed.",

@@ -11,6 +11,7 @@ from maxtext.utils import maxtext_utils
 import numpy as np
 import pytest
 
+from maxtext_mudd import config_files
 from maxtext_mudd.complexity import counts, sizes
 from tests import models, runs, shrink, steps
 
@@ -18,8 +19,8 @@ FOLDER = runs.ROOT / "yaml"
 SHARED = {"mudd_base", "paper", "tiny", "transformer_pp", "transformer", "pythia"}  # what models build on
 NAMES = sorted(
   name
-  for path in FOLDER.rglob("*.yml")
-  if (name := str(path.relative_to(FOLDER).with_suffix(""))) not in SHARED and not name.startswith("data/")
+  for file in config_files.packaged()
+  if (name := file.removesuffix(".yml")) not in SHARED and not name.startswith(("data/", "study/"))
 )
 TINY = {"mudd_tiny", "transformer_tiny"}
 

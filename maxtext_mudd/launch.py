@@ -39,6 +39,7 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
     return
   try:
     early.check(sys.argv, check_early)
+    of_epochs = ends.asks_for_epochs(sys.argv)
   except (errors.ConfigError, versions.UnknownMaxText) as error:
     exit_with(str(error))
   seen = []
@@ -47,6 +48,8 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
 
   def read(config):
     seen.append(config)
+    # `watch` reads what MaxText logs as information; the console is brief anyway.
+    absl_logging.set_verbosity(max(absl_logging.get_verbosity(), absl_logging.INFO))
     _devices().check_mesh(config)
     if check:
       check(config)
@@ -61,7 +64,7 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
   except SystemExit as ended:  # as every run does that ends by itself
     if watch.terminated and not ended.code:
       sys.exit(128 + signal.SIGTERM)
-    if end := ends.of_training_data(watch.error, sys.argv):
+    if end := ends.of_training_data(watch.error, of_epochs):
       exit_with(end.sentence, end.status)
     raise
   except (MemoryError, PermissionError):
@@ -83,6 +86,7 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
     raise
   finally:
     absl_logging.get_absl_logger().removeHandler(watch)
+    watch.error = None  # its frames hold the data iterators
     # MaxText's data iterators clean up when collected, and cannot any more once the interpreter shuts down.
     gc.collect()
 

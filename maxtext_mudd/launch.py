@@ -8,6 +8,7 @@ import pathlib
 import signal
 import sys
 from typing import Any, NoReturn
+import warnings
 
 from absl import app
 from absl import logging as absl_logging
@@ -70,7 +71,8 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
   except (MemoryError, PermissionError):
     raise
   except KeyboardInterrupt:
-    exit_with("interrupted.")
+    newest = _newest_checkpoint(seen[-1]) if seen else None
+    exit_with(f"interrupted; the same command resumes from {newest}." if newest else "interrupted.")
   except errors.ConfigError as error:
     exit_with(str(error))
   except Exception as error:
@@ -108,7 +110,10 @@ def keys(arguments: Sequence[str]) -> dict[str, Any]:
 def exit_with(sentence: str, status: int = 2) -> NoReturn:
   """Ends the process with one sentence on stderr; status 2 is that of every mistake of a user."""
   console.refuse(f"maxtext-mudd: {sentence}")
-  logging.disable()  # of threads that are still ending
+  # Threads, coroutines and data iterators that are still ending have nothing more to say.
+  logging.disable()
+  warnings.simplefilter("ignore")
+  sys.unraisablehook = lambda _: None
   sys.exit(status)
 
 
@@ -117,6 +122,13 @@ def _devices():
   from maxtext_mudd import devices
 
   return devices
+
+
+def _newest_checkpoint(config) -> pathlib.Path | None:
+  """Of a run that writes checkpoints to a local folder."""
+  folder = pathlib.Path(config.checkpoint_dir or "none")
+  steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+  return folder / str(max(steps)) if steps else None
 
 
 def _unreadable_checkpoint(config, error: Exception) -> str:
@@ -128,9 +140,7 @@ def _unreadable_checkpoint(config, error: Exception) -> str:
       f"{explicit}: this checkpoint cannot be restored and is left as it is; it is damaged, or of a model with other "
       f"keys than this configuration ({cause})."
     )
-  folder = pathlib.Path(config.checkpoint_dir)
-  steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
-  newest = folder / str(max(steps)) if steps else folder
+  newest = _newest_checkpoint(config) or config.checkpoint_dir
   return (
     f"{newest}: the newest checkpoint cannot be restored and is left as it is; use the keys that the run was started "
     f"with, or, if it is damaged, move it away to resume from the one before it ({cause})."

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import math
 import re
-import statistics
 import time
 
 from maxtext_mudd.assets import BYTE_TOKENIZER_FOLDER
@@ -30,7 +29,8 @@ class Progress:
     self._clock = clock
     self._start = self._spoken = clock()
     self._first: tuple[int, float] | None = None  # number of completed steps, time
-    self._speeds: list[float] = []  # tokens per second, since the last line
+    self._tokens = 0.0  # trained on since the last line of a step
+    self._speed = ""
     self._saved: set[str] = set()
 
   def line(self, message: str) -> str | None:
@@ -66,21 +66,22 @@ class Progress:
     fields = dict(part.split(": ", 1) for part in message.split(", ") if ": " in part)
     number = fields.get("completed step") or fields["completed profiler activation/deactivation step"]
     now, self.done = self._clock(), int(number) + 1
+    if "Tokens/s/device" in fields and self._first:  # not while batches grow
+      self._tokens += self._devices * float(fields["Tokens/s/device"]) * float(fields["seconds"])
     self._first = self._first or (self.done, now)
-    if "Tokens/s/device" in fields:  # not while batches grow
-      self._speeds.append(self._devices * float(fields["Tokens/s/device"]))
-    parts = [f"loss {fields['loss']}"]
-    if self._speeds:
-      parts.append(f"{statistics.median(self._speeds):,.0f} tokens/s")
     first, since = self._first
+    is_shown = (
+      self.done in (first, self.steps) or self.done % self._period == 0 or now - self._spoken >= _LONGEST_SILENCE
+    )
+    if is_shown:
+      # By the clock: MaxText's own speed is of the time that it takes to hand a step over to the device.
+      self._speed = f"{self._tokens / (now - self._spoken):,.0f} tokens/s" if self._tokens else ""
+      self._tokens, self._spoken = 0.0, now
+    parts = [f"loss {fields['loss']}", *([self._speed] if self._speed else [])]
     if self.done > first and self.done < self.steps:
       parts.append(f"{_duration((now - since) / (self.done - first) * (self.steps - self.done))} left")
     self.status = ", ".join(parts)
-    regular = self.done in (first, self.steps) or self.done % self._period == 0
-    if not regular and now - self._spoken < _LONGEST_SILENCE:
-      return None
-    self._speeds, self._spoken = [], now
-    return f"step {self.done:>{len(str(self.steps))}}/{self.steps}  " + "  ".join(parts)
+    return f"step {self.done:>{len(str(self.steps))}}/{self.steps}  " + "  ".join(parts) if is_shown else None
 
   def _evaluation(self, message: str) -> str:
     fields = dict(part.split("=", 1) for part in message.split(", ") if "=" in part)

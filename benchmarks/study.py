@@ -23,6 +23,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import statistics
@@ -35,6 +36,7 @@ import pydantic
 import record
 import yaml
 
+from maxtext_mudd.cluster.request import NAME_LIMIT
 from maxtext_mudd.errors import ConfigError
 
 LAUNCHER = record.ROOT / "MaxText" / "train.py"
@@ -92,6 +94,9 @@ class Study(pydantic.BaseModel):
     for key, name in named:
       if name and name not in self.models:
         raise ValueError(f"{key}={name}: there is no such model; the models are {', '.join(self.models)}")
+    for name in self.models:
+      if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(f"models.{name}: a name is lower-case letters, digits and underscores, with a letter first")
     for key, values in (("seeds", self.seeds), ("learning_rates", self.learning_rates)):
       if len(set(values)) != len(values):
         raise ValueError(f"{key}={values} names one of them twice; name each once")
@@ -106,6 +111,9 @@ class Cell:
     config: path of its configuration file.
     keys: what it sets on the command line.
     unit: of its losses.
+    steps: that it trains for.
+    fingerprint: 16 hexadecimal digits of a hash of the configuration file and the keys, as both were when the cell was
+      planned. A result counts only for the fingerprint that it was recorded with.
   """
 
   model: str
@@ -114,20 +122,20 @@ class Cell:
   config: pathlib.Path
   keys: dict
   unit: str
-
-  @property
-  def steps(self) -> int:
-    return self.keys.get("steps") or merged_values(self.config)["steps"]
+  steps: int
+  fingerprint: str
 
   @property
   def name(self) -> str:
+    """Its name in results and messages."""
     return f"{self.model}-lr{self.learning_rate:g}-seed{self.seed}"
 
   @property
-  def fingerprint(self) -> str:
-    """Of all that decides its result, so that results of an earlier form of a study are not taken for this one's."""
-    merged = json.dumps([merged_values(self.config), self.keys], sort_keys=True)
-    return hashlib.sha256(merged.encode()).hexdigest()[:16]
+  def run_name(self) -> str:
+    """Its name as a folder in --work and as a workload of a cluster: the digits of the fingerprint keep a changed cell
+    from reading the events and checkpoints of its earlier form."""
+    readable = re.sub("[^a-z0-9]+", "-", self.name.lower())[: NAME_LIMIT - 9].rstrip("-")
+    return f"{readable}-{self.fingerprint[:8]}"
 
 
 def read(path: pathlib.Path) -> Study:
@@ -167,6 +175,11 @@ def merged_values(config: pathlib.Path) -> dict:
   return (merged_values(base) if is_model else {}) | values
 
 
+def fingerprint(values: dict, keys: dict) -> str:
+  """The fingerprint of a cell whose configuration file sets `values` and whose command line sets `keys`."""
+  return hashlib.sha256(json.dumps([values, keys], sort_keys=True).encode()).hexdigest()[:16]
+
+
 def cells(study: Study, folder: pathlib.Path, ratios: dict[str, float]) -> list[Cell]:
   """All runs of a study, seed by seed, so that early results are of whole comparisons.
 
@@ -174,20 +187,30 @@ def cells(study: Study, folder: pathlib.Path, ratios: dict[str, float]) -> list[
     folder: of the study's file.
     ratios: step time of a model over that of the one it is compared with, for those that others name in
       `same_time_as`; runs whose ratio is not known are left out.
+
+  Raises:
+    ConfigError: two runs would write to one folder.
   """
-  found = []
+  planned = {}
   for seed in study.seeds:
     for rate in study.learning_rates:
       for name, model in study.models.items():
         if model.same_time_as and model.same_time_as not in ratios:
           continue
         config = (folder / (model.config or study.config)).resolve()
-        keys = study.keys | model.keys
+        values, keys = merged_values(config), study.keys | model.keys
         tokens = (model.tokens or study.tokens) * ratios.get(model.same_time_as, 1)
-        keys |= _steps(tokens, merged_values(config) | keys) if tokens else {}
+        keys |= _steps(tokens, values | keys) if tokens else {}
         keys |= {"learning_rate": rate, "init_weights_seed": seed, "data_shuffle_seed": seed}
-        found.append(Cell(name, seed, rate, config, keys, study.unit))
-  return found
+        steps = (values | keys)["steps"]
+        cell = Cell(name, seed, rate, config, keys, study.unit, steps, fingerprint(values, keys))
+        if other := planned.get(cell.run_name):
+          raise ConfigError(
+            f"models.{other.model} and models.{name} are trained in the same way, and the folder of both would be "
+            f"{cell.run_name}; rename one so that the names differ in their first characters."
+          )
+        planned[cell.run_name] = cell
+  return list(planned.values())
 
 
 def _steps(tokens: float, values: dict) -> dict[str, int]:
@@ -233,7 +256,7 @@ class Results:
 
 def command(cell: Cell, work: pathlib.Path) -> list[str]:
   """The launcher's command for a cell."""
-  keys = {"run_name": cell.name, "base_output_directory": str(work), **cell.keys}
+  keys = {"run_name": cell.run_name, "base_output_directory": str(work), **cell.keys}
   return [sys.executable, str(LAUNCHER), str(cell.config), *(f"{key}={_written(x)}" for key, x in keys.items())]
 
 
@@ -245,9 +268,12 @@ def run(cell: Cell, work: pathlib.Path) -> dict:
   """Trains a cell to its end, from its last checkpoint if it has one; its result.
 
   Raises:
-    ConfigError: the launcher failed, for another reason than a loss that is not finite.
+    ConfigError: the launcher failed, for another reason than a loss that is not finite; or the configuration file is
+      not the one that the cell was planned with.
   """
-  folder = work / cell.name
+  if fingerprint(merged_values(cell.config), cell.keys) != cell.fingerprint:
+    raise ConfigError(f"{cell.config} has changed since the study started; start the study again.")
+  folder = work / cell.run_name
   folder.mkdir(parents=True, exist_ok=True)
   if is_done(row := result(cell, folder), cell):  # killed between its last step and its result
     return row
@@ -331,7 +357,7 @@ def status_lines(study: Study, folder: pathlib.Path, results: Results, work: pat
   lines = []
   for cell in cells(study, folder, results.ratios()):
     row = results.of(cell)
-    saved = [int(x.name) for x in (work / cell.name / "checkpoints").glob("*") if x.name.isdigit()]
+    saved = [int(x.name) for x in (work / cell.run_name / "checkpoints").glob("*") if x.name.isdigit()]
     if row and row["dead"]:
       what = f"dead after {row['steps_done']} of {cell.steps} steps: {row['dead']}"
     elif row:
@@ -353,14 +379,14 @@ def run_all(study: Study, folder: pathlib.Path, results: Results, work: pathlib.
     record.say(f"{cell.name}: {number} of {len(waiting)}")
     row = run(cell, work) | machine() | {"date": datetime.date.today().isoformat()}
     results.append(row)
-    shutil.rmtree(work / cell.name / "checkpoints", ignore_errors=True)
+    shutil.rmtree(work / cell.run_name / "checkpoints", ignore_errors=True)
     record.say(f"{cell.name}: {row['dead'] or list(row['held_out'].values())[-1]}")
 
 
 def collect(study: Study, folder: pathlib.Path, results: Results, work: pathlib.Path) -> None:
   """Appends the results of runs that ended elsewhere, whose folders lie in `work`."""
   for cell in cells(study, folder, results.ratios()):
-    if results.of(cell) is None and is_done(row := result(cell, work / cell.name), cell):
+    if results.of(cell) is None and is_done(row := result(cell, work / cell.run_name), cell):
       results.append(row | machine() | {"date": datetime.date.today().isoformat()})
       record.say(f"{cell.name}: {row['dead'] or list(row['held_out'].values())[-1]}")
 

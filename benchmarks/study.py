@@ -51,8 +51,9 @@ class Model(pydantic.BaseModel):
     keys: what it sets on top.
     against: the model that it is compared with; default: the study's baseline.
     paper: the perplexity that the paper reports for it.
-    same_time_as: a model; this one trains for as many steps as take the time of that one's steps, by `--time`.
-    tokens: of a run; default: the study's.
+    same_time_as: a model; this one trains for as many steps as take the time of that one's steps, by `--time`. It
+      needs `tokens` above 0.
+    tokens: of a run on one device; default: the study's.
   """
 
   model_config = pydantic.ConfigDict(extra="forbid")
@@ -69,7 +70,8 @@ class Study(pydantic.BaseModel):
 
   Attributes:
     config: configuration file of all models, beside the study's file.
-    tokens: of one run, rounded to whole steps; 0: as many steps as `config` says.
+    tokens: of one run on one device, rounded to whole steps; n devices train on n times as many. 0: as many steps as
+      `config` says.
     unit: of losses; bits per byte needs a tokenizer whose tokens are bytes.
     seeds: of parameters and of data.
     baseline: the model that others are compared with.
@@ -94,7 +96,9 @@ class Study(pydantic.BaseModel):
     for key, name in named:
       if name and name not in self.models:
         raise ValueError(f"{key}={name}: there is no such model; the models are {', '.join(self.models)}")
-    for name in self.models:
+    for name, model in self.models.items():
+      if model.same_time_as and not (model.tokens or self.tokens):
+        raise ValueError(f"models.{name}.same_time_as changes the tokens of a run; set tokens above 0")
       if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise ValueError(f"models.{name}: a name is lower-case letters, digits and underscores, with a letter first")
     for key, values in (("seeds", self.seeds), ("learning_rates", self.learning_rates)):
@@ -214,7 +218,10 @@ def cells(study: Study, folder: pathlib.Path, ratios: dict[str, float]) -> list[
 
 
 def _steps(tokens: float, values: dict) -> dict[str, int]:
-  """The length of a run: MaxText evaluates after steps 0, interval, 2·interval, ..., and so after the last one."""
+  """The length of a run on one device: MaxText's batch size is for each device, so that n devices train on n·tokens.
+
+  MaxText evaluates after steps 0, interval, 2·interval, ..., and so after the last one.
+  """
   tokens_per_step = values["per_device_batch_size"] * values["max_target_length"]
   interval = max(round(tokens / tokens_per_step / EVALUATIONS), 1)
   return {"steps": EVALUATIONS * interval + 1, "eval_interval": interval}
@@ -384,23 +391,37 @@ def run_all(study: Study, folder: pathlib.Path, results: Results, work: pathlib.
 
 
 def collect(study: Study, folder: pathlib.Path, results: Results, work: pathlib.Path) -> None:
-  """Appends the results of runs that ended elsewhere, whose folders lie in `work`."""
+  """Appends the results of runs that ended elsewhere, as workloads of a cluster.
+
+  Args:
+    work: a copy of their OUTPUT; the folder of a run in it has the name of the run's WORKLOAD.
+  """
+  elsewhere = {"cpu": "elsewhere", "cores": None, "commit": "unknown"}  # events of a run do not say
   for cell in cells(study, folder, results.ratios()):
     if results.of(cell) is None and is_done(row := result(cell, work / cell.run_name), cell):
-      results.append(row | machine() | {"date": datetime.date.today().isoformat()})
+      results.append(row | elsewhere | {"date": datetime.date.today().isoformat()})
       record.say(f"{cell.name}: {row['dead'] or list(row['held_out'].values())[-1]}")
 
 
 def submissions(study: Study, folder: pathlib.Path, results: Results) -> list[str]:
-  """`make xpk` lines of the cells without a result; CLUSTER, TPU_TYPE and OUTPUT are the user's to set."""
+  """`make xpk` lines of the cells without a result; CLUSTER, TPU_TYPE, NUM_SLICES and OUTPUT are the user's to set.
+
+  Raises:
+    ConfigError: the study counts tokens, and the number of devices that would share them is not known here.
+  """
+  lengths = {"tokens": study.tokens} | {f"models.{name}.tokens": model.tokens for name, model in study.models.items()}
+  for key, tokens in lengths.items():
+    if tokens:
+      raise ConfigError(
+        f"{key}={tokens} is for one device, and a run on a cluster trains on that many for each of its devices; set "
+        "tokens: 0, and steps in the configuration."
+      )
   lines = []
   for cell in cells(study, folder, results.ratios()):
     if results.of(cell) is None:
-      keys = {"run_name": cell.name, **cell.keys}
-      arguments = shlex.quote(" ".join(f"{key}={_written(x)}" for key, x in keys.items()))
+      arguments = shlex.join(f"{key}={_written(x)}" for key, x in cell.keys.items())
       config = os.path.relpath(cell.config, record.ROOT)
-      workload = cell.name.replace("_", "-").replace(".", "-").lower()[:40]
-      lines.append(f"make xpk CONFIG={config} WORKLOAD={workload} ARGS={arguments}")
+      lines.append(f"make xpk CONFIG={config} WORKLOAD={cell.run_name} ARGS={shlex.quote(arguments)}")
   return lines
 
 
@@ -445,7 +466,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   what.add_argument("--status", action="store_true", help="one line a cell, and end")
   what.add_argument("--report", action="store_true", help="write results/study-NAME.md and .png, and end")
   what.add_argument("--submit", action="store_true", help="print a make xpk line for each cell not done, and end")
-  what.add_argument("--collect", action="store_true", help="take the results of finished runs in --work, and end")
+  what.add_argument(
+    "--collect", action="store_true", help="take the results of a cluster's runs from --work, a copy of OUTPUT, and end"
+  )
   what.add_argument("--time", action="store_true", help="time the models that same_time_as names, and end")
   parser.add_argument("--cells", type=int, help="run at most this many; default: all")
   parser.add_argument("--rounds", type=int, default=10, help="of --time; default: %(default)s")

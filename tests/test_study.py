@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from tensorboardX import SummaryWriter
 
+from maxtext_mudd.cluster import request, training
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
 
@@ -30,10 +32,11 @@ PLAN = {
   "baseline": "plain",
   "models": {"plain": {}, "mudd": {"keys": {"mudd": True}}, "longer": {"same_time_as": "mudd"}},
 }
+STEPS = {"tokens": 0, "models": {"plain": {}, "mudd": {"keys": {"mudd": True}}}}  # as many as the configuration says
 
 
 def write(folder, **changes):
-  (folder / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 5\n")
+  (folder / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 5\nsteps: 7\n")
   path = folder / "plan.yml"
   path.write_text(json.dumps(PLAN | changes))
   return path
@@ -99,18 +102,44 @@ def test_two_runs_of_one_folder_are_refused(tmp_path):
     study.cells(plan, tmp_path, {})
 
 
-def test_lines_for_a_cluster(tmp_path):
-  plan, results = study.read(write(tmp_path)), study.Results(tmp_path / "results.jsonl")
+def test_make_xpk_accepts_the_lines_for_a_cluster(tmp_path, monkeypatch):
+  monkeypatch.chdir(runs.ROOT)
+  plan, results = study.read(STUDIES / "table_5_405m.yml"), study.Results(tmp_path / "results.jsonl")
+  others = shlex.split("CLUSTER=a TPU_TYPE=v5p-16 NUM_SLICES=1 OUTPUT=gs://bucket/runs DOCKER_IMAGE=a/b:c DRY_RUN=1")
+  lines = study.submissions(plan, STUDIES, results)
+  requests = [request.read([*shlex.split(line.removeprefix("make xpk ")), *others]) for line in lines]
+  cells = study.cells(plan, STUDIES, {})
+  assert [x.workload for x in requests] == [cell.run_name for cell in cells]
+  assert [x.config for x in requests[:2]] == ["yaml/transformer_pp_405m.yml", "yaml/ablation/static.yml"]
+  for x, cell in zip(requests, cells, strict=True):
+    training.check(x)
+    assert list(x.overrides) == [f"{key}={value}" for key, value in cell.keys.items()]
+
+
+def test_a_collected_run_is_not_of_this_machine(tmp_path):
+  plan, results = study.read(write(tmp_path, **STEPS)), study.Results(tmp_path / "results.jsonl")
   lines = study.submissions(plan, tmp_path, results)
-  assert len(lines) == 4
-  assert lines[1].endswith(
-    "WORKLOAD=mudd-lr0-003-seed0 ARGS='run_name=mudd-lr0.003-seed0 mudd=true steps=101 eval_interval=25 "
-    "learning_rate=0.003 init_weights_seed=0 data_shuffle_seed=0'"
-  )
-  results.append(
-    {"kind": "cell", "cell": "mudd-lr0.003-seed0", "fingerprint": study.cells(plan, tmp_path, {})[1].fingerprint}
-  )
-  assert len(study.submissions(plan, tmp_path, results)) == 3
+  cell = study.cells(plan, tmp_path, {})[1]
+  (workload,) = re.findall("WORKLOAD=(mudd-lr0-003-seed0[^ ]*)", "\n".join(lines))
+  write_events(tmp_path / "output" / workload, cell)
+  study.collect(plan, tmp_path, results, tmp_path / "output")
+  (row,) = results.rows()
+  assert (row["cell"], row["cpu"], row["cores"], row["commit"]) == (cell.name, "elsewhere", None, "unknown")
+  np.testing.assert_allclose(list(row["held_out"].values()), [2.0], rtol=1e-6)
+  assert study.submissions(plan, tmp_path, results) == [line for line in lines if workload not in line]
+
+
+@pytest.mark.parametrize(
+  "changes, says",
+  [
+    ({}, "tokens=1000 is for one device, and a run on a cluster trains on that many for each of its devices;"),
+    (STEPS | {"models": {"plain": {"tokens": 20}}}, "models.plain.tokens=20 is for one device,"),
+  ],
+)
+def test_studies_that_count_tokens_are_not_for_a_cluster(tmp_path, changes, says):
+  with pytest.raises(ConfigError) as refused:
+    study.submissions(study.read(write(tmp_path, **changes)), tmp_path, study.Results(tmp_path / "results.jsonl"))
+  assert str(refused.value).startswith(says)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +147,7 @@ def test_lines_for_a_cluster(tmp_path):
   [
     ({"token": 5}, "token: is not a key of studies; those are config, tokens,"),
     ({"tokens": -1}, "tokens: Input should be greater than or equal to 0"),
+    ({"tokens": 0}, "models.longer.same_time_as changes the tokens of a run; set tokens above 0"),
     ({"seeds": [1, 1]}, "seeds=[1, 1] names one of them twice"),
     ({"baseline": "plane"}, "baseline=plane: there is no such model; the models are plain, mudd, longer"),
     (

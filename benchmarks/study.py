@@ -261,6 +261,11 @@ class Results:
     return {row["model"]: row["ratio"]["median"] for row in self.rows() if row["kind"] == "timing"}
 
 
+def results_of(study_file: pathlib.Path, path: pathlib.Path | None = None) -> Results:
+  """The results of a study, in `path` or in the default place."""
+  return Results(path or record.RESULTS / f"study-{study_file.stem}.jsonl")
+
+
 def command(cell: Cell, work: pathlib.Path) -> list[str]:
   """The launcher's command for a cell."""
   keys = {"run_name": cell.run_name, "base_output_directory": str(work), **cell.keys}
@@ -481,7 +486,7 @@ def main(arguments: list[str]) -> None:
   options = parse(arguments)
   try:
     study, folder, name = read(options.study), options.study.parent, options.study.stem
-    results = Results(options.results or record.RESULTS / f"study-{name}.jsonl")
+    results = results_of(options.study, options.results)
     work = (options.work or record.ROOT / "runs" / "study" / name).absolute()
     if options.status:
       print("\n".join(status_lines(study, folder, results, work)))

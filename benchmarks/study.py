@@ -14,6 +14,7 @@ A run whose loss is not finite ends, and that is its result. Any other failure e
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -341,13 +342,15 @@ def result(cell: Cell, folder: pathlib.Path) -> dict:
 
 
 def _thinned(losses: dict[int, float], width: int = 10) -> dict[int, float]:
-  """Means over `width` steps, by the last of each."""
-  values, thin = list(losses.items()), {}
-  for start in range(0, len(values), width):
-    part = values[start : start + width]
-    mean = sum(x for _, x in part) / len(part)
-    thin[part[-1][0]] = _finite(mean)
-  return thin
+  """Means over blocks of `width` steps, by the last step of each block.
+
+  A killed process can lose the events of its last few steps. The blocks of all runs of a length end at the same steps
+  nevertheless, so that their curves can be compared.
+  """
+  blocks = collections.defaultdict(list)
+  for step, loss in losses.items():
+    blocks[step // width].append(loss)
+  return {min((i + 1) * width - 1, max(losses)): _finite(statistics.fmean(x)) for i, x in sorted(blocks.items())}
 
 
 def _finite(x: float) -> float | None:

@@ -1,12 +1,13 @@
 """Fits loss against compute for a plain and a connected model, and says how much compute the connections are worth.
 
-    python benchmarks/scaling.py benchmarks/results/study-size.jsonl --plain plain_s,plain_m,plain_l \\
-      --connected mudd_s,mudd_m,mudd_l
+    python benchmarks/scaling.py --study yaml/study/size.yml --plain plain_64,plain_96,plain_128 \\
+      --connected mudd_64,mudd_96,mudd_128
 
 Loss is modelled as L = a·C^(-b), a straight line in logarithms, with one exponent b for both kinds of model: their
 lines are parallel, as in the paper's Fig. 3, and the compute multiplier is one number, the factor by which the plain
 model's compute must grow to reach the connected one's loss. C is training compute by MaxText's count of the FLOPs of a
-step, connections included, times the steps. The interval comes from drawing the seeds again with replacement.
+step on one device, connections included, times the steps; so all runs need the same number of devices. The interval
+comes from drawing the seeds again with replacement. Results count that were recorded with the study's present keys.
 
 Writes NAME.md and NAME.png to benchmarks/results/.
 """
@@ -14,6 +15,7 @@ Writes NAME.md and NAME.png to benchmarks/results/.
 import argparse
 import collections
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -25,6 +27,7 @@ import study_report
 
 from maxtext_mudd.errors import ConfigError
 
+FEW = 5  # seeds; a bootstrap over n seeds has a variance of (n-1)/n of the true one, and tails that are too short
 DRAWS = 2000  # bootstrap samples; the interval's ends move by less than a tenth of its width between seeds of the draw
 
 
@@ -33,8 +36,8 @@ class Point:
   """One trained model.
 
   Attributes:
-    compute: of its training, in FLOPs.
-    loss: bits per byte, held out.
+    compute: of its training, in FLOPs of one device.
+    loss: held out, in the unit of the study.
   """
 
   size: str
@@ -57,7 +60,8 @@ class Fit:
 
   @property
   def multiplier(self) -> float:
-    return float((self.plain / self.connected) ** (1 / self.exponent))
+    with np.errstate(over="ignore"):  # infinite where the exponent is almost zero, as in a few draws of seeds
+      return float(np.float64(self.plain / self.connected) ** (1 / self.exponent))
 
   def loss(self, compute, kind: str):
     return getattr(self, kind) * np.asarray(compute) ** -self.exponent
@@ -82,39 +86,80 @@ def fit(plain: Sequence[Point], connected: Sequence[Point]) -> Fit:
   return Fit(float(np.exp(a)), float(np.exp(b)), float(exponent))
 
 
-def interval(plain: Sequence[Point], connected: Sequence[Point], draws: int = DRAWS) -> tuple[float, float]:
-  """95% interval of the multiplier: seeds, which both kinds share, are drawn again with replacement."""
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """A 95% bootstrap interval of the compute multiplier.
+
+  Attributes:
+    seeds: number of seeds that the samples were drawn from.
+    draws: number of samples.
+    skipped: number of the samples that have no fit, and so no part in the interval.
+  """
+
+  low: float
+  high: float
+  seeds: int
+  draws: int
+  skipped: int
+
+  def __str__(self) -> str:
+    text = f"95% interval {self.low:.2f} to {self.high:.2f}, from drawing {self.seeds} seed(s) again with replacement"
+    if self.seeds < FEW:
+      text += f"; with fewer than {FEW} seeds it is narrower than a true 95% interval"
+    if self.skipped:
+      text += f"; {self.skipped} of {self.draws} draws have no fit and are left out"
+    return text
+
+
+def interval(plain: Sequence[Point], connected: Sequence[Point], draws: int = DRAWS) -> Interval:
+  """The interval from drawing the seeds that both kinds share again with replacement.
+
+  Raises:
+    ConfigError: no seed is shared, or more than half of the samples have no fit.
+  """
   seeds = sorted({point.seed for point in plain} & {point.seed for point in connected})
+  if not seeds:
+    raise ConfigError("--plain and --connected have finished runs of no common seed; an interval needs one at least.")
   random = np.random.default_rng(0)
   multipliers = []
   for _ in range(draws):
     drawn = random.choice(seeds, len(seeds))
     samples = [[point for seed in drawn for point in points if point.seed == seed] for points in (plain, connected)]
-    multipliers.append(fit(*samples).multiplier)
-  low, high = np.quantile(multipliers, (0.025, 0.975))
-  return float(low), float(high)
+    with contextlib.suppress(ConfigError):  # in this sample loss does not fall with compute, or sizes are missing
+      multipliers.append(fit(*samples).multiplier)
+  skipped = draws - len(multipliers)
+  if skipped > draws / 2:
+    raise ConfigError(
+      f"{skipped} of {draws} draws of seeds have no fit, so there is no interval; train more seeds, or sizes that "
+      "differ more in compute."
+    )
+  low, high = np.quantile(multipliers, (0.025, 0.975), method="nearest")  # interpolation with infinity gives NaN
+  return Interval(float(low), float(high), len(seeds), draws, skipped)
 
 
-def points(rows: list[dict], models: list[str]) -> list[Point]:
+def points(cells: Sequence[study.Cell], results: study.Results, models: Sequence[str]) -> list[Point]:
   """The finished runs of some models; of several learning rates, the one with the lowest mean loss of each model.
 
   Raises:
-    ConfigError: one of the models has no finished run.
+    ConfigError: one of the models is not in the study, or has no finished run.
   """
-  found = []
+  chosen = []
   for model in models:
+    if model not in (known := list(dict.fromkeys(cell.model for cell in cells))):
+      raise ConfigError(f"{model} is not a model of the study; those are {', '.join(known)}.")
     by_rate = collections.defaultdict(list)
-    for row in rows:
-      if row["kind"] == "cell" and row["model"] == model and study_report.final(row) is not None:
+    for cell in cells:
+      row = results.of(cell) if cell.model == model else None
+      if row and (loss := study_report.final(row)) is not None:
         compute = row["tflops_per_step"] * 1e12 * row["steps_done"]
-        by_rate[row["learning_rate"]].append(Point(model, row["seed"], compute, study_report.final(row)))
+        by_rate[cell.learning_rate].append(Point(model, cell.seed, compute, loss))
     if not by_rate:
-      raise ConfigError(f"{model}: there is no finished run of it in these results.")
-    found += min(by_rate.values(), key=lambda ps: np.mean([point.loss for point in ps]))
-  return found
+      raise ConfigError(f"{model} has no finished run in {results.path}; run the study, or leave the model out.")
+    chosen += min(by_rate.values(), key=lambda ps: np.mean([point.loss for point in ps]))
+  return chosen
 
 
-def draw(plain: list[Point], connected: list[Point], fitted: Fit, path: pathlib.Path) -> None:
+def draw(plain: list[Point], connected: list[Point], fitted: Fit, unit: str, path: pathlib.Path) -> None:
   import matplotlib
 
   matplotlib.use("Agg")
@@ -122,10 +167,10 @@ def draw(plain: list[Point], connected: list[Point], fitted: Fit, path: pathlib.
 
   figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
   span = np.geomspace(min(p.compute for p in plain + connected), max(p.compute for p in plain + connected), 50)
-  for kind, own, color in (("plain", plain, "tab:blue"), ("connected", connected, "tab:orange")):
-    axes.plot([p.compute for p in own], [p.loss for p in own], "o", color=color, label=kind)
+  for kind, runs, color in (("plain", plain, "tab:blue"), ("connected", connected, "tab:orange")):
+    axes.plot([p.compute for p in runs], [p.loss for p in runs], "o", color=color, label=kind)
     axes.plot(span, fitted.loss(span, kind), color=color, linewidth=1)
-  axes.set(xscale="log", yscale="log", xlabel="training compute, FLOPs", ylabel="held-out bits per byte")
+  axes.set(xscale="log", yscale="log", xlabel="training compute, FLOPs", ylabel=f"held-out {unit}")
   axes.set_title(f"compute multiplier {fitted.multiplier:.2f}")
   axes.grid(alpha=0.3, which="both")
   axes.legend()
@@ -135,28 +180,31 @@ def draw(plain: list[Point], connected: list[Point], fitted: Fit, path: pathlib.
 
 def main(arguments: list[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("results", type=pathlib.Path, help="of benchmarks/study.py")
+  parser.add_argument("--study", required=True, type=pathlib.Path, help="yaml/study/NAME.yml")
+  parser.add_argument("--results", type=pathlib.Path, help="default: benchmarks/results/study-NAME.jsonl")
   parser.add_argument("--plain", required=True, help="names of the plain models, by commas")
   parser.add_argument("--connected", required=True, help="names of the connected models, by commas")
   parser.add_argument("--output", help="name of the results; default: scaling-NAME")
   options = parser.parse_args(arguments)
   try:
-    if not options.results.is_file():
-      raise ConfigError(f"{options.results}: there is no such file; name one that benchmarks/study.py wrote.")
-    rows = study.Results(options.results).rows()
-    plain, connected = (points(rows, names.split(",")) for names in (options.plain, options.connected))
-    fitted, (low, high) = fit(plain, connected), interval(plain, connected)
+    plan, results = study.read(options.study), study.results_of(options.study, options.results)
+    if not results.path.is_file():
+      raise ConfigError(f"{results.path}: there is no such file; name one that benchmarks/study.py wrote.")
+    cells = study.cells(plan, options.study.parent, results.ratios())
+    plain, connected = (points(cells, results, names.split(",")) for names in (options.plain, options.connected))
+    fitted, bounds = fit(plain, connected), interval(plain, connected)
   except ConfigError as error:
     sys.exit(f"maxtext-mudd: {error}")
-  name = options.output or f"scaling-{options.results.stem.removeprefix('study-')}"
+  name = options.output or f"scaling-{options.study.stem}"
+  columns = ["model", "seed", "FLOPs", f"held-out {plan.unit}"]
   table = [[p.size, str(p.seed), f"{p.compute:.3e}", f"{p.loss:.4f}"] for p in (*plain, *connected)]
   text = (
     f"L = a·C^(-{fitted.exponent:.4f}); a is {fitted.plain:.3f} for the plain and {fitted.connected:.3f} for the "
-    f"connected models. **Compute multiplier: {fitted.multiplier:.2f}** (95% interval {low:.2f} to {high:.2f}, over "
-    f"seeds).\n\n{record.table(['model', 'seed', 'FLOPs', 'held-out bits per byte'], table)}\n![Fit]({name}.png)\n"
+    f"connected models. **Compute multiplier: {fitted.multiplier:.2f}** ({bounds}).\n\n"
+    f"{record.table(columns, table)}\n![Fit]({pathlib.Path(name).name}.png)\n"
   )
-  place = record.write(name, record.facts("those of the study's results", "machines"), text, table)
-  draw(plain, connected, fitted, place.with_name(f"{place.name}.png"))
+  place = record.write(name, record.facts("those of the study's results", "machines", ["numpy"]), text, table)
+  draw(plain, connected, fitted, plan.unit, place.with_name(f"{place.name}.png"))
   print(text)
 
 

@@ -14,6 +14,7 @@ A run whose loss is not finite ends, and that is its result. Any other failure e
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -23,6 +24,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import statistics
@@ -35,6 +37,7 @@ import pydantic
 import record
 import yaml
 
+from maxtext_mudd.cluster.request import NAME_LIMIT
 from maxtext_mudd.errors import ConfigError
 
 LAUNCHER = record.ROOT / "MaxText" / "train.py"
@@ -49,8 +52,9 @@ class Model(pydantic.BaseModel):
     keys: what it sets on top.
     against: the model that it is compared with; default: the study's baseline.
     paper: the perplexity that the paper reports for it.
-    same_time_as: a model; this one trains for as many steps as take the time of that one's steps, by `--time`.
-    tokens: of a run; default: the study's.
+    same_time_as: a model; this one trains for as many steps as take the time of that one's steps, by `--time`. It
+      needs `tokens` above 0.
+    tokens: of a run on one device; default: the study's.
   """
 
   model_config = pydantic.ConfigDict(extra="forbid")
@@ -67,7 +71,8 @@ class Study(pydantic.BaseModel):
 
   Attributes:
     config: configuration file of all models, beside the study's file.
-    tokens: of one run, rounded to whole steps; 0: as many steps as `config` says.
+    tokens: of one run on one device, rounded to whole steps; n devices train on n times as many. 0: as many steps as
+      `config` says.
     unit: of losses; bits per byte needs a tokenizer whose tokens are bytes.
     seeds: of parameters and of data.
     baseline: the model that others are compared with.
@@ -92,6 +97,11 @@ class Study(pydantic.BaseModel):
     for key, name in named:
       if name and name not in self.models:
         raise ValueError(f"{key}={name}: there is no such model; the models are {', '.join(self.models)}")
+    for name, model in self.models.items():
+      if model.same_time_as and not (model.tokens or self.tokens):
+        raise ValueError(f"models.{name}.same_time_as changes the tokens of a run; set tokens above 0")
+      if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(f"models.{name}: a name is lower-case letters, digits and underscores, with a letter first")
     for key, values in (("seeds", self.seeds), ("learning_rates", self.learning_rates)):
       if len(set(values)) != len(values):
         raise ValueError(f"{key}={values} names one of them twice; name each once")
@@ -106,6 +116,9 @@ class Cell:
     config: path of its configuration file.
     keys: what it sets on the command line.
     unit: of its losses.
+    steps: that it trains for.
+    fingerprint: 16 hexadecimal digits of a hash of the configuration file and the keys, as both were when the cell was
+      planned. A result counts only for the fingerprint that it was recorded with.
   """
 
   model: str
@@ -114,20 +127,20 @@ class Cell:
   config: pathlib.Path
   keys: dict
   unit: str
-
-  @property
-  def steps(self) -> int:
-    return self.keys.get("steps") or merged_values(self.config)["steps"]
+  steps: int
+  fingerprint: str
 
   @property
   def name(self) -> str:
+    """Its name in results and messages."""
     return f"{self.model}-lr{self.learning_rate:g}-seed{self.seed}"
 
   @property
-  def fingerprint(self) -> str:
-    """Of all that decides its result, so that results of an earlier form of a study are not taken for this one's."""
-    merged = json.dumps([merged_values(self.config), self.keys], sort_keys=True)
-    return hashlib.sha256(merged.encode()).hexdigest()[:16]
+  def run_name(self) -> str:
+    """Its name as a folder in --work and as a workload of a cluster: the digits of the fingerprint keep a changed cell
+    from reading the events and checkpoints of its earlier form."""
+    readable = re.sub("[^a-z0-9]+", "-", self.name.lower())[: NAME_LIMIT - 9].rstrip("-")
+    return f"{readable}-{self.fingerprint[:8]}"
 
 
 def read(path: pathlib.Path) -> Study:
@@ -167,6 +180,11 @@ def merged_values(config: pathlib.Path) -> dict:
   return (merged_values(base) if is_model else {}) | values
 
 
+def fingerprint(values: dict, keys: dict) -> str:
+  """The fingerprint of a cell whose configuration file sets `values` and whose command line sets `keys`."""
+  return hashlib.sha256(json.dumps([values, keys], sort_keys=True).encode()).hexdigest()[:16]
+
+
 def cells(study: Study, folder: pathlib.Path, ratios: dict[str, float]) -> list[Cell]:
   """All runs of a study, seed by seed, so that early results are of whole comparisons.
 
@@ -174,24 +192,37 @@ def cells(study: Study, folder: pathlib.Path, ratios: dict[str, float]) -> list[
     folder: of the study's file.
     ratios: step time of a model over that of the one it is compared with, for those that others name in
       `same_time_as`; runs whose ratio is not known are left out.
+
+  Raises:
+    ConfigError: two runs would write to one folder.
   """
-  found = []
+  planned = {}
   for seed in study.seeds:
     for rate in study.learning_rates:
       for name, model in study.models.items():
         if model.same_time_as and model.same_time_as not in ratios:
           continue
         config = (folder / (model.config or study.config)).resolve()
-        keys = study.keys | model.keys
+        values, keys = merged_values(config), study.keys | model.keys
         tokens = (model.tokens or study.tokens) * ratios.get(model.same_time_as, 1)
-        keys |= _steps(tokens, merged_values(config) | keys) if tokens else {}
+        keys |= _steps(tokens, values | keys) if tokens else {}
         keys |= {"learning_rate": rate, "init_weights_seed": seed, "data_shuffle_seed": seed}
-        found.append(Cell(name, seed, rate, config, keys, study.unit))
-  return found
+        steps = (values | keys)["steps"]
+        cell = Cell(name, seed, rate, config, keys, study.unit, steps, fingerprint(values, keys))
+        if other := planned.get(cell.run_name):
+          raise ConfigError(
+            f"models.{other.model} and models.{name} are trained in the same way, and the folder of both would be "
+            f"{cell.run_name}; rename one so that the names differ in their first characters."
+          )
+        planned[cell.run_name] = cell
+  return list(planned.values())
 
 
 def _steps(tokens: float, values: dict) -> dict[str, int]:
-  """The length of a run: MaxText evaluates after steps 0, interval, 2·interval, ..., and so after the last one."""
+  """The length of a run on one device: MaxText's batch size is for each device, so that n devices train on n·tokens.
+
+  MaxText evaluates after steps 0, interval, 2·interval, ..., and so after the last one.
+  """
   tokens_per_step = values["per_device_batch_size"] * values["max_target_length"]
   interval = max(round(tokens / tokens_per_step / EVALUATIONS), 1)
   return {"steps": EVALUATIONS * interval + 1, "eval_interval": interval}
@@ -231,9 +262,14 @@ class Results:
     return {row["model"]: row["ratio"]["median"] for row in self.rows() if row["kind"] == "timing"}
 
 
+def results_of(study_file: pathlib.Path, path: pathlib.Path | None = None) -> Results:
+  """The results of a study, in `path` or in the default place."""
+  return Results(path or record.RESULTS / f"study-{study_file.stem}.jsonl")
+
+
 def command(cell: Cell, work: pathlib.Path) -> list[str]:
   """The launcher's command for a cell."""
-  keys = {"run_name": cell.name, "base_output_directory": str(work), **cell.keys}
+  keys = {"run_name": cell.run_name, "base_output_directory": str(work), **cell.keys}
   return [sys.executable, str(LAUNCHER), str(cell.config), *(f"{key}={_written(x)}" for key, x in keys.items())]
 
 
@@ -245,9 +281,12 @@ def run(cell: Cell, work: pathlib.Path) -> dict:
   """Trains a cell to its end, from its last checkpoint if it has one; its result.
 
   Raises:
-    ConfigError: the launcher failed, for another reason than a loss that is not finite.
+    ConfigError: the launcher failed, for another reason than a loss that is not finite; or the configuration file is
+      not the one that the cell was planned with.
   """
-  folder = work / cell.name
+  if fingerprint(merged_values(cell.config), cell.keys) != cell.fingerprint:
+    raise ConfigError(f"{cell.config} has changed since the study started; start the study again.")
+  folder = work / cell.run_name
   folder.mkdir(parents=True, exist_ok=True)
   if is_done(row := result(cell, folder), cell):  # killed between its last step and its result
     return row
@@ -303,13 +342,15 @@ def result(cell: Cell, folder: pathlib.Path) -> dict:
 
 
 def _thinned(losses: dict[int, float], width: int = 10) -> dict[int, float]:
-  """Means over `width` steps, by the last of each."""
-  values, thin = list(losses.items()), {}
-  for start in range(0, len(values), width):
-    part = values[start : start + width]
-    mean = sum(x for _, x in part) / len(part)
-    thin[part[-1][0]] = _finite(mean)
-  return thin
+  """Means over blocks of `width` steps, by the last step of each block.
+
+  A killed process can lose the events of its last few steps. The blocks of all runs of a length end at the same steps
+  nevertheless, so that their curves can be compared.
+  """
+  blocks = collections.defaultdict(list)
+  for step, loss in losses.items():
+    blocks[step // width].append(loss)
+  return {min((i + 1) * width - 1, max(losses)): _finite(statistics.fmean(x)) for i, x in sorted(blocks.items())}
 
 
 def _finite(x: float) -> float | None:
@@ -331,7 +372,7 @@ def status_lines(study: Study, folder: pathlib.Path, results: Results, work: pat
   lines = []
   for cell in cells(study, folder, results.ratios()):
     row = results.of(cell)
-    saved = [int(x.name) for x in (work / cell.name / "checkpoints").glob("*") if x.name.isdigit()]
+    saved = [int(x.name) for x in (work / cell.run_name / "checkpoints").glob("*") if x.name.isdigit()]
     if row and row["dead"]:
       what = f"dead after {row['steps_done']} of {cell.steps} steps: {row['dead']}"
     elif row:
@@ -353,28 +394,42 @@ def run_all(study: Study, folder: pathlib.Path, results: Results, work: pathlib.
     record.say(f"{cell.name}: {number} of {len(waiting)}")
     row = run(cell, work) | machine() | {"date": datetime.date.today().isoformat()}
     results.append(row)
-    shutil.rmtree(work / cell.name / "checkpoints", ignore_errors=True)
+    shutil.rmtree(work / cell.run_name / "checkpoints", ignore_errors=True)
     record.say(f"{cell.name}: {row['dead'] or list(row['held_out'].values())[-1]}")
 
 
 def collect(study: Study, folder: pathlib.Path, results: Results, work: pathlib.Path) -> None:
-  """Appends the results of runs that ended elsewhere, whose folders lie in `work`."""
+  """Appends the results of runs that ended elsewhere, as workloads of a cluster.
+
+  Args:
+    work: a copy of their OUTPUT; the folder of a run in it has the name of the run's WORKLOAD.
+  """
+  elsewhere = {"cpu": "elsewhere", "cores": None, "commit": "unknown"}  # events of a run do not say
   for cell in cells(study, folder, results.ratios()):
-    if results.of(cell) is None and is_done(row := result(cell, work / cell.name), cell):
-      results.append(row | machine() | {"date": datetime.date.today().isoformat()})
+    if results.of(cell) is None and is_done(row := result(cell, work / cell.run_name), cell):
+      results.append(row | elsewhere | {"date": datetime.date.today().isoformat()})
       record.say(f"{cell.name}: {row['dead'] or list(row['held_out'].values())[-1]}")
 
 
 def submissions(study: Study, folder: pathlib.Path, results: Results) -> list[str]:
-  """`make xpk` lines of the cells without a result; CLUSTER, TPU_TYPE and OUTPUT are the user's to set."""
+  """`make xpk` lines of the cells without a result; CLUSTER, TPU_TYPE, NUM_SLICES and OUTPUT are the user's to set.
+
+  Raises:
+    ConfigError: the study counts tokens, and the number of devices that would share them is not known here.
+  """
+  lengths = {"tokens": study.tokens} | {f"models.{name}.tokens": model.tokens for name, model in study.models.items()}
+  for key, tokens in lengths.items():
+    if tokens:
+      raise ConfigError(
+        f"{key}={tokens} is for one device, and a run on a cluster trains on that many for each of its devices; set "
+        "tokens: 0, and steps in the configuration."
+      )
   lines = []
   for cell in cells(study, folder, results.ratios()):
     if results.of(cell) is None:
-      keys = {"run_name": cell.name, **cell.keys}
-      arguments = shlex.quote(" ".join(f"{key}={_written(x)}" for key, x in keys.items()))
+      arguments = shlex.join(f"{key}={_written(x)}" for key, x in cell.keys.items())
       config = os.path.relpath(cell.config, record.ROOT)
-      workload = cell.name.replace("_", "-").replace(".", "-").lower()[:40]
-      lines.append(f"make xpk CONFIG={config} WORKLOAD={workload} ARGS={arguments}")
+      lines.append(f"make xpk CONFIG={config} WORKLOAD={cell.run_name} ARGS={shlex.quote(arguments)}")
   return lines
 
 
@@ -419,7 +474,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   what.add_argument("--status", action="store_true", help="one line a cell, and end")
   what.add_argument("--report", action="store_true", help="write results/study-NAME.md and .png, and end")
   what.add_argument("--submit", action="store_true", help="print a make xpk line for each cell not done, and end")
-  what.add_argument("--collect", action="store_true", help="take the results of finished runs in --work, and end")
+  what.add_argument(
+    "--collect", action="store_true", help="take the results of a cluster's runs from --work, a copy of OUTPUT, and end"
+  )
   what.add_argument("--time", action="store_true", help="time the models that same_time_as names, and end")
   parser.add_argument("--cells", type=int, help="run at most this many; default: all")
   parser.add_argument("--rounds", type=int, default=10, help="of --time; default: %(default)s")
@@ -432,7 +489,7 @@ def main(arguments: list[str]) -> None:
   options = parse(arguments)
   try:
     study, folder, name = read(options.study), options.study.parent, options.study.stem
-    results = Results(options.results or record.RESULTS / f"study-{name}.jsonl")
+    results = results_of(options.study, options.results)
     work = (options.work or record.ROOT / "runs" / "study" / name).absolute()
     if options.status:
       print("\n".join(status_lines(study, folder, results, work)))

@@ -219,7 +219,7 @@ def write(study, cells, results, file: pathlib.Path) -> str:
   picture = results.path.with_suffix(".png")
   draw(study, summaries, picture)
   used = [row for summary in summaries for row in summary.rows]
-  machines = sorted({f"{row['cpu']}, {row['cores']} core(s)" for row in used})
+  machines = sorted({f"{row['cpu']}, {row['cores']} core(s)" if row["cores"] else row["cpu"] for row in used})
   commits = sorted({row["commit"] for row in used})
   timings = [
     f"- step time of `{row['model']}` over `{row['against']}`: {row['ratio']['median']:.3f}, quartiles "

@@ -1,5 +1,6 @@
 """Scaling fits, on losses with a known law."""
 
+import json
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from tests import runs
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))
 
 import scaling
+import study
 
 
 def law(factor, exponent, noise=0.0, seeds=range(3)):
@@ -39,11 +41,48 @@ def test_the_interval_holds_the_truth_and_shrinks_with_the_noise():
   truth = (40 / 38) ** (1 / 0.08)
   widths = []
   for noise in (0.004, 0.001):
-    low, high = scaling.interval(law(40.0, 0.08, noise, range(8)), law(38.0, 0.08, noise, range(8)), draws=300)
-    assert low < high
-    assert low - 0.15 < truth < high + 0.15
-    widths.append(high - low)
+    found = scaling.interval(law(40.0, 0.08, noise, range(8)), law(38.0, 0.08, noise, range(8)), draws=300)
+    assert found.low < found.high
+    assert found.low - 0.15 < truth < found.high + 0.15
+    assert (found.seeds, found.skipped) == (8, 0)
+    widths.append(found.high - found.low)
   assert widths[1] < widths[0] / 2
+
+
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_an_interval_over_few_seeds_says_so(seeds):
+  found = scaling.interval(law(40.0, 0.08, seeds=range(seeds)), law(38.0, 0.08, seeds=range(seeds)), draws=20)
+  assert f"from drawing {seeds} seed(s) again with replacement" in str(found)
+  assert ("with fewer than 5 seeds it is narrower than a true 95% interval" in str(found)) == (seeds < 5)
+
+
+def test_an_interval_needs_a_common_seed():
+  with pytest.raises(ConfigError, match="finished runs of no common seed"):
+    scaling.interval(law(40.0, 0.08, seeds=[0, 1]), law(38.0, 0.08, seeds=[2, 3]))
+
+
+def with_one_bad_seed(factor, rise, seeds):
+  """Points whose loss falls with compute, but rises at seed 0."""
+  return law(factor * 1e-3, -rise, seeds=[0]) + law(factor, 0.1, seeds=seeds)
+
+
+def test_draws_without_a_fit_are_counted_and_left_out():
+  plain, connected = (with_one_bad_seed(factor, 0.08, [1, 2, 3]) for factor in (40.0, 38.0))
+  assert scaling.fit(plain, connected).exponent > 0
+  found = scaling.interval(plain, connected, draws=400)
+  assert 0 < found.skipped < 100
+  assert np.isfinite([found.low, found.high]).all()
+  assert f"{found.skipped} of 400 draws have no fit and are left out" in str(found)
+
+
+def test_an_interval_of_which_most_draws_have_no_fit_is_refused():
+  plain, connected = (with_one_bad_seed(factor, 0.3, [1]) for factor in (40.0, 38.0))
+  with pytest.raises(ConfigError, match=r"of 400 draws of seeds have no fit, so there is no interval"):
+    scaling.interval(plain, connected, draws=400)
+
+
+def test_an_exponent_of_almost_zero_gives_an_infinite_multiplier():
+  assert scaling.Fit(40.0, 38.0, 1e-6).multiplier == np.inf
 
 
 def test_too_few_sizes_are_refused():
@@ -55,3 +94,65 @@ def test_too_few_sizes_are_refused():
 def test_loss_that_rises_with_compute_is_refused():
   with pytest.raises(ConfigError, match="does not fall with compute"):
     scaling.fit(law(1.0, -0.05), law(0.9, -0.05))
+
+
+PLAN = {
+  "config": "model.yml",
+  "tokens": 1000,
+  "unit": "nats per token",
+  "seeds": [0, 1],
+  "learning_rates": [0.001, 0.003],
+  "baseline": "plain_s",
+  "models": {name: {"keys": {"width": name}} for name in ("plain_s", "plain_l", "mudd_s", "mudd_l", "mudd_xl")},
+}
+
+
+def write_study(folder):
+  """A study, and results of all its cells but those of mudd_xl; its file and the results."""
+  (folder / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 5\n")
+  (folder / "plan.yml").write_text(json.dumps(PLAN))
+  results = study.Results(folder / "results.jsonl")
+  for cell in study.cells(study.read(folder / "plan.yml"), folder, {}):
+    if cell.model != "mudd_xl":
+      tflops = 1e3 if cell.model.endswith("_s") else 1e4
+      loss = (38.0 if "mudd" in cell.model else 40.0) * (tflops * 100) ** -0.08 + (cell.learning_rate == 0.001)
+      row = {"kind": "cell", "cell": cell.name, "fingerprint": cell.fingerprint, "dead": None, "steps_done": 100}
+      results.append(row | {"tflops_per_step": tflops, "held_out": {"99": loss}})
+  return folder / "plan.yml", results
+
+
+def test_points_are_of_the_better_learning_rate_and_of_the_present_study(tmp_path):
+  path, results = write_study(tmp_path)
+  cells = study.cells(study.read(path), tmp_path, {})
+  small, large = 40 * 1e5**-0.08, 40 * 1e6**-0.08
+  expected = [scaling.Point("plain_s", 0, 1e17, small), scaling.Point("plain_s", 1, 1e17, small)]
+  expected += [scaling.Point("plain_l", 0, 1e18, large), scaling.Point("plain_l", 1, 1e18, large)]
+  assert scaling.points(cells, results, ["plain_s", "plain_l"]) == expected
+  changed = PLAN["models"] | {"plain_l": {"keys": {"width": "another"}}}
+  path.write_text(json.dumps(PLAN | {"models": changed}))
+  cells = study.cells(study.read(path), tmp_path, {})
+  assert scaling.points(cells, results, ["plain_s"]) == expected[:2]
+  with pytest.raises(ConfigError, match="plain_l has no finished run in"):
+    scaling.points(cells, results, ["plain_s", "plain_l"])
+
+
+def test_models_that_the_study_lacks_are_refused(tmp_path):
+  path, results = write_study(tmp_path)
+  with pytest.raises(ConfigError, match="plain is not a model of the study; those are plain_s, plain_l, mudd_s,"):
+    scaling.points(study.cells(study.read(path), tmp_path, {}), results, ["plain"])
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+  path, results = write_study(tmp_path)
+  monkeypatch.setattr(sys, "argv", [str(runs.ROOT / "benchmarks" / "scaling.py")])  # which the written facts name
+  files = ["--study", str(path), "--results", str(results.path), "--output", str(tmp_path / "fit")]
+  scaling.main([*files, "--plain", "plain_s,plain_l", "--connected", "mudd_s,mudd_l"])
+  text = (tmp_path / "fit.md").read_text()
+  assert f"**Compute multiplier: {(40 / 38) ** (1 / 0.08):.2f}**" in text
+  assert "from drawing 2 seed(s) again with replacement; with fewer than 5 seeds it is narrower" in text
+  assert "held-out nats per token" in text
+  assert "![Fit](fit.png)" in text
+  assert capsys.readouterr().out.strip() in text
+  assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+  with pytest.raises(SystemExit, match="maxtext-mudd: mudd_xl has no finished run in"):
+    scaling.main([*files, "--plain", "plain_s,plain_l", "--connected", "mudd_s,mudd_xl"])

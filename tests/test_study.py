@@ -1,7 +1,10 @@
 """benchmarks/study.py: what it plans, what it refuses, what it keeps; and that its runs are paired."""
 
 import json
+import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,7 +12,9 @@ import time
 
 import numpy as np
 import pytest
+from tensorboardX import SummaryWriter
 
+from maxtext_mudd.cluster import request, training
 from maxtext_mudd.errors import ConfigError
 from tests import models, runs
 
@@ -27,13 +32,32 @@ PLAN = {
   "baseline": "plain",
   "models": {"plain": {}, "mudd": {"keys": {"mudd": True}}, "longer": {"same_time_as": "mudd"}},
 }
+STEPS = {"tokens": 0, "models": {"plain": {}, "mudd": {"keys": {"mudd": True}}}}  # as many as the configuration says
 
 
 def write(folder, **changes):
-  (folder / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 5\n")
+  (folder / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 5\nsteps: 7\n")
   path = folder / "plan.yml"
   path.write_text(json.dumps(PLAN | changes))
   return path
+
+
+def write_events(folder, cell, lost=()):
+  """The TensorBoard events of a whole run whose losses are all 2 bits per byte, less those of some steps."""
+  writer = SummaryWriter(str(folder / "tensorboard"))
+  for tag, value in {
+    "learning/loss": 2 * math.log(2),
+    "learning/raw_grad_norm": 1.0,
+    "perf/per_device_tokens_per_sec": 50.0,
+    "perf/per_device_tflops_per_sec": 0.1,
+    "perf/step_time_seconds": 3.0,
+  }.items():
+    for step in range(cell.steps):
+      if step not in lost:
+        writer.add_scalar(tag, value, step)
+  writer.add_scalar("eval/avg_loss", 2 * math.log(2), cell.steps - 1)
+  writer.add_text("num_model_parameters", "1000", 0)
+  writer.close()
 
 
 def test_cells_of_a_seed_differ_in_the_model_alone(tmp_path):
@@ -60,18 +84,71 @@ def test_a_model_of_equal_time_waits_for_the_timing(tmp_path):
   assert longer.keys["steps"] == 121
 
 
-def test_lines_for_a_cluster(tmp_path):
-  plan, results = study.read(write(tmp_path)), study.Results(tmp_path / "results.jsonl")
+def test_names_of_runs_are_names_of_workloads_and_differ(tmp_path):
+  long = "a_model_whose_name_has_more_letters_than_a_workload"
+  models_of_plan = {"plain": {}, long: {"keys": {"a": 1}}, long + "_2": {"keys": {"a": 2}}}
+  cells = study.cells(study.read(write(tmp_path, models=models_of_plan)), tmp_path, {})
+  names = [cell.run_name for cell in cells]
+  assert names[0] == f"plain-lr0-003-seed0-{cells[0].fingerprint[:8]}"
+  assert len(set(names)) == 6
+  for name in names:
+    assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name)
+    assert len(name) <= 40
+
+
+def test_two_runs_of_one_folder_are_refused(tmp_path):
+  long = "a_model_whose_name_has_more_letters_than_a_workload"
+  plan = study.read(write(tmp_path, models={"plain": {}, long: {}, long + "_2": {}}))
+  with pytest.raises(ConfigError, match=f"models.{long} and models.{long}_2 are trained in the same way"):
+    study.cells(plan, tmp_path, {})
+
+
+def test_make_xpk_accepts_the_lines_for_a_cluster(tmp_path, monkeypatch):
+  monkeypatch.chdir(runs.ROOT)
+  plan, results = study.read(STUDIES / "table_5_405m.yml"), study.Results(tmp_path / "results.jsonl")
+  others = shlex.split("CLUSTER=a TPU_TYPE=v5p-16 NUM_SLICES=1 OUTPUT=gs://bucket/runs DOCKER_IMAGE=a/b:c DRY_RUN=1")
+  lines = study.submissions(plan, STUDIES, results)
+  requests = [request.read([*shlex.split(line.removeprefix("make xpk ")), *others]) for line in lines]
+  cells = study.cells(plan, STUDIES, {})
+  assert [x.workload for x in requests] == [cell.run_name for cell in cells]
+  assert [x.config for x in requests[:2]] == ["yaml/transformer_pp_405m.yml", "yaml/ablation/static.yml"]
+  for x, cell in zip(requests, cells, strict=True):
+    training.check(x)
+    assert list(x.overrides) == [f"{key}={value}" for key, value in cell.keys.items()]
+
+
+def test_a_collected_run_is_not_of_this_machine(tmp_path):
+  plan, results = study.read(write(tmp_path, **STEPS)), study.Results(tmp_path / "results.jsonl")
   lines = study.submissions(plan, tmp_path, results)
-  assert len(lines) == 4
-  assert lines[1].endswith(
-    "WORKLOAD=mudd-lr0-003-seed0 ARGS='run_name=mudd-lr0.003-seed0 mudd=true steps=101 eval_interval=25 "
-    "learning_rate=0.003 init_weights_seed=0 data_shuffle_seed=0'"
-  )
-  results.append(
-    {"kind": "cell", "cell": "mudd-lr0.003-seed0", "fingerprint": study.cells(plan, tmp_path, {})[1].fingerprint}
-  )
-  assert len(study.submissions(plan, tmp_path, results)) == 3
+  cell = study.cells(plan, tmp_path, {})[1]
+  (workload,) = re.findall("WORKLOAD=(mudd-lr0-003-seed0[^ ]*)", "\n".join(lines))
+  write_events(tmp_path / "output" / workload, cell)
+  study.collect(plan, tmp_path, results, tmp_path / "output")
+  (row,) = results.rows()
+  assert (row["cell"], row["cpu"], row["cores"], row["commit"]) == (cell.name, "elsewhere", None, "unknown")
+  np.testing.assert_allclose(list(row["held_out"].values()), [2.0], rtol=1e-6)
+  assert study.submissions(plan, tmp_path, results) == [line for line in lines if workload not in line]
+
+
+def test_curves_end_at_the_same_steps_where_a_killed_run_lost_some(tmp_path):
+  cell = study.cells(study.read(write(tmp_path)), tmp_path, {})[0]
+  for name, lost in (("whole", ()), ("killed", (9, 10))):
+    write_events(tmp_path / name, cell, lost)
+  whole, killed = (study.result(cell, tmp_path / name)["train"] for name in ("whole", "killed"))
+  assert list(killed) == list(whole) == [*range(9, 100, 10), 100]
+
+
+@pytest.mark.parametrize(
+  "changes, says",
+  [
+    ({}, "tokens=1000 is for one device, and a run on a cluster trains on that many for each of its devices;"),
+    (STEPS | {"models": {"plain": {"tokens": 20}}}, "models.plain.tokens=20 is for one device,"),
+  ],
+)
+def test_studies_that_count_tokens_are_not_for_a_cluster(tmp_path, changes, says):
+  with pytest.raises(ConfigError) as refused:
+    study.submissions(study.read(write(tmp_path, **changes)), tmp_path, study.Results(tmp_path / "results.jsonl"))
+  assert str(refused.value).startswith(says)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +156,13 @@ def test_lines_for_a_cluster(tmp_path):
   [
     ({"token": 5}, "token: is not a key of studies; those are config, tokens,"),
     ({"tokens": -1}, "tokens: Input should be greater than or equal to 0"),
+    ({"tokens": 0}, "models.longer.same_time_as changes the tokens of a run; set tokens above 0"),
     ({"seeds": [1, 1]}, "seeds=[1, 1] names one of them twice"),
     ({"baseline": "plane"}, "baseline=plane: there is no such model; the models are plain, mudd, longer"),
+    (
+      {"models": {"plain": {}, "24_blocks": {}}},
+      "models.24_blocks: a name is lower-case letters, digits and underscores",
+    ),
     ({"config": "none.yml"}, "config: none.yml: there is no such file beside it"),
     ({"models": {"plain": {"paper": 0.5}}}, "models.plain.paper: Input should be greater than 1"),
   ],
@@ -116,9 +198,30 @@ def test_a_result_of_another_form_of_the_model_does_not_count(tmp_path):
   results.append({"kind": "cell", "cell": cell.name, "fingerprint": cell.fingerprint})
   assert results.of(cell)
   (tmp_path / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 10\n")
+  assert results.of(cell), "the cell was planned before the change"
   changed = study.cells(study.read(tmp_path / "plan.yml"), tmp_path, {})[0]
   assert changed.name == cell.name
+  assert changed.run_name != cell.run_name
   assert results.of(changed) is None
+
+
+def test_a_configuration_that_changes_during_a_study_ends_it(tmp_path):
+  cell = study.cells(study.read(write(tmp_path)), tmp_path, {})[0]
+  (tmp_path / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 10\n")
+  with pytest.raises(ConfigError, match=r"model.yml has changed since the study started; start the study again\."):
+    study.run(cell, tmp_path / "work")
+  assert not (tmp_path / "work").exists()
+
+
+def test_a_run_of_another_form_of_the_model_does_not_count(tmp_path):
+  """Not even where its folder lies in --work: model, learning rate and seed are the same."""
+  plan, work = study.read(write(tmp_path)), tmp_path / "work"
+  cell = study.cells(plan, tmp_path, {})[0]
+  write_events(work / cell.run_name, cell)
+  (tmp_path / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 5\nwarmup_steps_fraction: 0.5\n")
+  results = study.Results(tmp_path / "results.jsonl")
+  study.collect(plan, tmp_path, results, work)
+  assert results.rows() == []
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
@@ -165,7 +268,8 @@ def test_a_killed_study_resumes_and_gives_the_same_result(tmp_path):
 
   subprocess.run(command("whole"), check=True, env=runs.environment())
   process = subprocess.Popen(command("killed"), env=runs.environment(), start_new_session=True)
-  checkpoints = tmp_path / "killed" / "plain-lr0.003-seed0" / "checkpoints"
+  (cell,) = study.cells(study.read(plan), tmp_path, {})
+  checkpoints = tmp_path / "killed" / cell.run_name / "checkpoints"
   deadline = time.monotonic() + 300
   while not (checkpoints / "10").exists():
     assert process.poll() is None and time.monotonic() < deadline
@@ -176,5 +280,9 @@ def test_a_killed_study_resumes_and_gives_the_same_result(tmp_path):
   subprocess.run(command("killed"), check=True, env=runs.environment())
   (whole,), (resumed,) = (study.Results(tmp_path / f"{name}.jsonl").rows() for name in ("whole", "killed"))
   assert resumed["held_out"] == whole["held_out"]
-  assert resumed["train"] == whole["train"]
+  assert resumed["train"].keys() == whole["train"].keys()
+  lost = {"9", "19", "29"}  # TensorBoard's writer had not written the events of the last steps before the kill
+  assert {k: x for k, x in resumed["train"].items() if k not in lost} == {
+    k: x for k, x in whole["train"].items() if k not in lost
+  }
   assert not checkpoints.exists()

@@ -72,6 +72,14 @@ def test_the_written_report(report, tmp_path):
   assert (tmp_path / "study-plan.md").read_text() == text
 
 
+def test_a_report_of_runs_from_elsewhere(report, tmp_path):
+  plan, cells, results = report
+  collected = study.Results(tmp_path / "collected.jsonl")
+  for row in results.rows():
+    collected.append(row | {"cpu": "elsewhere", "cores": None})
+  assert "- machines: elsewhere\n" in study_report.write(plan, cells, collected, tmp_path / "plan.yml")
+
+
 def test_a_report_of_part_of_a_study_says_so(report, tmp_path):
   plan, cells, _ = report
   part = study.Results(tmp_path / "part.jsonl")

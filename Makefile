@@ -60,6 +60,7 @@ $(READY): requirements/dev.txt pyproject.toml
 	if ! $$found -m venv --clear $(VENV); then \
 	  echo "make: $$found cannot make virtual environments; install its venv package (Debian: python3.12-venv)." >&2; exit 2; \
 	fi
+	@echo 'make: setting up $(VENV), once ...' >&2
 	@if $(PY) -m pip install --quiet --disable-pip-version-check $(UV); then \
 	  installer="$(PY) -m uv pip install --quiet --compile-bytecode --python $(PY)"; \
 	else \

@@ -47,6 +47,7 @@ BOOTSTRAPS = 1000
 def main(argv: list[str]) -> None:
   args = _parser().parse_intermixed_args(argv)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # warnings; else XLA announces its devices
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it says that PyTorch is not there
   try:
     with Interrupts() as interrupts, reachable(), noise.hidden():
       wanted = _Request(args)

@@ -8,6 +8,7 @@ import pathlib
 import signal
 import sys
 from typing import Any, NoReturn
+import warnings
 
 from absl import app
 from absl import logging as absl_logging
@@ -39,6 +40,7 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
     return
   try:
     early.check(sys.argv, check_early)
+    of_epochs = ends.asks_for_epochs(sys.argv)
   except (errors.ConfigError, versions.UnknownMaxText) as error:
     exit_with(str(error))
   seen = []
@@ -47,6 +49,8 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
 
   def read(config):
     seen.append(config)
+    # `watch` reads what MaxText logs as information; the console is brief anyway.
+    absl_logging.set_verbosity(max(absl_logging.get_verbosity(), absl_logging.INFO))
     _devices().check_mesh(config)
     if check:
       check(config)
@@ -61,13 +65,14 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
   except SystemExit as ended:  # as every run does that ends by itself
     if watch.terminated and not ended.code:
       sys.exit(128 + signal.SIGTERM)
-    if end := ends.of_training_data(watch.error, sys.argv):
+    if end := ends.of_training_data(watch.error, of_epochs):
       exit_with(end.sentence, end.status)
     raise
   except (MemoryError, PermissionError):
     raise
   except KeyboardInterrupt:
-    exit_with("interrupted.")
+    newest = _newest_checkpoint(seen[-1]) if seen else None
+    exit_with(f"interrupted; the same command resumes from {newest}." if newest else "interrupted.")
   except errors.ConfigError as error:
     exit_with(str(error))
   except Exception as error:
@@ -83,6 +88,7 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
     raise
   finally:
     absl_logging.get_absl_logger().removeHandler(watch)
+    watch.error = None  # its frames hold the data iterators
     # MaxText's data iterators clean up when collected, and cannot any more once the interpreter shuts down.
     gc.collect()
 
@@ -104,7 +110,10 @@ def keys(arguments: Sequence[str]) -> dict[str, Any]:
 def exit_with(sentence: str, status: int = 2) -> NoReturn:
   """Ends the process with one sentence on stderr; status 2 is that of every mistake of a user."""
   console.refuse(f"maxtext-mudd: {sentence}")
-  logging.disable()  # of threads that are still ending
+  # Threads, coroutines and data iterators that are still ending have nothing more to say.
+  logging.disable()
+  warnings.simplefilter("ignore")
+  sys.unraisablehook = lambda _: None
   sys.exit(status)
 
 
@@ -113,6 +122,13 @@ def _devices():
   from maxtext_mudd import devices
 
   return devices
+
+
+def _newest_checkpoint(config) -> pathlib.Path | None:
+  """Of a run that writes checkpoints to a local folder."""
+  folder = pathlib.Path(config.checkpoint_dir or "none")
+  steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
+  return folder / str(max(steps)) if steps else None
 
 
 def _unreadable_checkpoint(config, error: Exception) -> str:
@@ -124,9 +140,7 @@ def _unreadable_checkpoint(config, error: Exception) -> str:
       f"{explicit}: this checkpoint cannot be restored and is left as it is; it is damaged, or of a model with other "
       f"keys than this configuration ({cause})."
     )
-  folder = pathlib.Path(config.checkpoint_dir)
-  steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
-  newest = folder / str(max(steps)) if steps else folder
+  newest = _newest_checkpoint(config) or config.checkpoint_dir
   return (
     f"{newest}: the newest checkpoint cannot be restored and is left as it is; use the keys that the run was started "
     f"with, or, if it is damaged, move it away to resume from the one before it ({cause})."

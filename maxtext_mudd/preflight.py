@@ -14,11 +14,8 @@ from maxtext_mudd.runs import data_faults, first_batch, sources, text_files, tok
 
 
 def check_training(config) -> None:
-  """Raises ConfigError for local data that are not named or cannot be read, an output folder that takes no files, a
-  checkpoint that the run cannot start from, and data that give no first batch.
-
-  Converts local text for Grain, and sets the keys of `config` that name the converted files: `runs/text_files.py`.
-  """
+  """Raises ConfigError for local data that are not named or are not there, an output folder that takes no files, and a
+  checkpoint that the run cannot start from."""
   check_files(config)
   _check_output(config.base_output_directory)
   if 0 < config.trainable_position_size < config.max_target_length:
@@ -27,6 +24,13 @@ def check_training(config) -> None:
       f"{config.max_target_length}; make it at least as large."
     )
   _check_start(config)
+
+
+def try_data(config) -> None:
+  """Raises ConfigError for data that cannot be read, or give no first batch.
+
+  Converts local text for Grain, and sets the keys of `config` that name the converted files: `runs/text_files.py`.
+  """
   text_files.prepare(config)
   first_batch.check(config)
 

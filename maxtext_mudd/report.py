@@ -131,8 +131,8 @@ def summary(run: Run) -> list[str]:
   (first_step, first), (last_step, last) = losses[0], losses[-1]
   return [
     run.name,
-    f"  {what + ' loss at the start':<23} {first:.4f} bits per byte (after step {first_step + 1})",
-    f"  {what + ' loss at the end':<23} {last:.4f} bits per byte (after step {last_step + 1})",
+    f"  {'first ' + what + ' loss':<23} {first:.4f} bits per byte (after step {first_step + 1})",
+    f"  {'last ' + what + ' loss':<23} {last:.4f} bits per byte (after step {last_step + 1})",
     f"  speed                   {run.tokens_per_second():,.0f} tokens/s per device (median step)",
   ]
 

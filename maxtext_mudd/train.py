@@ -1,27 +1,35 @@
 """Stock `maxtext.trainers.pre_train.train` with MUDD connections: `python3 -m maxtext_mudd.train FILE.yml`."""
 
+import functools
+
+from maxtext_mudd.errors import ConfigError
 from maxtext_mudd.launch import launch
 from maxtext_mudd.runs import console, run_lock, sources
 
 
-def check_training(config) -> None:
+def check_training(config, lock: run_lock.RunLock | None = None) -> None:
+  """Takes `lock` for the run's folder, or raises ConfigError, on all hosts of a job, for what cannot work on one."""
   from maxtext_mudd import devices, preflight  # once MaxText is known to be the right one
-  from maxtext_mudd.runs import data_place, refusals
+  from maxtext_mudd.runs import data_place, hosts, refusals
 
-  refusals.check(config)
-  devices.check_batch(config)
-  preflight.check_training(config)
+  refusal = None
+  try:
+    refusals.check(config)
+    devices.check_batch(config)
+    preflight.check_training(config)
+    if lock:
+      lock.take(config)
+    preflight.try_data(config)
+  except ConfigError as error:
+    refusal = error
+  hosts.refuse_together(refusal)
   data_place.warn_on_resume(config)
 
 
 def run() -> None:
   """Trains; what the run reads and writes is checked before anything is compiled, and its folder is locked."""
   with run_lock.RunLock() as lock, console.Console():
-
-    def check(config) -> None:
-      check_training(config)
-      lock.take(config)
-
+    check = functools.partial(check_training, lock=lock)
     launch("maxtext.trainers.pre_train.train", check=check, check_early=sources.check)
 
 

@@ -4,6 +4,8 @@ import logging
 import os
 import pathlib
 import signal
+import sys
+import warnings
 
 import pytest
 
@@ -16,9 +18,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def logging_stays_enabled():
-  """A launcher that refuses a run disables logging for the rest of its process, which here is that of other tests."""
-  yield
+def processes_stay_talkative():
+  """A launcher that refuses a run silences the rest of its process, which here is that of other tests."""
+  hook = sys.unraisablehook
+  with warnings.catch_warnings():
+    yield
+  sys.unraisablehook = hook
   logging.disable(logging.NOTSET)
 
 

@@ -73,12 +73,29 @@ def test_files_are_refused_by_the_same_sentence(tmp_path):
     (["grain_train_files=a,x;b,1"], "grain_train_files=a,x: 'x' is not a weight; write pattern,number."),
     (["data/local_text.yml", "hf_train_files=none.txt"], "hf_train_files=none.txt: no such file"),
     (["data/local_text.yml"], "hf_train_files='' names no data"),
+    (
+      ["data/local_text.yml", f"hf_train_files={__file__}"],
+      "hf_eval_files='' names no data; set it to files, or to a pattern that matches files, or eval_interval=-1",
+    ),
+    (
+      ["data/local_text.yml", "hf_path=jsn", "hf_train_files=a"],
+      "hf_path=jsn is not a format of local files; set it to arrow, csv, json, parquet, text.",
+    ),
+    (["steps=9", "--run_name=r"], "--run_name=r: keys have no dashes before them; write run_name=r."),
   ],
 )
 def test_data_that_are_not_there(arguments, says):
   with pytest.raises(errors.ConfigError) as refused:
     early.check(["", TINY, *arguments], sources.check)
   assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("ending, loader", [("jsonl", "json"), ("csv", "csv"), ("parquet", "parquet")])
+def test_files_that_are_no_plain_text(ending, loader, tmp_path):
+  (tmp_path / f"data.{ending}").write_text("x")
+  with pytest.raises(errors.ConfigError) as refused:
+    early.check(["", TINY, "data/local_text.yml", f"hf_train_files={tmp_path}/data.{ending}"], sources.check)
+  assert str(refused.value).endswith(f"is not plain text by its ending; set hf_path={loader}, or rename the file.")
 
 
 def test_data_that_may_be_there():

@@ -38,7 +38,9 @@ def check(settings, tmp_path):
       key: type(getattr(settings, key))(changes[key]) for key in changes.keys() & {"dataset_type", "tokenizer_type"}
     }
     output = {"base_output_directory": str(tmp_path / "out")}
-    preflight.check_training(settings.model_copy(update=output | changes | typed))
+    config = settings.model_copy(update=output | changes | typed)
+    preflight.check_training(config)
+    preflight.try_data(config)
 
   return checked
 

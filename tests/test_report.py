@@ -29,8 +29,8 @@ def two(tmp_path):
 def test_summary_of_one_run(two, capsys):
   report.main(["report", str(two[0])])
   printed = capsys.readouterr().out
-  assert "eval loss at the start  3.0000 bits per byte (after step 1)" in printed
-  assert "eval loss at the end    2.0000 bits per byte (after step 3)" in printed
+  assert "first eval loss         3.0000 bits per byte (after step 1)" in printed
+  assert "last eval loss          2.0000 bits per byte (after step 3)" in printed
   assert "100 tokens/s" in printed
   assert "next: make" in printed
   assert (two[0] / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -32,10 +32,11 @@ def after(iterator: Any, manager: Any, config, start: int, done: int) -> Any:
   """An iterator like `iterator`, at the place where the run was after `done` steps.
 
   An iterator whose data cannot be read stays within the batch that it was reading: a run that continued from there
-  would skip the rows before the fault. So the batches since the newest checkpoint are read again.
+  would skip the rows before the fault. Worker processes whose data ended stay ended. So the batches since the newest
+  checkpoint are read again, which takes a part of the time that training on them took.
 
   Args:
-    iterator: the training data's iterator, after it failed.
+    iterator: the training data's iterator, after it failed or ended.
     manager: MaxText's checkpoint manager.
     start: steps that were done when this process started to read.
     done: steps that have been done, each with one batch.
@@ -65,6 +66,8 @@ def after(iterator: Any, manager: Any, config, start: int, done: int) -> Any:
     place = grain_utility.for_restore(manager, max(saved), again, config.expansion_factor_real_data)
     manager.load_checkpointables(max(saved), {"iter": place})
     start = max(saved) + 1
+  if done > start:
+    logging.info("Reading the %d batches since the newest checkpoint again, for the place of the run.", done - start)
   for _ in range(start, done):
     next(again)
   return again

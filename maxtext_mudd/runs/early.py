@@ -35,7 +35,12 @@ def check(argv: Sequence[str], check_settings: Callable[[types.SimpleNamespace],
     versions.UnknownMaxText: MaxText is missing, or another version is installed.
   """
   versions.check()
-  if any(argument.startswith("-") for argument in argv[1:]):
+  flags = [argument for argument in argv[1:] if argument.startswith("-")]
+  for flag in flags:
+    key = flag.lstrip("-")
+    if key.partition("=")[0] in stock_keys()[0] | MuddKeys.model_fields.keys():
+      raise ConfigError(f"{flag}: keys have no dashes before them; write {key if '=' in key else f'{key}=value'}.")
+  if flags:
     return
   with errors.one_sentence(MuddKeys):
     values = config_files.values([argument for argument in argv if not argument.startswith(_PROMPT)])

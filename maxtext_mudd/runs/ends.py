@@ -10,11 +10,15 @@ frame, so this module reads them from there, and no other module does.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import logging
+import os
 import sys
 import traceback
 from typing import Any
 
+from absl import logging as absl_logging
+
 from maxtext_mudd import config_files, errors
+from maxtext_mudd.runs import hosts
 
 DATA_ENDED = 3  # status of a run whose data ended before its steps were done
 _STOPPED = "Training stopped: "
@@ -54,16 +58,27 @@ class End:
   status: int
 
 
-def of_training_data(error: BaseException | None, argv: Sequence[str]) -> End | None:
+def asks_for_epochs(argv: Sequence[str]) -> bool:
+  """Whether `num_epoch` is set by an argument, by a variable of the environment, or by a configuration file that is not
+  one of MaxText's.
+
+  Raises:
+    ConfigError: as `config_files.values`.
+  """
+  arguments = [argument for argument in argv if not argument.startswith("-")]  # less flags of Abseil
+  return "M_NUM_EPOCH" in os.environ or "num_epoch" in config_files.values(arguments)
+
+
+def of_training_data(error: BaseException | None, of_epochs: bool) -> End | None:
   """Saves the last step of a run whose training data ended, or cannot be read.
 
-  All hosts save together, as in every save of MaxText. A host whose data end earlier than those of the others waits
-  for them in the save while they wait for it in their next step, until JAX ends the job; nothing is saved then.
+  All hosts save together, as in every save of MaxText. A host whose data end, or fail, at another step than those of
+  the others saves nothing: they wait for it in their next step, until it ends and JAX ends the job.
   Goodput, where it is recorded, does not count the time of this save: MaxText has recorded the end of the job before.
 
   Args:
     error: what MaxText handled when it stopped.
-    argv: the arguments of the launcher, which say whether a number of epochs was asked for.
+    of_epochs: whether a number of epochs was asked for.
 
   Returns:
     None if something else stopped the run.
@@ -74,7 +89,10 @@ def of_training_data(error: BaseException | None, argv: Sequence[str]) -> End | 
   run = _Run.from_variables(variables, done=variables["step"])
   cause = error.__context__
   if not isinstance(cause, StopIteration):
-    return _unreadable(run.with_place_of_last_step(), cause)
+    return _unreadable(run, cause)
+  if run.config.dataset_type.value == "grain" and run.config.grain_worker_count:
+    # The state of ended workers says that there is nothing to read, whatever num_epoch is when the run continues.
+    run = run.with_place_of_last_step()
   where, is_saved = run.save()
   if run.done > run.start:
     what = f"the data ended after {run.done} of steps={run.config.steps}"
@@ -83,7 +101,7 @@ def of_training_data(error: BaseException | None, argv: Sequence[str]) -> End | 
     what = f"{what} were done"
   if not is_saved:
     return End(f"{what}; {where}.", 2)
-  if _asks_for_epochs(argv):
+  if of_epochs:
     return End(f"{what}, as num_epoch={run.config.num_epoch} asks; {where}.", 0)
   return End(f"{what}; {where}; {run.remedy()}.", DATA_ENDED)
 
@@ -134,6 +152,11 @@ class _Run:
     if self.manager is None:
       return "nothing was saved, because enable_checkpointing=False", True
     folder, step = self.config.checkpoint_dir.rstrip("/"), self.done - 1
+    if not hosts.meet(f"save-{step}"):
+      return (
+        f"nothing was saved after {folder}/{checkpointing.latest_step(self.manager)}, for other hosts have data",
+        False,
+      )
     try:
       checkpointing.wait_until_finished(self.manager)
       if self.done > self.start and step not in checkpointing.all_steps(self.manager):
@@ -144,13 +167,15 @@ class _Run:
     newest = checkpointing.latest_step(self.manager)
     if newest is None:
       return "there is no checkpoint, because no step was done", True
+    if newest != step:
+      return f"{folder}/{step}: the checkpoint of the last step was not written; the newest is {newest}", False
     return f"the checkpoint of the last step is {folder}/{newest}", True
 
   def with_place_of_last_step(self) -> "_Run":
     """The run with an iterator that has read the batches of its steps and no more, where they can be read again."""
     from maxtext_mudd.runs import data_place  # imports what MaxText does
 
-    if self.manager is None or self.done == self.start:
+    if self.manager is None or self.done == self.start or not hosts.meet(f"read-{self.done}"):
       return self
     try:
       iterator = data_place.after(self.iterator, self.manager, self.config, self.start, self.done)
@@ -171,14 +196,10 @@ class _Run:
 def _unreadable(run: _Run, error: BaseException) -> End:
   from maxtext_mudd.runs import data_faults  # imports MaxText
 
-  where, _ = run.save()
   what = data_faults.explain(run.config, error).rstrip(".")
+  absl_logging.error("%s; saving the last step ...", what)  # while all hosts can still say something
+  where, _ = run.with_place_of_last_step().save()
   return End(f"{what}; {run.done} of steps={run.config.steps} were done; {where}.", 2)
-
-
-def _asks_for_epochs(argv: Sequence[str]) -> bool:
-  """Whether `num_epoch` is set by an argument or by a configuration file that is not one of MaxText's."""
-  return "num_epoch" in config_files.values(argv)
 
 
 def _variables(error: BaseException | None) -> Mapping[str, Any] | None:

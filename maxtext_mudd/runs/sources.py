@@ -11,6 +11,7 @@ from maxtext_mudd import assets
 from maxtext_mudd.errors import ConfigError
 
 REMOTE = "://"
+_LOADER_OF_ENDING = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 LOCAL_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`; any other hf_path names a hub's files
 
 
@@ -52,17 +53,25 @@ def data_files(config) -> Iterator[tuple[str, str]]:
 
 
 def check(config) -> None:
-  """Raises ConfigError for local files that are not named, or are not there."""
+  """Raises ConfigError for local files that are not named, are not there, or have the ending of another format."""
+  named_by_hf = config.hf_train_files and not config.grain_train_files
+  if config.dataset_type == "grain" and named_by_hf and config.hf_path not in LOCAL_LOADERS:
+    raise ConfigError(f"hf_path={config.hf_path} is not a format of local files; set it to {', '.join(LOCAL_LOADERS)}.")
   for key, value in data_files(config):
     if not value and key.startswith("hf"):  # of grain, MaxText says it itself
-      raise ConfigError(f"{key}='' names no data; set it to files, or to a pattern that matches files.")
+      without = ", or eval_interval=-1 for a run without evaluation" if "eval" in key else ""
+      raise ConfigError(f"{key}='' names no data; set it to files, or to a pattern that matches files{without}.")
     for pattern, weight in entries(key, value) if value else ():
       if REMOTE in pattern:
         continue
       if weight and not re.fullmatch(r"[0-9.eE+-]+", weight):
         raise ConfigError(f"{key}={pattern},{weight}: {weight!r} is not a weight; write pattern,number.")
-      if not matches(key, pattern, config):
+      files = matches(key, pattern, config)
+      if not files:
         raise ConfigError(f"{key}={pattern}: no such file; {_readme()} says where data comes from.")
+      for file in files if file_type(key, config) == "text" else ():
+        if other := _LOADER_OF_ENDING.get(file.suffix):
+          raise ConfigError(f"{key}={file} is not plain text by its ending; set hf_path={other}, or rename the file.")
 
 
 def _readme() -> str:

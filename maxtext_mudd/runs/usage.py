@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 import importlib.util
+import itertools
 import pathlib
+import re
 import textwrap
 
 from maxtext_mudd import assets, config_files
@@ -78,12 +80,17 @@ def answer(command: str, arguments: Sequence[str]) -> str:
 
 
 def listing() -> str:
-  """The configuration files of this package, one a line: its name, and its first line if that is a comment."""
+  """The configuration files of this package, one a line: its name, and the first sentence of its comment."""
   names = config_files.packaged()
-  comments = [(assets.CONFIGURATIONS / name).read_text().partition("\n")[0] for name in names]
-  comments = [comment.removeprefix("#").strip() if comment.startswith("#") else "" for comment in comments]
   width = max(map(len, names), default=0)
-  return "\n".join(f"{name:<{width}}  {comment}".rstrip() for name, comment in zip(names, comments))
+  return "\n".join(f"{name:<{width}}  {_first_sentence(assets.CONFIGURATIONS / name)}".rstrip() for name in names)
+
+
+def _first_sentence(file: pathlib.Path) -> str:
+  """Of the comment that a file begins with."""
+  lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
+  comment = " ".join(line.removeprefix("#").strip() for line in lines)
+  return re.match(r"(.*?(?<!Fig)\.(?= |$)|.*)", comment)[0]
 
 
 def _help(command: str, purpose: str, keys: Mapping[str, str]) -> str:

@@ -217,7 +217,7 @@ def for_maxtext(argv: Sequence[str] | None, overrides: dict) -> Iterator[list[st
   variables of the environment.
 
   Raises:
-    ConfigError: as `check`.
+    ConfigError: as `check`, or no temporary file can be written.
   """
   name = model(argv, overrides)
   if not name:
@@ -228,7 +228,14 @@ def for_maxtext(argv: Sequence[str] | None, overrides: dict) -> Iterator[list[st
   if chain_of_model.is_stock:
     yield [argv[0], str(source), *argv[2:]]
     return
-  with tempfile.TemporaryDirectory(prefix="maxtext-mudd-") as folder:
+  try:
+    temporary = tempfile.TemporaryDirectory(prefix="maxtext-mudd-")
+  except OSError as error:
+    raise ConfigError(
+      f"{name} is copied to a folder for temporary files, and none can be written; set the environment variable TMPDIR "
+      "to one that can."
+    ) from error
+  with temporary as folder:
     file = pathlib.Path(folder, "configs", source.name)
     file.parent.mkdir()
     omegaconf.OmegaConf.save(chain_of_model.values, file)

@@ -116,7 +116,8 @@ class MuddKeys(BaseModel):
   log_console: Literal["brief", "full"] = Field(
     "brief",
     description="brief: the console shows progress, results, warnings and errors, and log.txt in the run's folder gets "
-    "everything; full: MaxText's console, as always where base_output_directory is remote (gs://...).",
+    "everything; full: MaxText's console and no log.txt, as always with several processes, or where "
+    "base_output_directory is remote (gs://...).",
   )
 
   @model_validator(mode="after")

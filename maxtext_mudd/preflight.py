@@ -3,7 +3,9 @@
 import os
 import pathlib
 
-import jax
+from maxtext.configs import pyconfig
+from maxtext.input_pipeline import input_pipeline_interface
+from maxtext.utils import maxtext_utils
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -52,8 +54,6 @@ def _check_start(config) -> None:
       raise ConfigError(f"{key}={path}: there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP.")
   path = config.load_parameters_path
   if path and sources.REMOTE not in path and config.mudd:
-    from maxtext.configs import pyconfig
-
     from maxtext_mudd.checkpoints import parameters
 
     parameters.check_path(str(parameters.items(path)), pyconfig.HyperParameters(config))
@@ -85,7 +85,8 @@ def _check_file(key: str, file: pathlib.Path, config) -> None:
 
 def _check_parquet(key: str, file: pathlib.Path, columns: sources.Columns) -> None:
   try:
-    schema, rows = pq.read_schema(file), pq.read_metadata(file).num_rows
+    with pq.ParquetFile(file) as table:
+      schema, rows = table.schema_arrow, table.metadata.num_rows
   except pa.ArrowInvalid:
     raise ConfigError(f"{key}={file} is not a complete parquet file; write it again.") from None
   if not rows:
@@ -98,14 +99,33 @@ def _check_workers(key: str, files: int, config) -> None:
   """Grain's workers share no file where MaxText reads files from the first row to the last. Raises ConfigError."""
   workers_key = "grain_worker_count_eval" if "eval" in key else "grain_worker_count"
   workers = getattr(config, workers_key)
-  if config.dataset_type != "grain" or config.grain_file_type not in ("parquet", "tfrecord"):
+  if config.dataset_type != "grain" or config.grain_file_type not in ("parquet", "tfrecord") or workers <= 1:
     return
-  most = max(files // jax.process_count(), 1)
+  if not first_batch.can_be_tried(config):
+    return  # what reads the data is known later
+  named = f"{files} file(s) in {key}"
+  if sources.file_type(key, config) != config.grain_file_type:
+    files, named = 1, f"the one file that {key} is converted to"  # by `text_files`
+  most = max(files // _readers(key, config), 1)
   if workers > most:
     raise ConfigError(
-      f"{workers_key}={workers} with {files} file(s) in {key}: each worker of a host reads whole files; set it to "
-      f"{most} or less."
+      f"{workers_key}={workers} with {named}: each worker of a host reads whole files; set it to {most} or less."
     )
+
+
+def _readers(key: str, config) -> int:
+  """Among how many readers MaxText divides the files of a key: the processes that load data, or several for each."""
+  parameters = pyconfig.HyperParameters(config)
+  mesh = maxtext_utils.get_mesh_from_config(parameters)
+  if "eval" in key:
+    batch_sizes = parameters.global_batch_size_to_load_eval, parameters.global_batch_size_to_eval_on
+  else:
+    batch_sizes = parameters.global_batch_size_to_load, parameters.global_batch_size_to_train_on
+  processes = input_pipeline_interface.get_process_loading_real_data(
+    parameters.data_sharding, *batch_sizes, parameters.max_target_length, mesh
+  )
+  factor = parameters.expansion_factor_real_data
+  return len(processes) * (int(1 / factor) if "train" in key and 0 < factor < 1 else 1)
 
 
 def _check_output(folder: str) -> None:

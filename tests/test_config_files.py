@@ -49,6 +49,17 @@ def test_a_model_on_a_file_of_the_package(empty_folder):
   assert list(empty_folder.iterdir()) == [model]
 
 
+def test_no_folder_for_the_copy_of_a_model(empty_folder, monkeypatch):
+  (empty_folder / "my.yml").write_text(f"base_config: mudd_base.yml\n{TINY}")
+  monkeypatch.setattr("tempfile.tempdir", str(empty_folder / "nowhere"))
+  with pytest.raises(ConfigError) as error:
+    read("my.yml")
+  assert str(error.value) == (
+    "my.yml is copied to a folder for temporary files, and none can be written; set the environment variable TMPDIR to "
+    "one that can."
+  )
+
+
 def test_a_chain_of_several_files(empty_folder):
   (empty_folder / "shape.yml").write_text(f"base_config: yaml/data/synthetic.yml\n{TINY}")
   (empty_folder / "my.yml").write_text("base_config: shape.yml\nmudd_window: 2\nlearning_rate: 1.e-6\n")

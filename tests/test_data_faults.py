@@ -165,6 +165,21 @@ def test_a_configuration_as_maxtext_passes_it_on(settings, tmp_path):
   assert sentence.startswith(f"hf_train_files={tmp_path}/a.txt: line 1 is not UTF-8")
 
 
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b'[{"text": "a"},\n {"text" "b"}]', "the file cannot be read behind row 0 ("),
+    (b'{"text" "a"}\n', "the file cannot be read behind row 0 ("),
+    (b'{"text": "\xff"}\n', "row 1 is not UTF-8 in column 'text' (byte 1 of its text); "),
+  ],
+)
+def test_lines_and_lists_that_may_not_fit_the_memory(content, message, settings, tmp_path, monkeypatch):
+  """Are searched by rows alone."""
+  monkeypatch.setattr(data_faults, "LINE_BYTES", 10)
+  (tmp_path / "a.json").write_bytes(content)
+  assert explain(settings, f"{tmp_path}/a.json", "json").startswith(f"hf_train_files={tmp_path}/a.json: {message}")
+
+
 def test_a_search_ends(settings, tmp_path, monkeypatch):
   monkeypatch.setattr(data_faults, "SEARCH_SECONDS", -1)
   (tmp_path / "a.txt").write_bytes(b"\xff\n")

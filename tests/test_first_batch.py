@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+import jax
 from maxtext.configs import pyconfig
 import numpy as np
 import pyarrow as pa
@@ -160,12 +161,30 @@ def test_tokenizers_that_cannot_be_read(mistake, check, good, monkeypatch):
   assert refusal(check, grain_train_files=good, **changes).startswith(message)
 
 
-def test_more_workers_than_files(check, good):
+def test_more_workers_than_files(check, good, tmp_path):
   assert refusal(check, grain_train_files=good, grain_worker_count=2) == (
     "grain_worker_count=2 with 1 file(s) in grain_train_files: each worker of a host reads whole files; set it to 1 or "
     "less."
   )
   check(grain_train_files=good, grain_worker_count=1)  # without starting the worker
+  for name in ("a.txt", "b.txt"):
+    (tmp_path / name).write_text("a line\n" * 20)
+  text = {"hf_path": "text", "hf_train_files": f"{tmp_path}/*.txt", "grain_train_files": ""}
+  assert refusal(check, **text, grain_worker_count=2) == (
+    "grain_worker_count=2 with the one file that hf_train_files is converted to: each worker of a host reads whole "
+    "files; set it to 1 or less."
+  )
+
+
+def test_workers_of_the_processes_that_read_data(settings, good, tmp_path, monkeypatch):
+  """Files are divided among these alone, and among more readers where each process takes batches of several."""
+  write(tmp_path / "good_2.parquet", ["some text"])
+  config = settings.model_copy(update={"grain_train_files": f"{tmp_path}/good*.parquet", "grain_worker_count": 2})
+  monkeypatch.setattr(jax, "process_count", lambda: 2)  # all devices are those of the first
+  preflight.check_files(config)
+  with pytest.raises(ConfigError, match=r"grain_worker_count=2 with 2 file\(s\) .* set it to 1 or less"):
+    preflight.check_files(config.model_copy(update={"expansion_factor_real_data": 0.5}))
+  preflight.check_files(config.model_copy(update={"expansion_factor_real_data": 0.5, "elastic_enabled": True}))
 
 
 def test_fine_tuning(check, good, tmp_path):

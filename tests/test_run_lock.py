@@ -2,10 +2,13 @@
 
 import json
 import os
+import pathlib
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -83,6 +86,48 @@ def test_nothing_is_left_of_a_run_that_wrote_nothing(config, tmp_path):
 def test_a_folder_that_takes_no_lock(config, tmp_path):
   (tmp_path / "output").write_text("")
   with RunLock() as lock, pytest.raises(ConfigError, match=r"/r/run.lock cannot be written \(Not a directory\); name"):
+    lock.take(config)
+
+
+def test_a_lock_file_that_all_can_use(config, tmp_path):
+  mask = os.umask(0o002)
+  try:
+    with RunLock() as lock:
+      lock.take(config)
+      assert stat.S_IMODE((tmp_path / "output" / "r" / NAME).stat().st_mode) == 0o664
+  finally:
+    os.umask(mask)
+
+
+def test_a_lock_file_that_only_another_user_can_write():
+  """In a folder like /tmp, where it cannot be removed either."""
+  user = os.geteuid()
+  with tempfile.TemporaryDirectory() as output:  # not below that of pytest, which is closed to others
+    folder = pathlib.Path(output, "r")
+    folder.mkdir()
+    (folder / NAME).touch(0o444)
+    for path in (folder, folder.parent):
+      path.chmod(0o1777)
+    config = models.config(run_name="r", base_output_directory=output)
+    if not user:
+      os.seteuid(65534)
+    try:
+      with RunLock() as lock, RunLock() as second:
+        lock.take(config)
+        with pytest.raises(ConfigError, match=r"/r is being written by another process; wait for its end"):
+          second.take(config)
+    finally:
+      os.seteuid(user)
+
+
+def test_a_lock_file_that_is_a_link_to_nowhere(config, tmp_path):
+  folder = tmp_path / "output" / "r"
+  folder.mkdir(parents=True)
+  (folder / NAME).symlink_to(tmp_path / "no" / "where")
+  with (
+    RunLock() as lock,
+    pytest.raises(ConfigError, match=r"/r/run.lock cannot be written \(No such file or directory"),
+  ):
     lock.take(config)
 
 

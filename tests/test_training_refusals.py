@@ -1,5 +1,6 @@
 """Settings with which MaxText's trainer fails late, or trains nothing: one sentence before anything is written."""
 
+import os
 import sys
 
 import pyarrow as pa
@@ -116,6 +117,14 @@ def test_metrics_for_cloud_storage(no_credentials, tmp_path, monkeypatch):
     train.check_training(cfg)
   monkeypatch.setenv("DECOUPLE_GCLOUD", "TRUE")
   train.check_training(cfg)
+
+
+def test_a_user_without_a_home_folder(no_credentials, tmp_path, monkeypatch):
+  monkeypatch.delenv("CLOUDSDK_CONFIG")
+  monkeypatch.delenv("HOME")
+  monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # whom the system does not know
+  with pytest.raises(ConfigError, match=r"monitor_goodput=True needs Google Cloud's credentials"):
+    train.check_training(config(tmp_path, monitor_goodput=True))
 
 
 def test_goodput_with_credentials_is_not_refused(no_credentials, tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
@@ -10,6 +11,7 @@ import shutil
 from maxtext_mudd.errors import ConfigError
 
 _LOCK = ".lock"
+_ATTEMPTS = 100  # each fails where a holder removes the file, or its folder, in the same moment
 
 
 @contextlib.contextmanager
@@ -48,16 +50,17 @@ def take(file: pathlib.Path, refusal: Callable[[str], str]) -> int:
     refusal: from the text of the file, which its holder may have written, to the sentence for who is refused.
 
   Returns:
-    A descriptor of the file, which holds the lock until it is closed.
+    A descriptor of the file, which holds the lock until it is closed; not for writing where the file is another
+    user's, who alone may write it.
 
   Raises:
     ConfigError: a living process holds it.
-    OSError: the file cannot be written.
+    OSError: the file cannot be opened, or is a link to a folder that does not exist.
   """
-  while True:
+  for _ in range(_ATTEMPTS):
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-      lock = os.open(file, os.O_RDWR | os.O_CREAT)
+      lock = _open(file)
     except FileNotFoundError:  # its holder has just removed the folder
       continue
     try:
@@ -71,6 +74,17 @@ def take(file: pathlib.Path, refusal: Callable[[str], str]) -> int:
     if _is(file, lock):
       return lock
     os.close(lock)
+  raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+
+
+def _open(file: pathlib.Path) -> int:
+  try:
+    return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+  except PermissionError as denied:
+    try:
+      return os.open(file, os.O_RDONLY)
+    except OSError:
+      raise denied from None
 
 
 def _remove(path: pathlib.Path) -> None:

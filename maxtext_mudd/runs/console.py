@@ -1,15 +1,17 @@
 """What the launchers show on the console, and the log file that gets everything else.
 
-Between the start of a `Console` and its end the process' standard output and error, C++ and child processes included,
-are files: first temporary ones, for only the configuration says where the run's folder is and what `log_console` is;
-then RUN/log.txt. The console shows lines of `Progress`, warnings once each, errors, and what is given to `show` and
-`refuse`.
+A brief console shows lines of `Progress`, warnings once each, errors, and what is given to `show` and `refuse`. The
+process' standard output and error, C++ and child processes included, are RUN/log.txt. Until the configuration is read,
+which alone says for certain where that is and what `log_console` is, they are temporary files, if the command line
+shows that the console will be brief; else they stay what they are until then. A process that is one of several has
+MaxText's own console.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import datetime
 import faulthandler
+import inspect
 import io
 import logging
 import os
@@ -20,12 +22,12 @@ import sys
 import tempfile
 import threading
 import traceback
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import tqdm
 
 from maxtext_mudd.errors import ConfigError
-from maxtext_mudd.runs import ends, noise
+from maxtext_mudd.runs import early, ends, noise
 from maxtext_mudd.runs.progress import Progress
 
 # Errors that C++ code logs, and sentences that this package prints to stderr; neither passes through Python's logging.
@@ -74,13 +76,15 @@ class Console:
     err: the real standard error.
   """
 
-  def __init__(self, writes_log: bool = True):
+  def __init__(self, writes_log: bool = True, holds_back: bool | None = None):
+    """Takes `writes_log`, and whether to hold back all output until the configuration is read; by default, if
+    `early.may_hold_back` says so of this process' command line."""
     self.writes_log = writes_log
+    self._holds_back = early.may_hold_back(sys.argv) if holds_back is None else holds_back
     self._lock = threading.RLock()
     self._handler = _Handler(self)
     self._is_brief: bool | None = None  # None until the configuration is read
     self._progress: Progress | None = None
-    self._shows_progress = False
     self._bar: tqdm.tqdm | None = None
     self._log: _Log | None = None
     self._early: list[logging.LogRecord] = []  # before the configuration is read
@@ -90,46 +94,65 @@ class Console:
   def __enter__(self) -> "Console":
     global _active
     self._restore = contextlib.ExitStack()
+    self._held: list[BinaryIO] = []  # where standard output and error go until there is a log
+    self._out, self.err = sys.stdout, sys.stderr
+    if self._holds_back:
+      self._redirect()
+    _active = self
+    return self
+
+  def _redirect(self) -> bool:
+    """Sends standard output and error to temporary files; False, and nothing is changed, if none can be written."""
+    try:
+      held = [self._restore.enter_context(tempfile.TemporaryFile()) for _ in range(2)]  # noqa: SIM115
+    except OSError:
+      self._restore.close()
+      return False
+    self._held = held
     self._out = self._restore.enter_context(_real(sys.stdout, 1))
     self.err = self._restore.enter_context(_real(sys.stderr, 2))
-    self._held = [self._restore.enter_context(tempfile.TemporaryFile()) for _ in range(2)]  # noqa: SIM115
-    for fd, held in zip((1, 2), self._held):
+    for fd, file in zip((1, 2), held):
       self._restore.callback(os.close, saved := os.dup(fd))
       self._restore.callback(os.dup2, saved, fd)
-      os.dup2(held.fileno(), fd)
+      os.dup2(file.fileno(), fd)
     self._real_fd = saved
     for redirect, fd in ((contextlib.redirect_stdout, 1), (contextlib.redirect_stderr, 2)):
-      stream = open(fd, "w", buffering=1, closefd=False, errors="backslashreplace")
+      stream = open(fd, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
       self._restore.enter_context(redirect(stream))
       self._restore.callback(stream.flush)
     logging.getLogger().addHandler(self._handler)
     self._restore.callback(logging.getLogger().removeHandler, self._handler)
-    _active = self
-    return self
+    self._restore.callback(setattr, sys, "breakpointhook", sys.breakpointhook)
+    sys.breakpointhook = self._debug
+    return True
 
   def configured(self, config) -> None:
-    """Replaces the temporary files by what `log_console` asks for. Later calls change nothing.
+    """Begins what `log_console` asks for. Later calls change nothing.
 
     Raises:
       ConfigError: the log file cannot be written.
     """
     if self._is_brief is not None:
       return
-    if config.log_console == "full" or (self.writes_log and _REMOTE in config.base_output_directory):
-      self._is_brief = False
-      self._replay()
-      return
     import jax  # by which the configuration has been read
 
-    process = jax.process_index()
-    folder = pathlib.Path(config.checkpoint_dir).parent if self.writes_log else None
-    self._log = _Log(folder, f"log-{process}.txt" if process else "log.txt", self._held)
+    is_remote = self.writes_log and _REMOTE in config.base_output_directory
+    if config.log_console == "full" or is_remote or jax.process_count() > 1:
+      self._show_all()
+      return
+    if not self._held and not self._redirect():
+      self._print(
+        "warning: no folder for temporary files can be written, so the console shows everything, and there is no "
+        "log.txt; set the environment variable TMPDIR to one that can.",
+        self.err,
+      )
+      self._show_all()
+      return
+    self._log = _Log(pathlib.Path(config.checkpoint_dir).parent if self.writes_log else None, self._held)
     self._is_brief = True
     self._restore.enter_context(self._shown_errors())
     if self.writes_log:
       self._progress = Progress(config)
-      self._shows_progress = process == 0
-    if self._shows_progress:
       self.show(f"training {config.run_name} for {config.steps} steps; the full log is {self._log.path}")
       self.show("reading data, building the model and compiling ...")
     for record in self._early:
@@ -160,7 +183,8 @@ class Console:
   def refuse(self, sentence: str) -> None:
     self._refused = True
     self._seen.add(sentence)
-    print(sentence, file=sys.stderr)  # to the log
+    if self._held:
+      print(sentence, file=sys.stderr)  # to the log
     self._print(sentence, self.err)
 
   def handle(self, record: logging.LogRecord) -> None:
@@ -183,8 +207,6 @@ class Console:
     line = self._progress.line(message)
     if self._progress.done:
       self._log.open_in_folder(create=True)
-    if not self._shows_progress:
-      return
     if line:
       self.show(line)
     if self._progress.done:
@@ -231,16 +253,34 @@ class Console:
       if self._bar:
         self._bar.refresh()
 
-  def _replay(self) -> None:
+  def _show_all(self) -> None:
     """Prints what was held back, and ends the redirection."""
     global _active
     _active = None
+    self._is_brief = False
     for held, stream, redirected in zip(self._held, (self._out, self.err), (sys.stdout, sys.stderr)):
       redirected.flush()
       held.seek(0)
       stream.write(held.read().decode(errors="backslashreplace"))
       stream.flush()
     self._restore.close()
+
+  def _debug(self, *arguments, **options):
+    """What `breakpoint()` calls: gives a debugger the real console, and ends the log, or prints what was held back."""
+    global _active
+    with self._lock:
+      if self._is_brief:
+        self._end(None, is_good=not self.writes_log)
+        _active = None
+        self._is_brief = False
+        self._restore.close()
+      else:
+        self._show_all()
+    if sys.breakpointhook is not sys.__breakpointhook__ or os.environ.get("PYTHONBREAKPOINT"):
+      return sys.breakpointhook(*arguments, **options)
+    import pdb
+
+    return pdb.Pdb().set_trace(inspect.currentframe().f_back)  # pdb.set_trace would stop in this method
 
   def __exit__(self, kind, error: BaseException | None, _) -> None:
     global _active
@@ -249,7 +289,7 @@ class Console:
     if self._is_brief:
       self._end(error if is_crash else None, is_good)
     elif self._is_brief is None and not self._refused:
-      self._replay()
+      self._show_all()
     _active = None
     self._restore.close()
 
@@ -260,7 +300,7 @@ class Console:
     if crash:
       traceback.print_exception(crash)  # to the log; Python prints it to the console
     self._show_what_was_logged()
-    if is_good and self._shows_progress and (line := self._progress.end()):
+    if is_good and self._progress and (line := self._progress.end()):
       self.show(line)
     has_trained = self._progress is not None and self._progress.done is not None
     self._log.close(drop=(self._refused and not has_trained) or (is_good and not self.writes_log))
@@ -290,7 +330,7 @@ class _Log:
     is_temporary: whether it is not in the run's folder; `path` is the temporary file then, once the log is closed.
   """
 
-  def __init__(self, folder: pathlib.Path | None, name: str, held: list):
+  def __init__(self, folder: pathlib.Path | None, held: Sequence[BinaryIO]):
     """Takes the place of the files `held`, whose contents come first.
 
     Raises:
@@ -300,7 +340,7 @@ class _Log:
       stream.flush()
     fd, self._temporary = tempfile.mkstemp(prefix="maxtext-mudd-", suffix=".txt")
     self._folder, self.is_temporary = folder, True
-    self.path = folder / name if folder else pathlib.Path(self._temporary)
+    self.path = folder / "log.txt" if folder else pathlib.Path(self._temporary)
     self._appended_at: int | None = None  # size of an earlier log of this run
     self._read = 0
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")

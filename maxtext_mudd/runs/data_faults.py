@@ -7,6 +7,7 @@ import json
 import logging
 import pathlib
 import time
+from typing import BinaryIO
 import warnings
 
 from google.protobuf.message import DecodeError
@@ -19,6 +20,7 @@ from maxtext_mudd.errors import ConfigError, brief, failed_in
 from maxtext_mudd.runs import sources, token_maps
 
 SEARCH_SECONDS = 120  # a run that has failed does not wait longer for a better sentence
+LINE_BYTES = 2**28  # longer lines, and lists of JSON, are not read into memory to name the line of a fault
 _COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"Rar!")
 
 
@@ -151,6 +153,14 @@ def _in_time(rows: Iterable, deadline: float) -> Iterator:
     yield row
 
 
+def _lines(file: BinaryIO, deadline: float) -> Iterator[bytes]:
+  """The lines of a file up to the first that is longer than `LINE_BYTES`."""
+  for line in _in_time(iter(lambda: file.readline(LINE_BYTES + 1), b""), deadline):
+    if len(line) > LINE_BYTES:
+      return
+    yield line
+
+
 def _is_compressed(file: pathlib.Path) -> bool:
   """Whether `datasets` decompresses the file, which it knows by its first bytes."""
   with file.open("rb") as start:
@@ -159,8 +169,8 @@ def _is_compressed(file: pathlib.Path) -> bool:
 
 def _in_text(file: pathlib.Path, deadline: float) -> str:
   start = 0
-  with file.open("rb") as lines:
-    for number, line in enumerate(_in_time(lines, deadline), 1):
+  with file.open("rb") as stream:
+    for number, line in enumerate(_lines(stream, deadline), 1):
       try:
         line.decode()
       except UnicodeDecodeError as error:
@@ -174,10 +184,12 @@ def _in_text(file: pathlib.Path, deadline: float) -> str:
 
 def _in_json(file: pathlib.Path, deadline: float) -> str:
   """Of a list of objects, or of JSON Lines."""
-  with file.open("rb") as lines:
-    is_list = next((line for line in lines if line.strip()), b"").lstrip().startswith(b"[")
-    lines.seek(0)
-    for number, text in enumerate(_in_time([lines.read()] if is_list else lines, deadline), 1):
+  with file.open("rb") as stream:
+    is_list = next((line for line in _lines(stream, deadline) if line.strip()), b"").lstrip().startswith(b"[")
+    if is_list and file.stat().st_size > LINE_BYTES:
+      return ""
+    stream.seek(0)
+    for number, text in enumerate([stream.read()] if is_list else _lines(stream, deadline), 1):
       try:
         json.loads(text.rstrip() or b"{}")
       except json.JSONDecodeError as error:

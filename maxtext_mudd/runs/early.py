@@ -53,6 +53,27 @@ def check(argv: Sequence[str], check_settings: Callable[[types.SimpleNamespace],
           check_settings(types.SimpleNamespace(**plain(omegaconf.OmegaConf.merge(stock, values))))
 
 
+def may_hold_back(argv: Sequence[str]) -> bool:
+  """Whether a command line shows that the console will be brief: `log_console` is, and one process writes to a local
+  folder. False, too, where only the configuration can tell. Raises nothing.
+
+  Args:
+    argv: as in `sys.argv`.
+  """
+  if any(argument.startswith("-") for argument in argv[1:]):
+    return False
+  try:
+    versions.check()
+    values = config_files.values([argument for argument in argv if not argument.startswith(_PROMPT)])
+    if is_changed_later(values):
+      return False
+    is_brief = values.get("log_console", MuddKeys.model_fields["log_console"].default) == "brief"
+    is_local = "://" not in str(values.get("base_output_directory", ""))
+    return is_brief and is_local and values.get("skip_jax_distributed_system") is True
+  except Exception:  # mistakes, which are refused later
+    return False
+
+
 def check_keys(keys: Iterable[str]) -> None:
   """Checks names of keys.
 

@@ -28,7 +28,7 @@ def check(config) -> None:
     ConfigError: the tokenizer or the data cannot be read, there is no batch, or a token is not below `vocab_size`.
   """
   tokens.check_training(config)
-  if not _can_be_tried(config):
+  if not can_be_tried(config):
     return
   # In this process: workers take seconds to start, and read the same files.
   config = config.model_copy(update={"grain_worker_count": 0, "grain_worker_count_eval": 0})
@@ -51,7 +51,7 @@ def check(config) -> None:
       _check_batch(batch, split, config)
 
 
-def _can_be_tried(config) -> bool:
+def can_be_tried(config) -> bool:
   """Whether this process can take a batch. Synthetic data needs no trial; data that other processes read, as beside the
   devices of Pathways, has none here; and the mesh of an elastic run is known only later."""
   return not (

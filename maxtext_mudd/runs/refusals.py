@@ -87,7 +87,8 @@ def _may_have_credentials() -> bool:
   environment = os.environ
   if "GOOGLE_APPLICATION_CREDENTIALS" in environment:
     return os.path.isfile(environment["GOOGLE_APPLICATION_CREDENTIALS"])
-  gcloud = pathlib.Path(environment.get("CLOUDSDK_CONFIG") or pathlib.Path.home() / ".config" / "gcloud")
+  # Not Path.home, which raises for users without a home folder.
+  gcloud = pathlib.Path(environment.get("CLOUDSDK_CONFIG") or os.path.expanduser("~/.config/gcloud"))
   if (gcloud / "application_default_credentials.json").is_file():
     return True
   if environment.get("NO_GCE_CHECK") == "true":

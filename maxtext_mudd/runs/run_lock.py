@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import pathlib
@@ -46,8 +47,9 @@ class RunLock(contextlib.AbstractContextManager):
         "host": socket.gethostname(),
         "started": datetime.datetime.now().isoformat(" ", "seconds"),
       }
-      os.ftruncate(self._lock, 0)
-      os.pwrite(self._lock, json.dumps(holder).encode(), 0)
+      if fcntl.fcntl(self._lock, fcntl.F_GETFL) & os.O_RDWR:  # else the file is another user's
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, json.dumps(holder).encode(), 0)
     except OSError as error:
       raise ConfigError(
         f"{self._file} cannot be written ({error.strerror}); name another folder for the run."
@@ -56,7 +58,8 @@ class RunLock(contextlib.AbstractContextManager):
   def __exit__(self, *_) -> None:
     if self._lock is None:
       return
-    self._file.unlink(missing_ok=True)
+    with contextlib.suppress(PermissionError):  # the file of another user, in a folder like /tmp
+      self._file.unlink(missing_ok=True)
     os.close(self._lock)
     self._lock = None
     with contextlib.suppress(OSError):  # a folder that the run has written to

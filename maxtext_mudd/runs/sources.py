@@ -133,7 +133,10 @@ def matches(key: str, pattern: str, config) -> list[pathlib.Path]:
   """What a local pattern names, in the order of names; pairs of Megatron are named by their .idx files."""
   if file_type(key, config) == "mmap":
     return [pathlib.Path(f"{prefix}.idx") for prefix in map_prefixes(pattern)]
-  return sorted(map(pathlib.Path, glob.glob(os.path.expanduser(pattern), recursive=True)))
+  is_grain = config.dataset_type == "grain"
+  # In `datasets`, and where `text_files` reads for Grain, ** stands for any number of folders; in MaxText for one.
+  recursive = key.startswith("hf") and not (is_grain and file_type(key, config) == "parquet")
+  return sorted(map(pathlib.Path, glob.glob(os.path.expanduser(pattern), recursive=recursive)))
 
 
 def local_files(key: str, value: str, config) -> list[pathlib.Path]:

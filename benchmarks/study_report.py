@@ -10,6 +10,8 @@ import statistics
 import record
 import scipy.stats
 
+from maxtext_mudd.errors import ConfigError
+
 FAR = 1.2  # a final loss above this many times the median of a study's is that of a run that diverged
 COLUMNS = [
   "difference",
@@ -211,6 +213,8 @@ def _band(axes, curves: list[dict[int, float]], **style) -> None:
 def write(study, cells, results, file: pathlib.Path) -> str:
   """Writes NAME.md and NAME.png beside the results; the Markdown."""
   summaries = summarise(study, cells, results)
+  if not summaries:
+    raise ConfigError(f"{results.path} has no results of this study; run its cells first.")
   missing = sum(results.of(cell) is None for cell in cells) + sum(
     len(study.seeds) * len(study.learning_rates)
     for model in study.models.values()

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from maxtext_mudd.errors import ConfigError
 from tests import runs
 
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))
@@ -87,3 +88,10 @@ def test_a_report_of_part_of_a_study_says_so(report, tmp_path):
     part.append(row)
   text = study_report.write(plan, cells, part, tmp_path / "plan.yml")
   assert "**Not complete**: 8 of the study's runs are not in here." in text
+
+
+def test_a_study_without_results_has_no_report(report, tmp_path):
+  plan, cells, _ = report
+  with pytest.raises(ConfigError, match="has no results of this study; run its cells first."):
+    study_report.write(plan, cells, study.Results(tmp_path / "none.jsonl"), tmp_path / "plan.yml")
+  assert not (tmp_path / "none.png").exists()

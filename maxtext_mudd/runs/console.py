@@ -341,7 +341,7 @@ class _Log:
     fd, self._temporary = tempfile.mkstemp(prefix="maxtext-mudd-", suffix=".txt")
     self._folder, self.is_temporary = folder, True
     self.path = folder / "log.txt" if folder else pathlib.Path(self._temporary)
-    self._appended_at: int | None = None  # size of an earlier log of this run
+    self._is_first = False  # there was no log of an earlier process
     self._read = 0
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     os.write(fd, f"==== {now} {shlex.join(sys.argv)}\n".encode())
@@ -350,7 +350,7 @@ class _Log:
       os.write(fd, file.read())
     self._take_over(fd)
     if folder and folder.is_dir():
-      self._appended_at = self.path.stat().st_size if self.path.exists() else 0
+      self._is_first = not self.path.exists()
       try:
         self._move()
       except ConfigError:
@@ -394,14 +394,12 @@ class _Log:
     return lines
 
   def close(self, drop: bool) -> None:
-    """Removes what this process logged, if that is to be dropped and the run had not begun to write."""
+    """Removes the file if it is to be dropped and holds the log of this process alone."""
     if self.is_temporary:
       self.path = pathlib.Path(self._temporary)
       if drop:
         os.unlink(self.path)
-    elif drop and self._appended_at:
-      os.truncate(self.path, self._appended_at)
-    elif drop and self._appended_at == 0:
+    elif drop and self._is_first:
       os.unlink(self.path)
 
 

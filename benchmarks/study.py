@@ -39,6 +39,7 @@ import yaml
 
 from maxtext_mudd.cluster.request import NAME_LIMIT
 from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.interrupts import Interrupts
 
 LAUNCHER = record.ROOT / "MaxText" / "train.py"
 EVALUATIONS = 4  # in a run, beside the one before the first step
@@ -223,7 +224,8 @@ def _steps(tokens: float, values: dict) -> dict[str, int]:
 
   MaxText evaluates after steps 0, interval, 2·interval, ..., and so after the last one.
   """
-  tokens_per_step = values["per_device_batch_size"] * values["max_target_length"]
+  rows = values["per_device_batch_size"] * values.get("gradient_accumulation_steps", 1)
+  tokens_per_step = rows * values["max_target_length"]
   interval = max(round(tokens / tokens_per_step / EVALUATIONS), 1)
   return {"steps": EVALUATIONS * interval + 1, "eval_interval": interval}
 
@@ -290,8 +292,14 @@ def run(cell: Cell, work: pathlib.Path) -> dict:
   folder.mkdir(parents=True, exist_ok=True)
   if is_done(row := result(cell, folder), cell):  # killed between its last step and its result
     return row
-  with (folder / "launcher.txt").open("a") as log:
-    status = subprocess.run(command(cell, work), cwd=record.ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+  with Interrupts(), (folder / "launcher.txt").open("a") as log:
+    process = subprocess.Popen(command(cell, work), cwd=record.ROOT, stdout=log, stderr=subprocess.STDOUT)
+    try:
+      status = process.wait()
+    except KeyboardInterrupt:  # the launcher saves a checkpoint before it ends
+      process.terminate()
+      process.wait()
+      raise
   row = result(cell, folder)
   if not is_done(row, cell):
     lines = (folder / "launcher.txt").read_text(errors="replace").splitlines()

@@ -11,7 +11,7 @@ from pydantic import model_validator
 from maxtext_mudd import kernels, slices, topology
 from maxtext_mudd.assets import BYTE_TOKENIZER, BYTE_TOKENIZER_FOLDER
 from maxtext_mudd.blocks import ATTENTION_NORMS
-from maxtext_mudd.kernels.reference import ACTIVATIONS
+from maxtext_mudd.kernels import ACTIVATIONS
 from maxtext_mudd.keys import MuddKeys
 
 # Those of MaxText's get_remat_policy, which asserts; it reads none as no policy.

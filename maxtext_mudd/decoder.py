@@ -14,7 +14,7 @@ import numpy as np
 from maxtext_mudd import connections, initializers, topology
 from maxtext_mudd.blocks import chunks, feed_forward, rotary
 from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
-from maxtext_mudd.connections import chain, scanned
+from maxtext_mudd.connections import history, scanned
 
 _CONNECTION_SEED = 0x6D756464  # keeps the keys of the connections apart from those of the stock layers
 
@@ -130,7 +130,7 @@ class MuddDecoder(NNXDecoder):
   def get_remat_policy(self):
     policy = super().get_remat_policy()
     if policy is None and getattr(self.config, "mudd", False) and self._remat_policy_name() == "full":
-      policy = jax.checkpoint_policies.save_only_these_names(chain.LAST_OUTPUT_NAME)
+      policy = jax.checkpoint_policies.save_only_these_names(history.LAST_OUTPUT_NAME)
     return policy
 
   def _remat_policy_name(self) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from maxtext_mudd import topology
-from maxtext_mudd.connections import chain
+from maxtext_mudd.connections import history
 from tests import models, runs
 from tests.test_blocks import MOE
 from tests.test_training import value_and_gradients
@@ -106,12 +106,12 @@ def test_groups_count_from_the_top():
     )
 
   seven = connected(7)
-  floors = {block: chain.place(seven, block).floor for block in range(1, 8)}
+  floors = {block: history.place(seven, block).floor for block in range(1, 8)}
   assert floors == {1: 1, 2: 1, 3: 1, 4: 4, 5: 4, 6: 4, 7: 4}
-  assert [block for block in floors if chain.place(seven, block).is_first] == [1, 4]
-  assert [block for block in floors if chain.place(seven, block).is_top] == [7]
-  assert [block for block in floors if chain.place(seven, block).in_top_group] == [4, 5, 6, 7]
-  assert [member.block for member in chain.place(seven, 4).above] == [5, 6, 7]
+  assert [block for block in floors if history.place(seven, block).is_lowest] == [1, 4]
+  assert [block for block in floors if history.place(seven, block).is_top] == [7]
+  assert [block for block in floors if history.place(seven, block).in_top_group] == [4, 5, 6, 7]
+  assert [member.block for member in history.place(seven, 4).above] == [5, 6, 7]
 
 
 MESHES = (

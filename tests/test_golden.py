@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from maxtext_mudd.kernels import reference
+from maxtext_mudd import kernels
 from tests import models
 
 LOGITS_TOLERANCE = 2e-4
@@ -42,9 +42,9 @@ def from_pytorch(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   last = max(int(key.split(".")[1]) for key in weights if key.startswith("layers."))
   is_pythia = "norm.bias" in weights
   attention_norm, ffn_norm = "pre_self_attention_layer_norm", "post_self_attention_layer_norm"
-  kernels = {"w1": "wi_0", "w3": "wi_1", "w2": "wo"}
+  matrices = {"w1": "wi_0", "w3": "wi_1", "w2": "wo"}
   if is_pythia:
-    attention_norm, ffn_norm, kernels = "pre_self_attention_norm", "pre_mlp_norm", {"w1": "wi", "w2": "wo"}
+    attention_norm, ffn_norm, matrices = "pre_self_attention_norm", "pre_mlp_norm", {"w1": "wi", "w2": "wo"}
 
   def norm(name):
     found = {"scale": weights[f"{name}.weight"]}
@@ -70,7 +70,7 @@ def from_pytorch(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     found |= prefixed(f"{to}/self_attention/out", out)
     found[f"{to}/self_attention/query_norm/scale"] = weights[f"layers.{i}.attention.q_norm.weight"]
     found[f"{to}/self_attention/key_norm/scale"] = weights[f"layers.{i}.attention.k_norm.weight"]
-    for name, path in kernels.items():
+    for name, path in matrices.items():
       found |= prefixed(f"{to}/mlp/{path}", linear(f"layers.{i}.feed_forward.{name}"))
     found |= prefixed(f"{to}/{ffn_norm}", norm(f"layers.{i}.ffn_norm"))
     if i == 0:
@@ -146,13 +146,10 @@ def walk(model, data):
       da = following.connection.depth_aggregate
     carry = history
     hidden.append(history.output)
-    weights = reference.mixing_weights(
-      history.output,
-      *da.operands(),
-      activation=decoder.config.mudd_activation,
-      epsilon=decoder.config.normalization_layer_epsilon,
-    )
-    aggregates.append((weights, da.streams(da(history), history.output)))
+    sources = [history.sources[j] for j in da.aggregate.sources]
+    weights = da.weights(history.output)
+    streams = da.streams(kernels.mix(sources, weights), history.output)
+    aggregates.append((kernels.token_weights(sources, weights)[0], streams))
   return hidden, aggregates
 
 

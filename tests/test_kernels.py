@@ -102,7 +102,7 @@ def test_gradients():
       "implementation='cuda' does not exist; use one of auto, xla, pallas, pallas_interpret.",
     ),
     ({"activation": "relu"}, "activation='relu' does not exist; use one of gelu, gelu_tanh."),
-    ({"sources": []}, "sources is empty; depth_aggregate needs at least the newest block output."),
+    ({"sources": []}, "sources is empty; give at least the newest block output."),
     ({"ways": 1}, "a has shape [4, 3]; 1 ways and 3 sources need [1, 3]."),
     ({"w1": None}, "w1 and w2 go together; give both, or neither for static weights."),
     ({"w1": jnp.zeros((8, K))}, "w1 has shape [8, 16]; the other arguments need [24, 16]."),

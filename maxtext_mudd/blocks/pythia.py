@@ -14,7 +14,7 @@ from maxtext.layers.linears import Dropout, MlpBlock
 from maxtext.utils import max_utils
 from maxtext.utils.sharding import create_sharding, maybe_shard_with_logical
 
-from maxtext_mudd.kernels.reference import ACTIVATIONS
+from maxtext_mudd.kernels import ACTIVATIONS
 from maxtext_mudd.streams import pick
 
 

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maxtext_mudd.kernels import buffer as passes
-from maxtext_mudd.kernels.buffer import Passes
-from maxtext_mudd.kernels.tpu import Weights
+from maxtext_mudd import kernels
+from maxtext_mudd.kernels import Passes
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +62,7 @@ class Link(NamedTuple):
 
   Attributes:
     passes: how the aggregate runs.
-    weights: (own, count) -> `Weights` over all entries of the buffer; None: no block has an aggregate.
+    weights: (own, count, newest) -> weights of all entries of the buffer; None: no block has an aggregate.
     block: (state, count, sums, X_i, arguments) -> (source, output, anything else); a pure function.
   """
 
@@ -84,11 +83,10 @@ def through_block(link: Link, state: Any, own: Any, buffer: Buffer, arguments: A
   rematerialise, has_newest = buffer.rematerialise, buffer.newest is not None
 
   def block_input(own, sources, count, newest):
-    sums = []
+    sources, sums = kernels.Buffer(sources, count), []
     if link.weights is not None:
-      weights = link.weights(own, count)
-      sums = passes.forward(link.passes, sources, count, _apart(newest, weights), weights)
-    return sums, _newest(sources, count, newest)
+      sums = link.passes.forward(sources, link.weights(own, count, newest))
+    return sums, sources.newest if newest is None else newest
 
   # Traced once, here: what is in force around the model's call, like quantization by interception, is not any more when
   # the backward pass is traced.
@@ -133,11 +131,12 @@ def through_block(link: Link, state: Any, own: Any, buffer: Buffer, arguments: A
       totals = jax.lax.dynamic_update_index_in_dim(totals, reached, count - 1, 0)
     to_own = jax.tree.map(jnp.zeros_like, own)
     if link.weights is not None:
-      weights, vjp = jax.vjp(lambda own: link.weights(own, count), own)
-      made = passes.backward(link.passes, sources, count, _apart(newest, weights), weights, to_sums, totals)
-      (to_own,) = vjp(made.weights)
-      totals = made.buffer
-      to_newest = to_newest if made.newest is None else to_newest + made.newest
+      weights, vjp = jax.vjp(lambda own, newest: link.weights(own, count, newest), own, newest)
+      made = link.passes.backward(kernels.Buffer(sources, count), weights, to_sums, totals=totals)
+      to_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), made.weights, weights)
+      to_own, through_weights = vjp(to_weights)
+      totals = made.sources
+      to_newest = to_newest + through_weights if has_newest else None
     to_newest = to_newest if has_newest else None
     return to_state, to_own, totals, sources, None, to_newest, tuple(to_others)
 
@@ -146,14 +145,6 @@ def through_block(link: Link, state: Any, own: Any, buffer: Buffer, arguments: A
   carried, rest = call(state, own, buffer.sources, buffer.mirror, buffer.count, buffer.newest, others)
   sources, mirror, newest = carried
   return dataclasses.replace(buffer, sources=sources, mirror=mirror, count=buffer.count + 1, newest=newest), rest
-
-
-def _apart(newest, weights: Weights):
-  return newest if weights.w1 is not None else None
-
-
-def _newest(sources, count, newest):
-  return jax.lax.dynamic_index_in_dim(sources, count - 1, keepdims=False) if newest is None else newest
 
 
 class _Pullback:

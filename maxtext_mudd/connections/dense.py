@@ -13,11 +13,9 @@ from maxtext.utils import sharding
 
 from maxtext_mudd import kernels
 from maxtext_mudd.blocks import ATTENTION_NORMS
-from maxtext_mudd.connections import chain, metrics
-from maxtext_mudd.connections.chain import Chain
+from maxtext_mudd.connections import history, metrics
 from maxtext_mudd.connections.history import History
 from maxtext_mudd.connections.norms import rms_norm
-from maxtext_mudd.kernels.tpu import Settings, Weights
 from maxtext_mudd.streams import Streams, decouple
 from maxtext_mudd.topology import Aggregate, Topology
 
@@ -62,15 +60,27 @@ class DepthAggregate(nnx.Module):
     both_norms = self.config.mudd_pre_norm and self.config.mudd_post_norm
     return a if both_norms else a.at[:, -1].set(1)
 
-  def operands(self):
-    """(w1, w2, a) as `depth_aggregate` takes them; the scale of the norm before W1 is folded into W1."""
-    a = self.a[...] if self.config.mudd_static else self._initial_static(self.config.weight_dtype)
-    if not self.config.mudd_dynamic:
-      return None, None, a
+  def weights(self, newest: Float[Array, "B T D"] | None = None) -> kernels.Weights:
+    """What `kernels.mix` takes; the scale of the norm before W1 is folded into W1.
+
+    Args:
+      newest: X_i; None: it is the newest source.
+    """
+    config = self.config
+    a = self.a[...] if config.mudd_static else self._initial_static(config.weight_dtype)
+    if not config.mudd_dynamic:
+      return a
     w1 = self.w1[...]
-    if self.config.mudd_weight_norm_scale:
+    if config.mudd_weight_norm_scale:
       w1 = self.weight_norm_scale[...][:, None] * w1
-    return self._by_width(w1), self.w2[...], a
+    return kernels.WeightMLP(
+      self._by_width(w1),
+      self.w2[...],
+      a,
+      newest,
+      activation=config.mudd_activation,
+      epsilon=config.normalization_layer_epsilon,
+    )
 
   def _by_width(self, w1: Float[Array, "D K"]) -> Float[Array, "D K"]:
     """Laid out as the width of sources is: else the compiler gathers X_i, many times as large, for their product."""
@@ -79,31 +89,14 @@ class DepthAggregate(nnx.Module):
       return w1
     return jax.lax.with_sharding_constraint(w1, NamedSharding(self.mesh, P(layout.spec[2], None)))
 
-  def weights(self) -> Weights:
-    """The same for the fused passes."""
-    w1, w2, a = self.operands()
-    return Weights(a, w2, w1)
-
-  def __call__(self, history: History) -> list[Float[Array, "B T D"]]:
-    """The sums of Eq. 5, in plain JAX: C arrays [B,T,D] in the dtype of the sources."""
-    sources = [history.sources[j] for j in self.aggregate.sources]
-    return kernels.depth_aggregate(
-      sources,
-      *self.operands(),
-      ways=self.aggregate.ways,
-      newest=history.output,
-      implementation="xla",
-      **self.settings(),
-    )
-
-  def settings(self) -> dict:
-    return {"activation": self.config.mudd_activation, "epsilon": self.config.normalization_layer_epsilon}
-
-  def streams(self, sums, output: Float[Array, "B T D"], operands=None, newest=-1) -> dict[str, Float[Array, "B T D"]]:
+  def streams(
+    self, sums, output: Float[Array, "B T D"], weights: kernels.Weights | None = None, newest=-1
+  ) -> dict[str, Float[Array, "B T D"]]:
     """The streams by name, from the sums of Eq. 5 and X_i: post-normed where that is on.
 
     Args:
-      operands, newest: of the sums, and the column of the newest source, where that is not the last of its own.
+      weights: those of the sums; None: `self.weights(output)`.
+      newest: column of the newest source in them.
     """
     config = self.config
     streams = {}
@@ -114,7 +107,7 @@ class DepthAggregate(nnx.Module):
         x = x + output
       streams[stream] = x
     if config.record_internal_nn_metrics:
-      metrics.sow(self, output, operands or self.operands(), streams, newest, **self.settings())
+      metrics.sow(self, output, self.weights(output) if weights is None else weights, streams, newest)
     return streams
 
 
@@ -133,20 +126,19 @@ class DenseConnection(nnx.Module):
   policy that keeps `decoder_layer_input` keeps the four streams.
   """
 
-  carry = (History, Chain)
+  carry = History
 
   def __init__(self, config, topology: Topology, block: int, mesh: jax.sharding.Mesh, rngs: nnx.Rngs):
     self.config = config
     self.topology = topology
     self.mesh = mesh
-    self.fused = kernels.is_fused(config.mudd_kernel, mesh.devices.flat[0].platform, config.dtype)
     self.is_first = block == 1
     self.is_last = block == topology.num_blocks
     self.pre_normed = config.mudd_pre_norm
     before = topology.before(block)
     final = topology.aggregates.get(block) if self.is_last else None
-    # Where the whole block is computed again in the backward pass, one fused pass makes its streams for it.
-    self.recomputed = self.fused and before is not None and config.remat_policy == "full"
+    # Where the whole block is recomputed in the backward pass, the pass of the next aggregate recomputes its streams.
+    self.recomputed = before is not None and config.remat_policy == "full"
     self.has_own_norms = has_own_norms(config, topology, block)
     if config.mudd_pre_norm:
       if self.is_first:
@@ -159,13 +151,12 @@ class DenseConnection(nnx.Module):
     if self.has_own_norms:
       decouple(layer, ATTENTION_NORMS[self.config.decoder_block.value])
 
-  def start(self, embedding: Float[Array, "B T D"]) -> History | Chain:
-    source = self.embedding_norm(embedding) if self.pre_normed else embedding
-    if self.fused:
-      return Chain((source,), embedding if self.pre_normed else None)
-    return History((source,), embedding)
+  def start(self, embedding: Float[Array, "B T D"]) -> History:
+    if self.pre_normed:
+      return History((self.embedding_norm(embedding),), embedding)
+    return History((embedding,))
 
-  def read(self, carry: History | Chain) -> tuple[Streams | Float[Array, "B T D"], History | Chain]:
+  def read(self, carry: History) -> tuple[Streams | Float[Array, "B T D"], History]:
     """The input of this block: four streams, or one array where they are all the same."""
     sums, after = self._aggregate(self.depth_aggregate, carry)
     return self.block_input(sums, carry.output), after
@@ -174,52 +165,48 @@ class DenseConnection(nnx.Module):
     """The same from the sums of Eq. 5 and X_i."""
     if self.depth_aggregate is None:
       return output
-    with self._precision():
-      made = self.depth_aggregate.streams(sums, output)
-    if "x" in made:
-      return made["x"]
-    return Streams(*(made.get(stream, output) for stream in "qkvr"))
+    streams = self.depth_aggregate.streams(sums, output)
+    if "x" in streams:
+      return streams["x"]
+    return Streams(*(streams.get(stream, output) for stream in "qkvr"))
 
-  def write(self, carry: History | Chain, output: Float[Array, "B T D"]) -> History | Chain:
+  def write(self, carry: History, output: Float[Array, "B T D"]) -> History:
     return carry.append(self.source(output), output)
 
   def source(self, output: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """What later aggregates mix."""
     return self.output_norm(output) if self.pre_normed else output
 
-  def finish(self, carry: History | Chain) -> Float[Array, "B T D"]:
+  def finish(self, carry: History) -> Float[Array, "B T D"]:
     """The hidden state after the last block."""
     if self.final_depth_aggregate is None:
       return carry.output
-    if isinstance(carry, Chain):
-      carry = chain.name_last(carry)
-    sums, _ = self._aggregate(self.final_depth_aggregate, carry)
-    with self._precision():
-      (hidden,) = self.final_depth_aggregate.streams(sums, carry.output).values()
+    sums, _ = self._aggregate(self.final_depth_aggregate, history.name_last(carry))
+    (hidden,) = self.final_depth_aggregate.streams(sums, carry.output).values()
     return hidden
 
-  def _aggregate(self, module: DepthAggregate | None, carry):
+  def _aggregate(self, module: DepthAggregate | None, carry: History):
     if module is None:
       return None, carry
-    with self._precision():
-      if isinstance(carry, Chain):
-        sums, carry = chain.aggregate(self._link(module, carry), carry, module.weights())
-      else:
-        sums = module(carry)
-    return sums, carry
+    return history.aggregate(self._link(module, carry), carry, module.weights(carry.newest))
 
-  def through(self, block: Callable, state, carry: Chain, arguments) -> tuple[Chain, Any]:
-    """The carry behind this block, which is computed again in the backward pass: `chain.through_block`."""
+  def through(self, block: Callable, state, carry: History, arguments) -> tuple[History, Any]:
+    """The carry behind this block, which is recomputed in the backward pass: `history.through_block`."""
     module = self.depth_aggregate
-    return chain.through_block(self._link(module, carry), block, state, carry, module.weights(), arguments)
+    link = self._link(module, carry)
+    return history.through_block(link, block, state, carry, module.weights(carry.newest), arguments)
 
-  def _link(self, module: DepthAggregate, carry: Chain) -> chain.Link:
-    place = chain.place(self.topology, module.aggregate.block)
-    settings = Settings(**module.settings(), interpret=kernels.interpretation(self.config.mudd_kernel))
-    return chain.Link(place, settings, source_sharding(self.config, self.mesh, carry.output.shape))
+  def _link(self, module: DepthAggregate, carry: History) -> history.Link:
+    return history.Link(
+      history.place(self.topology, module.aggregate.block), passes(self.config, self.mesh, carry.output.shape)
+    )
 
-  def _precision(self):
-    return jax.default_matmul_precision(self.config.matmul_precision.value)
+
+def passes(config, mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> kernels.Passes:
+  """How the passes over [B,T,D] sources run on this mesh."""
+  implementation = kernels.resolve(config.mudd_kernel, mesh.devices.flat[0].platform, config.dtype)
+  sharding = None if implementation == "xla" else source_sharding(config, mesh, shape)
+  return kernels.Passes(implementation, sharding)
 
 
 def source_sharding(config, mesh, shape) -> NamedSharding | None:

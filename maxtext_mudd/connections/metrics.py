@@ -6,7 +6,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from maxtext_mudd.kernels import reference
+from maxtext_mudd import kernels
 
 PREFIX = "mudd_"
 
@@ -14,17 +14,16 @@ PREFIX = "mudd_"
 def sow(
   module: nnx.Module,
   newest: Float[Array, "B T D"],
-  operands: tuple,
+  weights: kernels.Weights,
   streams: Mapping[str, Float[Array, "B T D"]],
   column=-1,
-  **settings,
 ) -> None:
   """Sows, per stream, scalars averaged over tokens:
 
   older_weight: share of the absolute weight that goes to other sources than the newest, which is in `column`;
   norm: root mean square of the stream.
   """
-  weights = jnp.abs(reference.mixing_weights(newest, *operands, **settings))
+  weights = jnp.abs(kernels.token_weights([newest], weights)[0])
   older = 1 - jnp.take(weights, column, axis=-1) / (jnp.sum(weights, axis=-1) + jnp.finfo(weights.dtype).tiny)
   for c, (stream, x) in enumerate(streams.items()):
     module.sow(nnx.Intermediate, f"{PREFIX}older_weight_{stream}", jnp.mean(older[:, :, c]))

@@ -20,11 +20,8 @@ from maxtext_mudd import kernels
 from maxtext_mudd.blocks import ATTENTION_NORMS
 from maxtext_mudd.connections import buffer as buffers
 from maxtext_mudd.connections.buffer import Buffer, Link
-from maxtext_mudd.connections.dense import DepthAggregate, has_own_norms, source_sharding
+from maxtext_mudd.connections.dense import DepthAggregate, has_own_norms, passes, source_sharding
 from maxtext_mudd.connections.norms import rms_norm
-from maxtext_mudd.kernels import buffer as passes
-from maxtext_mudd.kernels.buffer import Passes
-from maxtext_mudd.kernels.tpu import Settings, Weights
 from maxtext_mudd.streams import Streams, decouple
 from maxtext_mudd.topology import Aggregate, Topology
 
@@ -98,25 +95,27 @@ class ScannedConnection(nnx.Module):
     """The carry behind a block; `block` takes its number before the streams."""
     graphdef, own = nnx.split(self.depth_aggregate) if self.depth_aggregate else (None, None)
 
-    def weights(own, count) -> Weights:
-      return self._weights(nnx.merge(graphdef, own), count)
+    def weights(own, count, newest) -> kernels.Weights:
+      return self._weights(nnx.merge(graphdef, own), count, newest)
 
-    aggregates = aggregate_passes(self.config, self.mesh, carry.sources.shape[1:])
+    aggregates = passes(self.config, self.mesh, carry.sources.shape[1:])
     link = Link(aggregates, weights if self.depth_aggregate else None, block)
     return buffers.through_block(link, state, own, carry, arguments)
 
-  def _weights(self, aggregate: DepthAggregate, count) -> Weights:
-    """Over all entries of the buffer. Without an aggregate: the newest source, once."""
+  def _weights(self, aggregate: DepthAggregate, count, newest: Float[Array, "B T D"] | None) -> kernels.Weights:
+    """Of all entries of the buffer. Without an aggregate: the newest source, once."""
     config, own = self.config, self.table
-    newest = jnp.arange(self.entries) == count - 1
+    at_newest = jnp.arange(self.entries) == count - 1
     visible = self._fill(own.at("visible", count))
-    w1, w2, a = aggregate.operands()
+    weights = kernels.map_columns(aggregate.weights(newest), self._fill)
     if not config.mudd_static:
-      a = jnp.zeros_like(a) + (0 if config.mudd_pre_norm and config.mudd_post_norm else newest[: a.shape[1]])
-    a = jnp.where(visible, self._fill(a), 0)
+      start = 0 if config.mudd_pre_norm and config.mudd_post_norm else at_newest
+      weights = kernels.replace_static(weights, lambda a: jnp.zeros_like(a) + start)
+    weights = kernels.map_columns(weights, lambda x: jnp.where(visible, x, 0))
     if not all(own.connected) and not self._is_normed:
-      a = jnp.where(own.at("connected", count), a, newest.astype(a.dtype))
-    return Weights(a, None if w2 is None else jnp.where(visible, self._fill(w2), 0), w1)
+      connected = own.at("connected", count)
+      weights = kernels.replace_static(weights, lambda a: jnp.where(connected, a, at_newest.astype(a.dtype)))
+    return weights
 
   def _fill(self, x):
     """Columns up to the number of entries."""
@@ -130,8 +129,7 @@ class ScannedConnection(nnx.Module):
     """The input of block `count` from the sums of Eq. 5 and X_i."""
     own, made = self.table, {"x": output}
     if self.depth_aggregate is not None:
-      weights = self._weights(self.depth_aggregate, count)
-      made = self.depth_aggregate.streams(sums, output, (weights.w1, weights.w2, weights.a), count - 1)
+      made = self.depth_aggregate.streams(sums, output, self._weights(self.depth_aggregate, count, output), count - 1)
       if not all(own.connected) and self._is_normed:
         connected = own.at("connected", count)
         made = {stream: jnp.where(connected, x, output) for stream, x in made.items()}
@@ -184,27 +182,14 @@ class Ends(nnx.Module):
     if module is None:
       return output
     count = jnp.asarray(self.num_blocks + 1)
-    w1, w2, a = module.operands()
     at = jnp.asarray(module.aggregate.sources)
-    w2, a = (
-      None if x is None else jnp.zeros((*x.shape[:-1], self.num_blocks + 1), x.dtype).at[..., at].set(x)
-      for x in (w2, a)
+    weights = kernels.map_columns(
+      module.weights(newest), lambda x: jnp.zeros((*x.shape[:-1], self.num_blocks + 1), x.dtype).at[..., at].set(x)
     )
-    own = aggregate_passes(self.config, self.mesh, output.shape)
-    sums = passes.depth_aggregate(own, sources, count, newest if w1 is not None else None, Weights(a, w2, w1))
-    with jax.default_matmul_precision(self.config.matmul_precision.value):
-      (hidden,) = module.streams(sums, output).values()
+    buffer = kernels.Buffer(sources, count)
+    sums = kernels.differentiable(passes(self.config, self.mesh, output.shape), buffer, weights)
+    (hidden,) = module.streams(sums, output).values()
     return hidden
-
-
-def aggregate_passes(config, mesh: jax.sharding.Mesh, shape) -> Passes:
-  """How aggregates of [B,T,D] sources run on this mesh."""
-  settings = Settings(
-    config.mudd_activation, config.normalization_layer_epsilon, kernels.interpretation(config.mudd_kernel)
-  )
-  fused = kernels.is_fused(config.mudd_kernel, mesh.devices.flat[0].platform, config.dtype)
-  sharding = source_sharding(config, mesh, shape) if fused else None
-  return Passes(fused, settings, sharding, config.matmul_precision.value)
 
 
 def pad(layers: nnx.Module, connection: ScannedConnection, axis: int) -> None:

@@ -1,6 +1,37 @@
-"""Depth-wise aggregation, the one operation that MUDD connections add to a Transformer."""
+"""Mixing in depth, the one operation that depth connections add to a Transformer."""
 
-from maxtext_mudd.kernels.api import depth_aggregate
-from maxtext_mudd.kernels.choice import DTYPES, interpretation, is_fused
+from maxtext_mudd.kernels.api import depth_aggregate, differentiable, mix, resolve
+from maxtext_mudd.kernels.operands import Buffer, Gradients, Pushed, Sources
+from maxtext_mudd.kernels.passes import Passes
+from maxtext_mudd.kernels.tpu import DTYPES
+from maxtext_mudd.kernels.weights import (
+  ACTIVATIONS,
+  HiddenLayer,
+  WeightMLP,
+  Weights,
+  accumulation_dtype,
+  map_columns,
+  replace_static,
+)
+from maxtext_mudd.kernels.xla import token_weights
 
-__all__ = ["DTYPES", "depth_aggregate", "interpretation", "is_fused"]
+__all__ = [
+  "ACTIVATIONS",
+  "Buffer",
+  "DTYPES",
+  "Gradients",
+  "HiddenLayer",
+  "Passes",
+  "Pushed",
+  "Sources",
+  "WeightMLP",
+  "Weights",
+  "accumulation_dtype",
+  "depth_aggregate",
+  "differentiable",
+  "map_columns",
+  "mix",
+  "replace_static",
+  "resolve",
+  "token_weights",
+]

@@ -1,21 +1,63 @@
-"""The public entry to depth-wise aggregation: checks the shapes, picks the implementation."""
+"""The public operation, `mix`: N sources, C streams, and the weights of every token between them."""
 
 from collections.abc import Sequence
+import functools
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from maxtext_mudd.kernels import buffer, fused, reference
-from maxtext_mudd.kernels.choice import DTYPES, IMPLEMENTATIONS, STRICTLY, is_fused
-from maxtext_mudd.kernels.tpu import Settings, Weights
+from maxtext_mudd.kernels import tpu
+from maxtext_mudd.kernels.operands import Buffer, Sources
+from maxtext_mudd.kernels.passes import IMPLEMENTATIONS, Passes
+from maxtext_mudd.kernels.weights import ACTIVATIONS, HiddenLayer, WeightMLP, Weights, static_part
 
 
-@jax.named_scope("depth_aggregate")
+def mix(
+  sources: Sequence[Float[Array, "B T D"]] | Float[Array, "S B T D"],
+  weights: Weights,
+  *,
+  count: int | Int[Array, ""] | None = None,
+  implementation: str = "auto",
+  sharding: NamedSharding | None = None,
+) -> list[Float[Array, "B T D"]]:
+  """Mixes N sources into C streams, each token with weights of its own (paper, Eq. 5).
+
+      x^c = sum_j W[..., c, j] * sources[j]
+
+  Sums are float32 or wider, whatever the sources are. The backward pass keeps the arguments alone.
+
+  Args:
+    sources: N floating-point arrays of one shape and dtype, oldest first; or, with `count`, one buffer of S entries, for
+      loops over layers that are traced once.
+    weights: W as an array [B,T,C,N], or [C,N] for all tokens; or a `WeightMLP`, from which the fused kernel makes W by
+      itself, without a pass over memory. With a buffer, N is S.
+    count: how many entries of the buffer are valid, 1 to S, the newest being entry count - 1; where it is traced, it is
+      clipped to that range. Whatever the others hold, and the columns of weights from `count` on, is ignored, NaN
+      included, and gets a gradient of zero.
+    implementation: "xla", plain JAX; "pallas", the fused kernels of TPUs, for bfloat16 and float32; "pallas_interpret",
+      the same anywhere, slowly and strictly, for tests; "auto": "pallas" on TPU, "xla" elsewhere.
+    sharding: of a source, where fused kernels run on several devices: batch and length may be split, and D.
+
+  Returns:
+    C arrays of the shape and dtype of a source.
+
+  Raises:
+    ValueError: an argument that does not fit the others, or an unknown name; one sentence.
+  """
+  operands, like = _sources(sources, count)
+  _check_weights(weights, like, len(sources))
+  platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
+  passes = Passes(resolve(implementation, platform, like.dtype), sharding, strict=implementation == "pallas_interpret")
+  if passes.implementation != "xla" and like.dtype.name not in tpu.DTYPES:
+    raise ValueError(f"the sources are {like.dtype}; implementation={implementation!r} takes {' or '.join(tpu.DTYPES)}.")
+  return differentiable(passes, operands, weights)
+
+
 def depth_aggregate(
-  sources: Sequence[Float[Array, "B T D"]] | Float[Array, "N B T D"],
+  sources: Sequence[Float[Array, "B T D"]] | Float[Array, "S B T D"],
   w1: Float[Array, "D K"] | None,
   w2: Float[Array, "K C N"] | None,
   a: Float[Array, "C N"],
@@ -28,94 +70,123 @@ def depth_aggregate(
   implementation: str = "auto",
   sharding: NamedSharding | None = None,
 ) -> list[Float[Array, "B T D"]]:
-  """Mixes the outputs of earlier blocks into `ways` streams, each token with weights of its own (paper, Eqs. 5 and 6).
+  """`mix` with the weights of MUDD, made from the newest source (paper, Eq. 6).
 
-      W   = act(RMSNorm(newest) @ w1) @ w2 + a
-      x^c = sum_j W[..., c, j] * sources[j]
-
-  Matrix products run in the dtype of the sources; statistics and sums in float32 or wider.
+      W = act(RMSNorm(newest) @ w1) @ w2 + a
 
   Args:
-    sources: N arrays of one shape and dtype, oldest first; or, with `count`, one buffer of N entries, for loops over
-      layers that are traced once.
-    w1: first weight matrix; None, together with w2, for static weights (`a` alone).
-    w2: second weight matrix.
-    a: static weights.
+    w1, w2: None, both, for static weights: `a` alone.
     ways: C, the number of streams.
-    newest: what the weights are made from, when that is not the newest source: X_i itself, where the sources are
-      pre-normed.
-    count: how many entries of the buffer are valid, 1 to N, the newest being entry count - 1; where it is traced, it is
-      clipped to that range. Whatever the others hold, and w2[..., count:] and a[:, count:], is ignored, NaN included,
-      and gets a gradient of zero.
-    activation: "gelu" (exact) or "gelu_tanh".
-    epsilon: added to the mean square in RMSNorm.
-    implementation: "xla", plain JAX; "pallas", the fused kernel of TPUs, for bfloat16 and float32; "pallas_interpret",
-      the same anywhere, slowly and strictly, for tests; "auto": "pallas" on TPU, "xla" elsewhere.
-    sharding: of a source, where the fused kernel runs on several devices: batch and length may be split, and D.
-
-  Returns:
-    C arrays of the shape and dtype of a source.
+    newest: what the weights are made from, where that is not the newest source: X_i itself, where sources are pre-normed.
+    activation, epsilon: as of `WeightMLP`; the rest as of `mix`.
 
   Raises:
-    ValueError: an argument that does not fit the others, or an unknown name; one sentence.
+    ValueError: as `mix`.
   """
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation={implementation!r} does not exist; use one of {', '.join(IMPLEMENTATIONS)}.")
-  if activation not in reference.ACTIVATIONS:
-    raise ValueError(f"activation={activation!r} does not exist; use one of {', '.join(reference.ACTIVATIONS)}.")
-  is_buffer = hasattr(sources, "shape")
-  if is_buffer:
-    _check_buffer(sources, count)
-  elif count is not None:
-    raise ValueError("count goes with one buffer [N,B,T,D]; leave it out where sources are a list.")
-  if not len(sources):
-    raise ValueError("sources is empty; depth_aggregate needs at least the newest block output.")
-  shape, dtype = (sources.shape[1:], sources.dtype) if is_buffer else (sources[-1].shape, sources[-1].dtype)
-  alike = [] if newest is None else [("newest", newest)]
-  alike += [] if is_buffer else [(f"sources[{j}]", x) for j, x in enumerate(sources)]
-  for name, x in alike:
-    if x.shape != shape or x.dtype != dtype:
-      raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, sources[-1] is {dtype}{list(shape)}; make them equal.")
-  if len(shape) != 3 or not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f"a source is {dtype}{list(shape)}; give floating-point arrays [B,T,D].")
   if a is None:
     raise ValueError("a is missing; the static weights [C,N] are needed, zeros at the least.")
-  if a.shape != (ways, len(sources)):
-    wanted = [ways, len(sources)]
-    raise ValueError(f"a has shape {list(a.shape)}; {ways} ways and {len(sources)} sources need {wanted}.")
   if (w1 is None) != (w2 is None):
     raise ValueError("w1 and w2 go together; give both, or neither for static weights.")
-  if w1 is not None:
-    for name, found, wanted in (
-      ("w1", w1.shape, (shape[-1], w2.shape[0])),
-      ("w2", w2.shape, (w1.shape[-1], ways, len(sources))),
-    ):
-      if found != wanted:
-        raise ValueError(f"{name} has shape {list(found)}; the other arguments need {list(wanted)}.")
-  if is_buffer:
-    count = jnp.clip(jnp.asarray(count, jnp.int32), 1, len(sources))
-  elif newest is None:
-    newest = sources[-1]
-  platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
-  runs_fused = is_fused(implementation, platform, dtype)
-  if runs_fused and dtype.name not in DTYPES:
-    raise ValueError(f"the sources are {dtype}; implementation={implementation!r} takes {' or '.join(DTYPES)}.")
-  settings = Settings(activation, epsilon, STRICTLY if implementation == "pallas_interpret" else False)
-  if is_buffer:
-    passes = buffer.Passes(runs_fused, settings, sharding)
-    return buffer.depth_aggregate(passes, sources, count, newest if w1 is not None else None, Weights(a, w2, w1))
-  if runs_fused:
-    return fused.depth_aggregate(sources, newest, w1, w2, a, settings, sharding)
-  return reference.depth_aggregate(sources, newest, w1, w2, a, activation=activation, epsilon=epsilon)
+  if a.ndim != 2 or len(a) != ways:
+    raise ValueError(f"a has shape {list(a.shape)}; {ways} ways and {len(sources)} sources need {[ways, len(sources)]}.")
+  weights = a if w1 is None else WeightMLP(w1, w2, a, newest, activation=activation, epsilon=epsilon)
+  return mix(sources, weights, count=count, implementation=implementation, sharding=sharding)
 
 
-def _check_buffer(buffer, count) -> None:
-  if buffer.ndim != 4:
-    raise ValueError(f"sources has shape {list(buffer.shape)}; a buffer of sources is [N,B,T,D].")
+def resolve(implementation: str, platform: str, dtype) -> str:
+  """One of `IMPLEMENTATIONS`: "auto" means "pallas" on TPU, for dtypes that it takes, and "xla" elsewhere.
+
+  Raises:
+    ValueError: there is no such implementation.
+  """
+  if implementation == "auto":
+    return "pallas" if platform == "tpu" and jnp.dtype(dtype).name in tpu.DTYPES else "xla"
+  if implementation not in IMPLEMENTATIONS:
+    known = ", ".join(("auto", *IMPLEMENTATIONS))
+    raise ValueError(f"implementation={implementation!r} does not exist; use one of {known}.")
+  return implementation
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def differentiable(passes: Passes, sources: Sources, weights: Weights) -> list[Float[Array, "B T D"]]:
+  """`passes.forward`, whose derivative is `passes.backward`."""
+  return passes.forward(sources, weights)
+
+
+def _forward(passes, sources, weights):
+  return passes.forward(sources, weights), (sources, weights)
+
+
+def _backward(passes, inputs, gradients):
+  sources, weights = inputs
+  is_buffer = isinstance(sources, Buffer)
+  made = passes.backward(sources, weights, gradients, near=None if is_buffer else tuple(range(len(sources))))
+  to_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), made.weights, weights)
+  return Buffer(made.sources, None) if is_buffer else made.sources, to_weights
+
+
+differentiable.defvjp(_forward, _backward)
+
+
+def _sources(sources, count) -> tuple[Sources, jax.Array]:
+  """(the sources, checked; one of them)."""
+  if hasattr(sources, "shape"):
+    return _buffer(sources, count)
+  if count is not None:
+    raise ValueError("count goes with one buffer [N,B,T,D]; leave it out where sources are a list.")
+  if not len(sources):
+    raise ValueError("sources is empty; give at least the newest block output.")
+  like = sources[-1]
+  for j, x in enumerate(sources):
+    _check_alike(f"sources[{j}]", x, like)
+  _check_source(like)
+  return list(sources), like
+
+
+def _buffer(entries, count) -> tuple[Buffer, jax.Array]:
+  if entries.ndim != 4:
+    raise ValueError(f"sources has shape {list(entries.shape)}; a buffer of sources is [N,B,T,D].")
   if count is None:
     raise ValueError("sources is one buffer; give count, the number of its valid entries, or a list of sources.")
   if isinstance(count, int | np.integer):
-    if not 1 <= count <= buffer.shape[0]:
-      raise ValueError(f"count={count} is not in 1..{buffer.shape[0]}, the number of entries in the buffer.")
+    if not 1 <= count <= len(entries):
+      raise ValueError(f"count={count} is not in 1..{len(entries)}, the number of entries in the buffer.")
   elif jnp.shape(count) or not jnp.issubdtype(jnp.result_type(count), jnp.integer):
     raise ValueError(f"count is {jnp.result_type(count)}{list(jnp.shape(count))}; give one int.")
+  like = jax.eval_shape(lambda x: x[0], entries)
+  _check_source(like)
+  return Buffer(entries, jnp.clip(jnp.asarray(count, jnp.int32), 1, len(entries))), like
+
+
+def _check_source(x) -> None:
+  if x.ndim != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"a source is {x.dtype}{list(x.shape)}; give floating-point arrays [B,T,D].")
+
+
+def _check_alike(name: str, x, like) -> None:
+  if x.shape != like.shape or x.dtype != like.dtype:
+    raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, sources[-1] is {like.dtype}{list(like.shape)}; make them equal.")
+
+
+def _check_weights(weights: Weights, like, number: int) -> None:
+  """Whether the weights fit `number` sources of this shape."""
+  if isinstance(weights, HiddenLayer):
+    raise ValueError("weights is a HiddenLayer, which is for passes alone; give an array or a WeightMLP.")
+  if not isinstance(weights, WeightMLP):
+    if weights.shape[-1:] != (number,) or weights.shape[:-2] not in ((), like.shape[:2]):
+      wanted = [*like.shape[:2], "C", number]
+      raise ValueError(f"weights has shape {list(weights.shape)}; give [B,T,C,N], here {wanted}, or [C,N].".replace("'", ""))
+    return
+  if weights.activation not in ACTIVATIONS:
+    raise ValueError(f"activation={weights.activation!r} does not exist; use one of {', '.join(ACTIVATIONS)}.")
+  ways = static_part(weights).shape[0]
+  hidden = weights.w1.shape[-1]
+  for name, shape, wanted in (
+    ("a", weights.a.shape, (ways, number)),
+    ("w1", weights.w1.shape, (like.shape[-1], weights.w2.shape[0])),
+    ("w2", weights.w2.shape, (hidden, ways, number)),
+  ):
+    if shape != wanted:
+      raise ValueError(f"{name} has shape {list(shape)}; the other arguments need {list(wanted)}.")
+  if weights.newest is not None:
+    _check_alike("newest", weights.newest, like)

@@ -1,0 +1,212 @@
+"""The three passes of `mix`, by one of its implementations, on one device or on a mesh.
+
+Forward and backward are those of one aggregate; `mix` is made of them. A backward pass over many aggregates, which moves
+less memory than that of each by itself, calls them directly, and `push`.
+
+On a mesh every device runs a fused kernel on its own rows and its own part of D, with small reductions around it; the
+passes in plain JAX are left to the compiler.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from maxtext_mudd.kernels import tpu, xla
+from maxtext_mudd.kernels.operands import Buffer, Gradients, Pushed, Sources
+from maxtext_mudd.kernels.weights import Hidden, HiddenLayer, WeightMLP, Weights, hidden_gradients, hidden_layer
+
+IMPLEMENTATIONS = ("xla", "pallas", "pallas_interpret")
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+  """How the passes run; all static.
+
+  Attributes:
+    implementation: one of `IMPLEMENTATIONS`.
+    sharding: of a source, where a fused kernel runs on several devices: B, T and D may be split.
+    strict: whether "pallas_interpret" reads NaN where nothing was written, and looks for races. It then calls back to
+      Python, which `jax.checkpoint` does not take.
+  """
+
+  implementation: str
+  sharding: NamedSharding | None = None
+  strict: bool = False
+
+  @jax.named_scope("depth_aggregate")
+  def forward(self, sources: Sources, weights: Weights) -> list[Float[Array, "B T D"]]:
+    """x^c = sum_j W[..., c, j] * X_j (paper, Eq. 5)."""
+    if self.implementation == "xla":
+      return (xla.forward_buffer if isinstance(sources, Buffer) else xla.forward)(sources, weights)
+    layout = _Layout(self.sharding)
+
+    def local(sources, weights):
+      weights, _ = layout.with_hidden(sources, weights)
+      return tpu.forward(sources, weights, interpret=self._interpret)
+
+    return layout.map(local, (layout.sources(sources), layout.weights(weights)), layout.rows)(sources, weights)
+
+  @jax.named_scope("depth_aggregate")
+  def backward(
+    self,
+    sources: Sources,
+    weights: Weights,
+    gradients: Sequence[Float[Array, "B T D"]],
+    near: tuple[int, ...] | None = None,
+    totals: Sequence[Float[Array, "B T D"]] | Float[Array, "S B T D"] | None = None,
+    recompute: Weights | None = None,
+    keep_hidden: bool = False,
+  ) -> Gradients:
+    """From the gradients of the streams, those of weights and sources.
+
+    Args:
+      near: of a list, the sources whose gradients are made, in order; the last one is the newest. A buffer has None.
+      totals: what the gradients of the near sources, or of the buffer's entries, are added to; entries that are not
+        valid may change. None: zeros.
+      recompute: weights of another aggregate of the same list, whose streams are recomputed in this pass.
+      keep_hidden: whether to return the hidden layer of a `WeightMLP`, for `push`.
+    """
+    if self.implementation == "xla":
+      if isinstance(sources, Buffer):
+        return xla.backward_buffer(sources, weights, gradients, totals)
+      return xla.backward(sources, weights, gradients, near, totals, recompute)
+    layout = _Layout(self.sharding)
+    pass_of_device = functools.partial(tpu.backward, near=near, interpret=self._interpret, keep_hidden=keep_hidden)
+    local = functools.partial(_backward_on_device, layout, pass_of_device)
+    keeps = keep_hidden and isinstance(weights, WeightMLP)
+    arguments = (sources, weights, list(gradients), totals, recompute)
+    in_specs = (
+      layout.sources(sources),
+      layout.weights(weights),
+      layout.rows,
+      layout.sources(totals),
+      layout.weights(recompute),
+    )
+    out_specs = Gradients(
+      layout.entries if near is None else layout.rows,
+      layout.weights(weights),
+      layout.tokens if keeps else None,
+      None if recompute is None else layout.rows,
+    )
+    return layout.map(local, in_specs, out_specs)(*arguments)
+
+  @jax.named_scope("depth_aggregate")
+  def push(
+    self, pushed: Sequence[Pushed], totals: Sequence[Float[Array, "B T D"]] | None, count: int
+  ) -> list[Float[Array, "B T D"]]:
+    """Adds the gradients that several aggregates send to `count` sources to `totals`; None: zeros."""
+    if self.implementation == "xla":
+      return xla.push(pushed, totals, count)
+    layout = _Layout(self.sharding)
+    local = functools.partial(tpu.push, count=count, interpret=self._interpret)
+    specs = [Pushed(layout.rows, layout.weights(one.weights)) for one in pushed]
+    return layout.map(local, (specs, layout.sources(totals)), layout.rows)(list(pushed), totals)
+
+  @property
+  def _interpret(self):
+    if self.implementation == "pallas":
+      return False
+    return tpu.STRICTLY if self.strict else True
+
+
+def _backward_on_device(
+  layout: "_Layout", pass_of_device: Callable, sources, weights, gradients, totals, recompute
+) -> Gradients:
+  """`tpu.backward` of the rows and columns of one device, and the sums over devices of what they share."""
+  given, hidden = layout.with_hidden(sources, weights)
+  recompute, _ = layout.with_hidden(sources, recompute)
+  made = pass_of_device(sources, given, gradients, totals=totals, recompute=recompute)
+  if hidden is None:
+    return made._replace(weights=layout.sum_weights(made.weights))
+  to_hidden, to_w2, to_a = made.weights.hidden, made.weights.w2, made.weights.a
+  newest = _newest(sources, weights)
+  to_newest, to_w1 = hidden_gradients(newest, weights.w1, hidden, to_hidden, **layout.width_parts)
+  to_weights = dataclasses.replace(weights, w1=to_w1, w2=to_w2, a=to_a)
+  to_sources = made.sources
+  if weights.newest is not None:
+    to_weights = dataclasses.replace(to_weights, newest=to_newest.astype(newest.dtype))
+  elif isinstance(sources, Buffer):
+    at_newest = jax.lax.dynamic_index_in_dim(to_sources, sources.count - 1, keepdims=False)
+    at_newest = (at_newest + to_newest).astype(newest.dtype)
+    to_sources = jax.lax.dynamic_update_index_in_dim(to_sources, at_newest, sources.count - 1, 0)
+  else:
+    to_sources = [*to_sources[:-1], (to_sources[-1] + to_newest).astype(newest.dtype)]
+  return made._replace(sources=to_sources, weights=layout.sum_weights(to_weights), hidden=given.hidden)
+
+
+def _newest(sources: Sources, weights: WeightMLP) -> Float[Array, "B T D"]:
+  if weights.newest is not None:
+    return weights.newest
+  return sources.newest if isinstance(sources, Buffer) else sources[weights.source]
+
+
+class _Layout:
+  """How operands lie on a mesh: which of its axes split B, T and D. Without a sharding there is one device."""
+
+  def __init__(self, sharding: NamedSharding | None):
+    batch, length, width = (*(() if sharding is None else sharding.spec), None, None, None)[:3]
+    self.mesh = None if sharding is None else sharding.mesh
+    self.tokens = P(batch, length)
+    self.rows = P(batch, length, width)
+    self.entries = P(None, batch, length, width)
+    self.width = _names(width)
+    self.row_axes = _names(batch) + _names(length)
+    self.width_parts = {}
+    if self.width:
+      parts = functools.reduce(lambda number, name: number * self.mesh.shape[name], self.width, 1)
+      self.width_parts = {"sum_parts": lambda x: jax.lax.psum(x, self.width), "parts": parts}
+
+  def map(self, function: Callable, in_specs, out_specs) -> Callable:
+    if self.mesh is None:
+      return function
+    return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+  def sources(self, sources):
+    """Specs of sources, or of gradients of theirs."""
+    if isinstance(sources, Buffer):
+      return Buffer(self.entries, P())
+    return self.entries if hasattr(sources, "ndim") else self.rows
+
+  def weights(self, weights: Weights | None):
+    """Specs of weights, or of their gradient."""
+    if weights is None:
+      return None
+    if isinstance(weights, WeightMLP):
+      newest = None if weights.newest is None else self.rows
+      return dataclasses.replace(weights, w1=P(self.width or None, None), w2=P(), a=P(), newest=newest)
+    if isinstance(weights, HiddenLayer):
+      return HiddenLayer(self.tokens, P(), P())
+    return self.tokens if weights.ndim == 4 else P()
+
+  def with_hidden(self, sources: Sources, weights: Weights | None) -> tuple[Weights | None, Hidden | None]:
+    """Where D is split, a `WeightMLP` with its hidden layer made here: its product with W1 is a sum over devices."""
+    if not self.width or not isinstance(weights, WeightMLP):
+      return weights, None
+    newest = _newest(sources, weights)
+    hidden = hidden_layer(newest, weights.w1, weights.activation, weights.epsilon, **self.width_parts)
+    return HiddenLayer(hidden.value.astype(newest.dtype), weights.w2, weights.a), hidden
+
+  def sum_weights(self, gradient: Weights) -> Weights:
+    """The gradient of weights, summed over the devices that have a part of it."""
+    every = self.row_axes + self.width
+    if isinstance(gradient, WeightMLP | HiddenLayer):
+      summed = dataclasses.replace(gradient, w2=_sum(gradient.w2, every), a=_sum(gradient.a, every))
+      if isinstance(gradient, WeightMLP):
+        return dataclasses.replace(summed, w1=_sum(gradient.w1, self.row_axes))
+      return dataclasses.replace(summed, hidden=_sum(gradient.hidden, self.width))
+    return _sum(gradient, self.width if gradient.ndim == 4 else every)
+
+
+def _sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def _names(axes) -> tuple[str, ...]:
+  return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+

@@ -1,0 +1,210 @@
+"""The passes of `mix` as fused kernels for the TPU, on the arrays of one device: layouts outside the kernels, block sizes.
+
+Weights that a kernel makes itself cost no pass over memory: it makes them in VMEM from rows that it holds anyway.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from maxtext_mudd.kernels.operands import Buffer, Gradients, Pushed, Sources
+from maxtext_mudd.kernels.tpu import backward as _backward
+from maxtext_mudd.kernels.tpu import common
+from maxtext_mudd.kernels.tpu import forward as _forward
+from maxtext_mudd.kernels.tpu import push as _push
+from maxtext_mudd.kernels.tpu.common import TOKENS, Recipe, RowWeights, Shape, WholeWeights
+from maxtext_mudd.kernels.weights import HiddenLayer, WeightMLP, Weights, map_columns, static_part
+
+DTYPES = ("bfloat16", "float32")
+
+# Interpreted as strictly as can be: what a kernel never wrote reads as NaN, and races are looked for.
+STRICTLY = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, out_of_bounds_reads="uninitialized")
+
+
+def forward(sources: Sources, weights: Weights, *, interpret) -> list[Float[Array, "B T D"]]:
+  """The streams; as `xla.forward`."""
+  ways = static_part(weights).shape[-2]
+  # A buffer's sums are float32, and are there once where inputs and outputs are there twice.
+  shape = _shape(sources, ways, lambda slots, size: slots + 1 + ways + (2 * ways // size if isinstance(sources, Buffer) else 0))
+  flat, count = _flat(sources)
+  rows, whole = _lay_out(shape, _without_invalid(sources, weights))
+  streams = _forward.forward(shape, _recipe(weights), count, flat, rows, whole, interpret=interpret)
+  return _unflatten(streams, _lead(sources))
+
+
+def backward(
+  sources: Sources,
+  weights: Weights,
+  gradients: Sequence[Float[Array, "B T D"]],
+  near: tuple[int, ...] | None,
+  totals: Sequence[Float[Array, "B T D"]] | Float[Array, "S B T D"] | None = None,
+  recompute: Weights | None = None,
+  *,
+  keep_hidden: bool = False,
+  interpret,
+) -> Gradients:
+  """Gradients of the near sources and of the weights; as `xla.backward`. `near` ends with the newest source."""
+  ways, lead = static_part(weights).shape[-2], _lead(sources)
+  is_mlp = isinstance(weights, WeightMLP)
+
+  def arrays(slots, _):
+    near_arrays = (1 if totals is None else 2) * (slots if near is None else len(near))
+    of_newest = 2 if is_mlp and weights.newest is not None else 0
+    of_streams = 0 if recompute is None else static_part(recompute).shape[-2] + 1
+    return slots + ways + near_arrays + of_newest + of_streams + (1 if near is None else 0)
+
+  shape = _shape(sources, ways, arrays)
+  flat, count = _flat(sources)
+  weights = _without_invalid(sources, weights)
+  at_near = weights
+  if near is not None and near != tuple(range(len(sources))):
+    at_near = map_columns(weights, lambda x: x[..., jnp.asarray(near)])
+  near_slots = shape if near is None else dataclasses.replace(shape, sources=len(near), slots=len(near))
+  rows, whole = _lay_out(near_slots, at_near)
+  rows_before, whole_before = (None, None) if recompute is None else _lay_out(shape, recompute)
+  made, sums = _backward.backward(
+    shape,
+    _backward.Plan(_recipe(weights), near, None if recompute is None else _recipe(recompute), keep_hidden),
+    count,
+    _backward.Rows(_flatten(totals), flat, _flatten(list(gradients)), None, rows, rows_before),
+    _backward.Whole(whole, _flat_w2(shape, weights), whole_before),
+    interpret=interpret,
+  )
+  to_sources = made.sources.reshape(sources.entries.shape) if near is None else _unflatten(made.sources, lead)
+  to_weights = _weight_gradients(shape, weights, made, sums, lead)
+  if isinstance(sources, Buffer):
+    to_weights = _without_invalid(sources, to_weights)
+  return Gradients(to_sources, to_weights, _unflatten(made.hidden, lead), _unflatten(made.streams, lead))
+
+
+def push(
+  pushed: Sequence[Pushed], totals: Sequence[Float[Array, "B T D"]] | None, count: int, *, interpret
+) -> list[Float[Array, "B T D"]]:
+  """The sums of gradients of `count` sources; as `xla.push`."""
+  recipes = [_recipe(one.weights) for one in pushed]
+  ways = sum(recipe.ways for recipe in recipes)
+  sums = count if totals is None else 2 * count
+  shape = _shape(pushed[0].gradients, ways, lambda *_: ways + sums)
+  shape = dataclasses.replace(shape, sources=count, slots=count)
+  operands = [_lay_out(shape, one.weights) for one in pushed]
+  made = _push.push(
+    shape,
+    recipes,
+    [_flatten(one.gradients) for one in pushed],
+    [rows for rows, _ in operands],
+    [whole for _, whole in operands],
+    _flatten(totals),
+    interpret=interpret,
+  )
+  return _unflatten(made, _lead(pushed[0].gradients))
+
+
+# ---------------------------------------------------------------- sources
+
+
+def _lead(sources: Sources) -> tuple[int, int]:
+  return sources.entries.shape[1:3] if isinstance(sources, Buffer) else sources[0].shape[:2]
+
+
+def _flatten(tree):
+  """[...,B,T,n] -> [...,B·T,n] of every array."""
+  return jax.tree.map(lambda x: x.reshape(*x.shape[:-3], -1, x.shape[-1]), tree)
+
+
+def _unflatten(tree, lead: tuple[int, int]):
+  return jax.tree.map(lambda x: x.reshape(*lead, x.shape[-1]), tree)
+
+
+def _flat(sources: Sources):
+  """(the sources as the kernels take them, the number of valid ones as int32 [1] or None)."""
+  if isinstance(sources, Buffer):
+    return _flatten(sources.entries), sources.count[None]
+  return _flatten(list(sources)), None
+
+
+def _shape(sources: Sources, ways: int, arrays: Callable[[int, int], int]) -> Shape:
+  """The static facts of a call. `arrays` maps the number of slots and the bytes of a number to how many blocks of rows a
+  grid step holds."""
+  is_buffer = isinstance(sources, Buffer)
+  like = sources.entries[0] if is_buffer else sources[-1]
+  number = len(sources.entries if is_buffer else sources)
+  slots = min(common.SLOTS, number) if is_buffer else number
+  batch, length, width = like.shape
+  dtype = jnp.dtype(like.dtype)
+  limit = common.BUFFER_BYTES if is_buffer else common.LIST_BYTES
+  block = common.block_rows(batch * length, arrays(slots, dtype.itemsize), width, dtype, limit)
+  return Shape(batch * length, width, ways, number, slots, block, dtype, is_buffer)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _recipe(weights: Weights) -> Recipe:
+  ways = static_part(weights).shape[-2]
+  if isinstance(weights, WeightMLP):
+    return Recipe(ways, weights.source, weights.activation, weights.epsilon)
+  return Recipe(ways)
+
+
+def _without_invalid(sources: Sources, weights: Weights) -> Weights:
+  """Zeros in the columns of entries that are not valid, whatever they hold."""
+  if not isinstance(sources, Buffer):
+    return weights
+  is_valid = jnp.arange(len(sources.entries)) < sources.count
+  return map_columns(weights, lambda x: jnp.where(is_valid, x, 0))
+
+
+def _by_group(shape: Shape, x):
+  """[...,N] -> [G,...,n], zeros after the last source."""
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, shape.groups * shape.slots - shape.sources)])
+  return jnp.moveaxis(x.reshape(*x.shape[:-1], shape.groups, shape.slots), -2, 0)
+
+
+def _by_source(shape: Shape, x):
+  """[G,...,n] -> [...,N]."""
+  x = jnp.moveaxis(x, 0, -2)
+  return x.reshape(*x.shape[:-2], shape.groups * shape.slots)[..., : shape.sources]
+
+
+def _lay_out(shape: Shape, weights: Weights) -> tuple[RowWeights, WholeWeights]:
+  """Weights as the kernels take them."""
+  if not isinstance(weights, WeightMLP | HiddenLayer):
+    by_group = _by_group(shape, weights.astype(jnp.float32))
+    if weights.ndim == 2:
+      return RowWeights(), WholeWeights(common.repeat_columns(by_group[:, :, None]))
+    return RowWeights(array=by_group.reshape(shape.groups, shape.rows, -1)), WholeWeights()
+  _, whole = _lay_out(shape, weights.a)
+  w2 = jnp.swapaxes(_by_group(shape, weights.w2.astype(shape.dtype)), 1, 2)
+  whole = whole._replace(w2=common.repeat_columns(w2))
+  if isinstance(weights, HiddenLayer):
+    return RowWeights(hidden=_flatten(weights.hidden)), whole
+  return RowWeights(newest=_flatten(weights.newest)), whole._replace(w1=weights.w1.astype(shape.dtype))
+
+
+def _flat_w2(shape: Shape, weights: Weights):
+  """W2 [G,K,C·n]; None: there is none."""
+  if not isinstance(weights, WeightMLP | HiddenLayer):
+    return None
+  w2 = _by_group(shape, weights.w2.astype(shape.dtype))
+  return w2.reshape(*w2.shape[:2], -1)
+
+
+def _weight_gradients(shape: Shape, weights: Weights, made: _backward.Made, sums: _backward.Sums, lead) -> Weights:
+  """What the kernel made, in the form of the weights."""
+
+  def by_source(x):
+    return _by_source(shape, x.reshape(*x.shape[:2], shape.ways, shape.slots))
+
+  if made.weights.array is not None:
+    return by_source(made.weights.array).reshape(*lead, shape.ways, shape.sources)
+  to_a = _by_source(shape, sums.a.reshape(*sums.a.shape[:2], shape.slots, TOKENS).sum(-1))
+  if not isinstance(weights, WeightMLP | HiddenLayer):
+    return to_a
+  to_w2 = by_source(sums.w2)
+  if isinstance(weights, HiddenLayer):
+    return HiddenLayer(_unflatten(made.weights.hidden, lead), to_w2, to_a)
+  return dataclasses.replace(weights, w1=sums.w1, w2=to_w2, a=to_a, newest=_unflatten(made.weights.newest, lead))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 from flax import nnx
 import jax
@@ -59,6 +60,17 @@ def test_released_pytorch(pytorch):
     close(weights, golden[f"dw.{i - 1}"], f"weights_{i}")
     close(weights - da["a"][:, None, None], golden[f"dw_dyn.{i - 1}"], f"dynamic part of weights_{i}")
     close(np.stack(out[f"streams_{i}"]), golden[f"streams.{i - 1}"], f"streams_{i}")
+
+
+def test_forward_pass_in_readme(pytorch):
+  """It runs as printed, with the names that muddformer.py defines."""
+  params, config, golden = pytorch
+  code = re.search(r"```python\n(.*?)```", (runs.ROOT / "README.md").read_text(), re.S)[1]
+  assert len(code.splitlines()) == 10
+  names = dict(vars(muddformer))
+  exec(code, names)
+  logits = jax.jit(names["forward"], static_argnums=2)(params, golden["input_ids"], config)
+  close(logits, golden["logits"], "logits")
 
 
 def test_the_wrong_gelu_is_noticed(pytorch):

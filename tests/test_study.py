@@ -291,7 +291,8 @@ def test_a_killed_study_resumes_and_gives_the_same_result(tmp_path):
   (whole,), (resumed,) = (study.Results(tmp_path / f"{name}.jsonl").rows() for name in ("whole", "killed"))
   assert resumed["held_out"] == whole["held_out"]
   assert resumed["train"].keys() == whole["train"].keys()
-  lost = {"9", "19", "29", "59", "69", "79"}  # TensorBoard's writer had not written the events of the last steps before the kill
+  # TensorBoard's writer had not written the events of the last steps before the kills.
+  lost = {"9", "19", "29", "59", "69", "79"}
   assert {k: x for k, x in resumed["train"].items() if k not in lost} == {
     k: x for k, x in whole["train"].items() if k not in lost
   }

@@ -5,11 +5,11 @@ blocks 1775 arrays [B,T,D] in all. Here a step moves 1151, since gradients are a
 
 - Backward through an aggregate, only the accumulators of sources within its group are updated, those that the backward
   passes of the next blocks need. The stream gradients and the weights are kept.
-- When the lowest aggregate of a group is reached, one pass (`push`) adds what the group sends to all older sources: each
-  accumulator is read and written once for four aggregates.
+- When the lowest aggregate of a group is reached, one pass (`push`) adds what the group sends to all older sources:
+  each accumulator is read and written once for four aggregates.
 
-Rematerialisation is fused into these passes. Where a block is recomputed (`remat_policy: full`) its streams are, too; the
-backward pass of the aggregate above reads the same sources anyway and returns them: 124 arrays instead of 651.
+Rematerialisation is fused into these passes. Where a block is recomputed (`remat_policy: full`) its streams are, too;
+the backward pass of the aggregate above reads the same sources anyway and returns them: 124 arrays instead of 651.
 
   backward through   reads                                  accumulates into     returns besides
   DA_8               X_0..X_8, gradients of 1 stream        X_5..X_8             streams of DA_7
@@ -19,10 +19,10 @@ backward pass of the aggregate above reads the same sources anyway and returns t
   DA_5               X_0..X_5, gradients of 4 streams       X_5                  streams of DA_4
   push of DA_5..8    gradients of 13 streams                X_0..X_4
 
-One aggregate's backward pass hands these arrays to another's as cotangents. `History.pending` and `History.recomputed` are
-zeros that nothing reads in the forward pass, so that the compiler drops them; their cotangents are the kept gradients and
-the recomputed streams. Each has one reader and one writer, so that nothing is ever added to it. The gradients of sources,
-parameters and all else are the true ones.
+One aggregate's backward pass hands these arrays to another's as cotangents. `History.pending` and
+`History.recomputed` are zeros that nothing reads in the forward pass, so that the compiler drops them; their cotangents
+are the kept gradients and the recomputed streams. Each has one reader and one writer, so that nothing is ever added to
+it. The gradients of sources, parameters and all else are the true ones.
 """
 
 from collections.abc import Callable, Sequence

@@ -17,8 +17,8 @@ from maxtext_mudd.kernels.xla import token_weights
 
 __all__ = [
   "ACTIVATIONS",
-  "Buffer",
   "DTYPES",
+  "Buffer",
   "Gradients",
   "HiddenLayer",
   "Passes",

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 import functools
 
 import jax
-from jax.sharding import NamedSharding
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 import numpy as np
 
@@ -30,8 +30,8 @@ def mix(
   Sums are float32 or wider, whatever the sources are. The backward pass keeps the arguments alone.
 
   Args:
-    sources: N floating-point arrays of one shape and dtype, oldest first; or, with `count`, one buffer of S entries, for
-      loops over layers that are traced once.
+    sources: N floating-point arrays of one shape and dtype, oldest first; or, with `count`, one buffer of S entries,
+      for loops over layers that are traced once.
     weights: W as an array [B,T,C,N], or [C,N] for all tokens; or a `WeightMLP`, from which the fused kernel makes W by
       itself, without a pass over memory. With a buffer, N is S.
     count: how many entries of the buffer are valid, 1 to S, the newest being entry count - 1; where it is traced, it is
@@ -52,7 +52,8 @@ def mix(
   platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
   passes = Passes(resolve(implementation, platform, like.dtype), sharding, strict=implementation == "pallas_interpret")
   if passes.implementation != "xla" and like.dtype.name not in tpu.DTYPES:
-    raise ValueError(f"the sources are {like.dtype}; implementation={implementation!r} takes {' or '.join(tpu.DTYPES)}.")
+    dtypes = " or ".join(tpu.DTYPES)
+    raise ValueError(f"the sources are {like.dtype}; implementation={implementation!r} takes {dtypes}.")
   return differentiable(passes, operands, weights)
 
 
@@ -77,7 +78,7 @@ def depth_aggregate(
   Args:
     w1, w2: None, both, for static weights: `a` alone.
     ways: C, the number of streams.
-    newest: what the weights are made from, where that is not the newest source: X_i itself, where sources are pre-normed.
+    newest: what the weights are made from, where that is not the newest source: X_i, where sources are pre-normed.
     activation, epsilon: as of `WeightMLP`; the rest as of `mix`.
 
   Raises:
@@ -88,7 +89,8 @@ def depth_aggregate(
   if (w1 is None) != (w2 is None):
     raise ValueError("w1 and w2 go together; give both, or neither for static weights.")
   if a.ndim != 2 or len(a) != ways:
-    raise ValueError(f"a has shape {list(a.shape)}; {ways} ways and {len(sources)} sources need {[ways, len(sources)]}.")
+    wanted = [ways, len(sources)]
+    raise ValueError(f"a has shape {list(a.shape)}; {ways} ways and {len(sources)} sources need {wanted}.")
   weights = a if w1 is None else WeightMLP(w1, w2, a, newest, activation=activation, epsilon=epsilon)
   return mix(sources, weights, count=count, implementation=implementation, sharding=sharding)
 
@@ -165,7 +167,8 @@ def _check_source(x) -> None:
 
 def _check_alike(name: str, x, like) -> None:
   if x.shape != like.shape or x.dtype != like.dtype:
-    raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, sources[-1] is {like.dtype}{list(like.shape)}; make them equal.")
+    wanted = f"{like.dtype}{list(like.shape)}"
+    raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, sources[-1] is {wanted}; make them equal.")
 
 
 def _check_weights(weights: Weights, like, number: int) -> None:
@@ -174,8 +177,9 @@ def _check_weights(weights: Weights, like, number: int) -> None:
     raise ValueError("weights is a HiddenLayer, which is for passes alone; give an array or a WeightMLP.")
   if not isinstance(weights, WeightMLP):
     if weights.shape[-1:] != (number,) or weights.shape[:-2] not in ((), like.shape[:2]):
-      wanted = [*like.shape[:2], "C", number]
-      raise ValueError(f"weights has shape {list(weights.shape)}; give [B,T,C,N], here {wanted}, or [C,N].".replace("'", ""))
+      batch, length, _ = like.shape
+      wanted = f"[{batch}, {length}, C, {number}], or [C, {number}] for all tokens"
+      raise ValueError(f"weights has shape {list(weights.shape)}; the sources need {wanted}.")
     return
   if weights.activation not in ACTIVATIONS:
     raise ValueError(f"activation={weights.activation!r} does not exist; use one of {', '.join(ACTIVATIONS)}.")

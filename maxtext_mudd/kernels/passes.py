@@ -1,7 +1,7 @@
 """The three passes of `mix`, by one of its implementations, on one device or on a mesh.
 
-Forward and backward are those of one aggregate; `mix` is made of them. A backward pass over many aggregates, which moves
-less memory than that of each by itself, calls them directly, and `push`.
+Forward and backward are those of one aggregate; `mix` is made of them. A backward pass over many aggregates, which
+moves less memory than that of each by itself, calls them directly, and `push`.
 
 On a mesh every device runs a fused kernel on its own rows and its own part of D, with small reductions around it; the
 passes in plain JAX are left to the compiler.
@@ -208,5 +208,3 @@ def _sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def _names(axes) -> tuple[str, ...]:
   return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-
-

@@ -139,8 +139,8 @@ def activate(z, name: str):
 
 
 def product(x, y, axes_of_x, axes_of_y):
-  """The tensor product summed over these axes, in at least float32. Operands of float32 are multiplied as such, whatever
-  precision is set around."""
+  """The tensor product summed over these axes, in at least float32. Operands of float32 are multiplied as such,
+  whatever precision is set around."""
   contracted = tuple((axes,) if isinstance(axes, int) else axes for axes in (axes_of_x, axes_of_y))
   wide = accumulation_dtype(x.dtype)
   precision = jax.lax.Precision.DEFAULT if wide != x.dtype else jax.lax.Precision.HIGHEST

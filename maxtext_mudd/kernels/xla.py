@@ -1,7 +1,6 @@
 """The passes of `mix` in plain JAX: Eqs. 5 and 6 of the paper and their derivatives, for every platform and dtype.
 
-XLA's automatic derivative of the forward pass takes 1.4 times as long on a CPU, and it writes the sum of the gradients of
-every source once per stream; hence a backward pass of its own.
+XLA's automatic derivative of the forward pass takes 1.4 times as long on a CPU, hence a backward pass of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +23,8 @@ from maxtext_mudd.kernels.weights import (
   product,
 )
 
-# A buffer is read in so many parts at most, of at least so many entries: more parts save little traffic and take long to
-# compile.
+# A buffer is read in so many parts at most, of at least so many entries: more parts save little traffic and take long
+# to compile.
 PARTS, SMALLEST_PART = 4, 8
 
 

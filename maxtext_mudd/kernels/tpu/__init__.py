@@ -1,4 +1,4 @@
-"""The passes of `mix` as fused kernels for the TPU, on the arrays of one device: layouts outside the kernels, block sizes.
+"""The passes of `mix` as fused kernels of TPUs, on the arrays of one device: layouts outside the kernels, block sizes.
 
 Weights that a kernel makes itself cost no pass over memory: it makes them in VMEM from rows that it holds anyway.
 """
@@ -28,8 +28,13 @@ STRICTLY = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, 
 def forward(sources: Sources, weights: Weights, *, interpret) -> list[Float[Array, "B T D"]]:
   """The streams; as `xla.forward`."""
   ways = static_part(weights).shape[-2]
-  # A buffer's sums are float32, and are there once where inputs and outputs are there twice.
-  shape = _shape(sources, ways, lambda slots, size: slots + 1 + ways + (2 * ways // size if isinstance(sources, Buffer) else 0))
+
+  def arrays(slots, size):
+    # A buffer's sums are float32, and are there once where inputs and outputs are there twice.
+    of_sums = 2 * ways // size if isinstance(sources, Buffer) else 0
+    return slots + 1 + ways + of_sums
+
+  shape = _shape(sources, ways, arrays)
   flat, count = _flat(sources)
   rows, whole = _lay_out(shape, _without_invalid(sources, weights))
   streams = _forward.forward(shape, _recipe(weights), count, flat, rows, whole, interpret=interpret)
@@ -127,8 +132,8 @@ def _flat(sources: Sources):
 
 
 def _shape(sources: Sources, ways: int, arrays: Callable[[int, int], int]) -> Shape:
-  """The static facts of a call. `arrays` maps the number of slots and the bytes of a number to how many blocks of rows a
-  grid step holds."""
+  """The static facts of a call. `arrays` maps the number of slots and the bytes of a number to how many blocks of rows
+  a grid step holds."""
   is_buffer = isinstance(sources, Buffer)
   like = sources.entries[0] if is_buffer else sources[-1]
   number = len(sources.entries if is_buffer else sources)

@@ -1,7 +1,7 @@
 """The fused backward pass: each source (the newest entry of a buffer twice) and each stream gradient read once.
 
-It makes the gradients of the weights, and of the sources that are `near`: of a list those whose gradients the next block
-needs, for the others can wait for `push`; of a buffer all. In the same pass it can recompute the streams of the
+It makes the gradients of the weights, and of the sources that are `near`: of a list those whose gradients the next
+block needs, for the others can wait for `push`; of a buffer all. In the same pass it can recompute the streams of the
 aggregate before, which mixes the same sources.
 """
 
@@ -137,7 +137,7 @@ def backward(shape: Shape, plan: Plan, count, rows: Rows, whole: Whole, *, inter
     common.row_specs(shape, made.hidden, row_block),
     common.row_specs(shape, made.streams, row_block),
   )
-  sums_specs = jax.tree.map(lambda x: pl.BlockSpec((1, *x.shape[1:]), lambda core, *_: (core,) + (0,) * (x.ndim - 1)), sums)
+  sums_specs = jax.tree.map(_core_spec, sums)
   made, sums = pl.pallas_call(
     functools.partial(_body, shape, plan, steps),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -156,9 +156,13 @@ def backward(shape: Shape, plan: Plan, count, rows: Rows, whole: Whole, *, inter
   return made, jax.tree.map(lambda x: x.sum(0), sums)
 
 
+def _core_spec(x):
+  return pl.BlockSpec((1, *x.shape[1:]), lambda core, *_: (core,) + (0,) * (x.ndim - 1))
+
+
 def _group_spec(shape: Shape, row_block, only_valid: bool):
-  """Of all slots of a group of a buffer at once; with `only_valid`, groups without a valid entry stand for the last that
-  has one."""
+  """Of all slots of a group of a buffer at once; with `only_valid`, groups without a valid entry stand for the last
+  that has one."""
 
   def index(*at):
     group, count = at[-2:]
@@ -333,8 +337,8 @@ def _products(shape: Shape, plan: Plan, block_start, left, rows: Rows, made: Mad
 
 
 def _weight_gradients(shape: Shape, sums: Sums, pairs, group):
-  """The gradient of the weights of a block, [block,C·n] float32, from dO @ X^T [C,block,8n] of all pairs of eight tokens;
-  its sum over tokens is added to `sums.a`, exact, in eight lanes for each source."""
+  """The gradient of the weights of a block, [block,C·n] float32, from dO @ X^T [C,block,8n] of all pairs of eight
+  tokens; its sum over tokens is added to `sums.a`, exact, in eight lanes for each source."""
   own = common.own_token(shape.block, TOKENS * shape.slots)
   to_w = jnp.zeros((shape.block, shape.ways * shape.slots), jnp.float32)
   for c in range(shape.ways):

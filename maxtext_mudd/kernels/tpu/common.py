@@ -194,8 +194,8 @@ def stack_rows(shape: Shape, arrays, rows, first_row, columns, left=None):
   """Eight rows of each array, one array above another; of some columns.
 
   Args:
-    left: None, or the number of arrays that are valid; the others hold other entries or tokens, which may not be finite,
-      and count as zero.
+    left: None, or the number of arrays that are valid; the others hold other entries or tokens, which may not be
+      finite, and count as zero.
   """
   blocks = [valid(shape, first_row, x[rows, columns]) for x in arrays]
   if left is not None:

@@ -106,5 +106,3 @@ def mix_block(shape: Shape, block_start, sources, streams, factors, of_group, le
 
 def write_stream(stream, rows, columns, mixed):
   stream[rows, columns] = mixed.astype(stream.dtype)
-
-

@@ -203,9 +203,9 @@ def stack_rows(shape: Shape, arrays, rows, first_row, columns, left=None):
   return jnp.concatenate(blocks, axis=0)
 
 
-def chunks(width: int):
+def chunks(width: int, size: int = CHUNK):
   """The columns in parts."""
-  return [pl.ds(start, min(CHUNK, width - start)) for start in range(0, width, CHUNK)]
+  return [pl.ds(start, min(size, width - start)) for start in range(0, width, size)]
 
 
 def for_each_eight_tokens(shape: Shape, body: Callable) -> None:

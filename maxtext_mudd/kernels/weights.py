@@ -140,11 +140,22 @@ def activate(z, name: str):
 
 def product(x, y, axes_of_x, axes_of_y):
   """The tensor product summed over these axes, in at least float32. Operands of float32 are multiplied as such,
-  whatever precision is set around."""
+  whatever precision is set around.
+
+  It binds the primitive, since quantization by interception (Qwix) replaces `lax.dot_general` while a model is called.
+  Backward passes are traced later: weights that they recompute would not be those of the forward pass.
+  """
   contracted = tuple((axes,) if isinstance(axes, int) else axes for axes in (axes_of_x, axes_of_y))
   wide = accumulation_dtype(x.dtype)
   precision = jax.lax.Precision.DEFAULT if wide != x.dtype else jax.lax.Precision.HIGHEST
-  return jax.lax.dot_general(x, y, (contracted, ((), ())), precision=precision, preferred_element_type=wide)
+  return jax.lax.dot_general_p.bind(
+    x,
+    y,
+    dimension_numbers=(contracted, ((), ())),
+    precision=(precision, precision),
+    preferred_element_type=wide,
+    out_sharding=None,
+  )
 
 
 def accumulation_dtype(dtype) -> jnp.dtype:

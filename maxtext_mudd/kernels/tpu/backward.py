@@ -19,8 +19,8 @@ from maxtext_mudd.kernels.tpu import common
 from maxtext_mudd.kernels.tpu.common import TOKENS, Recipe, RowWeights, Shape, WholeWeights
 from maxtext_mudd.kernels.tpu.forward import write_stream
 
-# Sources whose gradients come from one product of 256 columns, the width of a v6e's and a TPU7x's MXU: 0.77 of the cycles
-# of products of 128 columns there, and their results fit the registers.
+# Sources whose gradients come from one product of 256 columns, the width of a v6e's and a TPU7x's MXU: 0.77 of the
+# cycles of products of 128 columns there, and their results fit the registers.
 PUSHED = 16
 
 

@@ -1,6 +1,6 @@
 """What depth-wise aggregation costs on TPUs, from compiling it for them: no TPU is needed, only libtpu.
 
-    python benchmarks/tpu_static_cost.py --chips v5p,v6e --shapes 2p8b --implementations pallas
+    python benchmarks/tpu_static_cost.py --chips v5p,v6e --shapes 2p8b --implementations pallas --weights mlp,array
 
 Each row is one compilation. Its bracket is the larger of two times that it cannot beat: HBM bytes over bandwidth, and
 the cycles that each core is scheduled for over the clock. Bytes are those of the compiled program, with every copy
@@ -20,6 +20,7 @@ import sys
 import tempfile
 
 import record
+import shapes
 import tpu_schedule
 from tpu_schedule import NotUnderstood
 
@@ -45,20 +46,14 @@ CHIPS = {
   "v6e": Chip("v6e:2x2x1", 1, 1.75, 1640, "clock"),
   "tpu7x": Chip("tpu7x:2x2x1", 1, 2.2, 3690, "clock, and bandwidth as half a chip's"),
 }
-SHAPES = {  # name: L, D
-  "405m": (24, 1024),
-  "1p4b": (24, 2048),
-  "2p8b": (32, 2560),
-  "6p9b": (32, 4096),
-  "1p34b_deepnarrow": (42, 1536),
-}
 LISTS = {  # the options that take several names, and the names
   "chips": CHIPS,
-  "shapes": SHAPES,
+  "shapes": shapes.PAPER,
   "implementations": ("xla", "pallas"),
+  "weights": ("mlp", "array"),
   "directions": ("forward", "backward"),
 }
-ROUND_HIDDEN_TO = 64  # as the configuration's default
+DEFAULTS = {"weights": "mlp"}  # of the others, all
 MOST_UNSCHEDULED = 0.01  # of the bytes may belong to instructions without a schedule, or no cycles are given
 
 
@@ -127,6 +122,7 @@ class Case:
   chip: str
   shape: str
   implementation: str
+  weights: str
   direction: str
   sources: int
   width: int
@@ -152,16 +148,20 @@ def compile_case(case: Case):
   def array(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
 
-  call = functools.partial(kernels.depth_aggregate, ways=case.ways, implementation=case.implementation)
   row = array(case.batch, case.length, case.width)
-  w1, w2 = array(case.width, case.hidden), array(case.hidden, case.ways, case.sources)
-  args = ([row] * case.sources, w1, w2, array(case.ways, case.sources))
+  if case.weights == "mlp":
+    w2, a = array(case.hidden, case.ways, case.sources), array(case.ways, case.sources)
+    weights = kernels.WeightMLP(array(case.width, case.hidden), w2, a)
+  else:
+    weights = array(case.batch, case.length, case.ways, case.sources)
+  call = functools.partial(kernels.mix, implementation=case.implementation)
+  args = ([row] * case.sources, weights)
   if case.direction == "forward":
     step = call
   else:
 
-    def step(xs, w1, w2, a, cotangents):
-      return jax.vjp(call, xs, w1, w2, a)[1](cotangents)
+    def step(sources, weights, cotangents):
+      return jax.vjp(call, sources, weights)[1](cotangents)
 
     args = (*args, [row] * case.ways)
   traced = jax.jit(step).trace(*args)
@@ -170,8 +170,9 @@ def compile_case(case: Case):
 
 def floor_bytes(case: Case) -> int:
   """Every input read once and every output written once, in bfloat16."""
-  row = case.batch * case.length * case.width
-  weights = case.width * case.hidden + case.ways * case.sources * (case.hidden + 1)
+  tokens, columns = case.batch * case.length, case.ways * case.sources
+  row = tokens * case.width
+  weights = tokens * columns if case.weights == "array" else case.width * case.hidden + columns * (case.hidden + 1)
   rows = case.sources + case.ways if case.direction == "forward" else 2 * case.sources + case.ways
   return 2 * (rows * row + weights * (1 if case.direction == "forward" else 2))
 
@@ -273,7 +274,20 @@ def describe(schedule) -> dict:
 
 # ---------------------------------------------------------------- the table
 
-COLUMNS = ("chip", "shape", "N", "code", "direction", "units", "HBM / floor", "VMEM MB", "kcycles", "cores", "spills")
+COLUMNS = (
+  "chip",
+  "shape",
+  "N",
+  "code",
+  "weights",
+  "direction",
+  "units",
+  "HBM / floor",
+  "VMEM MB",
+  "kcycles",
+  "cores",
+  "spills",
+)
 COLUMNS += ("slots, %", "HBM µs", "cycles µs", "bound by", "bracket / floor")
 SHOWN = {"MATMUL": "matmul", "MATPUSH": "push", "VALU": "VALU", "VLOAD": "load", "VSTORE": "store", "XLU": "XLU"}
 NOTES = f"""
@@ -293,7 +307,7 @@ def cells(row: dict) -> list[str]:
   kernel = max(row["kernels"], key=lambda k: k["cycles"], default=None)
   unit = 2 * row["batch"] * row["length"] * row["width"]
   return [
-    *(str(row[x]) for x in ("chip", "shape", "sources", "implementation", "direction")),
+    *(str(row[x]) for x in ("chip", "shape", "sources", "implementation", "weights", "direction")),
     f"{row['hbm_bytes'] / unit:.1f}",
     f"{row['hbm_bytes'] / row['floor_bytes']:.3f}",
     f"{row['vmem_bytes'] / 2**20:.1f}",
@@ -315,7 +329,8 @@ def markdown(rows: list[dict]) -> str:
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   for name, known in LISTS.items():
-    parser.add_argument(f"--{name}", default=",".join(known), help="comma-separated; by default all: %(default)s")
+    values = f"comma-separated, some of {', '.join(known)}; default: %(default)s"
+    parser.add_argument(f"--{name}", default=DEFAULTS.get(name, ",".join(known)), help=values)
   parser.add_argument("--sources", type=int, help="N; by default L + 1")
   parser.add_argument("--ways", type=int, default=4)
   parser.add_argument("--batch", type=int, default=8)
@@ -358,19 +373,17 @@ def refusal(options) -> str | None:
 
 
 def cases(options):
-  from maxtext_mudd import topology
-
-  chips, shapes, implementations, directions = (getattr(options, key).split(",") for key in LISTS)
-  for shape, chip, implementation, direction in itertools.product(shapes, chips, implementations, directions):
-    blocks, width = SHAPES[shape]
-    sources = options.sources or blocks + 1
-    hidden = topology.hidden_width(options.ways, sources, expansion=1, round_to=ROUND_HIDDEN_TO)
-    sizes = (sources, width, options.ways, hidden, options.batch, options.length)
-    yield Case(chip, shape, implementation, direction, *sizes)
+  chips, names, *others = (getattr(options, key).split(",") for key in LISTS)
+  for name, chip, implementation, weights, direction in itertools.product(names, chips, *others):
+    shape = shapes.PAPER[name]
+    sources = options.sources or shape.sources
+    hidden = shapes.hidden_width(options.ways, sources)
+    sizes = (sources, shape.width, options.ways, hidden, options.batch, options.length)
+    yield Case(chip, name, implementation, weights, direction, *sizes)
 
 
 def in_own_process(case: Case, keep: pathlib.Path | None) -> dict:
-  name = "-".join((case.chip, case.shape, case.implementation, case.direction))
+  name = "-".join((case.chip, case.shape, case.implementation, case.weights, case.direction))
   with tempfile.TemporaryDirectory() as scratch:
     folder = (keep or pathlib.Path(scratch)).absolute() / name
     folder.mkdir(parents=True)

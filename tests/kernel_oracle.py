@@ -1,55 +1,109 @@
-"""Depth-wise aggregation of a list in float64 NumPy, written from Eqs. 5 and 6 and their derivatives; shares no code
-with the package."""
+"""Mixing in depth in float64 NumPy, written from Eqs. 5 and 6 and their derivatives; shares no code with the package.
+
+Weights are a dict of arrays by name, in one of four forms:
+
+  array [B,T,C,N]                              of every token
+  a [C,N]                                      static
+  a [C,N], w2 [K,C,N], hidden [B,T,K]          of a hidden layer
+  a [C,N], w2 [K,C,N], w1 [D,K]                of an MLP on a source, or on `newest` [B,T,D], where there is that, too
+"""
 
 from typing import NamedTuple
 
 import numpy as np
 import scipy.special
 
-EPSILON = 1e-6
+
+class Mixed(NamedTuple):
+  """What mixing makes.
+
+  Attributes:
+    streams: [C,B,T,D].
+    sources: gradients [N,B,T,D] of the sources; zero for those that are not valid.
+    weights: gradients by name; zero for sources that are not valid.
+    hidden: the hidden layer [B,T,K] of an MLP, or None.
+  """
+
+  streams: np.ndarray
+  sources: np.ndarray
+  weights: dict[str, np.ndarray]
+  hidden: np.ndarray | None
 
 
-class Inputs(NamedTuple):
-  """As `kernels.depth_aggregate` takes them: sources N·[B,T,D], newest [B,T,D] or None, w1 [D,K] and w2 [K,C,N] or
-  None, a [C,N]. Or the gradients of these."""
+def mix(sources, weights: dict, cotangents, count=None, source=-1, activation="gelu", epsilon=1e-6) -> Mixed:
+  """The streams of N sources, and gradients of the inner products of the streams with `cotangents`.
 
-  sources: list
-  newest: np.ndarray | None
-  w1: np.ndarray | None
-  w2: np.ndarray | None
-  a: np.ndarray
-
-
-def aggregate(inputs: Inputs, cotangents, activation: str) -> tuple[list[np.ndarray], Inputs]:
-  """(the C streams, the gradients of their inner products with `cotangents`)."""
-  sources = np.stack([_wide(x) for x in inputs.sources])
+  Args:
+    count: the number of valid sources, the first ones; None: all.
+    source: index of the source that an MLP reads.
+  """
+  number = len(sources)
+  valid = number if count is None else int(count)
+  x = np.stack([_wide(x) for x in sources[:valid]])
   to_streams = np.stack([_wide(x) for x in cotangents])
-  weights = np.broadcast_to(_wide(inputs.a), (*sources.shape[1:3], *inputs.a.shape))
-  # Eq. 6: W = act(RMSNorm(X_i) W1) W2 + a
-  if inputs.w1 is not None:
-    w1, w2 = _wide(inputs.w1), _wide(inputs.w2)
-    newest = sources[-1] if inputs.newest is None else _wide(inputs.newest)
-    norm = np.sqrt(np.mean(newest**2, -1, keepdims=True) + EPSILON)
+  weights = {name: _wide(value) for name, value in weights.items()}
+  weights |= {name: weights[name][..., :valid] for name in ("array", "a", "w2") if name in weights}
+  hidden = None
+  if "w1" in weights:
+    newest = weights.get("newest", x[source])
+    norm = np.sqrt(np.mean(newest**2, -1, keepdims=True) + epsilon)
     normed = newest / norm
-    hidden, slope = ACTIVATIONS[activation](normed @ w1)
-    weights = weights + np.tensordot(hidden, w2, 1)
+    hidden, slope = ACTIVATIONS[activation](normed @ weights["w1"])
   # Eq. 5: x^c = sum_j W_cj X_j
-  streams = np.einsum("btcn,nbtd->cbtd", weights, sources, optimize=True)
+  w = _token_weights(weights, hidden, x.shape[1:3])
+  streams = np.einsum("btcn,nbtd->cbtd", w, x, optimize=True)
 
-  to_sources = np.einsum("btcn,cbtd->nbtd", weights, to_streams, optimize=True)
-  to_weights = np.einsum("cbtd,nbtd->btcn", to_streams, sources, optimize=True)
-  to_newest, to_w1, to_w2 = None if inputs.newest is None else np.zeros_like(sources[0]), None, None
-  if inputs.w1 is not None:
-    to_w2 = np.tensordot(hidden, to_weights, ((0, 1), (0, 1)))
-    to_pre_activation = slope * np.tensordot(to_weights, w2, ((2, 3), (1, 2)))
-    to_w1 = np.tensordot(normed, to_pre_activation, ((0, 1), (0, 1)))
-    to_normed = to_pre_activation @ w1.T
-    through_norm = (to_normed - normed * np.mean(to_normed * normed, -1, keepdims=True)) / norm
-    if inputs.newest is None:
-      to_sources[-1] += through_norm
+  to_x = np.einsum("btcn,cbtd->nbtd", w, to_streams, optimize=True)
+  to_w = np.einsum("cbtd,nbtd->btcn", to_streams, x, optimize=True)
+  to_weights = {"array": to_w} if "array" in weights else {"a": to_w.sum((0, 1))}
+  if "w2" in weights:
+    value = weights["hidden"] if hidden is None else hidden
+    to_weights["w2"] = np.einsum("btk,btcn->kcn", value, to_w, optimize=True)
+    to_hidden = np.einsum("btcn,kcn->btk", to_w, weights["w2"], optimize=True)
+    if hidden is None:
+      to_weights["hidden"] = to_hidden
     else:
-      to_newest = through_norm
-  return list(streams), Inputs(list(to_sources), to_newest, to_w1, to_w2, to_weights.sum((0, 1)))
+      to_pre_activation = slope * to_hidden
+      to_weights["w1"] = np.einsum("btd,btk->dk", normed, to_pre_activation, optimize=True)
+      to_normed = to_pre_activation @ weights["w1"].T
+      to_newest = (to_normed - normed * np.mean(to_normed * normed, -1, keepdims=True)) / norm
+      if "newest" in weights:
+        to_weights["newest"] = to_newest
+      else:
+        to_x[source] += to_newest
+
+  def whole(gradient, axis):
+    missing = [(0, 0)] * gradient.ndim
+    missing[axis] = (0, number - valid)
+    return np.pad(gradient, missing)
+
+  to_weights |= {name: whole(to_weights[name], -1) for name in ("array", "a", "w2") if name in to_weights}
+  return Mixed(streams, whole(to_x, 0), to_weights, hidden)
+
+
+def push(pushed) -> np.ndarray:
+  """Gradients [N,B,T,D] of N sources through the streams of several aggregates, whose weights are no MLPs.
+
+  Args:
+    pushed: pairs of the gradients of an aggregate's streams and its weights.
+  """
+  total = 0
+  for cotangents, weights in pushed:
+    to_streams = np.stack([_wide(x) for x in cotangents])
+    weights = {name: _wide(value) for name, value in weights.items()}
+    w = _token_weights(weights, None, to_streams.shape[1:3])
+    total = total + np.einsum("btcn,cbtd->nbtd", w, to_streams, optimize=True)
+  return total
+
+
+def _token_weights(weights: dict, hidden, tokens) -> np.ndarray:
+  """W [B,T,C,N]. Eq. 6: W = act(RMSNorm(newest) W1) W2 + a."""
+  if "array" in weights:
+    return weights["array"]
+  static = np.broadcast_to(weights["a"], (*tokens, *weights["a"].shape))
+  if "w2" not in weights:
+    return static
+  return static + np.tensordot(weights["hidden"] if hidden is None else hidden, weights["w2"], 1)
 
 
 def _wide(x) -> np.ndarray:

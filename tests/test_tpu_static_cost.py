@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+import types
 
 import jax
 from jax.experimental import pallas as pl
@@ -94,7 +95,35 @@ def test_bytes_of_a_kernel(cores):
   assert tpu_static_cost.kernel_bytes(equation, cores) == 128 * 4 * (100 + cores + 4 + 100)
 
 
-@pytest.mark.parametrize(("option", "value"), [("--chips", "v5p,v9"), ("--shapes", "9b"), ("--directions", "up")])
+@pytest.mark.parametrize(
+  ("weights", "direction", "arrays"),
+  [
+    ("mlp", "forward", 25 + 4),
+    ("mlp", "backward", 25 + 4 + 25),
+    ("array", "forward", 25 + 4),
+    ("array", "backward", 54),
+  ],
+)
+def test_the_floor(weights, direction, arrays):
+  """Of sources, streams and their gradients, and of weights and theirs; in bfloat16."""
+  options = types.SimpleNamespace(
+    chips="v5p",
+    shapes="405m",
+    implementations="pallas",
+    weights=weights,
+    directions=direction,
+    sources=None,
+    ways=4,
+    batch=2,
+    length=8,
+  )
+  (case,) = tpu_static_cost.cases(options)
+  of_weights = {"mlp": 1024 * 128 + 128 * 100 + 100, "array": 2 * 8 * 100}[weights]
+  times = {"forward": 1, "backward": 2}[direction]
+  assert tpu_static_cost.floor_bytes(case) == 2 * (arrays * 2 * 8 * 1024 + times * of_weights)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--chips", "v5p,v9"), ("--shapes", "9b"), ("--weights", "rnn")])
 def test_an_unknown_name(option, value, monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["tpu_static_cost.py", option, value])
   assert tpu_static_cost.main() == 2

@@ -176,11 +176,14 @@ def _check_weights(weights: Weights, like, number: int) -> None:
   if isinstance(weights, HiddenLayer):
     raise ValueError("weights is a HiddenLayer, which is for passes alone; give an array or a WeightMLP.")
   if not isinstance(weights, WeightMLP):
-    if weights.shape[-1:] != (number,) or weights.shape[:-2] not in ((), like.shape[:2]):
+    fits = weights.shape[-1:] == (number,) and weights.shape[:-2] in ((), like.shape[:2])
+    if len(weights.shape) < 2 or not fits:
       batch, length, _ = like.shape
       wanted = f"[{batch}, {length}, C, {number}], or [C, {number}] for all tokens"
       raise ValueError(f"weights has shape {list(weights.shape)}; the sources need {wanted}.")
     return
+  if weights.source != -1:
+    raise ValueError(f"weights has source={weights.source}, which is for passes alone; give that source as newest.")
   if weights.activation not in ACTIVATIONS:
     raise ValueError(f"activation={weights.activation!r} does not exist; use one of {', '.join(ACTIVATIONS)}.")
   ways = static_part(weights).shape[0]

@@ -29,7 +29,7 @@ class WeightMLP:
     w2: second weight matrix.
     a: static weights.
     newest: what the weights are made from; None: a source.
-    source: index of that source.
+    source: index of that source; other than the last for streams that a backward pass recomputes, alone.
     activation: "gelu" (exact) or "gelu_tanh".
     epsilon: added to the mean square in RMSNorm.
   """

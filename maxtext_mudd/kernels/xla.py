@@ -105,7 +105,8 @@ def backward_buffer(
     def whole(x):
       return jnp.pad(jnp.where(is_valid, x, 0), [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
-    sums = totals.at[:size].add(jnp.stack(made.sources))
+    # Where a gradient is not finite, zero weights make NaN of it.
+    sums = totals.at[:size].add(jnp.stack([jnp.where(is_valid[j], x, 0) for j, x in enumerate(made.sources)]))
     if to_newest is not None:
       sums = sums.at[buffer.count - 1].add(to_newest.astype(sums.dtype))
     return Gradients(sums, map_columns(to_weights, whole))

@@ -1,6 +1,6 @@
 """Draws docs/backward_pass.png: which pass of the backward pass reads and writes which arrays, in a model of 12 blocks.
 
-    .venv/bin/python docs/backward_pass.py
+.venv/bin/python docs/backward_pass.py
 """
 
 import pathlib

@@ -47,5 +47,12 @@ def pytest_sessionstart(session):
 
 def pytest_collection_modifyitems(items):
   """The longest files first, so that no worker is left with one of them at the end."""
-  longest = ("test_runs.py", "test_training.py", "test_scan.py", "test_chain.py", "test_mix.py", "test_yaml.py")
+  longest = (
+    "test_runs.py",
+    "test_training.py",
+    "test_scan.py",
+    "test_model_backward.py",
+    "test_mix.py",
+    "test_yaml.py",
+  )
   items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

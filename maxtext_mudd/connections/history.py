@@ -253,7 +253,8 @@ def _backward(
   for j, gradient in zip(near, made.sources):
     totals[j] = gradient
   to_weights = map_columns(made.weights, lambda x: _columns(x, [read.index(j) for j in own.sources]))
-  to_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), to_weights, weights)
+  leaves = [gradient.astype(x.dtype) for gradient, x in zip(*map(jax.tree.leaves, (to_weights, weights)))]
+  to_weights = jax.tree.unflatten(jax.tree.structure(weights), leaves)  # with the `source` that it had
   pending = [Pushed(list(to_streams), _for_push(weights, made.hidden)), *behind.pending]
   if place.is_lowest:
     _push(link, pending, totals)
@@ -293,7 +294,7 @@ def _among(weights: Weights, own: Sequence[int], sources: Sequence[int]) -> Weig
   if tuple(own) == tuple(sources):
     return weights
   kept = [k for k, j in enumerate(own) if j in sources]
-  at = jnp.asarray([sources.index(own[k]) for k in kept])
+  at = jnp.asarray([sources.index(own[k]) for k in kept], jnp.int32)
 
   def spread(x):
     return jnp.zeros((*x.shape[:-1], len(sources)), x.dtype).at[..., at].set(_columns(x, kept))
@@ -305,4 +306,4 @@ def _among(weights: Weights, own: Sequence[int], sources: Sequence[int]) -> Weig
 
 
 def _columns(x: Array, columns: Sequence[int]) -> Array:
-  return x if list(columns) == list(range(x.shape[-1])) else x[..., jnp.asarray(columns)]
+  return x if list(columns) == list(range(x.shape[-1])) else x[..., jnp.asarray(columns, jnp.int32)]

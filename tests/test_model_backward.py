@@ -12,8 +12,6 @@ from maxtext.trainers.pre_train import train
 import numpy as np
 import pytest
 
-from maxtext_mudd import topology
-from maxtext_mudd.connections import history
 from tests import models, runs
 from tests.test_blocks import MOE
 from tests.test_training import value_and_gradients
@@ -88,32 +86,6 @@ def test_recomputed_blocks_are_quantized(kernel):
 
     conversions[policy] = str(jax.make_jaxpr(jax.grad(loss))(params)).count("new_dtype=int8")
   assert conversions["full"] == conversions["minimal"] > 0
-
-
-def test_groups_count_from_the_top():
-  def connected(num_blocks):
-    return topology.dense(
-      num_blocks,
-      (1,) * num_blocks,
-      ways=4,
-      dense_streams="qkvr",
-      dynamic=True,
-      dilation=1,
-      period=1,
-      window=0,
-      depth_start=0.0,
-      hidden_expansion=1.0,
-      last_hidden_expansion=4.0,
-      round_to=64,
-    )
-
-  seven = connected(7)
-  floors = {block: history.place(seven, block).floor for block in range(1, 8)}
-  assert floors == {1: 1, 2: 1, 3: 1, 4: 4, 5: 4, 6: 4, 7: 4}
-  assert [block for block in floors if history.place(seven, block).is_lowest] == [1, 4]
-  assert [block for block in floors if history.place(seven, block).is_top] == [7]
-  assert [block for block in floors if history.place(seven, block).in_top_group] == [4, 5, 6, 7]
-  assert [member.block for member in history.place(seven, 4).above] == [5, 6, 7]
 
 
 MESHES = (

@@ -55,24 +55,9 @@ FAST = {  # of the other rows: a form of weights, and whether sources are a buff
 }
 
 
-def tolerance(case: Case, implementation: str, output: str) -> float:
-  """Of the largest error over the largest value. Errors seen, over all rows, are in brackets.
-
-  float32: sums rounded at each step by 2^-24 [up to 6.4e-7, and 2e-7 of some outputs].
-  bfloat16: the hidden layer is rounded to 2^-9, and what has that dtype is once more [3.8e-3, or 2e-3 of W1 and W2].
-    The gradients of `a` and of arrays are float32 sums of exact products; the kernel keeps 2^-17 of an array [3.8e-6].
-  bfloat16 weights: their gradients, too, are rounded [4.8e-3].
-  """
-  if case.dtype == "float32":
-    return 1.5e-6
-  if output in ("a", "array") and case.weight_dtype == "float32":
-    return 2**-17 if (output, implementation) == ("array", "pallas_interpret") else 1e-6
-  return 1e-2
-
-
 def check(case: Case, implementation: str) -> None:
   for output, error in mixing.errors(mixing.draw(case), implementation).items():
-    assert error <= tolerance(case, implementation, output), (output, error)
+    assert error <= mixing.tolerance(case, implementation, output), (output, error)
 
 
 def rows():

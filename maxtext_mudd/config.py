@@ -275,11 +275,6 @@ class MuddConfig(MuddKeys, MaxTextConfig):
         "parameter_memory_host_offload=True",
         "all layers would be kept on the device for the backward pass; set scan_layers=False",
       ),
-      (
-        bool(self.quantization) and self.use_qwix_quantization,
-        "use_qwix_quantization=True",
-        "the backward pass would make the streams again without quantization; set scan_layers=False",
-      ),
     )
     _refuse(refused, "mudd=True and scan_layers=True")
 

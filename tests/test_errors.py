@@ -291,11 +291,6 @@ MISTAKES = {
     "parameter_memory_host_offload=True does not work with mudd=True and scan_layers=True: all layers would be kept on "
     "the device for the backward pass; set scan_layers=False.",
   ),
-  "Qwix in scanned layers": (
-    ["scan_layers=true", "mudd_ffn_reallocation=false", "quantization=int8", "use_qwix_quantization=true"],
-    "use_qwix_quantization=True does not work with mudd=True and scan_layers=True: the backward pass would make the "
-    "streams again without quantization; set scan_layers=False.",
-  ),
   "more groups than blocks": (
     ["mudd_ffn_groups=7"],
     "mudd_ffn_groups=7 is more than the model has blocks; use at most 2, or 0 for a width of its own in each.",

@@ -66,15 +66,16 @@ def test_loss_and_gradients(keys, budget, policy):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("kernel", ["xla", "pallas_interpret"])
-def test_recomputed_blocks_are_quantized(kernel):
+def test_recomputed_blocks_are_quantized(kernel, scan):
   """Qwix quantizes what is traced while the model is called, which the backward pass of a block is not; weights of
   aggregates it leaves alone."""
   conversions = {}
   for policy in ("minimal", "full"):
     quantized = {"quantization": "int8", "use_qwix_quantization": True}
     sizes = {"base_num_decoder_layers": 2, "base_mlp_dim": 48, "max_target_length": 8, "per_device_batch_size": 1}
-    cfg = models.config(mudd=True, mudd_kernel=kernel, remat_policy=policy, **quantized, **sizes)
+    cfg = models.config(mudd=True, mudd_kernel=kernel, scan_layers=scan, remat_policy=policy, **quantized, **sizes)
     model = models.build(cfg)
     with jax.set_mesh(model.decoder.mesh):
       model = quantizations.maybe_quantize_model(model, cfg)

@@ -31,9 +31,13 @@ PARTS, SMALLEST_PART = 4, 8
 def forward(sources: Sequence[Float[Array, "B T D"]], weights: Weights) -> list[Float[Array, "B T D"]]:
   """x^c = sum_j W[..., c, j] * X_j (Eq. 5), summed in float32 or wider, rounded once."""
   w, _ = token_weights(sources, weights)
-  # One array with an axis of ways: XLA then reads each source once, not once for each stream.
-  streams = sum(w[..., j, None] * x.astype(w.dtype)[:, :, None] for j, x in enumerate(sources))
-  return list(jnp.unstack(streams.astype(sources[-1].dtype), axis=2))
+  streams = []
+  # One sum for each stream. As one array [B,T,C,D], they made a train step on a CPU take 1.1 to 1.2 times as long
+  # (half by themselves): XLA writes the array, then copies the streams out of it.
+  for c in range(w.shape[2]):
+    total = sum(w[:, :, c, j, None] * x.astype(w.dtype) for j, x in enumerate(sources))
+    streams.append(total.astype(sources[-1].dtype))
+  return streams
 
 
 def backward(

@@ -154,7 +154,8 @@ CASES = st.builds(
   weight_dtype=st.sampled_from(("float32", "bfloat16")),
   activation=st.sampled_from(("gelu", "gelu_tanh")),
 )
-FLOORS = {"float32": 2**-22, "bfloat16": 2**-10}  # where XLA's error is next to none
+# Where XLA's error is next to none; of float32 twice what `beside_xla` speaks of.
+FLOORS = {"float32": 2**-20, "bfloat16": 2**-10}
 
 
 def check_any(case: Case, seed: int) -> None:

@@ -88,7 +88,7 @@ def depth_aggregate(
     raise ValueError("a is missing; the static weights [C,N] are needed, zeros at the least.")
   if (w1 is None) != (w2 is None):
     raise ValueError("w1 and w2 go together; give both, or neither for static weights.")
-  if a.ndim != 2 or len(a) != ways:
+  if a.shape != (ways, len(sources)):
     wanted = [ways, len(sources)]
     raise ValueError(f"a has shape {list(a.shape)}; {ways} ways and {len(sources)} sources need {wanted}.")
   weights = a if w1 is None else WeightMLP(w1, w2, a, newest, activation=activation, epsilon=epsilon)

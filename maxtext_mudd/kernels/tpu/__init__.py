@@ -73,7 +73,7 @@ def backward(
   rows_before, whole_before = (None, None) if recompute is None else _lay_out(shape, recompute)
   made, sums = _backward.backward(
     shape,
-    _backward.Plan(_recipe(weights), near, None if recompute is None else _recipe(recompute), keep_hidden),
+    _backward.Plan(_recipe(weights), near, None if recompute is None else _recipe(recompute), keep_hidden and is_mlp),
     count,
     _backward.Rows(_flatten(totals), flat, _flatten(list(gradients)), None, rows, rows_before),
     _backward.Whole(whole, _flat_w2(shape, weights), whole_before),

@@ -18,8 +18,8 @@ BLOCKS = 12
 READ, ACCUMULATED, PUSHED = "#9ecae1", "#fd8d3c", "#a63603"
 NAMES = {
   READ: "source read",
-  ACCUMULATED: "source read, its gradient accumulator read and written",
-  PUSHED: "accumulator read and written, source not read",
+  ACCUMULATED: "source read, its gradient accumulator updated",
+  PUSHED: "gradient accumulator updated, source not read",
 }
 
 
@@ -31,13 +31,14 @@ def steps(model: topology.Topology) -> list[tuple[str, str, dict[int, str]]]:
     own = place.aggregate
     colors = {j: ACCUMULATED if j >= place.floor else READ for j in own.sources}
     recomputed = f"; recomputes the streams of DA_{place.before.block}" if place.before else ""
+    starts = "; accumulators start" if place.in_top_group else ""
     listed.append((f"DA_{block}", f"gradients of {own.ways} stream{'s'[: own.ways > 1]}{recomputed}", colors))
     if place.is_lowest:
       group = (own, *place.above)
       far = {j: PUSHED for member in group for j in member.sources if j < place.floor}
       streams = sum(member.ways for member in group)
       label = f"push of DA_{block} to DA_{group[-1].block}" if len(group) > 1 else f"push of DA_{block}"
-      listed.append((label, f"gradients of {streams} streams", far))
+      listed.append((label, f"gradients of {streams} streams{starts}", far))
   return listed
 
 

@@ -140,9 +140,9 @@ class MuddKeys(BaseModel):
   def _check_streams(self):
     for key in ("mudd_dense_streams", "mudd_post_norm_streams"):
       value = getattr(self, key)
-      if not value or len(set(value)) < len(value) or set(value) - set(topology.WAYS):
+      if not value or len(set(value)) < len(value) or set(value) - set(topology.STREAMS):
         raise ValueError(f"{key}={value!r} must be some of the letters q, k, v and r, each at most once.")
-    if self.mudd_ways == 1 and self.mudd_dense_streams != topology.WAYS:
+    if self.mudd_ways == 1 and self.mudd_dense_streams != topology.STREAMS:
       raise ValueError(
         f"mudd_dense_streams={self.mudd_dense_streams!r} needs mudd_ways=4; with one way all streams are the same."
       )

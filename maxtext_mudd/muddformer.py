@@ -1,7 +1,8 @@
 """MUDDFormer (arXiv 2502.12170) from tokens to logits, in plain JAX: the file to read first, and to copy from.
 
-Its outputs and gradients are those of the authors' code, and the rest of the package is checked against it: see
-tests/test_muddformer.py. "Released" marks what the authors' code does where the paper says something else, or nothing.
+Its outputs match the authors' PyTorch and JAX code, its gradients the JAX code, and the package's MUDD models are
+checked against it: see tests/test_muddformer.py. "Released" marks what the authors' code does where the paper says
+something else, or nothing.
 
 Shapes: B batch, T length, D width, V vocabulary; L blocks, each with H heads of width P and an FFN of width F. The
 depth-wise aggregate DA_i after block i has N = i + 1 sources X_0..X_i, C ways (streams) and an MLP of hidden width K.
@@ -31,7 +32,7 @@ class Config:
   vocabulary: int = 50432
   reallocate_ffn: bool = True  # Eq. 9
   pre_norm: bool = False  # Eq. 10: RMSNorm of every source
-  post_norm: str = ""  # Eq. 10: streams with RMSNorm after aggregation, "qkvr"; released: "r"; "": no post-norm
+  post_norm: str = ""  # Eq. 10: streams with RMSNorm; if there are any, all get X_i added; "qkvr"; released: "r"
   qk_norm: bool = False  # released PyTorch models: RMSNorm of the query and key of each head
   gelu_tanh: bool = False  # released JAX code: GELU approximated by tanh; PyTorch: exact
 
@@ -105,7 +106,7 @@ def forward(params: dict, tokens: Int[Array, "B T"], config: Config) -> tuple[Fl
 
 
 def ffn_width(i: int, config: Config) -> int:
-  """F of block i: D_f'(i), Eq. 9. Released: rounded to a multiple of 128."""
+  """F of block i: D_f'(i), Eq. 9, of two blocks or more. Released: rounded to a multiple of 128, which can be 0."""
   if not config.reallocate_ffn:
     return config.ffn
   factor = (0.5 * (config.layers - i) + 1.5 * (i - 1)) / (config.layers - 1)

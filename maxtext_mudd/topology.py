@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import dataclasses
 
 RELEASED_FFN = {"first": 0.5, "last": 1.5, "round_to": 128}  # of `ffn_widths`
-WAYS = "qkvr"  # query, key, value and residual stream, in the order of the paper and of the released code
+STREAMS = "qkvr"  # query, key, value and residual stream, in the order of the paper and of the released code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def dense(
     sources = visible_sources(block, dilation=dilation, window=window)
     is_last = block == num_blocks
     made = "r" if is_last else dense_streams
-    streams = "x" if ways == 1 else "".join(c for c in WAYS if c in made and c in dense_streams)
+    streams = "x" if ways == 1 else "".join(c for c in STREAMS if c in made and c in dense_streams)
     if not streams:
       continue
     expansion = last_hidden_expansion if is_last else hidden_expansion

@@ -12,6 +12,7 @@ import pytest
 from maxtext_mudd import kernels
 from maxtext_mudd.kernels import tpu
 from maxtext_mudd.kernels.tpu import common
+from maxtext_mudd.kernels.weights import product
 from tests import mixing
 from tests.mixing import FORMS, Case
 
@@ -71,13 +72,13 @@ REFUSED = [
     {"newest": jnp.zeros((B, T, 9))},
     "newest is float32[2, 5, 9], sources[-1] is float32[2, 5, 8]; make them equal.",
   ),
-  ("list", {"count": 2}, "count goes with one buffer [N,B,T,D]; leave it out where sources are a list."),
+  ("list", {"count": 2}, "count goes with one buffer [S,B,T,D]; leave it out where sources are a list."),
   (
     "buffer",
     {"count": None},
     "sources is one buffer; give count, the number of its valid entries, or a list of sources.",
   ),
-  ("buffer", {"sources": jnp.zeros((B, T, D))}, "sources has shape [2, 5, 8]; a buffer of sources is [N,B,T,D]."),
+  ("buffer", {"sources": jnp.zeros((B, T, D))}, "sources has shape [2, 5, 8]; a buffer of sources is [S,B,T,D]."),
   ("buffer", {"count": 0}, "count=0 is not in 1..3, the number of entries in the buffer."),
   ("buffer", {"count": np.int64(4)}, "count=4 is not in 1..3, the number of entries in the buffer."),
   ("buffer", {"count": jnp.ones((1,), jnp.int32)}, "count is int32[1]; give one int."),
@@ -89,6 +90,8 @@ REFUSED = [
     {"newest": jnp.zeros((T, D))},
     "newest is float32[5, 8], sources[-1] is float32[2, 5, 8]; make them equal.",
   ),
+  ("mix", {"weights": jnp.ones((C, N), jnp.complex64)}, "weights is complex64; give a floating-point array."),
+  ("mix", {"weights": None}, "weights is NoneType; give a floating-point array."),
   ("mix", {"weights": jnp.zeros((B, T, C, 2))}, f"weights has shape [2, 5, 4, 2]; {WANTED}"),
   ("mix", {"weights": jnp.zeros((B, 4, C, N))}, f"weights has shape [2, 4, 4, 3]; {WANTED}"),
   ("mix", {"weights": jnp.zeros((T, C, N))}, f"weights has shape [5, 4, 3]; {WANTED}"),
@@ -178,6 +181,40 @@ def test_a_sharding_says_the_platform(monkeypatch):
   mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("data",))
   program = traced(Case(), sharding=jax.NamedSharding(mesh, jax.P("data")))
   assert "pallas_call" not in {x.primitive.name for x in program}
+
+
+def test_products_are_those_of_lax():
+  """`product` binds the primitive, whose parameters are JAX's own affair."""
+  x, y = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 5), jnp.bfloat16)
+  bound = jax.make_jaxpr(lambda x, y: product(x, y, 2, 0))(x, y)
+  precision, axes = jax.lax.Precision.DEFAULT, (((2,), (0,)), ((), ()))
+  called = jax.make_jaxpr(
+    lambda x, y: jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
+  )(x, y)
+  assert str(bound) == str(called)
+
+
+@pytest.mark.parametrize("has_newest", [False, True])
+@pytest.mark.parametrize("is_buffer", [False, True])
+def test_gradients_of_a_split_width_have_their_shapes(is_buffer, has_newest):
+  """Traced for two devices, of which each has half of D; values on meshes are those of whole models."""
+  mesh = jax.sharding.AbstractMesh((2,), ("width",), axis_types=(jax.sharding.AxisType.Auto,))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "width"))
+  passes = kernels.Passes("pallas_interpret", sharding)
+
+  def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  row = array(2, 8, 256)
+  weights = kernels.WeightMLP(array(256, 16), array(16, 4, 3), array(4, 3), row if has_newest else None)
+  entries = array(3, 2, 8, 256) if is_buffer else [row] * 3
+
+  def loss(entries, weights):
+    sources = kernels.Buffer(entries, jnp.int32(2)) if is_buffer else entries
+    return sum(jnp.sum(x) for x in kernels.differentiable(passes, sources, weights))
+
+  gradients = jax.eval_shape(jax.grad(loss, (0, 1)), entries, weights)
+  assert jax.tree.map(lambda x: x.shape, gradients) == jax.tree.map(lambda x: x.shape, (entries, weights))
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "tensorfloat32", "highest"])

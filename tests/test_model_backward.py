@@ -1,4 +1,7 @@
-"""The chain of fused passes: a model's loss and gradients are those of the plain form, on one device and on meshes."""
+"""Whole models: loss and gradients by the fused kernels are those by plain JAX, on one device and on meshes.
+
+The backward pass that both share is checked in test_history.py and in test_muddformer.py.
+"""
 
 import json
 import os

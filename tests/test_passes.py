@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from maxtext_mudd import kernels
-from maxtext_mudd.kernels import Buffer, Passes, Pushed, map_columns
+from maxtext_mudd.kernels import Buffer, Passes, Pending, map_columns
 from tests import kernel_oracle, mixing
 from tests.mixing import Case, fields
 
@@ -181,7 +181,7 @@ def test_push(case, aggregates, has_totals, implementation):
     weights = normal.weights(form, dataclasses.replace(case, ways=ways, hidden=4 + k), count)
     others = [4] if len(aggregates) == 1 else [k, 4]
     weights = map_columns(weights, lambda x, others=others: x.at[..., jnp.array(others)].set(0))
-    pushed.append(Pushed([normal(*case.shape) for _ in range(ways)], weights))
+    pushed.append(Pending([normal(*case.shape) for _ in range(ways)], weights))
   totals = [normal(*case.shape) for _ in range(count)] if has_totals else None
 
   push = functools.partial(passes(implementation, case.shape if has_totals else None).push, count=count)

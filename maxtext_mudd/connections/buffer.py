@@ -88,8 +88,8 @@ def through_block(link: Link, state: Any, own: Any, buffer: Buffer, arguments: A
       sums = link.passes.forward(sources, link.weights(own, count, newest))
     return sums, sources.newest if newest is None else newest
 
-  # Traced once, here: what is in force around the model's call, like quantization by interception, is not any more when
-  # the backward pass is traced.
+  # Traced here, during the model's call: quantization by interception, for one, is no longer active when the backward
+  # pass is traced.
   made = jax.eval_shape(block_input, own, buffer.sources, buffer.count, buffer.newest)
   block, closed_over = jax.closure_convert(link.block, state, buffer.count, *made, arguments)
   pullback = _Pullback(rematerialise(block) if rematerialise else block)

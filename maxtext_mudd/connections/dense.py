@@ -17,7 +17,7 @@ from maxtext_mudd.connections import history, metrics
 from maxtext_mudd.connections.history import History
 from maxtext_mudd.connections.norms import rms_norm
 from maxtext_mudd.streams import Streams, decouple
-from maxtext_mudd.topology import Aggregate, Topology
+from maxtext_mudd.topology import STREAMS, Aggregate, Topology
 
 POST_NORM_INIT = 1e-3  # scale of the post-norm at the start (paper, Eq. 10)
 
@@ -26,8 +26,8 @@ class DepthAggregate(nnx.Module):
   """One DA (paper, Eqs. 5, 6 and 10): from the sources to the streams of the next block.
 
   Parameters, in `weight_dtype`: `w1` [D,K] from N(0, 1/D), `w2` [K,C,N] zero, `a` [C,N] one at the newest source; or
-  zero where pre- and post-norm are both on, for then X_i is added after the sum. So the model starts as the plain
-  Transformer, except with only one of the two norms (released: the same). Norm scales [D] where
+  zero where pre- and post-norm are both on, for then X_i is added after the sum. With both norms or neither, the model
+  starts as the plain Transformer. With one of them it does not; neither does the released code. Norm scales [D] where
   `mudd_weight_norm_scale` or `mudd_post_norm` ask for them.
   """
 
@@ -83,20 +83,20 @@ class DepthAggregate(nnx.Module):
     )
 
   def _by_width(self, w1: Float[Array, "D K"]) -> Float[Array, "D K"]:
-    """Laid out as the width of sources is: else the compiler gathers X_i, many times as large, for their product."""
+    """W1, sharded over D as sources are. Otherwise the compiler would gather X_i, which is many times larger."""
     layout = source_sharding(self.config, self.mesh, (1, 1, w1.shape[0]))
     if layout is None or len(layout.spec) < 3 or layout.spec[2] is None:
       return w1
     return jax.lax.with_sharding_constraint(w1, NamedSharding(self.mesh, P(layout.spec[2], None)))
 
   def streams(
-    self, sums, output: Float[Array, "B T D"], weights: kernels.Weights | None = None, newest=-1
+    self, sums, output: Float[Array, "B T D"], weights: kernels.Weights | None = None, column=-1
   ) -> dict[str, Float[Array, "B T D"]]:
     """The streams by name, from the sums of Eq. 5 and X_i: post-normed where that is on.
 
     Args:
       weights: those of the sums; None: `self.weights(output)`.
-      newest: column of the newest source in them.
+      column: of the newest source in them.
     """
     config = self.config
     streams = {}
@@ -107,7 +107,7 @@ class DepthAggregate(nnx.Module):
         x = x + output
       streams[stream] = x
     if config.record_internal_nn_metrics:
-      metrics.sow(self, output, self.weights(output) if weights is None else weights, streams, newest)
+      metrics.sow(self, output, self.weights(output) if weights is None else weights, streams, column)
     return streams
 
 
@@ -121,9 +121,9 @@ def has_own_norms(config, topology: Topology, block: int) -> bool:
 class DenseConnection(nnx.Module):
   """The part of the connections that lives in one block: the DA that feeds it and, in the last block, DA_L.
 
-  So the carry between blocks is the history alone: under rematerialisation a block saves X_0..X_i, which are there
-  once, and its four streams are made again in the backward pass (the memory figure of the paper's Table 6). A custom
-  policy that keeps `decoder_layer_input` keeps the four streams.
+  The carry between blocks is the history alone. Under rematerialisation a block keeps X_0..X_i, which exist once, and
+  its four streams are recomputed in the backward pass (memory in Table 6 of the paper). A custom policy that keeps
+  `decoder_layer_input` keeps the four streams.
   """
 
   carry = History
@@ -137,7 +137,8 @@ class DenseConnection(nnx.Module):
     self.pre_normed = config.mudd_pre_norm
     before = topology.before(block)
     final = topology.aggregates.get(block) if self.is_last else None
-    # Where the whole block is recomputed in the backward pass, the pass of the next aggregate recomputes its streams.
+    # Where the whole block is recomputed in the backward pass, the pass of the next aggregate recomputes its streams. A
+    # decoder whose policy is overridden, as MaxText's retry without dropping does, recomputes blocks by itself.
     self.recomputed = before is not None and config.remat_policy == "full"
     self.has_own_norms = has_own_norms(config, topology, block)
     if config.mudd_pre_norm:
@@ -162,13 +163,13 @@ class DenseConnection(nnx.Module):
     return self.block_input(sums, carry.output), after
 
   def block_input(self, sums, output: Float[Array, "B T D"]) -> Streams | Float[Array, "B T D"]:
-    """The same from the sums of Eq. 5 and X_i."""
+    """The input of this block, from the sums of Eq. 5 and X_i."""
     if self.depth_aggregate is None:
       return output
     streams = self.depth_aggregate.streams(sums, output)
     if "x" in streams:
       return streams["x"]
-    return Streams(*(streams.get(stream, output) for stream in "qkvr"))
+    return Streams(*(streams.get(stream, output) for stream in STREAMS))
 
   def write(self, carry: History, output: Float[Array, "B T D"]) -> History:
     return carry.append(self.source(output), output)

@@ -1,7 +1,8 @@
 """The outputs of blocks as they flow through an unrolled decoder, and reverse-mode differentiation over all aggregates.
 
 Differentiated one by one, every aggregate would read and write the gradient accumulator of each source before it: at 32
-blocks 1775 arrays [B,T,D] in all. Here a step moves 1151, since gradients are accumulated in groups of four aggregates:
+blocks their backward passes would move 1772 arrays [B,T,D]. Here they move 1177, because gradients are accumulated in
+groups of four aggregates:
 
 - Backward through an aggregate, only the accumulators of sources within its group are updated, those that the backward
   passes of the next blocks need. The stream gradients and the weights are kept.
@@ -35,10 +36,10 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from maxtext_mudd.kernels import HiddenLayer, Passes, Pushed, WeightMLP, Weights, map_columns
+from maxtext_mudd.kernels import HiddenLayer, Passes, Pending, WeightMLP, Weights, accumulation_dtype, map_columns
 from maxtext_mudd.topology import Aggregate, Topology
 
-AGGREGATES_PER_GROUP = 4  # within 3 % of the best uniform number for 24 to 42 blocks
+AGGREGATES_PER_GROUP = 4  # the traffic of a step is within 3 % of that of the best number, for 24 to 42 blocks
 LAST_OUTPUT_NAME = "mudd_last_output"  # for the policy of rematerialisation
 
 
@@ -59,7 +60,7 @@ class History:
   newest: Float[Array, "B T D"] | None = None
   weights: Weights | None = None
   recomputed: list[Float[Array, "B T D"]] | None = None
-  pending: list[Pushed] = dataclasses.field(default_factory=list)
+  pending: list[Pending] = dataclasses.field(default_factory=list)
 
   @property
   def output(self) -> Float[Array, "B T D"]:
@@ -159,8 +160,8 @@ def through_block(
     the history with the block's output, and what else it returned.
   """
   recomputes = not link.place.is_top
-  # Traced once, here: what is in force around the model's call, like quantization by interception, is not any more when
-  # the backward pass is traced.
+  # Traced here, during the model's call: quantization by interception, for one, is no longer active when the backward
+  # pass is traced.
   streams = jax.eval_shape(functools.partial(_streams, link), history, weights)
   block, closed_over = jax.closure_convert(block, state, streams, history.output, arguments)
 
@@ -207,13 +208,14 @@ def _behind(link: Link, history: History, weights: Weights, recomputes: bool) ->
   """The history behind an aggregate: sources as they are, zeros for what comes back."""
   place, like = link.place, history.output
 
-  def pending(ahead: Aggregate) -> Pushed:
-    a = jnp.zeros((ahead.ways, len(ahead.sources)), jnp.float32)
+  def pending(ahead: Aggregate) -> Pending:
+    wide = accumulation_dtype(like.dtype)
+    a = jnp.zeros((ahead.ways, len(ahead.sources)), wide)
     weights = a
     if ahead.hidden:
       hidden = jnp.zeros((*like.shape[:-1], ahead.hidden), like.dtype)
-      weights = HiddenLayer(hidden, jnp.zeros((ahead.hidden, *a.shape), jnp.float32), a)
-    return Pushed([jnp.zeros_like(like)] * ahead.ways, weights)
+      weights = HiddenLayer(hidden, jnp.zeros((ahead.hidden, *a.shape), wide), a)
+    return Pending([jnp.zeros_like(like)] * ahead.ways, weights)
 
   return dataclasses.replace(
     history,
@@ -255,7 +257,7 @@ def _backward(
   to_weights = map_columns(made.weights, lambda x: _columns(x, [read.index(j) for j in own.sources]))
   leaves = [gradient.astype(x.dtype) for gradient, x in zip(*map(jax.tree.leaves, (to_weights, weights)))]
   to_weights = jax.tree.unflatten(jax.tree.structure(weights), leaves)  # with the `source` that it had
-  pending = [Pushed(list(to_streams), _for_push(weights, made.hidden)), *behind.pending]
+  pending = [Pending(list(to_streams), _for_push(weights, made.hidden, to_streams[0].dtype)), *behind.pending]
   if place.is_lowest:
     _push(link, pending, totals)
     pending = []
@@ -269,21 +271,22 @@ def _backward(
   return History(tuple(totals), newest, zeros, made.streams, pending), to_weights
 
 
-def _for_push(weights: Weights, hidden: Float[Array, "B T K"] | None) -> Weights:
-  """The weights as `push` takes them and `History.pending` holds them."""
+def _for_push(weights: Weights, hidden: Float[Array, "B T K"] | None, dtype) -> Weights:
+  """The weights as `push` takes them and `History.pending` holds them, for sources of this dtype."""
+  wide = accumulation_dtype(dtype)
   if isinstance(weights, WeightMLP):
-    return HiddenLayer(hidden, weights.w2.astype(jnp.float32), weights.a.astype(jnp.float32))
-  return weights.astype(jnp.float32)
+    return HiddenLayer(hidden, weights.w2.astype(wide), weights.a.astype(wide))
+  return weights.astype(wide)
 
 
-def _push(link: Link, pending: list[Pushed], totals: list) -> None:
+def _push(link: Link, pending: list[Pending], totals: list) -> None:
   """Adds what the aggregates of a group send to the sources below it, to `totals` in place."""
   place = link.place
   group = (place.aggregate, *place.above)
   far = tuple(sorted({j for member in group for j in member.sources if j < place.floor}))
   if not far:
     return
-  pushed = [Pushed(one.gradients, _among(one.weights, member.sources, far)) for member, one in zip(group, pending)]
+  pushed = [Pending(one.gradients, _among(one.weights, member.sources, far)) for member, one in zip(group, pending)]
   sums = link.passes.push(pushed, None if place.in_top_group else [totals[j] for j in far], len(far))
   for j, total in zip(far, sums):
     totals[j] = total

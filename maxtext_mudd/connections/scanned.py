@@ -129,7 +129,9 @@ class ScannedConnection(nnx.Module):
     """The input of block `count` from the sums of Eq. 5 and X_i."""
     own, made = self.table, {"x": output}
     if self.depth_aggregate is not None:
-      made = self.depth_aggregate.streams(sums, output, self._weights(self.depth_aggregate, count, output), count - 1)
+      is_recorded = self.config.record_internal_nn_metrics
+      weights = self._weights(self.depth_aggregate, count, output) if is_recorded else None
+      made = self.depth_aggregate.streams(sums, output, weights, count - 1)
       if not all(own.connected) and self._is_normed:
         connected = own.at("connected", count)
         made = {stream: jnp.where(connected, x, output) for stream, x in made.items()}

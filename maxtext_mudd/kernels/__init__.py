@@ -1,7 +1,7 @@
 """Mixing in depth, the one operation that depth connections add to a Transformer."""
 
 from maxtext_mudd.kernels.api import depth_aggregate, differentiable, mix, resolve
-from maxtext_mudd.kernels.operands import Buffer, Gradients, Pushed, Sources
+from maxtext_mudd.kernels.operands import Buffer, Gradients, Pending, Sources
 from maxtext_mudd.kernels.passes import Passes
 from maxtext_mudd.kernels.tpu import DTYPES
 from maxtext_mudd.kernels.weights import (
@@ -22,7 +22,7 @@ __all__ = [
   "Gradients",
   "HiddenLayer",
   "Passes",
-  "Pushed",
+  "Pending",
   "Sources",
   "WeightMLP",
   "Weights",

@@ -12,7 +12,7 @@ import numpy as np
 from maxtext_mudd.kernels import tpu
 from maxtext_mudd.kernels.operands import Buffer, Sources
 from maxtext_mudd.kernels.passes import IMPLEMENTATIONS, Passes
-from maxtext_mudd.kernels.weights import ACTIVATIONS, HiddenLayer, WeightMLP, Weights, static_part
+from maxtext_mudd.kernels.weights import ACTIVATIONS, HiddenLayer, WeightMLP, Weights, number_of_ways
 
 
 def mix(
@@ -27,7 +27,8 @@ def mix(
 
       x^c = sum_j W[..., c, j] * sources[j]
 
-  Sums are float32 or wider, whatever the sources are. The backward pass keeps the arguments alone.
+  Sums are float32 or wider, whatever the sources are. The derivative is reverse-mode only, and keeps the arguments
+  alone.
 
   Args:
     sources: N floating-point arrays of one shape and dtype, oldest first; or, with `count`, one buffer of S entries,
@@ -39,7 +40,8 @@ def mix(
       included, and gets a gradient of zero.
     implementation: "xla", plain JAX; "pallas", the fused kernels of TPUs, for bfloat16 and float32; "pallas_interpret",
       the same anywhere, slowly and strictly, for tests; "auto": "pallas" on TPU, "xla" elsewhere.
-    sharding: of a source, where fused kernels run on several devices: batch and length may be split, and D.
+    sharding: of a source, where fused kernels run on several devices: batch and length may be split, and D. The axes of
+      its mesh are of `AxisType.Auto`.
 
   Returns:
     C arrays of the shape and dtype of a source.
@@ -88,7 +90,7 @@ def depth_aggregate(
     raise ValueError("a is missing; the static weights [C,N] are needed, zeros at the least.")
   if (w1 is None) != (w2 is None):
     raise ValueError("w1 and w2 go together; give both, or neither for static weights.")
-  if a.shape != (ways, len(sources)):
+  if a.ndim != 2 or len(a) != ways:
     wanted = [ways, len(sources)]
     raise ValueError(f"a has shape {list(a.shape)}; {ways} ways and {len(sources)} sources need {wanted}.")
   weights = a if w1 is None else WeightMLP(w1, w2, a, newest, activation=activation, epsilon=epsilon)
@@ -122,7 +124,7 @@ def _forward(passes, sources, weights):
 def _backward(passes, inputs, gradients):
   sources, weights = inputs
   is_buffer = isinstance(sources, Buffer)
-  made = passes.backward(sources, weights, gradients, near=None if is_buffer else tuple(range(len(sources))))
+  made = passes.backward(sources, weights, gradients)
   to_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), made.weights, weights)
   return Buffer(made.sources, None) if is_buffer else made.sources, to_weights
 
@@ -135,7 +137,7 @@ def _sources(sources, count) -> tuple[Sources, jax.Array]:
   if hasattr(sources, "shape"):
     return _buffer(sources, count)
   if count is not None:
-    raise ValueError("count goes with one buffer [N,B,T,D]; leave it out where sources are a list.")
+    raise ValueError("count goes with one buffer [S,B,T,D]; leave it out where sources are a list.")
   if not len(sources):
     raise ValueError("sources is empty; give at least the newest block output.")
   like = sources[-1]
@@ -147,10 +149,10 @@ def _sources(sources, count) -> tuple[Sources, jax.Array]:
 
 def _buffer(entries, count) -> tuple[Buffer, jax.Array]:
   if entries.ndim != 4:
-    raise ValueError(f"sources has shape {list(entries.shape)}; a buffer of sources is [N,B,T,D].")
+    raise ValueError(f"sources has shape {list(entries.shape)}; a buffer of sources is [S,B,T,D].")
   if count is None:
     raise ValueError("sources is one buffer; give count, the number of its valid entries, or a list of sources.")
-  if isinstance(count, int | np.integer):
+  if isinstance(count, int | np.integer) and not isinstance(count, bool):
     if not 1 <= count <= len(entries):
       raise ValueError(f"count={count} is not in 1..{len(entries)}, the number of entries in the buffer.")
   elif jnp.shape(count) or not jnp.issubdtype(jnp.result_type(count), jnp.integer):
@@ -175,6 +177,13 @@ def _check_weights(weights: Weights, like, number: int) -> None:
   """Whether the weights fit `number` sources of this shape."""
   if isinstance(weights, HiddenLayer):
     raise ValueError("weights is a HiddenLayer, which is for passes alone; give an array or a WeightMLP.")
+  arrays = {"weights": weights}
+  if isinstance(weights, WeightMLP):
+    arrays = {"w1": weights.w1, "w2": weights.w2, "a": weights.a}
+  for name, x in arrays.items():
+    dtype = getattr(x, "dtype", type(x).__name__)
+    if not hasattr(x, "dtype") or not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(f"{name} is {dtype}; give a floating-point array.")
   if not isinstance(weights, WeightMLP):
     fits = weights.shape[-1:] == (number,) and weights.shape[:-2] in ((), like.shape[:2])
     if len(weights.shape) < 2 or not fits:
@@ -186,7 +195,7 @@ def _check_weights(weights: Weights, like, number: int) -> None:
     raise ValueError(f"weights has source={weights.source}, which is for passes alone; give that source as newest.")
   if weights.activation not in ACTIVATIONS:
     raise ValueError(f"activation={weights.activation!r} does not exist; use one of {', '.join(ACTIVATIONS)}.")
-  ways = static_part(weights).shape[0]
+  ways = number_of_ways(weights)
   hidden = weights.w1.shape[-1]
   for name, shape, wanted in (
     ("a", weights.a.shape, (ways, number)),

@@ -43,7 +43,7 @@ class Gradients(NamedTuple):
   streams: list[Float[Array, "B T D"]] | None = None
 
 
-class Pushed(NamedTuple):
+class Pending(NamedTuple):
   """One of the aggregates whose gradients `push` adds to older sources.
 
   Attributes:

@@ -1,7 +1,7 @@
 """The three passes of `mix`, by one of its implementations, on one device or on a mesh.
 
-Forward and backward are those of one aggregate; `mix` is made of them. A backward pass over many aggregates, which
-moves less memory than that of each by itself, calls them directly, and `push`.
+`mix` runs the forward and the backward pass of one aggregate. `connections/history.py` differentiates all aggregates of
+a model together, which moves less memory; it calls these passes directly, and `push`.
 
 On a mesh every device runs a fused kernel on its own rows and its own part of D, with small reductions around it; the
 passes in plain JAX are left to the compiler.
@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from maxtext_mudd.kernels import tpu, xla
-from maxtext_mudd.kernels.operands import Buffer, Gradients, Pushed, Sources
-from maxtext_mudd.kernels.weights import Hidden, HiddenLayer, WeightMLP, Weights, hidden_gradients, hidden_layer
+from maxtext_mudd.kernels.operands import Buffer, Gradients, Pending, Sources
+from maxtext_mudd.kernels.weights import Activations, HiddenLayer, WeightMLP, Weights, hidden_gradients, hidden_layer
 
 IMPLEMENTATIONS = ("xla", "pallas", "pallas_interpret")
 
@@ -65,20 +65,24 @@ class Passes:
     """From the gradients of the streams, those of weights and sources.
 
     Args:
-      near: of a list, the sources whose gradients are made, in order; the last one is the newest. A buffer has None.
+      near: of a list, the sources whose gradients are made, in order; the last one is the newest. None: all; always so
+        for a buffer.
       totals: what the gradients of the near sources, or of the buffer's entries, are added to; entries that are not
         valid may change. None: zeros.
-      recompute: weights of another aggregate of the same list, whose streams are recomputed in this pass.
+      recompute: weights of another aggregate of the same list, whose streams are recomputed in this pass. None for a
+        buffer.
       keep_hidden: whether to return the hidden layer of a `WeightMLP`, for `push`.
     """
+    is_buffer = isinstance(sources, Buffer)
+    near = tuple(range(len(sources))) if near is None and not is_buffer else near
     if self.implementation == "xla":
-      if isinstance(sources, Buffer):
+      if is_buffer:
         return xla.backward_buffer(sources, weights, gradients, totals)
-      return xla.backward(sources, weights, gradients, near, totals, recompute)
+      return xla.backward(sources, weights, gradients, near, totals, recompute, keep_hidden)
     layout = _Layout(self.sharding)
+    keep_hidden = keep_hidden and isinstance(weights, WeightMLP)
     pass_of_device = functools.partial(tpu.backward, near=near, interpret=self._interpret, keep_hidden=keep_hidden)
-    local = functools.partial(_backward_on_device, layout, pass_of_device)
-    keeps = keep_hidden and isinstance(weights, WeightMLP)
+    local = functools.partial(_backward_on_device, layout, pass_of_device, keep_hidden)
     arguments = (sources, weights, list(gradients), totals, recompute)
     in_specs = (
       layout.sources(sources),
@@ -90,21 +94,21 @@ class Passes:
     out_specs = Gradients(
       layout.entries if near is None else layout.rows,
       layout.weights(weights),
-      layout.tokens if keeps else None,
+      layout.tokens if keep_hidden else None,
       None if recompute is None else layout.rows,
     )
     return layout.map(local, in_specs, out_specs)(*arguments)
 
   @jax.named_scope("depth_aggregate")
   def push(
-    self, pushed: Sequence[Pushed], totals: Sequence[Float[Array, "B T D"]] | None, count: int
+    self, pushed: Sequence[Pending], totals: Sequence[Float[Array, "B T D"]] | None, count: int
   ) -> list[Float[Array, "B T D"]]:
     """Adds the gradients that several aggregates send to `count` sources to `totals`; None: zeros."""
     if self.implementation == "xla":
       return xla.push(pushed, totals, count)
     layout = _Layout(self.sharding)
     local = functools.partial(tpu.push, count=count, interpret=self._interpret)
-    specs = [Pushed(layout.rows, layout.weights(one.weights)) for one in pushed]
+    specs = [Pending(layout.rows, layout.weights(one.weights)) for one in pushed]
     return layout.map(local, (specs, layout.sources(totals)), layout.rows)(list(pushed), totals)
 
   @property
@@ -115,7 +119,7 @@ class Passes:
 
 
 def _backward_on_device(
-  layout: "_Layout", pass_of_device: Callable, sources, weights, gradients, totals, recompute
+  layout: "_Layout", pass_of_device: Callable, keep_hidden: bool, sources, weights, gradients, totals, recompute
 ) -> Gradients:
   """`tpu.backward` of the rows and columns of one device, and the sums over devices of what they share."""
   given, hidden = layout.with_hidden(sources, weights)
@@ -136,7 +140,8 @@ def _backward_on_device(
     to_sources = jax.lax.dynamic_update_index_in_dim(to_sources, at_newest, sources.count - 1, 0)
   else:
     to_sources = [*to_sources[:-1], (to_sources[-1] + to_newest).astype(newest.dtype)]
-  return made._replace(sources=to_sources, weights=layout.sum_weights(to_weights), hidden=given.hidden)
+  kept = given.hidden if keep_hidden else None
+  return made._replace(sources=to_sources, weights=layout.sum_weights(to_weights), hidden=kept)
 
 
 def _newest(sources: Sources, weights: WeightMLP) -> Float[Array, "B T D"]:
@@ -183,7 +188,7 @@ class _Layout:
       return HiddenLayer(self.tokens, P(), P())
     return self.tokens if weights.ndim == 4 else P()
 
-  def with_hidden(self, sources: Sources, weights: Weights | None) -> tuple[Weights | None, Hidden | None]:
+  def with_hidden(self, sources: Sources, weights: Weights | None) -> tuple[Weights | None, Activations | None]:
     """Where D is split, a `WeightMLP` with its hidden layer made here: its product with W1 is a sum over devices."""
     if not self.width or not isinstance(weights, WeightMLP):
       return weights, None

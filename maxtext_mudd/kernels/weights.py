@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 ACTIVATIONS = {
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  # The exact GELU by erf, for which TPUs have instructions, not by erfc, for which they have none.
+  "gelu": lambda z: 0.5 * z * (1 + jax.lax.erf(z * 0.5**0.5)),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
@@ -29,7 +30,8 @@ class WeightMLP:
     w2: second weight matrix.
     a: static weights.
     newest: what the weights are made from; None: a source.
-    source: index of that source; other than the last for streams that a backward pass recomputes, alone.
+    source: index of that source. `mix` takes -1, the newest. A backward pass that recomputes the streams of the
+      aggregate below, whose newest source is older, sets another.
     activation: "gelu" (exact) or "gelu_tanh".
     epsilon: added to the mean square in RMSNorm.
   """
@@ -56,9 +58,9 @@ class HiddenLayer:
 Weights = WeightMLP | HiddenLayer | Float[Array, "B T C N"] | Float[Array, "C N"]
 
 
-def static_part(weights: Weights) -> Array:
-  """The array [..., C, N] of any form that has the numbers of ways and sources."""
-  return weights.a if isinstance(weights, WeightMLP | HiddenLayer) else weights
+def number_of_ways(weights: Weights) -> int:
+  """C."""
+  return (weights.a if isinstance(weights, WeightMLP | HiddenLayer) else weights).shape[-2]
 
 
 def map_columns(weights: Weights, function: Callable) -> Weights:
@@ -75,7 +77,7 @@ def replace_static(weights: Weights, function: Callable) -> Weights:
   return function(weights)
 
 
-class Hidden(NamedTuple):
+class Activations(NamedTuple):
   """act(z) with what its gradient needs, in float32 or wider. `inverse`: one over the root mean square of the norm."""
 
   value: Float[Array, "*tokens K"]
@@ -92,7 +94,7 @@ def hidden_layer(
   *,
   sum_parts: Callable = lambda x: x,
   parts: int = 1,
-) -> Hidden:
+) -> Activations:
   """act(RMSNorm(newest) @ w1), the first half of Eq. 6.
 
   The norm has no scale, so it commutes with the product: `newest` is multiplied as it is, without another rounding.
@@ -104,18 +106,18 @@ def hidden_layer(
   """
   wide = newest.astype(accumulation_dtype(newest.dtype))
   square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-  along = product(newest, w1.astype(newest.dtype), newest.ndim - 1, 0)
-  along, square = sum_parts((along, square))
+  projected = product(newest, w1.astype(newest.dtype), newest.ndim - 1, 0)
+  projected, square = sum_parts((projected, square))
   inverse = jax.lax.rsqrt(square / (newest.shape[-1] * parts) + epsilon)
-  z = inverse * along
-  value, slope = jax.jvp(functools.partial(activate, name=activation), (z,), (jnp.ones_like(z),))
-  return Hidden(value, z, slope, inverse)
+  z = inverse * projected
+  value, slope = jax.jvp(ACTIVATIONS[activation], (z,), (jnp.ones_like(z),))
+  return Activations(value, z, slope, inverse)
 
 
 def hidden_gradients(
   newest: Float[Array, "*tokens D"],
   w1: Float[Array, "D K"],
-  hidden: Hidden,
+  hidden: Activations,
   to_hidden: Float[Array, "*tokens K"],
   *,
   sum_parts: Callable = lambda x: x,
@@ -129,13 +131,6 @@ def hidden_gradients(
   to_w1 = product(newest, scaled, tokens, tokens)
   to_newest = product(scaled, w1.astype(newest.dtype), newest.ndim - 1, 1)
   return to_newest - newest.astype(to_newest.dtype) * (hidden.inverse**2 * through_norm), to_w1
-
-
-def activate(z, name: str):
-  """The activation. The exact GELU by erf, for which TPUs have instructions, not by erfc, for which they have none."""
-  if name == "gelu":
-    return 0.5 * z * (1 + jax.lax.erf(z * 0.5**0.5))
-  return ACTIVATIONS[name](z)
 
 
 def product(x, y, axes_of_x, axes_of_y):

@@ -1,6 +1,6 @@
 """The passes of `mix` in plain JAX: Eqs. 5 and 6 of the paper and their derivatives, for every platform and dtype.
 
-XLA's automatic derivative of the forward pass takes 1.4 times as long on a CPU, hence a backward pass of its own.
+The backward pass is written by hand: JAX's automatic derivative takes 1.4 times as long on a CPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from maxtext_mudd.kernels.operands import Buffer, Gradients, Pushed
+from maxtext_mudd.kernels.operands import Buffer, Gradients, Pending
 from maxtext_mudd.kernels.weights import (
-  Hidden,
+  Activations,
   HiddenLayer,
   WeightMLP,
   Weights,
@@ -23,8 +23,8 @@ from maxtext_mudd.kernels.weights import (
   product,
 )
 
-# A buffer is read in so many parts at most, of at least so many entries: more parts save little traffic and take long
-# to compile.
+# A buffer is read as one of at most PARTS prefixes, in steps of at least SMALLEST_PART entries: more of them save
+# little traffic and take long to compile.
 PARTS, SMALLEST_PART = 4, 8
 
 
@@ -32,8 +32,8 @@ def forward(sources: Sequence[Float[Array, "B T D"]], weights: Weights) -> list[
   """x^c = sum_j W[..., c, j] * X_j (Eq. 5), summed in float32 or wider, rounded once."""
   w, _ = token_weights(sources, weights)
   streams = []
-  # One sum for each stream. As one array [B,T,C,D], they made a train step on a CPU take 1.1 to 1.2 times as long
-  # (half by themselves): XLA writes the array, then copies the streams out of it.
+  # One sum for each stream. As one array [B,T,C,D], they made a train step on a CPU take 1.1 to 1.2 times as
+  # long: XLA writes the array, then copies the streams out of it.
   for c in range(w.shape[2]):
     total = sum(w[:, :, c, j, None] * x.astype(w.dtype) for j, x in enumerate(sources))
     streams.append(total.astype(sources[-1].dtype))
@@ -47,6 +47,7 @@ def backward(
   near: Sequence[int],
   totals: Sequence[Float[Array, "B T D"]] | None = None,
   recompute: Weights | None = None,
+  keep_hidden: bool = False,
 ) -> Gradients:
   """Gradients of the sources `near` and of the weights; arguments as of `passes.backward`."""
   w, hidden = token_weights(sources, weights)
@@ -54,7 +55,7 @@ def backward(
   to_streams = [x.astype(wide) for x in gradients]
   to_near = []
   for k, j in enumerate(near):
-    total = _pushed(w, to_streams, j)
+    total = _source_gradient(w, to_streams, j)
     to_near.append(total if totals is None else total + totals[k].astype(wide))
   to_w = jnp.stack([jnp.stack([jnp.sum(g * x.astype(wide), -1) for x in sources], -1) for g in to_streams], -2)
   to_weights, to_newest = _weight_gradients(sources, weights, hidden, to_w)
@@ -63,19 +64,19 @@ def backward(
   return Gradients(
     [x.astype(sources[-1].dtype) for x in to_near],
     to_weights,
-    hidden.value.astype(sources[-1].dtype) if hidden is not None else None,
+    hidden.value.astype(sources[-1].dtype) if keep_hidden and hidden is not None else None,
     None if recompute is None else forward(sources, recompute),
   )
 
 
 def push(
-  pushed: Sequence[Pushed], totals: Sequence[Float[Array, "B T D"]] | None, count: int
+  pushed: Sequence[Pending], totals: Sequence[Float[Array, "B T D"]] | None, count: int
 ) -> list[Float[Array, "B T D"]]:
   """Adds the gradients that several aggregates send to `count` sources; arguments as of `passes.push`."""
   dtype = pushed[0].gradients[0].dtype
   wide = accumulation_dtype(dtype)
   terms = [(token_weights(one.gradients, one.weights)[0], [x.astype(wide) for x in one.gradients]) for one in pushed]
-  sums = [sum(_pushed(w, to_streams, j) for w, to_streams in terms) for j in range(count)]
+  sums = [sum(_source_gradient(w, to_streams, j) for w, to_streams in terms) for j in range(count)]
   if totals is not None:
     sums = [x + total.astype(wide) for x, total in zip(sums, totals)]
   return [x.astype(dtype) for x in sums]
@@ -99,7 +100,7 @@ def backward_buffer(
 
   def part(size):
     sources, columns = _valid(buffer, weights, size)
-    made = backward(sources, columns, gradients, near=range(size))
+    made = backward(sources, columns, gradients, near=range(size), totals=list(totals[:size]))
     to_weights, to_newest = made.weights, None
     if isinstance(weights, WeightMLP) and weights.newest is None:
       to_newest, to_weights = to_weights.newest, dataclasses.replace(to_weights, newest=None)
@@ -110,7 +111,8 @@ def backward_buffer(
       return jnp.pad(jnp.where(is_valid, x, 0), [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
     # Where a gradient is not finite, zero weights make NaN of it.
-    sums = totals.at[:size].add(jnp.stack([jnp.where(is_valid[j], x, 0) for j, x in enumerate(made.sources)]))
+    sums = [jnp.where(is_valid[j], x, totals[j]) for j, x in enumerate(made.sources)]
+    sums = totals.at[:size].set(jnp.stack(sums))
     if to_newest is not None:
       sums = sums.at[buffer.count - 1].add(to_newest.astype(sums.dtype))
     return Gradients(sums, map_columns(to_weights, whole))
@@ -120,7 +122,7 @@ def backward_buffer(
 
 def token_weights(
   sources: Sequence[Float[Array, "B T D"]], weights: Weights
-) -> tuple[Float[Array, "B T C N"], Hidden | None]:
+) -> tuple[Float[Array, "B T C N"], Activations | None]:
   """(W of every token, in float32 or wider; the hidden layer where it is made here)."""
   shape, dtype = sources[-1].shape, sources[-1].dtype
   wide = accumulation_dtype(dtype)
@@ -133,7 +135,7 @@ def token_weights(
   return product(weights.hidden, weights.w2.astype(dtype), 2, 0) + weights.a.astype(wide), hidden
 
 
-def _weight_gradients(sources, weights: Weights, hidden: Hidden | None, to_w: Float[Array, "B T C N"]):
+def _weight_gradients(sources, weights: Weights, hidden: Activations | None, to_w: Float[Array, "B T C N"]):
   """(gradient of the weights; that of the newest source through them, None: there is none)."""
   if not isinstance(weights, WeightMLP | HiddenLayer):
     return (to_w if weights.ndim == 4 else to_w.sum((0, 1))), None
@@ -155,8 +157,10 @@ def _newest(sources, weights: WeightMLP) -> Float[Array, "B T D"]:
   return sources[weights.source] if weights.newest is None else weights.newest
 
 
-def _pushed(w: Float[Array, "B T C N"], to_streams: Sequence[Float[Array, "B T D"]], j: int) -> Float[Array, "B T D"]:
-  """What the gradients of the streams of one aggregate add to that of source j."""
+def _source_gradient(
+  w: Float[Array, "B T C N"], to_streams: Sequence[Float[Array, "B T D"]], j: int
+) -> Float[Array, "B T D"]:
+  """[B,T,D], what the gradients of the streams of one aggregate add to that of source j."""
   return sum(w[:, :, c, j, None] * x for c, x in enumerate(to_streams))
 
 

@@ -11,13 +11,13 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from maxtext_mudd.kernels.operands import Buffer, Gradients, Pushed, Sources
+from maxtext_mudd.kernels.operands import Buffer, Gradients, Pending, Sources
 from maxtext_mudd.kernels.tpu import backward as _backward
 from maxtext_mudd.kernels.tpu import common
 from maxtext_mudd.kernels.tpu import forward as _forward
 from maxtext_mudd.kernels.tpu import push as _push
 from maxtext_mudd.kernels.tpu.common import TOKENS, Recipe, RowWeights, Shape, WholeWeights
-from maxtext_mudd.kernels.weights import HiddenLayer, WeightMLP, Weights, map_columns, static_part
+from maxtext_mudd.kernels.weights import HiddenLayer, WeightMLP, Weights, map_columns, number_of_ways
 
 DTYPES = ("bfloat16", "float32")
 
@@ -27,7 +27,7 @@ STRICTLY = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, 
 
 def forward(sources: Sources, weights: Weights, *, interpret) -> list[Float[Array, "B T D"]]:
   """The streams; as `xla.forward`."""
-  ways = static_part(weights).shape[-2]
+  ways = number_of_ways(weights)
 
   def arrays(slots, size):
     # A buffer's sums are float32, and are there once where inputs and outputs are there twice.
@@ -53,13 +53,13 @@ def backward(
   interpret,
 ) -> Gradients:
   """Gradients of the near sources and of the weights; as `xla.backward`. `near` ends with the newest source."""
-  ways, lead = static_part(weights).shape[-2], _lead(sources)
+  ways, lead = number_of_ways(weights), _lead(sources)
   is_mlp = isinstance(weights, WeightMLP)
 
   def arrays(slots, _):
     near_arrays = (1 if totals is None else 2) * (slots if near is None else len(near))
     of_newest = 2 if is_mlp and weights.newest is not None else 0
-    of_streams = 0 if recompute is None else static_part(recompute).shape[-2] + 1
+    of_streams = 0 if recompute is None else number_of_ways(recompute) + 1
     return slots + ways + near_arrays + of_newest + of_streams + (1 if near is None else 0)
 
   shape = _shape(sources, ways, arrays)
@@ -71,7 +71,7 @@ def backward(
   near_slots = shape if near is None else dataclasses.replace(shape, sources=len(near), slots=len(near))
   rows, whole = _lay_out(near_slots, at_near)
   rows_before, whole_before = (None, None) if recompute is None else _lay_out(shape, recompute)
-  made, sums = _backward.backward(
+  outputs, sums = _backward.backward(
     shape,
     _backward.Plan(_recipe(weights), near, None if recompute is None else _recipe(recompute), keep_hidden and is_mlp),
     count,
@@ -79,15 +79,15 @@ def backward(
     _backward.Whole(whole, _flat_w2(shape, weights), whole_before),
     interpret=interpret,
   )
-  to_sources = made.sources.reshape(sources.entries.shape) if near is None else _unflatten(made.sources, lead)
-  to_weights = _weight_gradients(shape, weights, made, sums, lead)
+  to_sources = outputs.sources.reshape(sources.entries.shape) if near is None else _unflatten(outputs.sources, lead)
+  to_weights = _form_of_gradient(shape, weights, outputs, sums, lead)
   if isinstance(sources, Buffer):
     to_weights = _without_invalid(sources, to_weights)
-  return Gradients(to_sources, to_weights, _unflatten(made.hidden, lead), _unflatten(made.streams, lead))
+  return Gradients(to_sources, to_weights, _unflatten(outputs.hidden, lead), _unflatten(outputs.streams, lead))
 
 
 def push(
-  pushed: Sequence[Pushed], totals: Sequence[Float[Array, "B T D"]] | None, count: int, *, interpret
+  pushed: Sequence[Pending], totals: Sequence[Float[Array, "B T D"]] | None, count: int, *, interpret
 ) -> list[Float[Array, "B T D"]]:
   """The sums of gradients of `count` sources; as `xla.push`."""
   recipes = [_recipe(one.weights) for one in pushed]
@@ -96,7 +96,7 @@ def push(
   shape = _shape(pushed[0].gradients, ways, lambda *_: ways + sums)
   shape = dataclasses.replace(shape, sources=count, slots=count)
   operands = [_lay_out(shape, one.weights) for one in pushed]
-  made = _push.push(
+  outputs = _push.push(
     shape,
     recipes,
     [_flatten(one.gradients) for one in pushed],
@@ -105,7 +105,7 @@ def push(
     _flatten(totals),
     interpret=interpret,
   )
-  return _unflatten(made, _lead(pushed[0].gradients))
+  return _unflatten(outputs, _lead(pushed[0].gradients))
 
 
 # ---------------------------------------------------------------- sources
@@ -149,7 +149,7 @@ def _shape(sources: Sources, ways: int, arrays: Callable[[int, int], int]) -> Sh
 
 
 def _recipe(weights: Weights) -> Recipe:
-  ways = static_part(weights).shape[-2]
+  ways = number_of_ways(weights)
   if isinstance(weights, WeightMLP):
     return Recipe(ways, weights.source, weights.activation, weights.epsilon)
   return Recipe(ways)
@@ -198,18 +198,20 @@ def _flat_w2(shape: Shape, weights: Weights):
   return w2.reshape(*w2.shape[:2], -1)
 
 
-def _weight_gradients(shape: Shape, weights: Weights, made: _backward.Made, sums: _backward.Sums, lead) -> Weights:
-  """What the kernel made, in the form of the weights."""
+def _form_of_gradient(
+  shape: Shape, weights: Weights, outputs: _backward.Outputs, sums: _backward.Sums, lead
+) -> Weights:
+  """What the kernel outputs, in the form of the weights."""
 
   def by_source(x):
     return _by_source(shape, x.reshape(*x.shape[:2], shape.ways, shape.slots))
 
-  if made.weights.array is not None:
-    return by_source(made.weights.array).reshape(*lead, shape.ways, shape.sources)
+  if outputs.weights.array is not None:
+    return by_source(outputs.weights.array).reshape(*lead, shape.ways, shape.sources)
   to_a = _by_source(shape, sums.a.reshape(*sums.a.shape[:2], shape.slots, TOKENS).sum(-1))
   if not isinstance(weights, WeightMLP | HiddenLayer):
     return to_a
   to_w2 = by_source(sums.w2)
   if isinstance(weights, HiddenLayer):
-    return HiddenLayer(_unflatten(made.weights.hidden, lead), to_w2, to_a)
-  return dataclasses.replace(weights, w1=sums.w1, w2=to_w2, a=to_a, newest=_unflatten(made.weights.newest, lead))
+    return HiddenLayer(_unflatten(outputs.weights.hidden, lead), to_w2, to_a)
+  return dataclasses.replace(weights, w1=sums.w1, w2=to_w2, a=to_a, newest=_unflatten(outputs.weights.newest, lead))

@@ -14,14 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from maxtext_mudd.kernels import weights as recipes
+from maxtext_mudd.kernels import weights as forms
 from maxtext_mudd.kernels.tpu import common
 from maxtext_mudd.kernels.tpu.common import TOKENS, Recipe, RowWeights, Shape, WholeWeights
 from maxtext_mudd.kernels.tpu.forward import write_stream
 
 # Sources whose gradients come from one product of 256 columns, the width of a v6e's and a TPU7x's MXU: 0.77 of the
 # cycles of products of 128 columns there, and their results fit the registers.
-PUSHED = 16
+SOURCES_PER_PRODUCT = 16
 
 
 class Rows(NamedTuple):
@@ -58,7 +58,7 @@ class Whole(NamedTuple):
   before: WholeWeights | None = None
 
 
-class Made(NamedTuple):
+class Outputs(NamedTuple):
   """What is written block by block.
 
   Attributes:
@@ -97,8 +97,8 @@ class Plan(NamedTuple):
   keep_hidden: bool = False
 
 
-def backward(shape: Shape, plan: Plan, count, rows: Rows, whole: Whole, *, interpret) -> tuple[Made, Sums]:
-  """What is made of each block of rows, and sums over all rows.
+def backward(shape: Shape, plan: Plan, count, rows: Rows, whole: Whole, *, interpret) -> tuple[Outputs, Sums]:
+  """What the kernel makes of each block of rows, and sums over all rows.
 
   Args:
     count: int32 [1], the number of valid entries; None for a list. Of a buffer with totals, entries that are not valid
@@ -126,7 +126,7 @@ def backward(shape: Shape, plan: Plan, count, rows: Rows, whole: Whole, *, inter
   else:
     to_sources = [shape_of_sources[j] for j in plan.near]
     to_sources_specs = common.row_specs(shape, to_sources, row_block)
-  made, sums = _outputs(shape, plan, cores, rows, whole, to_sources)
+  outputs, sums = _output_shapes(shape, plan, cores, rows, whole, to_sources)
   row_specs = Rows(
     totals=None if rows.totals is None else to_sources_specs,
     sources=common.source_specs(shape, row_block),
@@ -135,14 +135,14 @@ def backward(shape: Shape, plan: Plan, count, rows: Rows, whole: Whole, *, inter
     weights=common.weight_specs(shape, rows.weights, row_block, group),
     before=None if rows.before is None else common.weight_specs(shape, rows.before, row_block, group),
   )
-  made_specs = Made(
+  made_specs = Outputs(
     to_sources_specs,
-    common.weight_specs(shape, made.weights, row_block, group),
-    common.row_specs(shape, made.hidden, row_block),
-    common.row_specs(shape, made.streams, row_block),
+    common.weight_specs(shape, outputs.weights, row_block, group),
+    common.row_specs(shape, outputs.hidden, row_block),
+    common.row_specs(shape, outputs.streams, row_block),
   )
   sums_specs = jax.tree.map(_core_spec, sums)
-  made, sums = pl.pallas_call(
+  outputs, sums = pl.pallas_call(
     functools.partial(_body, shape, plan, steps),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
@@ -151,13 +151,13 @@ def backward(shape: Shape, plan: Plan, count, rows: Rows, whole: Whole, *, inter
       out_specs=(made_specs, sums_specs),
       scratch_shapes=[_scratch(shape, plan, whole)],
     ),
-    out_shape=(made, sums),
+    out_shape=(outputs, sums),
     input_output_aliases={len(scalars) + j: j for j in range(len(jax.tree.leaves(rows.totals)))},
     compiler_params=common.compiler_params("parallel", "arbitrary", "arbitrary"),
     interpret=interpret,
     name="depth_aggregate_backward",
   )(*scalars, rows, whole)
-  return made, jax.tree.map(lambda x: x.sum(0), sums)
+  return outputs, jax.tree.map(lambda x: x.sum(0), sums)
 
 
 def _core_spec(x):
@@ -177,7 +177,7 @@ def _group_spec(shape: Shape, row_block, only_valid: bool):
   return pl.BlockSpec((shape.slots, shape.block, shape.width), index)
 
 
-def _outputs(shape: Shape, plan: Plan, cores: int, rows: Rows, whole: Whole, to_sources) -> tuple[Made, Sums]:
+def _output_shapes(shape: Shape, plan: Plan, cores: int, rows: Rows, whole: Whole, to_sources) -> tuple[Outputs, Sums]:
   """Shapes and dtypes of everything that the kernel writes."""
 
   def for_each_core(*lengths):
@@ -185,7 +185,7 @@ def _outputs(shape: Shape, plan: Plan, cores: int, rows: Rows, whole: Whole, to_
 
   weights, columns = rows.weights, shape.ways * shape.slots
   has_hidden = whole.w2 is not None
-  made = Made(
+  outputs = Outputs(
     to_sources,
     RowWeights(
       newest=None if weights.newest is None else common.row_array(shape),
@@ -201,7 +201,7 @@ def _outputs(shape: Shape, plan: Plan, cores: int, rows: Rows, whole: Whole, to_
     w2=for_each_core(*whole.w2.shape) if has_hidden else None,
     w1=None if whole.near.w1 is None else for_each_core(*whole.near.w1.shape),
   )
-  return made, sums
+  return outputs, sums
 
 
 def _near(shape: Shape, plan: Plan) -> Shape:
@@ -215,7 +215,7 @@ def _scratch(shape: Shape, plan: Plan, whole: Whole) -> dict:
   near = _near(shape, plan)
   scratch = {
     "factors": common.factors_scratch(near),
-    "of_group": common.group_scratch(near, transposed=True),
+    "tile": common.tile_scratch(near, transposed=True),
     "pairs": pltpu.VMEM((shape.ways, shape.block, TOKENS * shape.slots), jnp.float32),
   }
   if not shape.is_buffer:  # of which the weights' part is added before it is rounded
@@ -226,12 +226,12 @@ def _scratch(shape: Shape, plan: Plan, whole: Whole) -> dict:
   if plan.before is not None:
     before = dataclasses.replace(shape, ways=plan.before.ways)
     scratch["before"] = common.factors_scratch(before)
-    scratch["before_of_group"] = common.group_scratch(before)
+    scratch["tile_below"] = common.tile_scratch(before)
   return scratch
 
 
 def _body(shape: Shape, plan: Plan, steps: int, *refs):
-  *count, rows, whole, made, sums, scratch = refs
+  *count, rows, whole, outputs, sums, scratch = refs
   step, group = pl.program_id(1), pl.program_id(2)
   block_start = (pl.program_id(0) * steps + step) * shape.block
   has_hidden = whole.w2 is not None
@@ -252,14 +252,14 @@ def _body(shape: Shape, plan: Plan, steps: int, *refs):
   @when(group == 0)
   def _():
     if has_hidden:
-      h, *_ = common.hidden_layer(shape, plan.recipe, rows.weights, whole.near, newest, block_start)
+      h, *_ = common.activations(shape, plan.recipe, rows.weights, whole.near, newest, block_start)
       scratch["h"][...] = h
       scratch["to_h"][...] = jnp.zeros_like(scratch["to_h"])
-      if made.hidden is not None:
-        made.hidden[...] = h
+      if outputs.hidden is not None:
+        outputs.hidden[...] = h
     if plan.before is not None:
       recipe, of_before = plan.before, dataclasses.replace(shape, ways=plan.before.ways)
-      h, *_ = common.hidden_layer(shape, recipe, rows.before, whole.before, rows.sources[recipe.source], block_start)
+      h, *_ = common.activations(shape, recipe, rows.before, whole.before, rows.sources[recipe.source], block_start)
       common.fill_factors(scratch["before"], of_before, recipe, rows.before, whole.before, h, block_start)
 
   @when(None if left is None else left > 0)
@@ -268,10 +268,10 @@ def _body(shape: Shape, plan: Plan, steps: int, *refs):
     common.fill_factors(
       scratch["factors"], _near(shape, plan), plan.recipe, rows.weights, whole.near, h, block_start, group
     )
-    _products(shape, plan, block_start, left, rows, made, scratch)
-    to_w = _weight_gradients(shape, sums, scratch["pairs"], group)
-    if made.weights.array is not None:
-      made.weights.array[...] = to_w
+    _products(shape, plan, block_start, left, rows, outputs, scratch)
+    to_w = _token_gradients(shape, sums, scratch["pairs"], group)
+    if outputs.weights.array is not None:
+      outputs.weights.array[...] = to_w
     if has_hidden:
       for part in common.halves(to_w, shape.dtype):
         sums.w2[0, group] += common.product(scratch["h"][...], part, 0, 0)
@@ -282,29 +282,29 @@ def _body(shape: Shape, plan: Plan, steps: int, *refs):
 
       @pl.when(slot >= left)
       def _(slot=slot):
-        made.sources[slot] = jnp.zeros(made.sources.shape[1:], shape.dtype)
+        outputs.sources[slot] = jnp.zeros(outputs.sources.shape[1:], shape.dtype)
 
   @when(is_last)
   def _():  # the newest source is here, and the gradients of all weights are known
     through_weights = jnp.zeros((), jnp.float32)
-    if made.weights.hidden is not None:
-      made.weights.hidden[...] = scratch["to_h"][...]
+    if outputs.weights.hidden is not None:
+      outputs.weights.hidden[...] = scratch["to_h"][...]
     elif has_hidden:
-      _, hidden, x = common.hidden_layer(shape, plan.recipe, rows.weights, whole.near, newest, block_start)
-      through_weights, to_w1 = recipes.hidden_gradients(x, whole.near.w1[...], hidden, scratch["to_h"][...])
+      _, hidden, x = common.activations(shape, plan.recipe, rows.weights, whole.near, newest, block_start)
+      through_weights, to_w1 = forms.hidden_gradients(x, whole.near.w1[...], hidden, scratch["to_h"][...])
       sums.w1[0] += to_w1
-    if made.weights.newest is not None:
-      made.weights.newest[...] = through_weights.astype(shape.dtype)
+    if outputs.weights.newest is not None:
+      outputs.weights.newest[...] = through_weights.astype(shape.dtype)
       through_weights = jnp.zeros((), jnp.float32)
     if not shape.is_buffer:
-      made.sources[-1][...] = (scratch["to_newest"][...] + through_weights).astype(shape.dtype)
-    elif whole.near.w1 is not None and made.weights.newest is None:
-      made.sources[left - 1] = (made.sources[left - 1].astype(jnp.float32) + through_weights).astype(shape.dtype)
+      outputs.sources[-1][...] = (scratch["to_newest"][...] + through_weights).astype(shape.dtype)
+    elif whole.near.w1 is not None and outputs.weights.newest is None:
+      outputs.sources[left - 1] = (outputs.sources[left - 1].astype(jnp.float32) + through_weights).astype(shape.dtype)
 
 
-def _products(shape: Shape, plan: Plan, block_start, left, rows: Rows, made: Made, scratch):
+def _products(shape: Shape, plan: Plan, block_start, left, rows: Rows, outputs: Outputs, scratch):
   """All products with the sources and with the gradients of the streams: a block of what goes to the near sources, of
-  the streams that are recomputed, and dO @ X^T for `_weight_gradients`."""
+  the streams that are recomputed, and dO @ X^T for `_token_gradients`."""
   near = shape.slots if plan.near is None else len(plan.near)
 
   def at_source(x, k):
@@ -312,9 +312,9 @@ def _products(shape: Shape, plan: Plan, block_start, left, rows: Rows, made: Mad
 
   def eight_tokens(g, at):
     first = block_start + g * TOKENS
-    scratch["of_group"][...] = scratch["factors"][g].T.astype(shape.dtype)
+    scratch["tile"][...] = scratch["factors"][g].T.astype(shape.dtype)
     if plan.before is not None:
-      scratch["before_of_group"][...] = scratch["before"][g].astype(shape.dtype)
+      scratch["tile_below"][...] = scratch["before"][g].astype(shape.dtype)
     for columns in common.chunks(shape.width, 2 * common.CHUNK):
       stacked = common.stack_rows(shape, rows.sources, at, first, columns, left)
       coming = common.stack_rows(shape, rows.gradients, at, first, columns)
@@ -323,9 +323,9 @@ def _products(shape: Shape, plan: Plan, block_start, left, rows: Rows, made: Mad
         of_way = common.of_row(pairs, c)
         is_first = columns.start == 0
         scratch["pairs"][c, at, :] = of_way if is_first else scratch["pairs"][c, at, :] + of_way
-      for lowest in range(0, near, PUSHED):
-        sources = range(lowest, min(lowest + PUSHED, near))
-        pushed = common.push(scratch["of_group"][pl.ds(lowest * TOKENS, len(sources) * TOKENS)], coming)
+      for lowest in range(0, near, SOURCES_PER_PRODUCT):
+        sources = range(lowest, min(lowest + SOURCES_PER_PRODUCT, near))
+        pushed = common.push_tile(scratch["tile"][pl.ds(lowest * TOKENS, len(sources) * TOKENS)], coming)
         for k in sources:
           to_source = common.of_row(pushed, k - lowest)
           if rows.totals is not None:
@@ -333,18 +333,18 @@ def _products(shape: Shape, plan: Plan, block_start, left, rows: Rows, made: Mad
           if not shape.is_buffer and k == near - 1:
             scratch["to_newest"][at, columns] = to_source
           else:
-            at_source(made.sources, k)[at, columns] = to_source.astype(shape.dtype)
+            at_source(outputs.sources, k)[at, columns] = to_source.astype(shape.dtype)
       for part in common.chunks(columns.size) if plan.before is not None else ():
-        mixed = common.mix(
-          scratch["before_of_group"][...], stacked[:, part.start : part.start + part.size], plan.before.ways
+        mixed = common.mix_tile(
+          scratch["tile_below"][...], stacked[:, part.start : part.start + part.size], plan.before.ways
         )
-        for c, stream in enumerate(made.streams):
+        for c, stream in enumerate(outputs.streams):
           write_stream(stream, at, pl.ds(columns.start + part.start, part.size), common.of_row(mixed, c))
 
   common.for_each_eight_tokens(shape, eight_tokens)
 
 
-def _weight_gradients(shape: Shape, sums: Sums, pairs, group):
+def _token_gradients(shape: Shape, sums: Sums, pairs, group):
   """The gradient of the weights of a block, [block,C·n] float32, from dO @ X^T [C,block,8n] of all pairs of eight
   tokens; its sum over tokens is added to `sums.a`, exact, in eight lanes for each source."""
   own = common.own_token(shape.block, TOKENS * shape.slots)

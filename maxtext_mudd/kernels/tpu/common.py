@@ -6,8 +6,8 @@ Eight tokens t at a time, one product mixes N sources into C streams:
   out[(c,t), :]  = L @ X[(j,u), :]            X: the sources' rows of these tokens, one above another, [8N, D]
 
 W is made with each column repeated eight times along lanes, so that masking it makes L without moving anything between
-lanes. On the VPU the same sums are bound by arithmetic: 3.4 to 3.9 cycles for 1024 values of a source on a v5p, where
-its HBM gives 2.9; as this product, 2.0.
+lanes. On the VPU the same sums take 3.4 to 3.9 cycles per 1024 values of a source on a v5p, more than the 2.9 in which
+its HBM delivers them; as this product they take 2.0 (the compiler's static schedule).
 
 Sources are a list, whose N arrays a grid step holds at once, or a buffer, of which a grid step holds one group of n
 entries in n slots; a list is then one group with a slot for each source.
@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from maxtext_mudd.kernels import weights as recipes
+from maxtext_mudd.kernels import weights as forms
 
 VMEM_LIMIT = 100 * 2**20  # above what chips with 64 MB have: there the compiler's own limit holds
 TOKENS = 8  # per product: the sublanes of a float32 tile
@@ -222,7 +222,7 @@ def for_each_eight_tokens(shape: Shape, body: Callable) -> None:
 
 
 def product(x, y, axes_of_x=1, axes_of_y=0):
-  return recipes.product(x, y, axes_of_x, axes_of_y)
+  return forms.product(x, y, axes_of_x, axes_of_y)
 
 
 def halves(x, dtype):
@@ -254,15 +254,16 @@ def factors_scratch(shape: Shape):
   return pltpu.VMEM((shape.block // TOKENS, shape.parts * shape.ways * TOKENS, TOKENS * shape.slots), jnp.float32)
 
 
-def group_scratch(shape: Shape, transposed: bool = False):
+def tile_scratch(shape: Shape, transposed: bool = False):
   """L or L^T of one group of tokens in the dtype of the products, which load it again for every part of the columns: so
   it takes no registers in between."""
   lengths = (shape.parts * shape.ways * TOKENS, TOKENS * shape.slots)
   return pltpu.VMEM(lengths[::-1] if transposed else lengths, shape.dtype)
 
 
-def hidden_layer(shape: Shape, recipe: Recipe, rows: RowWeights, whole: WholeWeights, newest, block_start):
-  """(the hidden layer of a block of rows in the dtype of the sources, `weights.Hidden`, X_i); None where there is none.
+def activations(shape: Shape, recipe: Recipe, rows: RowWeights, whole: WholeWeights, newest, block_start):
+  """(the hidden layer of a block of rows in the dtype of the sources, `weights.Activations`, X_i); None where there is
+  none.
 
   Args:
     newest: the source that the weights are made from, where `rows` does not have X_i.
@@ -272,7 +273,7 @@ def hidden_layer(shape: Shape, recipe: Recipe, rows: RowWeights, whole: WholeWei
   if whole.w1 is None:
     return None, None, None
   x = valid(shape, block_start, (newest if rows.newest is None else rows.newest)[...])
-  hidden = recipes.hidden_layer(x, whole.w1[...], recipe.activation, recipe.epsilon)
+  hidden = forms.hidden_layer(x, whole.w1[...], recipe.activation, recipe.epsilon)
   return hidden.value.astype(shape.dtype), hidden, x
 
 
@@ -280,7 +281,7 @@ def fill_factors(
   factors, shape: Shape, recipe: Recipe, rows: RowWeights, whole: WholeWeights, h, block_start, group=0, first: int = 0
 ):
   """L of one aggregate into a scratch for `shape.ways` ways in all, of which its own start with `first`."""
-  groups, _, lanes = factors.shape
+  tiles, _, lanes = factors.shape
   own = own_token(shape.block, lanes)
   if rows.array is not None:
     array = halves(valid(shape, block_start, rows.array[...]), shape.dtype)
@@ -291,17 +292,17 @@ def fill_factors(
       weights = whole.a[group, c] if h is None else product(h, whole.w2[group, c]) + whole.a[group, c]
     for part, x in enumerate(halves(jnp.where(own, weights, 0.0), shape.dtype)):
       at = pl.ds((part * shape.ways + first + c) * TOKENS, TOKENS)
-      factors[:, at, :] = x.astype(jnp.float32).reshape(groups, TOKENS, lanes)
+      factors[:, at, :] = x.astype(jnp.float32).reshape(tiles, TOKENS, lanes)
 
 
-def mix(factors, stacked, ways: int):
+def mix_tile(factors, stacked, ways: int):
   """L @ X, its parts added up: [8C,D] float32, from L [parts·8C,8n]."""
   mixed = product(factors, stacked)
   height = ways * TOKENS
   return sum(mixed[k : k + height] for k in range(0, mixed.shape[0], height))
 
 
-def push(factors, coming):
+def push_tile(factors, coming):
   """L^T @ dO: what the streams' gradients [8C,D] add to those of the sources, [8n,D] float32, from L^T."""
   parts = factors.shape[1] // coming.shape[0]
   return product(factors, jnp.concatenate([coming] * parts, axis=0))

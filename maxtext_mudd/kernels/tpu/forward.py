@@ -31,7 +31,7 @@ def forward(shape: Shape, recipe: Recipe, count, sources, rows: RowWeights, whol
       newest, newest_spec = common.newest_of_buffer(shape, sources, row_block)
     sources = [sources] * shape.slots
   streams = [common.row_array(shape)] * shape.ways
-  scratch = {"factors": common.factors_scratch(shape), "of_group": common.group_scratch(shape)}
+  scratch = {"factors": common.factors_scratch(shape), "tile": common.tile_scratch(shape)}
   if shape.is_buffer:
     scratch["sums"] = pltpu.VMEM((shape.ways, shape.block, shape.width), jnp.float32)
     if whole.w2 is not None:
@@ -62,9 +62,9 @@ def _body(shape: Shape, recipe: Recipe, *refs):
   *count, sources, newest, rows, whole, streams, scratch = refs
   block_start = pl.program_id(0) * shape.block
   if not shape.is_buffer:
-    h, *_ = common.hidden_layer(shape, recipe, rows, whole, sources[recipe.source], block_start)
+    h, *_ = common.activations(shape, recipe, rows, whole, sources[recipe.source], block_start)
     common.fill_factors(scratch["factors"], shape, recipe, rows, whole, h, block_start)
-    mix_block(shape, block_start, sources, streams, scratch["factors"], scratch["of_group"])
+    mix_block(shape, block_start, sources, streams, scratch["factors"], scratch["tile"])
     return
   group, sums = pl.program_id(1), scratch["sums"]
   left = count[0][0] - group * shape.slots  # valid entries from this group on
@@ -73,13 +73,13 @@ def _body(shape: Shape, recipe: Recipe, *refs):
   def _():
     sums[...] = jnp.zeros_like(sums)
     if whole.w2 is not None:
-      scratch["h"][...], *_ = common.hidden_layer(shape, recipe, rows, whole, newest, block_start)
+      scratch["h"][...], *_ = common.activations(shape, recipe, rows, whole, newest, block_start)
 
   @pl.when(left > 0)
   def _():
     h = None if whole.w2 is None else scratch["h"][...]
     common.fill_factors(scratch["factors"], shape, recipe, rows, whole, h, block_start, group)
-    mix_block(shape, block_start, sources, sums, scratch["factors"], scratch["of_group"], left)
+    mix_block(shape, block_start, sources, sums, scratch["factors"], scratch["tile"], left)
 
   @pl.when((left > 0) & (left <= shape.slots))
   def _():
@@ -87,14 +87,14 @@ def _body(shape: Shape, recipe: Recipe, *refs):
       stream[...] = sums[c].astype(shape.dtype)
 
 
-def mix_block(shape: Shape, block_start, sources, streams, factors, of_group, left=None):
+def mix_block(shape: Shape, block_start, sources, streams, factors, tile, left=None):
   """The streams of a block of rows, or what one group of a buffer adds to their sums [C,block,D] float32."""
 
   def eight_tokens(g, rows):
-    of_group[...] = factors[g].astype(shape.dtype)
+    tile[...] = factors[g].astype(shape.dtype)
     for columns in common.chunks(shape.width):
       stacked = common.stack_rows(shape, sources, rows, block_start + g * common.TOKENS, columns, left)
-      mixed = common.mix(of_group[...], stacked, shape.ways)
+      mixed = common.mix_tile(tile[...], stacked, shape.ways)
       for c in range(shape.ways):
         if left is None:
           write_stream(streams[c], rows, columns, common.of_row(mixed, c))

@@ -45,7 +45,7 @@ def push(
     ],
     out_specs=(common.row_specs(shape, sums, row_block),),
     out_shape=(sums,),
-    scratch_shapes=[common.factors_scratch(shape), common.group_scratch(shape, transposed=True)],
+    scratch_shapes=[common.factors_scratch(shape), common.tile_scratch(shape, transposed=True)],
     input_output_aliases={} if totals is None else {j: j for j in range(shape.sources)},
     compiler_params=common.compiler_params("parallel"),
     interpret=interpret,
@@ -54,20 +54,20 @@ def push(
   return sums
 
 
-def _body(shape: Shape, recipes, totals, gradients, rows, whole, sums, factors, of_group):
+def _body(shape: Shape, recipes, totals, gradients, rows, whole, sums, factors, tile):
   block_start = pl.program_id(0) * shape.block
   streams = [stream for of_one in gradients for stream in of_one]
   first = 0
   for recipe, rows_of_one, whole_of_one in zip(recipes, rows, whole):
-    h, *_ = common.hidden_layer(shape, recipe, rows_of_one, whole_of_one, None, block_start)
+    h, *_ = common.activations(shape, recipe, rows_of_one, whole_of_one, None, block_start)
     common.fill_factors(factors, shape, recipe, rows_of_one, whole_of_one, h, block_start, first=first)
     first += recipe.ways
 
   def eight_tokens(g, at):
-    of_group[...] = factors[g].T.astype(shape.dtype)
+    tile[...] = factors[g].T.astype(shape.dtype)
     for columns in common.chunks(shape.width):
       coming = common.stack_rows(shape, streams, at, block_start + g * common.TOKENS, columns)
-      pushed = common.push(of_group[...], coming)
+      pushed = common.push_tile(tile[...], coming)
       for j, x in enumerate(sums):
         total = common.of_row(pushed, j)
         if totals is not None:

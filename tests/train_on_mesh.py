@@ -58,6 +58,8 @@ def main(overrides: dict) -> None:
 
 
 if __name__ == "__main__":
-  from tests import conftest  # noqa: F401  installs the plugin
+  from maxtext_mudd import plugin
+
+  plugin.install()
 
   main(json.loads(sys.argv[1]))

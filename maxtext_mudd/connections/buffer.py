@@ -29,7 +29,7 @@ class Buffer:
     count: i + 1; also the number of the block that comes next.
     newest: X_i as the block returned it, where that is not the last source.
     rematerialise: from a block to what is differentiated, which says what is kept for the backward pass; None: nothing
-      is kept, the block is computed again.
+      is kept, the block is recomputed.
   """
 
   sources: Float[Array, "S B T D"]
@@ -72,7 +72,7 @@ class Link(NamedTuple):
 
 
 def through_block(link: Link, state: Any, own: Any, buffer: Buffer, arguments: Any) -> tuple[Buffer, Any]:
-  """An aggregate and the block that reads it. The sums are made again in the backward pass.
+  """An aggregate and the block that reads it. The sums are recomputed in the backward pass.
 
   Args:
     state: of the block, own: of the aggregate; they may hold the same arrays.
@@ -149,7 +149,7 @@ def through_block(link: Link, state: Any, own: Any, buffer: Buffer, arguments: A
 
 class _Pullback:
   """`jax.vjp` of a block in two halves, of which the second may come from another trace. Residuals that are inputs
-  which can be made again are not kept."""
+  that can be recomputed are not kept."""
 
   def __init__(self, block: Callable):
     self.block = block

@@ -56,7 +56,7 @@ def compile_step(yaml: str, topology: str, keys: dict):
   try:
     compiled = train_compile.jit_and_compile(step, args, kwargs, mesh, *shardings_and_argnums, config, rules)
   except jax.errors.JaxRuntimeError as error:
-    from maxtext_mudd import devices
+    from maxtext_mudd.config import devices
 
     if sentence := devices.out_of_memory(error, config):
       raise DoesNotFit(sentence) from None

@@ -8,9 +8,10 @@ import jax
 from maxtext.configs import pyconfig
 from maxtext.configs.types import MaxTextConfig
 
-from maxtext_mudd import config_files, devices
-from maxtext_mudd.config import MuddConfig
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config import devices
+from maxtext_mudd.config import files as config_files
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.config.mudd_config import MuddConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Keys, or a file of yaml/ablation whose own keys they are.

@@ -22,7 +22,7 @@ import paired
 import record
 
 from maxtext_mudd import plugin, versions
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 
 SERVED = {"weight_dtype": "bfloat16"}  # as models are served; training keeps float32
 TIMED = ("prefill", "step")  # what is timed

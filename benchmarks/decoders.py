@@ -8,8 +8,8 @@ import jax
 from maxtext.utils import maxtext_utils, model_creation_utils
 import numpy as np
 
-from maxtext_mudd import generation
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.inference import generation
 
 
 class Seconds(NamedTuple):

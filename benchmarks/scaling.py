@@ -25,7 +25,7 @@ import record
 import study
 import study_report
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 
 FEW = 5  # seeds; a bootstrap over n seeds has a variance of (n-1)/n of the true one, and tails that are too short
 DRAWS = 2000  # bootstrap samples; the interval's ends move by less than a tenth of its width between seeds of the draw

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from maxtext_mudd import topology
+from maxtext_mudd.connections.mudd import topology
 
 
 class Shape(NamedTuple):

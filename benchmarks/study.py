@@ -38,7 +38,7 @@ import record
 import yaml
 
 from maxtext_mudd.cluster.request import NAME_LIMIT
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.interrupts import Interrupts
 
 LAUNCHER = record.ROOT / "MaxText" / "train.py"

@@ -10,7 +10,7 @@ import statistics
 import record
 import scipy.stats
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 
 FAR = 1.2  # a final loss above this many times the median of a study's is that of a run that diverged
 COLUMNS = [

@@ -24,7 +24,7 @@ import record
 import table_4
 
 from maxtext_mudd import plugin, versions
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 
 COLUMNS = ["model", "step, ms", "tokens/s/device", "TFLOP/s", "MFU", "arguments GB", "temporaries GB", "peak GB"]
 COLUMNS += ["compile, s", "speed ratio", "quartiles", "extremes", "rounds"]

@@ -10,8 +10,8 @@ from maxtext.input_pipeline.input_pipeline_interface import create_data_iterator
 from maxtext.trainers.pre_train import train
 from maxtext.utils import max_utils, maxtext_utils, model_creation_utils, sharding, train_utils
 
-from maxtext_mudd import devices
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config import devices
+from maxtext_mudd.config.errors import ConfigError
 
 
 def set_up(config) -> None:

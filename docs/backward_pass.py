@@ -11,8 +11,8 @@ matplotlib.use("Agg")
 from matplotlib import patches
 from matplotlib import pyplot as plt
 
-from maxtext_mudd import topology
 from maxtext_mudd.connections import history
+from maxtext_mudd.connections.mudd import topology
 
 BLOCKS = 12
 READ, ACCUMULATED, PUSHED = "#9ecae1", "#fd8d3c", "#a63603"

@@ -11,6 +11,6 @@ def __getattr__(name: str):
   from maxtext_mudd import plugin
 
   plugin.install()
-  from maxtext_mudd import generation, pretrained
+  from maxtext_mudd.inference import generation, pretrained
 
   return getattr(generation if name == "generate" else pretrained, name)

@@ -19,10 +19,10 @@ import functools
 import pathlib
 import sys
 
-from maxtext_mudd import launch, plugin, versions
-from maxtext_mudd.errors import ConfigError, reachable
+from maxtext_mudd import plugin, versions
+from maxtext_mudd.config.errors import ConfigError, reachable
 from maxtext_mudd.interrupts import Interrupts
-from maxtext_mudd.runs import early
+from maxtext_mudd.runs import early, launch
 
 _FOLDERS = {
   "source": "--from",
@@ -110,14 +110,16 @@ def _check_keys(args) -> None:
 
 
 def _from_hf(args) -> str:
-  from maxtext_mudd.checkpoints import hf, kinds
+  from maxtext_mudd.checkpoints import kinds
+  from maxtext_mudd.checkpoints.hugging_face import models as hf
 
   kinds.check(pathlib.Path(args.hf_dir), "from-hf")
   return _imported(hf.from_hf, args.hf_dir, args)
 
 
 def _from_fork(args) -> str:
-  from maxtext_mudd.checkpoints import fork, kinds
+  from maxtext_mudd.checkpoints import kinds
+  from maxtext_mudd.checkpoints.authors_jax import models as fork
 
   kinds.check(pathlib.Path(args.fork_dir), "from-fork")
   return _imported(fork.from_fork, args.fork_dir, args)
@@ -141,7 +143,7 @@ def _from_run(args) -> str:
 
 
 def _to_hf(args) -> str:
-  from maxtext_mudd.checkpoints import hf
+  from maxtext_mudd.checkpoints.hugging_face import models as hf
 
   target = pathlib.Path(args.hf_dir).absolute()
   hf.to_hf(pathlib.Path(args.maxtext_dir).absolute(), target)
@@ -153,7 +155,8 @@ def _layout(args) -> str:
   import jax
   from maxtext.configs import pyconfig
 
-  from maxtext_mudd.checkpoints import folder, relayout
+  from maxtext_mudd.checkpoints import folder
+  from maxtext_mudd.checkpoints import train_state as relayout
 
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's trainer does
   source, target = (pathlib.Path(x).absolute() for x in (args.source, args.target))

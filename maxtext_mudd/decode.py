@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import os
 import pathlib
 
-from maxtext_mudd.errors import ConfigError, reachable
-from maxtext_mudd.launch import launch
+from maxtext_mudd.config.errors import ConfigError, reachable
 from maxtext_mudd.runs import console
+from maxtext_mudd.runs.launch import launch
 
 _PROMPT = "prompt="
 
@@ -48,8 +48,8 @@ def main(argv: Sequence[str]) -> None:
   import jax
   from maxtext.configs import pyconfig
 
-  from maxtext_mudd import generation, tokens
   from maxtext_mudd.checkpoints import parameters
+  from maxtext_mudd.inference import generation, tokens
 
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's decode does
   # A text, where MaxText would read YAML.

@@ -73,8 +73,9 @@ class Reading:
 def _read_mudd_config(stock):
   from maxtext.configs.types import MaxTextConfig
 
-  from maxtext_mudd import config_files, errors
-  from maxtext_mudd.config import MuddConfig
+  from maxtext_mudd.config import errors
+  from maxtext_mudd.config import files as config_files
+  from maxtext_mudd.config.mudd_config import MuddConfig
 
   @functools.wraps(stock)
   def initialize(argv=None, config_class=MaxTextConfig, **kwargs):
@@ -96,25 +97,25 @@ def _read_mudd_config(stock):
 
 
 def _mudd_decoder(stock):
-  from maxtext_mudd.decoder import MuddDecoder
+  from maxtext_mudd.model.decoder import MuddDecoder
 
   return MuddDecoder
 
 
 def _embedding(stock):
-  from maxtext_mudd.initializers import MuddEmbed
+  from maxtext_mudd.model.initializers import MuddEmbed
 
   return MuddEmbed
 
 
 def _flops(stock):
-  from maxtext_mudd import reporting
+  from maxtext_mudd.model import reporting
 
   return reporting.with_connection_flops(stock)
 
 
 def _metrics(stock):
-  from maxtext_mudd import reporting
+  from maxtext_mudd.model import reporting
 
   return reporting.with_connection_metrics(stock)
 

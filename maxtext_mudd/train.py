@@ -2,15 +2,20 @@
 
 import functools
 
-from maxtext_mudd.errors import ConfigError
-from maxtext_mudd.launch import launch
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import console, run_lock, sources
+from maxtext_mudd.runs.launch import launch
 
 
 def check_training(config, lock: run_lock.RunLock | None = None) -> None:
   """Takes `lock` for the run's folder, or raises ConfigError, on all hosts of a job, for what cannot work on one."""
-  from maxtext_mudd import devices, preflight  # once MaxText is known to be the right one
-  from maxtext_mudd.runs import data_place, hosts, refusals
+  from maxtext_mudd.config import devices
+  from maxtext_mudd.runs import (
+    data_place,
+    hosts,
+    preflight,  # once MaxText is known to be the right one
+    refusals,
+  )
 
   refusal = None
   try:

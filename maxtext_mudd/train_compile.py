@@ -1,8 +1,8 @@
 """Stock `maxtext.trainers.pre_train.train_compile` with MUDD connections."""
 
 from maxtext_mudd import versions
-from maxtext_mudd.errors import ConfigError
-from maxtext_mudd.launch import launch
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.runs.launch import launch
 
 
 def check_compiling(config) -> None:
@@ -10,7 +10,7 @@ def check_compiling(config) -> None:
   mesh cannot divide."""
   from maxtext.utils import accelerator_to_spec_map  # once MaxText is known to be the right one
 
-  from maxtext_mudd import devices
+  from maxtext_mudd.config import devices
 
   name = config.compile_topology
   if not name:

@@ -14,7 +14,7 @@ import yaml
 from maxtext_mudd.cluster import __main__ as cluster
 from maxtext_mudd.cluster import request as requests
 from maxtext_mudd.cluster import training, xpk
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from tests.runs import ROOT
 
 XPK = ROOT / ".venv-xpk" / "bin" / "xpk"

@@ -5,8 +5,9 @@ import pathlib
 from maxtext.configs import pyconfig
 import pytest
 
-from maxtext_mudd import assets, config_files
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd import assets
+from maxtext_mudd.config import files as config_files
+from maxtext_mudd.config.errors import ConfigError
 
 TINY = """
 mudd: true

@@ -17,7 +17,7 @@ import jax
 import pytest
 
 from maxtext_mudd.assets import BYTE_TOKENIZER_FOLDER
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import console
 from maxtext_mudd.runs.progress import Progress
 from tests import runs

@@ -9,7 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from maxtext_mudd import convert
-from maxtext_mudd.checkpoints import layout, relayout
+from maxtext_mudd.checkpoints import layout
+from maxtext_mudd.checkpoints import train_state as relayout
 from tests import models, runs
 
 KEYS = [

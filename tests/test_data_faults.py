@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import data_faults, sources
 from tests import data_files, runs
 

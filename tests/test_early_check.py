@@ -7,9 +7,10 @@ import sys
 from maxtext.configs import pyconfig
 import pytest
 
-from maxtext_mudd import config_files, errors
-from maxtext_mudd.config import MuddConfig
-from maxtext_mudd.keys import MuddKeys
+from maxtext_mudd.config import errors
+from maxtext_mudd.config import files as config_files
+from maxtext_mudd.config.keys import MuddKeys
+from maxtext_mudd.config.mudd_config import MuddConfig
 from maxtext_mudd.runs import early, sources, usage
 from tests import runs
 
@@ -165,8 +166,8 @@ def test_commands_answer_without_jax(tmp_path):
     ["train", "mudd_405m.yml", key],
     ["train_compile", "mudd_405m.yml", key],
     ["decode", "mudd_405m.yml", "prompt=[", key],
-    ["evaluate", "--checkpoint", "model", "--tasks", "sciq", key],
-    ["evaluate", "--checkpoint", "model", "--tasks", "sciq", "mudd_405m.yml", key],
+    ["evaluate.__main__", "--checkpoint", "model", "--tasks", "sciq", key],
+    ["evaluate.__main__", "--checkpoint", "model", "--tasks", "sciq", "mudd_405m.yml", key],
     ["convert", "from-hf", "--hf-dir", "model", "--maxtext-dir", "M", key],
     ["convert", "from-run", "--checkpoint", "model", "--maxtext-dir", "M", "mudd_405m.yml", key],
     ["convert", "layout", "--from", "model", "--to", "new", "mudd_405m.yml", key],

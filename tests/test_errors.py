@@ -19,9 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from maxtext_mudd import devices, errors, plugin, preflight, train, train_compile
-from maxtext_mudd.config import REMAT_POLICIES, MuddConfig
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd import plugin, train, train_compile
+from maxtext_mudd.config import devices, errors
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.config.mudd_config import REMAT_POLICIES, MuddConfig
+from maxtext_mudd.runs import preflight
 from tests import data_files, models, runs
 
 MISTAKES = {

@@ -22,8 +22,12 @@ import tokenizers
 import transformers
 
 import maxtext_mudd
-from maxtext_mudd import assets, convert, evaluate, evaluation, forward, pretrained, results_file, tokens
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd import assets, convert
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.evaluate import __main__ as evaluate
+from maxtext_mudd.evaluate import harness as evaluation
+from maxtext_mudd.evaluate import results_file
+from maxtext_mudd.inference import forward, pretrained, tokens
 from tests import models, runs
 from tests.test_blocks import MOE
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from maxtext_mudd import plugin, preflight, train
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd import plugin, train
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.runs import preflight
 from tests import data_files, runs
 
 TEXT_YML = str(runs.ROOT / "yaml" / "data" / "local_text.yml")

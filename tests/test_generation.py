@@ -10,8 +10,9 @@ from safetensors.numpy import load_file
 import yaml
 
 import maxtext_mudd
-from maxtext_mudd import convert, decode, generation
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd import convert, decode
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.inference import generation
 from tests import models, runs
 from tests.test_blocks import MOE
 

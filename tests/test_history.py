@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxtext_mudd import kernels, topology
+from maxtext_mudd import kernels
 from maxtext_mudd.connections import history
 from maxtext_mudd.connections.history import History
+from maxtext_mudd.connections.mudd import topology
 
 SHAPE, HIDDEN = (2, 12, 16), 8
 BUDGET = 2e-5  # of the largest entry of a gradient; the errors seen are below 4e-6

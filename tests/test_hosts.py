@@ -11,7 +11,7 @@ import sys
 import jax
 
 jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import hosts
 
 assert hosts.meet("both", 60)

@@ -10,9 +10,9 @@ from maxtext.models import models as maxtext_models
 import pytest
 
 from maxtext_mudd import plugin, versions
-from maxtext_mudd.config import MuddConfig
-from maxtext_mudd.decoder import MuddDecoder
-from maxtext_mudd.keys import MuddKeys
+from maxtext_mudd.config.keys import MuddKeys
+from maxtext_mudd.config.mudd_config import MuddConfig
+from maxtext_mudd.model.decoder import MuddDecoder
 from tests import runs
 
 

@@ -25,23 +25,19 @@ from safetensors.numpy import load_file, save_file
 import yaml
 
 import maxtext_mudd
-from maxtext_mudd import assets, convert, errors, topology
-from maxtext_mudd.checkpoints import (
-  folder,
-  fork,
-  fork_config,
-  hf,
-  hf_config,
-  hf_files,
-  hf_names,
-  model_keys,
-  run,
-  saved,
-  tensors,
-  tokenizers,
-)
+from maxtext_mudd import assets, convert
+from maxtext_mudd.checkpoints import folder, model_keys, run, tensors, tokenizers
 from maxtext_mudd.checkpoints import layout as layouts
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.checkpoints import orbax_folder as saved
+from maxtext_mudd.checkpoints.authors_jax import config_json as fork_config
+from maxtext_mudd.checkpoints.authors_jax import models as fork
+from maxtext_mudd.checkpoints.hugging_face import config_json as hf_config
+from maxtext_mudd.checkpoints.hugging_face import files as hf_files
+from maxtext_mudd.checkpoints.hugging_face import models as hf
+from maxtext_mudd.checkpoints.hugging_face import names as hf_names
+from maxtext_mudd.config import errors
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.connections.mudd import topology
 from tests import models, runs
 from tests.test_golden import LOGITS_TOLERANCE
 
@@ -525,7 +521,7 @@ INTERRUPT = """
 import pathlib, signal, sys, threading, time
 from maxtext_mudd import plugin
 plugin.install()
-from maxtext_mudd.checkpoints import hf
+from maxtext_mudd.checkpoints.hugging_face import models as hf
 
 source, target = map(pathlib.Path, sys.argv[1:])
 
@@ -928,7 +924,9 @@ MEASURE = """
 import pathlib, sys, threading, time
 from maxtext_mudd import plugin
 plugin.install()
-from maxtext_mudd.checkpoints import folder, fork, hf, tensors
+from maxtext_mudd.checkpoints import folder, tensors
+from maxtext_mudd.checkpoints.authors_jax import models as fork
+from maxtext_mudd.checkpoints.hugging_face import models as hf
 
 tensors.SHARD_BYTES = int(sys.argv[4])
 

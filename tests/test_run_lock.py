@@ -12,7 +12,7 @@ import tempfile
 
 import pytest
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs.run_lock import NAME, RunLock
 from tests import models, runs
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from tests import runs
 
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))

@@ -9,8 +9,9 @@ import tokenizers
 import transformers
 
 import maxtext_mudd
-from maxtext_mudd import evaluation, tokens
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.evaluate import harness as evaluation
+from maxtext_mudd.inference import tokens
 from tests import models
 
 VOCABULARY = {token: number for number, token in enumerate(("<bos>", "a", "b", "c", "d", "bc", " ", " d", "cd"))}
@@ -44,7 +45,7 @@ def scores(lm, *pairs) -> list[float]:
 
 def test_an_answer_inside_a_token_of_the_context(lm, caplog):
   """The answer is encoded alone, and the other questions are answered as before."""
-  with caplog.at_level(logging.WARNING, logger="maxtext_mudd.evaluation"):
+  with caplog.at_level(logging.WARNING, logger="maxtext_mudd.evaluate.harness"):
     answers = scores(lm, ("ab", "c"), ("ab", "d"), ("a", "bc"), ("aab", "c"), ("a ", "d"))
   rows = (("<bos>|a|b|c", 1), ("<bos>|a|b|d", 1), ("<bos>|a|bc", 1), ("<bos>|a|a|b|c", 1), ("<bos>|a| d", 1))
   np.testing.assert_allclose(answers, [direct(lm, *row) for row in rows], rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ import pytest
 from tensorboardX import SummaryWriter
 
 from maxtext_mudd.cluster import request, training
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from tests import models, runs
 
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from maxtext_mudd import plugin, train
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import sources, text_files
 from tests import runs
 

@@ -10,7 +10,7 @@ import jax
 from maxtext.utils import maxtext_utils, model_creation_utils
 import pytest
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from tests import models, runs
 
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))

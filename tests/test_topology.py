@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxtext_mudd import topology
+from maxtext_mudd.connections.mudd import topology
 from tests import models
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from maxtext_mudd import plugin, train
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from tests import models, runs
 
 CREDENTIALS = (

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 import pytest
 
-from maxtext_mudd import config_files
+from maxtext_mudd.config import files as config_files
 from tests import runs
 
 # README's model, with sizes of a test.

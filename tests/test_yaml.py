@@ -11,8 +11,8 @@ from maxtext.utils import maxtext_utils
 import numpy as np
 import pytest
 
-from maxtext_mudd import config_files
 from maxtext_mudd.complexity import counts, sizes
+from maxtext_mudd.config import files as config_files
 from tests import models, runs, shrink, steps
 
 FOLDER = runs.ROOT / "yaml"

@@ -14,8 +14,8 @@ from maxtext.layers.linears import Dropout, MlpBlock
 from maxtext.utils import max_utils
 from maxtext.utils.sharding import create_sharding, maybe_shard_with_logical
 
+from maxtext_mudd.blocks.streams import pick
 from maxtext_mudd.kernels import ACTIVATIONS
-from maxtext_mudd.streams import pick
 
 
 class LayerNorm(nnx.LayerNorm):

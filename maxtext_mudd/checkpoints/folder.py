@@ -28,11 +28,12 @@ from orbax.checkpoint import v1 as ocp
 import tqdm
 import yaml
 
-from maxtext_mudd import topology
-from maxtext_mudd.checkpoints import locks, model_keys, remote_code, tensors, tokenizers
+from maxtext_mudd.checkpoints import locks, model_keys, tensors, tokenizers
+from maxtext_mudd.checkpoints.hugging_face import remote_code
 from maxtext_mudd.checkpoints.model_keys import FREE
-from maxtext_mudd.config import MuddConfig
-from maxtext_mudd.errors import ConfigError, brief
+from maxtext_mudd.config.errors import ConfigError, brief
+from maxtext_mudd.config.mudd_config import MuddConfig
+from maxtext_mudd.connections.mudd import topology
 from maxtext_mudd.interrupts import Interrupts
 
 CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"

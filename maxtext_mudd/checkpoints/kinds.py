@@ -2,8 +2,11 @@
 
 import pathlib
 
-from maxtext_mudd.checkpoints import folder, fork, hf_files, relayout
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.checkpoints import folder
+from maxtext_mudd.checkpoints import train_state as relayout
+from maxtext_mudd.checkpoints.authors_jax import models as fork
+from maxtext_mudd.checkpoints.hugging_face import files as hf_files
+from maxtext_mudd.config.errors import ConfigError
 
 _RUN = "from-run"
 

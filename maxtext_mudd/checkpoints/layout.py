@@ -9,10 +9,10 @@ import re
 
 import numpy as np
 
-from maxtext_mudd import topology
 from maxtext_mudd.blocks import ATTENTION_NORMS
-from maxtext_mudd.connections import scanned
-from maxtext_mudd.topology import Aggregate, Topology
+from maxtext_mudd.connections import scan as scanned
+from maxtext_mudd.connections.mudd import topology
+from maxtext_mudd.connections.mudd.topology import Aggregate, Topology
 
 _EMBEDDING_NORM = "connection/embedding_norm/"
 _FINAL = "connection/final_depth_aggregate/"

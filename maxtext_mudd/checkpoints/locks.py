@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 
 _LOCK = ".lock"
 _ATTEMPTS = 100  # each fails where a holder removes the file, or its folder, in the same moment

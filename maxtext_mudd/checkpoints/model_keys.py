@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pydantic
 
-from maxtext_mudd.config import MuddConfig
+from maxtext_mudd.config.mudd_config import MuddConfig
 
 # Groups of keys (classes of `maxtext.configs.types`) of runs, machines and files.
 _OF_RUNS = re.findall(

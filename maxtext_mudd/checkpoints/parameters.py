@@ -12,7 +12,7 @@ from maxtext.utils import maxtext_utils, model_creation_utils
 from orbax.checkpoint import PyTreeCheckpointer
 
 from maxtext_mudd.checkpoints import folder
-from maxtext_mudd.errors import ConfigError, brief
+from maxtext_mudd.config.errors import ConfigError, brief
 
 
 def load(config) -> nnx.Module:

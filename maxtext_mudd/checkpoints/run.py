@@ -7,8 +7,9 @@ from typing import Any
 from maxtext.configs import pyconfig
 import tqdm
 
-from maxtext_mudd.checkpoints import folder, model_keys, parameters, saved, tensors, tokenizers
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.checkpoints import folder, model_keys, parameters, tensors, tokenizers
+from maxtext_mudd.checkpoints import orbax_folder as saved
+from maxtext_mudd.config.errors import ConfigError
 
 # Models whose layers read the name itself, which a folder does not hold: its keys would be checked against those of
 # MaxText's file of that name.

@@ -13,7 +13,7 @@ import safetensors
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

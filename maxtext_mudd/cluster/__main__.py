@@ -6,8 +6,8 @@ import sys
 
 from maxtext_mudd.cluster import request as requests
 from maxtext_mudd.cluster import training, xpk
-from maxtext_mudd.errors import ConfigError
-from maxtext_mudd.launch import exit_with
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.runs.launch import exit_with
 
 
 def main(arguments: list[str]) -> int:

@@ -7,8 +7,8 @@ import pathlib
 import re
 import shlex
 
-from maxtext_mudd import slices
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config import slices
+from maxtext_mudd.config.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 IN_IMAGE = "yaml"  # what the Dockerfile copies of a checkout that a run could name

@@ -5,9 +5,11 @@ import io
 import logging
 import os
 
-from maxtext_mudd import config_files, plugin, slices
+from maxtext_mudd import plugin
 from maxtext_mudd.cluster.request import IN_IMAGE, ROOT, Request
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config import files as config_files
+from maxtext_mudd.config import slices
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import sources
 
 WORKDIR = "/app"  # of the image
@@ -30,7 +32,7 @@ def check(request: Request) -> list[str]:
     config, known = _read(request, files)
   _check_hardware(config, request)
   if known:
-    from maxtext_mudd import devices
+    from maxtext_mudd.config import devices
 
     devices.check_mesh(config)
     devices.check_batch(config)

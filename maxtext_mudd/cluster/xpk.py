@@ -10,7 +10,7 @@ import tempfile
 import yaml
 
 from maxtext_mudd.cluster.request import YOUR_PROJECT, YOUR_ZONE, Request
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 
 # Both named, so that a TPU that does not start is an error: left to itself, JAX would train on the CPU.
 ENVIRONMENT = {"JAX_PLATFORMS": "tpu,cpu", "PYTHONUNBUFFERED": "1"}

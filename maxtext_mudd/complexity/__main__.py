@@ -9,10 +9,11 @@ import contextlib
 import logging
 import sys
 
-from maxtext_mudd import assets, errors, plugin, versions
+from maxtext_mudd import assets, plugin, versions
 from maxtext_mudd.complexity import counts, paper, sizes
-from maxtext_mudd.launch import exit_with
+from maxtext_mudd.config import errors
 from maxtext_mudd.runs import early, usage
+from maxtext_mudd.runs.launch import exit_with
 
 # Model, configuration, and the two ratios in percent as Table 1 prints them; there T = 4096.
 TABLE_1 = (

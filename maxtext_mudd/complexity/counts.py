@@ -1,6 +1,6 @@
 """Exact counts for a configuration: parameters, FLOPs, activations. Pure Python, no arrays."""
 
-from maxtext_mudd import topology
+from maxtext_mudd.connections.mudd import topology
 
 _GATED = 2  # matrices into a gated FFN
 

@@ -7,8 +7,9 @@ from typing import Any
 import omegaconf
 from pydantic import PositiveInt, model_validator
 
-from maxtext_mudd import blocks, config_files
-from maxtext_mudd.keys import MuddKeys
+from maxtext_mudd import blocks
+from maxtext_mudd.config import files as config_files
+from maxtext_mudd.config.keys import MuddKeys
 from maxtext_mudd.runs import early
 
 DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.ATTENTION_NORMS})

@@ -11,9 +11,3 @@ read(carry)             the input of this block, and the carry behind it
 write(carry, output)    the carry after it, `output` being what the stock layer returned
 finish(carry)           [B,T,D], the hidden state after the last block
 """
-
-from maxtext_mudd.connections.dense import DenseConnection
-from maxtext_mudd.connections.hyper_connections import HyperConnection
-
-# Without aggregates a dense connection is the plain residual.
-FAMILIES = {"dense": DenseConnection, "hyper_connections": HyperConnection, "residual": DenseConnection}

@@ -36,8 +36,8 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from maxtext_mudd.connections.mudd.topology import Aggregate, Topology
 from maxtext_mudd.kernels import HiddenLayer, Passes, Pending, WeightMLP, Weights, accumulation_dtype, map_columns
-from maxtext_mudd.topology import Aggregate, Topology
 
 AGGREGATES_PER_GROUP = 4  # the traffic of a step is within 3 % of that of the best number, for 24 to 42 blocks
 LAST_OUTPUT_NAME = "mudd_last_output"  # for the policy of rematerialisation

@@ -26,7 +26,7 @@ from typing import BinaryIO, TextIO
 
 import tqdm
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import early, ends, noise
 from maxtext_mudd.runs.progress import Progress
 

@@ -16,7 +16,7 @@ from maxtext.input_pipeline.protos import example_pb2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maxtext_mudd.errors import ConfigError, brief, failed_in
+from maxtext_mudd.config.errors import ConfigError, brief, failed_in
 from maxtext_mudd.runs import sources, token_maps
 
 SEARCH_SECONDS = 120  # a run that has failed does not wait longer for a better sentence

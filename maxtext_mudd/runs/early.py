@@ -13,9 +13,11 @@ import types
 
 import omegaconf
 
-from maxtext_mudd import config_files, errors, versions
-from maxtext_mudd.errors import ConfigError
-from maxtext_mudd.keys import MuddKeys
+from maxtext_mudd import versions
+from maxtext_mudd.config import errors
+from maxtext_mudd.config import files as config_files
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.config.keys import MuddKeys
 
 # Its value is a text, whatever YAML would read in it; MaxText's commands read it as YAML later.
 _PROMPT = "prompt="

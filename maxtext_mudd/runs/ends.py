@@ -17,7 +17,8 @@ from typing import Any
 
 from absl import logging as absl_logging
 
-from maxtext_mudd import config_files, errors
+from maxtext_mudd.config import errors
+from maxtext_mudd.config import files as config_files
 from maxtext_mudd.runs import hosts
 
 DATA_ENDED = 3  # status of a run whose data ended before its steps were done

@@ -8,8 +8,8 @@ from maxtext.input_pipeline import input_pipeline_interface, multihost_dataloadi
 from maxtext.utils import maxtext_utils
 import numpy as np
 
-from maxtext_mudd import tokens
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.inference import tokens
 from maxtext_mudd.runs import data_faults, sources
 
 

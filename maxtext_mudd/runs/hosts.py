@@ -1,6 +1,6 @@
 """What the processes of a job of several hosts agree on, so that none waits for one that has ended."""
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 
 MEETING_SECONDS = 60
 

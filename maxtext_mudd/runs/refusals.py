@@ -5,7 +5,7 @@ import importlib.util
 import os
 import pathlib
 
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 
 _MACHINE = pathlib.Path("/sys/class/dmi/id/product_name")  # where google.auth looks, too
 _SEEDS = 2**32  # Grain's limit

@@ -9,7 +9,7 @@ import pathlib
 import socket
 
 from maxtext_mudd.checkpoints import locks
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 
 NAME = "run.lock"  # in OUTPUT/RUN
 

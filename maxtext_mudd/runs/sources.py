@@ -8,7 +8,7 @@ import pathlib
 import re
 
 from maxtext_mudd import assets
-from maxtext_mudd.errors import ConfigError
+from maxtext_mudd.config.errors import ConfigError
 
 REMOTE = "://"
 _LOADER_OF_ENDING = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}

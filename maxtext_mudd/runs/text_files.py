@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tqdm
 
-from maxtext_mudd.errors import ConfigError, brief
+from maxtext_mudd.config.errors import ConfigError, brief
 from maxtext_mudd.runs import console, data_faults, sources
 
 _LAYOUT = 1  # raise it when the same text would be converted differently

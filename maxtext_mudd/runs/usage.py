@@ -7,7 +7,8 @@ import pathlib
 import re
 import textwrap
 
-from maxtext_mudd import assets, config_files
+from maxtext_mudd import assets
+from maxtext_mudd.config import files as config_files
 
 _RUN = {
   "run_name": "name of the run's folder; a run of this name that exists is resumed",

@@ -1,0 +1,1 @@
+"""Models of the authors' JAX code, read."""

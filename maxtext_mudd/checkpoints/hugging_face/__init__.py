@@ -1,0 +1,1 @@
+"""Released models in Hugging Face folders, read and written."""

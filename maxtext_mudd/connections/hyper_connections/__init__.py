@@ -1,0 +1,1 @@
+"""Hyper-Connections: several residual streams."""

@@ -1,0 +1,1 @@
+"""MUDD, DenseFormer and DDFormer: weights of all earlier block outputs."""

@@ -1,0 +1,66 @@
+"""What MaxText reports of a model with depth connections: FLOPs, and statistics of the aggregates."""
+
+import functools
+import re
+
+import jax
+
+from maxtext_mudd.complexity import counts
+from maxtext_mudd.connections.metrics import PREFIX
+from maxtext_mudd.connections.mudd import topology
+
+_FORWARD_AND_BACKWARD = 3
+
+
+def connection_tflops(config) -> float:
+  """TFLOPs per train step and device beyond what MaxText counts."""
+  tokens = config.per_device_batch_size * config.max_target_length * config.gradient_accumulation_steps
+  width = counts.extra_ffn_width(config)
+  if config.num_experts > 1:
+    width *= config.num_experts_per_tok
+  feed_forward = 2 * width * config.emb_dim * (len(config.mlp_activations) + 1)
+  return _FORWARD_AND_BACKWARD * tokens * (counts.connection_flops(config) + feed_forward) / 1e12
+
+
+def with_connection_flops(stock):
+  @functools.wraps(stock)
+  def calculate(config, log=True):
+    total, weights, attention = stock(config, log=log)
+    if getattr(config, "mudd", False):
+      extra = connection_tflops(config)
+      total, weights = total + extra, weights + extra
+      if log:
+        print(f"With the depth connections: {total:.2f} TFLOPs, {100 * extra / total:.2f}% of them theirs.")
+    return total, weights, attention
+
+  return calculate
+
+
+def with_connection_metrics(stock):
+  @functools.wraps(stock)
+  def record(output_metrics, intermediate_outputs, config):
+    stock(output_metrics, intermediate_outputs, config)
+    for path, value in jax.tree_util.tree_leaves_with_path(intermediate_outputs):
+      keys = [str(getattr(entry, "key", "")) for entry in path]
+      name = next((key for key in keys if key.startswith(PREFIX)), None)
+      if name is None:
+        continue
+      statistic, stream = name.removeprefix(PREFIX).rsplit("_", 1)
+      # MaxText sums what layers sow over the microbatches of a step.
+      for after, mean in _by_aggregate(keys, value / config.gradient_accumulation_steps, config):
+        output_metrics["scalar"][f"mudd/{statistic}/{stream}/da_{after:03d}"] = mean
+
+  return record
+
+
+def _by_aggregate(keys: list[str], value, config):
+  """(number of the aggregate, its value) of what was sown under a path; scanned layers sow all at once."""
+  layer = next((re.fullmatch(r"layers_(\d+)", key) for key in keys if key.startswith("layers_")), None)
+  if layer:
+    yield int(layer.group(1)) + ("final_depth_aggregate" in keys), value
+  elif "final_depth_aggregate" in keys:
+    yield config.num_decoder_layers, value
+  else:
+    own = topology.from_config(config)
+    group = next((int(key.removeprefix("group_")) for key in keys if key.startswith("group_")), 0)
+    yield from ((block - 1, mean) for block, mean in zip(own.groups[group], value) if own.before(block))

@@ -22,7 +22,7 @@ import sys
 from maxtext_mudd import plugin, versions
 from maxtext_mudd.config.errors import ConfigError, reachable
 from maxtext_mudd.interrupts import Interrupts
-from maxtext_mudd.runs import early, launch
+from maxtext_mudd.runs import early_check, launch
 
 _FOLDERS = {
   "source": "--from",
@@ -104,9 +104,9 @@ def _check_keys(args) -> None:
   """Before MaxText is imported. Raises ConfigError."""
   overrides = getattr(args, "overrides", [])
   if args.command != "layout":  # which takes further files, too
-    early.check_keys(launch.keys(overrides))
+    early_check.check_keys(launch.read_overrides(overrides))
   if hasattr(args, "config"):
-    early.check(["", args.config, *overrides])
+    early_check.check(["", args.config, *overrides])
 
 
 def _from_hf(args) -> str:
@@ -129,7 +129,7 @@ def _imported(convert, source: str, args) -> str:
   from maxtext_mudd.checkpoints import folder
 
   target = pathlib.Path(args.maxtext_dir).absolute()
-  convert(pathlib.Path(source).absolute(), target, overrides=launch.keys(args.overrides))
+  convert(pathlib.Path(source).absolute(), target, overrides=launch.read_overrides(args.overrides))
   return (
     f"{target}: {folder.CONFIG} describes the model, load_parameters_path={target / folder.ITEMS} has its parameters"
   )

@@ -3,7 +3,7 @@
 import functools
 
 from maxtext_mudd.config.errors import ConfigError
-from maxtext_mudd.runs import console, run_lock, sources
+from maxtext_mudd.runs import console, data_settings, run_lock
 from maxtext_mudd.runs.launch import launch
 
 
@@ -11,7 +11,7 @@ def check_training(config, lock: run_lock.RunLock | None = None) -> None:
   """Takes `lock` for the run's folder, or raises ConfigError, on all hosts of a job, for what cannot work on one."""
   from maxtext_mudd.config import devices
   from maxtext_mudd.runs import (
-    data_place,
+    data_position,
     hosts,
     preflight,  # once MaxText is known to be the right one
     refusals,
@@ -28,14 +28,14 @@ def check_training(config, lock: run_lock.RunLock | None = None) -> None:
   except ConfigError as error:
     refusal = error
   hosts.refuse_together(refusal)
-  data_place.warn_on_resume(config)
+  data_position.warn_on_resume(config)
 
 
 def run() -> None:
   """Trains; what the run reads and writes is checked before anything is compiled, and its folder is locked."""
   with run_lock.RunLock() as lock, console.Console():
     check = functools.partial(check_training, lock=lock)
-    launch("maxtext.trainers.pre_train.train", check=check, check_early=sources.check)
+    launch("maxtext.trainers.pre_train.train", check=check, check_early=data_settings.check)
 
 
 if __name__ == "__main__":

@@ -425,7 +425,7 @@ def test_targets_are_never_written_over(tmp_path, capsys):
   assert said == [
     f"{target} exists already; name a folder that does not.",
     "gs://bucket/m is not a local folder; copy it first.",
-    "scan_layers is not key=value, as scan_layers=true is.",
+    "scan_layers is not key=value; write it like scan_layers=true.",
     "mudd_wayz is not a configuration key; the nearest is mudd_ways.",
     f"{target} has no model.yml; name a folder that from-hf or from-run made.",
     f"{source} exists already; name a folder that does not.",

@@ -10,7 +10,7 @@ from maxtext_mudd.cluster.request import IN_IMAGE, ROOT, Request
 from maxtext_mudd.config import files as config_files
 from maxtext_mudd.config import slices
 from maxtext_mudd.config.errors import ConfigError
-from maxtext_mudd.runs import sources
+from maxtext_mudd.runs import data_settings
 
 WORKDIR = "/app"  # of the image
 _LIKE = "v5p-8"  # stands for the TPU types that MaxText does not know by XPK's name
@@ -36,7 +36,7 @@ def check(request: Request) -> list[str]:
 
     devices.check_mesh(config)
     devices.check_batch(config)
-  return [path for key, value in sources.data_files(config) for path in _local(key, value, config)]
+  return [path for key, value in data_settings.file_keys(config) for path in _local(key, value, config)]
 
 
 def _check_chain(name: str) -> None:
@@ -82,8 +82,8 @@ def _check_hardware(config, request: Request) -> None:
 def _local(key: str, value: str, config) -> list[str]:
   if key.startswith("hf") and not value:
     raise ConfigError(f"{key}='' names no data; set it to files, or to a pattern that matches files.")
-  patterns = [pattern for pattern, _ in sources.entries(key, value)]
-  remote = [pattern for pattern in patterns if sources.REMOTE in pattern]
+  patterns = [pattern for pattern, _ in data_settings.patterns(key, value)]
+  remote = [pattern for pattern in patterns if data_settings.REMOTE in pattern]
   if remote and key.startswith("grain") and config.grain_file_type == "mmap":
     raise ConfigError(
       f"{key}={remote[0]}: Megatron maps are read from a file system; mount the bucket, as docs/cluster.md says, and "

@@ -12,7 +12,7 @@ import sys
 from maxtext_mudd import assets, plugin, versions
 from maxtext_mudd.complexity import counts, paper, sizes
 from maxtext_mudd.config import errors
-from maxtext_mudd.runs import early, usage
+from maxtext_mudd.runs import early_check, usage
 from maxtext_mudd.runs.launch import exit_with
 
 # Model, configuration, and the two ratios in percent as Table 1 prints them; there T = 4096.
@@ -65,7 +65,7 @@ def read(arguments: list[str], **overrides):
     versions.UnknownMaxText: MaxText is missing, or another version is installed.
   """
   argv = ["", *arguments]
-  early.check(argv)
+  early_check.check(argv)
   with errors.one_sentence(sizes.Sizes):
     model = sizes.read(argv, **overrides)
   return model or _read_all(argv, overrides)

@@ -10,7 +10,7 @@ from pydantic import PositiveInt, model_validator
 from maxtext_mudd import blocks
 from maxtext_mudd.config import files as config_files
 from maxtext_mudd.config.keys import MuddKeys
-from maxtext_mudd.runs import early
+from maxtext_mudd.runs import early_check
 
 DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.ATTENTION_NORMS})
 
@@ -76,7 +76,7 @@ def read(argv: Sequence[str], **overrides: Any) -> Sizes | None:
   """The sizes of the model that a command line describes.
 
   Args:
-    argv: as of `early.check`, which it has passed.
+    argv: as of `early_check.check`, which it has passed.
     overrides: keys that go before those of the command line.
 
   Returns:
@@ -90,9 +90,9 @@ def read(argv: Sequence[str], **overrides: Any) -> Sizes | None:
   given = config_files.values(argv)
   stock = config_files.stock_file()
   values = omegaconf.OmegaConf.merge(omegaconf.OmegaConf.load(stock), given, overrides)
-  if given.get("base_config") not in (None, str(stock)) or early.is_changed_later(values):
+  if given.get("base_config") not in (None, str(stock)) or early_check.is_changed_by_maxtext(values):
     return None
-  keys = early.plain(values)
+  keys = early_check.constructor_values(values)
   if keys["global_parameter_scale"] != 1 or keys["decoder_block"] not in blocks.ATTENTION_NORMS:
     return None
   if keys["num_experts"] != 1 and keys["base_moe_mlp_dim"] != keys["base_mlp_dim"]:

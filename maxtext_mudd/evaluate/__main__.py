@@ -22,7 +22,7 @@ from maxtext_mudd import assets, plugin, versions
 from maxtext_mudd.config.errors import ConfigError, brief, failed_in, reachable
 from maxtext_mudd.evaluate import results_file
 from maxtext_mudd.interrupts import Interrupts
-from maxtext_mudd.runs import early, launch, noise
+from maxtext_mudd.runs import early_check, launch, library_warnings
 
 HARNESS = "lm_eval==0.4.13"
 # The columns of the paper's Table 3, zero-shot and five-shot by the harness. That these were the tasks is not written:
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # warnings; else XLA announces its devices
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it says that PyTorch is not there
   try:
-    with Interrupts() as interrupts, reachable(), noise.hidden():
+    with Interrupts() as interrupts, reachable(), library_warnings.hidden():
       wanted = _Request(args)
       plugin.install()
       wanted.load_tasks()
@@ -145,9 +145,9 @@ class _Request:
   def _check_keys(self, overrides: list[str]) -> None:
     """Before MaxText is imported. Raises ConfigError."""
     if self.config_file:
-      early.check(["", self.config_file, *overrides])
+      early_check.check(["", self.config_file, *overrides])
     else:
-      early.check_keys(self.overrides)
+      early_check.check_keys(self.overrides)
 
   def load_tasks(self) -> None:
     """Reads tasks, with their data sets. Raises ConfigError."""
@@ -260,7 +260,7 @@ def _split(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     raise ConfigError(f"{wrong[0]} is not key=value, nor a configuration file, which ends in .yml.")
   if len(files) > 1:
     raise ConfigError(f"{files[1]} is a second configuration file; one, {files[0]}, describes the checkpoint.")
-  return (files or [""])[0], launch.keys([x for x in arguments if "=" in x])
+  return (files or [""])[0], launch.read_overrides([x for x in arguments if "=" in x])
 
 
 def _task_names(text: str) -> list[str]:

@@ -89,21 +89,21 @@ REFUSED = {
     {"ARGS": "steps"},
     "ARGS: steps is not key=value, nor a configuration file, which ends in .yml.",
   ),
-  "run name": ({"ARGS": "run_name=x"}, "ARGS: run_name=x is set by WORKLOAD; give it there."),
+  "run name": ({"ARGS": "run_name=x"}, "ARGS: run_name=x is set by WORKLOAD; set it there."),
   "topology": (
     {"ARGS": "compile_topology=v5p-8"},
-    "ARGS: compile_topology=v5p-8 is set by TPU_TYPE; give it there.",
+    "ARGS: compile_topology=v5p-8 is set by TPU_TYPE; set it there.",
   ),
   "slices of the topology": (
     {"ARGS": "compile_topology_num_slices=4"},
-    "ARGS: compile_topology_num_slices=4 is set by NUM_SLICES; give it there.",
+    "ARGS: compile_topology_num_slices=4 is set by NUM_SLICES; set it there.",
   ),
   "quotes": ({"ARGS": "hf_path='a"}, "ARGS=hf_path='a has quotes that do not match (no closing quotation)."),
   "lines": ({"ARGS": "a=1\nb=2"}, "ARGS='a=1\\nb=2' has line breaks or other control characters"),
-  "variable": ({"ARGS": "a=$(HOME)"}, "ARGS=a=$(HOME) has a $, which Kubernetes reads as a variable of its own"),
+  "variable": ({"ARGS": "a=$(HOME)"}, "ARGS=a=$(HOME) has a $, and Kubernetes would replace the variable after it"),
   "flag of a variable": (
     {"XPK_ARGS": "--no-dry-run"},
-    "XPK_ARGS: --no-dry-run is set by DRY_RUN; give it there.",
+    "XPK_ARGS: --no-dry-run is set by DRY_RUN; set it there.",
   ),
   "Pathways": (
     {"XPK_ARGS": "--use-pathways"},
@@ -115,7 +115,7 @@ REFUSED = {
   ),
   "changes that no image holds": (
     {"DRY_RUN": "", "DOCKER_IMAGE": "gcr.io/my-project/maxtext-mudd:abc-dirty"},
-    "DOCKER_IMAGE=gcr.io/my-project/maxtext-mudd:abc-dirty: this tree has changes that are in no commit",
+    "DOCKER_IMAGE=gcr.io/my-project/maxtext-mudd:abc-dirty: this checkout has changes that are in no commit",
   ),
 }
 
@@ -153,7 +153,7 @@ RUNS_THAT_CANNOT_WORK = {
   ),
   "maps in a bucket": (
     {"ARGS": "grain_train_files=gs://my-bucket/pile"},
-    "grain_train_files=gs://my-bucket/pile: Megatron maps are read from a file system; mount the bucket",
+    "grain_train_files=gs://my-bucket/pile: Megatron files are read from a file system; mount the bucket",
   ),
   "no text": (
     {"ARGS": str(ROOT / "yaml" / "data" / "local_text.yml")},
@@ -256,7 +256,7 @@ def test_manifest_that_cannot_be_written(tmp_path, capsys):
   program = recorder(tmp_path)
   manifest = program / "manifest.yml"
   found = main(program, capsys, DRY_RUN="", ARGS=SYNTHETIC, MANIFEST=str(manifest))
-  assert found == f"MANIFEST={manifest} cannot be written (File exists); name a file in a folder of yours."
+  assert found == f"MANIFEST={manifest} cannot be written (File exists); name a file in a folder that you can write to."
   assert len((tmp_path / "told.jsonl").read_text().splitlines()) == 1  # the rehearsal
 
 
@@ -332,7 +332,7 @@ def test_manifest_of_xpk_itself(offline, tmp_path, capfd):
     ({"XPK_ARGS": "--help"}, "XPK_ARGS=--help asks XPK for something other than a workload; leave it out."),
     (
       {"XPK_ARGS": "'--env=A=\"b\" c'"},
-      "XPK_ARGS='--env=A=\"b\" c' does not come out as it is in XPK's manifest; look for quotes in it.",
+      "XPK_ARGS='--env=A=\"b\" c' is changed in XPK's manifest; remove quotes from it.",
     ),
   ],
 )
@@ -396,7 +396,7 @@ def test_make(tmp_path):
   written = manifest.read_text()
   assert "steps=10 yaml/data/synthetic.yml 'hf_path=two \"words\"') &" in written
   assert "image: gcr.io/your-project/maxtext-mudd:" in written
-  assert "not to be submitted as it is: PROJECT is not set and gcloud has none" in finished.stdout
+  assert "this request would be refused without DRY_RUN=1: PROJECT is not set and gcloud has none" in finished.stdout
 
 
 def without_make() -> dict[str, str]:

@@ -154,7 +154,7 @@ def test_refusals(case):
 def test_refusals_of_the_command(tmp_path):
   nowhere = tmp_path / "nowhere"
   for keys, message in (
-    ({}, "load_parameters_path='' names no checkpoint; name one, as OUTPUT/RUN/checkpoints/STEP."),
+    ({}, "load_parameters_path='' names no checkpoint; name one, such as OUTPUT/RUN/checkpoints/STEP."),
     ({"load_parameters_path": str(nowhere)}, f"load_parameters_path={nowhere}: there is no such folder."),
     (
       {"load_parameters_path": str(tmp_path / ("n" * 300))},
@@ -162,12 +162,13 @@ def test_refusals_of_the_command(tmp_path):
     ),
     (
       {"load_full_state_path": str(nowhere), "enable_checkpointing": True},
-      f"load_full_state_path={nowhere}: decoding reads parameters alone; name the checkpoint by load_parameters_path, "
-      "which takes one of a run, too.",
+      f"load_full_state_path={nowhere}: decoding reads parameters only; name the checkpoint by load_parameters_path, "
+      "which also accepts a checkpoint of a run.",
     ),
     (
       {"load_parameters_path": str(tmp_path), "max_prefill_predict_length": 64, "max_target_length": 64},
-      "max_prefill_predict_length=64 leaves no room for new tokens in max_target_length=64; lower it, or raise that.",
+      "max_prefill_predict_length=64 leaves no room for new tokens in max_target_length=64; lower the first key, "
+      "or raise the second.",
     ),
     (
       {"load_parameters_path": str(tmp_path), "decode_sampling_strategy": "topk"},
@@ -241,10 +242,12 @@ def test_the_command(tmp_path):
   assert len(said[0][1]) > len(f"Input `{TEXT}` -> ``")
   assert said[2][0] == 2
   assert said[2][2] == (
-    "maxtext-mudd: the prompt has 61 tokens, more than max_prefill_predict_length=40; raise that, and what is left to "
-    "max_target_length=64 is made, or shorten it."
+    "maxtext-mudd: the prompt has 61 tokens, more than max_prefill_predict_length=40; shorten it, or raise that "
+    "key, which leaves fewer new tokens up to max_target_length=64."
   )
-  assert said[3][::2] == (2, "maxtext-mudd: prompt='' says nothing; write something.")
+  assert said[3][::2] == (2, 'maxtext-mudd: prompt is empty; pass prompt="...".')
   assert said[4][:2] == said[0][:2]
   assert said[5][0] == 2
-  assert said[5][2].startswith("maxtext-mudd: autoregressive_decode_assert=no such text: the text does not begin so: '")
+  assert said[5][2].startswith(
+    "maxtext-mudd: autoregressive_decode_assert=no such text: the new text does not begin with it: '"
+  )

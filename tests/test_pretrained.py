@@ -1151,7 +1151,7 @@ def test_interrupts_that_end_in_other_errors(error, tmp_path, monkeypatch, capsy
 
   monkeypatch.setattr(hf, "from_hf", convert_it)
   assert refusal(capsys, "from-hf", "--hf-dir", hugging_face(tmp_path / "hf"), "--maxtext-dir", tmp_path / "m") == (
-    "interrupted; nothing was made."
+    "interrupted; nothing was written."
   )
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -1253,5 +1253,5 @@ def test_interrupts_while_maxtext_is_imported(tmp_path, monkeypatch, capsys):
     signal.raise_signal(signal.SIGTERM)
 
   monkeypatch.setattr(convert.plugin, "install", install)
-  assert refusal(capsys, "to-hf", "--maxtext-dir", tmp_path, "--hf-dir", "b") == "interrupted; nothing was made."
+  assert refusal(capsys, "to-hf", "--maxtext-dir", tmp_path, "--hf-dir", "b") == "interrupted; nothing was written."
   assert len(calls) == 1

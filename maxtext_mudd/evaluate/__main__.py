@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
       try:
         _show(results)
       finally:  # one is there where the other fails
-        wanted.write(results, interrupts.end)
+        wanted.write(results, interrupts.ignore_further)
   except (ConfigError, versions.UnknownMaxText) as error:
     launch.exit_with(str(error))
   except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from maxtext_mudd import assets, convert
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.evaluate import __main__ as evaluate
 from maxtext_mudd.evaluate import harness as evaluation
-from maxtext_mudd.evaluate import results_file
+from maxtext_mudd.evaluate import request, results_file
 from maxtext_mudd.inference import forward, pretrained, tokens
 from tests import models, runs
 from tests.test_blocks import MOE
@@ -343,17 +343,20 @@ def test_few_shot(run, lm, tmp_path):
     ({"do_sample": True, "top_k": 2.5}, "top_k=2.5 is not a whole number."),
     ({"do_sample": True, "top_p": 1.5}, "top_p=1.5 is not above 0, and 1 at most."),
     ({"do_sample": True, "top_p": 0.0}, "top_p=0.0 is not above 0, and 1 at most."),
-    ({"temperature": -1}, "temperature=-1.0 is not 0 or more, and finite; 0 takes the most probable token each time."),
+    (
+      {"temperature": -1},
+      "temperature=-1.0 is not a finite number of 0 or more; 0 takes the most probable token each time.",
+    ),
     ({"temperature": "hot"}, "temperature='hot' is not a number."),
     ({"temperature": "nan"}, "temperature='nan' is not a number."),
     ({"max_new_tokens": "all"}, "max_new_tokens='all' is not a whole number."),
-    ({"max_tokens": 0}, "max_gen_toks=0 leaves no room for a prompt, or asks for nothing; "),
+    ({"max_tokens": 0}, "max_gen_toks=0 leaves no room for a prompt, or asks for no tokens; "),
     ({"do_sample": "false"}, "do_sample='false' is neither true nor false."),
     ({"until": ["\n", 5]}, "until=['\\n', 5] is not a text, nor a list of texts."),
     (
       {"temperature": 0.7, "top_k": 8, "top_p": 0.9},
-      "top_p=0.9 with temperature=0.7: MaxText cuts before the temperature, and task files mean after it; set "
-      "temperature=1, or leave top_p out.",
+      "top_p=0.9 with temperature=0.7: MaxText applies top_p before the temperature, and task files mean after it; "
+      "set temperature=1, or leave top_p out.",
     ),
   ],
 )
@@ -384,7 +387,7 @@ def test_generation(lm):
   for context, text in zip(contexts, whole):
     prompt = [1, *of_bytes(context)][-(CONTEXT - 6) :]
     row = maxtext_mudd.generate(lm.model, lm.config, [prompt], 6)[0, len(prompt) :].tolist()
-    assert text == lm.words.decode(row[: row.index(2)] if 2 in row else row)
+    assert text == lm.text_tokenizer.decode(row[: row.index(2)] if 2 in row else row)
   assert len(set(whole)) > 1
 
   cut = {"max_gen_toks": 6, "until": [whole[2][1]]}
@@ -447,7 +450,10 @@ def test_tokenizers(tmp_path):
 
 
 REFUSED = {
-  "nothing": ([], "there is nothing to evaluate; name --tasks, as lambada_openai,piqa or paper, or a --text."),
+  "nothing": (
+    [],
+    "there is nothing to evaluate on; name tasks, such as --tasks lambada_openai,piqa or --tasks paper, or a --text.",
+  ),
   "no checkpoint": (
     ["--checkpoint", "{tmp}/none", "--tasks", "choice"],
     "--checkpoint={tmp}/none is not a folder; name one that holds a model.",
@@ -462,7 +468,7 @@ REFUSED = {
   ),
   "a checkpoint of a run": (
     ["--checkpoint", "{tmp}/run", "--tasks", "choice"],
-    "--checkpoint={tmp}/run is a checkpoint of a run; name the CONFIG.yml that it was started with, too.",
+    "--checkpoint={tmp}/run is a checkpoint of a run; also name the CONFIG.yml that the run was started with.",
   ),
   "no text": (
     ["--text", "{tmp}/none"],
@@ -484,14 +490,14 @@ REFUSED = {
   ),
   "fewer than none": (
     ["--tasks", "choice", "--num-fewshot", "-1"],
-    "--num-fewshot=-1 is not a whole number from 0 on.",
+    "--num-fewshot=-1 is not a whole number of 0 or more.",
   ),
-  "half a row": (["--tasks", "choice", "--batch-size", "0.5"], "--batch-size=0.5 is not a whole number from 1 on."),
+  "half a row": (["--tasks", "choice", "--batch-size", "0.5"], "--batch-size=0.5 is not a whole number of 1 or more."),
   "no documents": (
     ["--tasks", "choice", "--limit", "0"],
-    "--limit=0 leaves nothing; set it to a number of documents, or a share below 1.",
+    "--limit=0 leaves no documents; set it to a number of documents, or a share below 1.",
   ),
-  "no limit": (["--tasks", "choice", "--limit", "nan"], "--limit=nan is not a number from 0 on."),
+  "no limit": (["--tasks", "choice", "--limit", "nan"], "--limit=nan is not a number of 0 or more."),
   "half a document": (
     ["--tasks", "choice", "--limit", "2.9"],
     "--limit=2.9 is neither a whole number of documents, nor a share below 1.",
@@ -514,7 +520,7 @@ REFUSED = {
   ),
   "a data set far away": (
     ["--tasks", "far"],
-    "--tasks: far cannot be loaded; where its data set cannot be downloaded, unset HF_HUB_OFFLINE, or bring it to the "
+    "--tasks: far cannot be loaded; if its data set cannot be downloaded, unset HF_HUB_OFFLINE, or copy it to the "
     "cache of Hugging Face (",
   ),
   "more examples than there are": (
@@ -523,12 +529,11 @@ REFUSED = {
   ),
   "a target longer than the context": (
     ["--tasks", "long"],
-    "the target 'yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy' has 50 tokens; it can have 1 to 24, the context "
-    "(max_target_length).",
+    "the target 'yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy' has 50 tokens; it can have from 1 to max_target_length=24.",
   ),
   "more new tokens than the context": (
     ["--tasks", "choice,endless"],
-    "--tasks: endless: generation_kwargs: max_gen_toks=24 leaves no room for a prompt, or asks for nothing; set it "
+    "--tasks: endless: generation_kwargs: max_gen_toks=24 leaves no room for a prompt, or asks for no tokens; set it "
     "from 1 to 23, for max_target_length=24.",
   ),
   "beams": (
@@ -669,7 +674,8 @@ def test_outputs_that_cannot_be_written(crowded, lm, monkeypatch, capsys):
   arguments = ["--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice", "--batch-size", 3]
   ended, table = end_of(capsys, *arguments, "--output", crowded / "made.json")
   assert ended == (
-    f"--output={crowded}/made.json cannot be written (OSError(28, 'No space left on device')); name a file that can be."
+    f"--output={crowded}/made.json cannot be written (OSError(28, 'No space left on device')); name a file that "
+    "can be written."
   )
   assert "|choice" in table
   assert sorted(crowded.rglob("*")) == before
@@ -729,10 +735,10 @@ def test_names(tmp_path, capsys):
     "maxtext-mudd: --tasks: these cannot be evaluated together (ValueError: Duplicate task 'choice': found in both "
     "'one' and 'other')."
   )
-  manager = evaluate._task_manager(["paper"], None)
-  assert len(evaluate.PAPER) == 11
-  assert set(evaluate.PAPER) <= set(manager.all_subtasks)
-  assert evaluate._task_names("paper,piqa, mine") == [*evaluate.PAPER, "mine"]
+  manager = evaluate.task_manager(["paper"], None)
+  assert len(request.PAPER_TASKS) == 11
+  assert set(request.PAPER_TASKS) <= set(manager.all_subtasks)
+  assert request.read_task_names("paper,piqa, mine") == [*request.PAPER_TASKS, "mine"]
 
 
 @pytest.mark.slow

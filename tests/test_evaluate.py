@@ -538,8 +538,8 @@ REFUSED = {
   ),
   "beams": (
     ["--tasks", "choice,beams"],  # before the choices are scored
-    "--tasks: beams: generation_kwargs: num_beams=4 is not known; do_sample, max_gen_toks, temperature, top_k, top_p, "
-    "until are.",
+    "--tasks: beams: generation_kwargs: num_beams=4 is not known; the known keys are do_sample, max_gen_toks, "
+    "temperature, top_k, top_p, until.",
   ),
   "a tokenizer with more tokens": (
     ["--tasks", "choice", "--tokenizer", "{tmp}/many"],

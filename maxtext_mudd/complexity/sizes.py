@@ -1,4 +1,7 @@
-"""The keys that costs are counted from, read from configuration files without JAX or MaxText's modules."""
+"""Reads the sizes of a model, from which its costs are counted, without importing JAX or MaxText's modules.
+
+`read` returns None if only MaxText itself can tell the sizes.
+"""
 
 from collections.abc import Sequence
 import enum
@@ -16,9 +19,9 @@ DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.ATTENTIO
 
 
 class Sizes(MuddKeys):
-  """What `counts`, `paper` and `topology` read of a configuration: MaxText's keys of the same names.
+  """The keys of a configuration that `counts`, `paper` and `topology` read. Names and values are those of MaxText.
 
-  MaxText's derived sizes are its base sizes, as with global_parameter_scale=1.
+  The sizes that MaxText derives equal its base sizes, because `read` accepts global_parameter_scale=1 only.
   """
 
   decoder_block: DecoderBlock
@@ -73,19 +76,19 @@ class Sizes(MuddKeys):
 
 
 def read(argv: Sequence[str], **overrides: Any) -> Sizes | None:
-  """The sizes of the model that a command line describes.
+  """Reads the sizes of the model that a command line describes.
 
   Args:
-    argv: as of `early_check.check`, which it has passed.
-    overrides: keys that go before those of the command line.
+    argv: arguments that `early_check.check` has accepted.
+    overrides: keys that override those of the command line.
 
   Returns:
-    None where MaxText derives sizes by more rules than these: by scaling, `model_name`, variables of the environment,
-    references between keys, a file of MaxText's besides base.yml, a decoder block that has no MUDD connections, or
-    experts of another width than base_mlp_dim.
+    The sizes, or None if MaxText derives them by further rules. These are scaling, `model_name`, environment variables,
+    references between keys, a base file of MaxText other than base.yml, a decoder block that has no MUDD connections,
+    and experts of another width than base_mlp_dim.
 
   Raises:
-    pydantic.ValidationError: a value is of another type, or MUDD connections do not work in a model of this size.
+    pydantic.ValidationError: a value has a wrong type, or MUDD connections do not work in a model of this size.
   """
   given = config_files.values(argv)
   stock = config_files.stock_file()

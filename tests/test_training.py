@@ -14,7 +14,7 @@ import scipy.special
 
 from maxtext_mudd import kernels
 from maxtext_mudd.complexity import counts
-from maxtext_mudd.model.decoder import LayerConfig
+from maxtext_mudd.model.changed import LayerConfig
 from tests import models, steps
 from tests.test_blocks import MOE
 

@@ -29,3 +29,8 @@ FEED_FORWARD_NORMS = {
 
 # Scores are scaled by 1/sqrt(head_dim) in the query kernel from the start on, where others scale them as they are made.
 SCALED_QUERY_KERNELS = ("llama2", "mistral")
+
+
+def norm_parameters(config) -> int:
+  """Parameters of one norm of the block."""
+  return config.emb_dim * (2 if config.decoder_block.value == "gpt3" else 1)

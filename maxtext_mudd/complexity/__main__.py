@@ -82,11 +82,12 @@ def _read_all(argv: list[str], overrides: dict):
 
 def describe(config) -> list[tuple[str, ...]]:
   """Exact counts beside the paper's formulas, which are those of MUDD: fully dense, four ways."""
-  extra, plain = counts.connection_parameters(config), counts.plain_parameters(config)
+  cost = counts.connections_cost(config)
+  extra, plain = cost.parameters, counts.plain_parameters(config)
   blocks, width = config.num_decoder_layers, config.emb_dim
   layers = 12 * blocks * width**2
-  flops = counts.connection_flops(config) / counts.plain_flops(config)
-  memory = counts.extra_activations(config) / paper.plain_activations(config)
+  flops = cost.flops / counts.plain_flops(config)
+  memory = cost.activations / paper.plain_activations(config)
 
   def formulas(ratio, equation, shorter):
     return f"{percent(ratio(config))} ({equation}), {percent(ratio(config, rounded=True))} ({shorter})"
@@ -103,7 +104,7 @@ def describe(config) -> list[tuple[str, ...]]:
     ("    over 12LD²", percent(extra / layers), ""),
     (
       "    of them W1 and W2, over 12LD²",
-      percent(counts.weight_parameters(config) / layers),
+      percent(cost.weight_parameters / layers),
       formulas(paper.parameter_ratio, "Eq. 13", "η/6"),
     ),
     ("extra FLOPs", percent(flops), formulas(paper.flop_ratio, "Eq. 15", "η/(3+ρ/4)")),
@@ -118,7 +119,8 @@ def table_1() -> list[tuple[str, ...]]:
   ]
   for model, name, parameters, flops in TABLE_1:
     config = read([str(assets.CONFIGURATIONS / f"{name}.yml")], max_target_length=4096)
-    made = counts.weight_parameters(config) / (12 * config.num_decoder_layers * config.emb_dim**2)
+    cost = counts.connections_cost(config)
+    made = cost.weight_parameters / (12 * config.num_decoder_layers * config.emb_dim**2)
     rows.append(
       (
         model,
@@ -129,7 +131,7 @@ def table_1() -> list[tuple[str, ...]]:
         f"{flops}%",
         percent(paper.flop_ratio(config, rounded=True)),
         percent(paper.flop_ratio(config)),
-        percent(counts.connection_flops(config) / counts.plain_flops(config)),
+        percent(cost.flops / counts.plain_flops(config)),
       )
     )
   return [
@@ -155,7 +157,7 @@ def table_6() -> list[tuple[str, ...]]:
         f"{2 * (plain + blocks + 3):.0f}",
         percent(paper.memory_ratio(config, streams=0)),
         percent(paper.memory_ratio(config)),
-        percent(counts.extra_activations(config) / plain),
+        percent(counts.connections_cost(config).activations / plain),
         f"{measured}%",
       )
     )

@@ -10,10 +10,9 @@ from pydantic import model_validator
 
 from maxtext_mudd import kernels
 from maxtext_mudd.assets import BYTE_TOKENIZER, BYTE_TOKENIZER_FOLDER
-from maxtext_mudd.blocks import ATTENTION_NORMS
+from maxtext_mudd.blocks import ATTENTION_NORMS, ffn_widths
 from maxtext_mudd.config import slices
 from maxtext_mudd.config.keys import MuddKeys
-from maxtext_mudd.connections.mudd import topology
 from maxtext_mudd.kernels import ACTIVATIONS
 
 # Those of MaxText's get_remat_policy, which asserts; it reads none as no policy.
@@ -186,7 +185,7 @@ class MuddConfig(MuddKeys, MaxTextConfig):
     axes = [axis for name, axes in self.logical_axis_rules if name == "mlp" for axis in axes]
     divided = [f"{net}_{axis}_parallelism" for axis in axes for net in ("ici", "dcn")]
     divided = [f"{key}={getattr(self, key)}" for key in divided if getattr(self, key, 1) != 1]
-    narrowest = min(topology.from_config(self).ffn_widths)
+    narrowest = min(ffn_widths.of_config(self))
     refused = (
       (self.num_experts > 1, f"num_experts={self.num_experts}", "experts are not computed in parts"),
       (bool(self.quantization.value), f"quantization={self.quantization.value}", "its scales are of whole kernels"),
@@ -282,7 +281,6 @@ class MuddConfig(MuddKeys, MaxTextConfig):
 
   def _check_hyper_connections(self):
     refused = (
-      (self.scan_layers, "scan_layers=True", "its blocks start differently; set scan_layers=False"),
       (
         self.mudd_decoder_layer != "stock",
         f"mudd_decoder_layer={self.mudd_decoder_layer}",

@@ -10,8 +10,8 @@ import dataclasses
 
 import numpy as np
 
-from maxtext_mudd.blocks import ATTENTION_NORMS, FEED_FORWARD_NORMS, SCALED_QUERY_KERNELS
-from maxtext_mudd.connections.mudd import topology
+from maxtext_mudd import connections
+from maxtext_mudd.blocks import ATTENTION_NORMS, FEED_FORWARD_NORMS, SCALED_QUERY_KERNELS, ffn_widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Name:
 
 def names(config) -> Iterator[Name]:
   """All tensors of the model that the configuration describes."""
-  own, width = topology.from_config(config), config.emb_dim
+  plan, width = connections.plan(config), config.emb_dim
   is_pythia = config.mudd_decoder_layer == "pythia"
 
   def norm(tensor, path, size=width, bias=is_pythia):
@@ -61,7 +61,7 @@ def names(config) -> Iterator[Name]:
       yield Name(f"{tensor}.bias", f"{path}/bias", there[:1], outputs)
 
   def aggregate(number, path):
-    da = own.aggregates[number + 1]
+    da = plan.sites[number + 1]
     ways, sources = da.ways, len(da.sources)
     if da.hidden:
       yield Name(f"dynamic_dense.{number}.w1.weight", f"{path}/w1", (da.hidden, width), (width, da.hidden), True)
@@ -73,7 +73,7 @@ def names(config) -> Iterator[Name]:
   query_factor = config.head_dim**0.5 if block in SCALED_QUERY_KERNELS else 1.0
   vocabulary = (config.vocab_size, width)
   yield Name("tok_embeddings.weight", "token_embedder/embedding", vocabulary, vocabulary)
-  for i, ffn in enumerate(own.ffn_widths):
+  for i, ffn in enumerate(ffn_widths.of_config(config)):
     here, there = f"decoder/layers_{i}", f"layers.{i}"
     attention_norm = f"{here}/{ATTENTION_NORMS[block]}"
     if i == 0:

@@ -1,51 +1,24 @@
 """The decoder with depth connections: stock layers, each with the connection that feeds it."""
 
-import copy
 import functools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from maxtext.common.common_types import MODEL_MODE_TRAIN
-from maxtext.configs.pyconfig import HyperParameters
 from maxtext.layers.nnx_decoders import NNXDecoder
 import numpy as np
 
 from maxtext_mudd.blocks import chunked_prefill as chunks
 from maxtext_mudd.blocks import feed_forward, rotary
 from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
+from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import history, registry
 from maxtext_mudd.connections import scan as scanned
 from maxtext_mudd.connections.mudd import topology
 from maxtext_mudd.model import initializers
 
 _CONNECTION_SEED = 0x6D756464  # keeps the keys of the connections apart from those of the stock layers
-
-
-class LayerConfig(HyperParameters):
-  """A configuration with the feed-forward width of one layer.
-
-  Two views of one configuration with one width compare equal, since modules hold them as static data.
-  """
-
-  def __init__(self, base: HyperParameters, ffn_width: int):
-    object.__setattr__(self, "_base", base)
-    object.__setattr__(self, "_ffn_width", ffn_width)
-    object.__setattr__(self, "_pydantic_config", base._pydantic_config)
-    widths = {"mlp_dim": ffn_width, "moe_mlp_dim": ffn_width}
-    object.__setattr__(self, "_flat_config", {**base.get_keys(), **widths})
-
-  def __deepcopy__(self, memo):
-    return LayerConfig(copy.deepcopy(self._base, memo), self._ffn_width)
-
-  def __reduce__(self):
-    return LayerConfig, (self._base, self._ffn_width)
-
-  def __eq__(self, other):
-    return isinstance(other, LayerConfig) and self._base is other._base and self._ffn_width == other._ffn_width
-
-  def __hash__(self):
-    return hash((id(self._base), self._ffn_width))
 
 
 @functools.cache
@@ -59,7 +32,9 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
     """Reads what flows between blocks and adds its own; the last layer returns the hidden state instead."""
 
     def __init__(self, *, config, ffn_width, connect, seed, rngs, **kwargs):
-      layer_config = config if ffn_width == config.mlp_dim else LayerConfig(config, ffn_width)
+      layer_config = config
+      if ffn_width != config.mlp_dim:
+        layer_config = changed(config, mlp_dim=ffn_width, moe_mlp_dim=ffn_width)
       super().__init__(config=layer_config, rngs=rngs, **kwargs)
       # Keys of its own, so that stock parameters start as they would without connections.
       key = jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + seed)

@@ -9,9 +9,10 @@ from maxtext.common.common_types import MODEL_MODE_TRAIN
 from maxtext.layers.nnx_decoders import NNXDecoder
 import numpy as np
 
-from maxtext_mudd.blocks import chunked_prefill as chunks
-from maxtext_mudd.blocks import feed_forward, rotary
+from maxtext_mudd.blocks.chunked_prefill import prefill_in_chunks
+from maxtext_mudd.blocks.feed_forward import split_feed_forward
 from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
+from maxtext_mudd.blocks.rotary import round_rotary_table
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import history, registry
 from maxtext_mudd.connections import scan as scanned
@@ -41,9 +42,9 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
       self.connection = connect(mesh=self.mesh, rngs=nnx.Rngs(params=key))
       self.connection.fit(self)
       if config.mudd_ffn_parts > 1:
-        feed_forward.compute_in_parts(self)
+        split_feed_forward(self)
       if config.mudd_rope_table != "stock":
-        rotary.round_table(self, config.mudd_rope_table)
+        round_rotary_table(self, config.mudd_rope_table)
 
     @functools.wraps(layer_class.__call__)
     def __call__(self, inputs, *args, **kwargs):
@@ -103,7 +104,7 @@ class MuddDecoder(NNXDecoder):
     super().__init__(config, mesh, quant, model_mode, rngs=rngs)
     initializers.initialise(self, config, rngs)
     if config.use_chunked_prefill:
-      chunks.expect(self, config.prefill_chunk_size)
+      prefill_in_chunks(self, config.prefill_chunk_size)
 
   def get_remat_policy(self):
     policy = super().get_remat_policy()

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from maxtext_mudd.blocks import ATTENTION_NORMS
+from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.connections import scan as scanned
 from maxtext_mudd.connections.mudd import topology
 from maxtext_mudd.connections.mudd.topology import Aggregate, Topology
@@ -112,7 +112,7 @@ def _stack_path(root: str, name: str, own: Topology, number: int) -> str:
 
 def _scanned_name(name: str, config, own: Topology, block: int) -> str:
   """LN_q stands for the one norm of a block that has no norms of its own."""
-  norm = ATTENTION_NORMS[config.decoder_block.value] + "/"
+  norm = block_spec(config).attention_norm + "/"
   decoupled = any(scanned.has_own_norms(config, own, other) for other in _group_of(own, block))
   if name.startswith(norm) and decoupled and not scanned.has_own_norms(config, own, block):
     return f"{norm}q/{name.removeprefix(norm)}"
@@ -120,7 +120,7 @@ def _scanned_name(name: str, config, own: Topology, block: int) -> str:
 
 
 def _single_name(name: str, config, own: Topology, block: int) -> str:
-  norm = ATTENTION_NORMS[config.decoder_block.value] + "/q/"
+  norm = block_spec(config).attention_norm + "/q/"
   if name.startswith(norm) and not scanned.has_own_norms(config, own, block):
     return name.replace("/q/", "/", 1)
   return name

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from maxtext_mudd import kernels
-from maxtext_mudd.blocks import ATTENTION_NORMS
+from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.streams import Streams, decouple
 from maxtext_mudd.connections import buffer as buffers
 from maxtext_mudd.connections.buffer import Buffer, Link
@@ -89,7 +89,7 @@ class ScannedConnection(nnx.Module):
 
   def fit(self, layer: nnx.Module) -> None:
     if any(self.table.has_own_norms):
-      decouple(layer, ATTENTION_NORMS[self.config.decoder_block.value])
+      decouple(layer, block_spec(self.config).attention_norm)
 
   def through(self, block: Callable, state: Any, carry: Buffer, arguments: Any) -> tuple[Buffer, Any]:
     """The carry behind a block; `block` takes its number before the streams."""
@@ -224,7 +224,7 @@ def _initial_static(connection: ScannedConnection):
 
 def existing(config, own: Table, path: tuple[str, ...]) -> np.ndarray | None:
   """Which entries of a parameter exist, blocks first, as far as that is not the same for all that follow; None: all."""
-  norm = ATTENTION_NORMS[config.decoder_block.value]
+  norm = block_spec(config).attention_norm
   if norm in path and path[path.index(norm) + 1] in "kv":
     return np.array(own.has_own_norms)
   if "depth_aggregate" not in path:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from maxtext.utils import sharding
 
 from maxtext_mudd import kernels
-from maxtext_mudd.blocks import ATTENTION_NORMS
+from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.streams import Streams, decouple
 from maxtext_mudd.connections import history, metrics
 from maxtext_mudd.connections.history import History
@@ -150,7 +150,7 @@ class DenseConnection(nnx.Module):
 
   def fit(self, layer: nnx.Module) -> None:
     if self.has_own_norms:
-      decouple(layer, ATTENTION_NORMS[self.config.decoder_block.value])
+      decouple(layer, block_spec(self.config).attention_norm)
 
   def start(self, embedding: Float[Array, "B T D"]) -> History:
     if self.pre_normed:

@@ -10,7 +10,8 @@ import re
 import numpy as np
 
 from maxtext_mudd import connections
-from maxtext_mudd.blocks import ATTENTION_NORMS, ffn_widths
+from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.connections import layout
 from maxtext_mudd.connections.base import Plan
 
@@ -111,7 +112,7 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
 
 def _scanned_name(name: str, config, plan: Plan, block: int) -> str:
   """In a stack where some blocks have LN_q, LN_k and LN_v, LN_q stands for the one norm of a block that has not."""
-  norm = ATTENTION_NORMS[config.decoder_block.value] + "/"
+  norm = block_spec(config).attention_norm + "/"
   group = next(blocks for blocks in ffn_widths.groups(config) if block in blocks)
   if name.startswith(norm) and any(map(plan.has_own_norms, group)) and not plan.has_own_norms(block):
     return f"{norm}q/{name.removeprefix(norm)}"
@@ -119,7 +120,7 @@ def _scanned_name(name: str, config, plan: Plan, block: int) -> str:
 
 
 def _single_name(name: str, config, plan: Plan, block: int) -> str:
-  norm = ATTENTION_NORMS[config.decoder_block.value] + "/q/"
+  norm = block_spec(config).attention_norm + "/q/"
   if name.startswith(norm) and not plan.has_own_norms(block):
     return name.replace("/q/", "/", 1)
   return name

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import sys
 
-from maxtext_mudd import assets, plugin, versions
+from maxtext_mudd import assets, blocks, plugin, versions
 from maxtext_mudd.complexity import counts, paper, sizes
 from maxtext_mudd.config import errors
 from maxtext_mudd.runs import early, usage
@@ -68,7 +68,12 @@ def read(arguments: list[str], **overrides):
   early.check(argv)
   with errors.one_sentence(sizes.Sizes):
     model = sizes.read(argv, **overrides)
-  return model or _read_all(argv, overrides)
+  model = model or _read_all(argv, overrides)
+  block = model.decoder_block.value
+  if block not in blocks.DECODER_BLOCKS:
+    supported = ", ".join(blocks.DECODER_BLOCKS)
+    raise errors.ConfigError(f"decoder_block={block} has no counts here; use one of {supported}.")
+  return model
 
 
 def _read_all(argv: list[str], overrides: dict):

@@ -2,6 +2,7 @@
 
 from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.connections.base import Cost
 
 _GATED = 2  # matrices into a gated FFN
@@ -33,30 +34,26 @@ def parameters(config) -> int:
   return plain_parameters(config) + connections_cost(config).parameters
 
 
-def _is_biased(config) -> bool:
-  return config.decoder_block.value == "gpt3"  # Pythia too, which is built on it
-
-
 def _norm(config) -> int:
-  return config.emb_dim * (2 if _is_biased(config) else 1)
+  return config.emb_dim * (2 if block_spec(config).has_biases else 1)
 
 
 def _attention(config) -> int:
   heads, kv_heads, width = config.num_query_heads, config.num_kv_heads, config.head_dim
   total = 2 * config.emb_dim * width * (heads + kv_heads)
-  if _is_biased(config) or config.attention_bias:
+  block = block_spec(config)
+  if block.has_biases or (block.takes_attention_bias and config.attention_bias):
     total += width * (heads + 2 * kv_heads)
-  if _is_biased(config):
+  if block.has_biases:
     total += config.emb_dim
-  is_normed = config.decoder_block.value in ("qwen3", "qwen3_moe") or config.mudd_decoder_layer == "pythia"
-  return total + (2 * width if config.use_qk_norm and is_normed else 0)
+  return total + (2 * width if block.takes_qk_norm and config.use_qk_norm else 0)
 
 
 def _feed_forward(config, ffn: int) -> int:
   width, inner = config.emb_dim, len(config.mlp_activations)
   if config.num_experts > 1:
     return config.num_experts * ((_GATED + 1) * width * ffn + width)
-  return (inner + 1) * width * ffn + (inner * ffn + width if _is_biased(config) else 0)
+  return (inner + 1) * width * ffn + (inner * ffn + width if block_spec(config).has_biases else 0)
 
 
 def plain_flops(config) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from maxtext_mudd import kernels
-from maxtext_mudd.blocks import ATTENTION_NORMS
+from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.streams import Streams, decouple
 from maxtext_mudd.connections import layout, metrics
 from maxtext_mudd.connections.base import Aggregate, HistoryFamily, Link, Site
@@ -91,7 +91,7 @@ class HistoryConnection(PlainConnection):
 
   def fit(self, layer: nnx.Module) -> None:
     if any(self.table.own_norms):
-      decouple(layer, ATTENTION_NORMS[self.config.decoder_block.value])
+      decouple(layer, block_spec(self.config).attention_norm)
 
   def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> History | Buffer:
     norm = self.embedding_norm

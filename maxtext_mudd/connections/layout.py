@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxtext_mudd import connections
-from maxtext_mudd.blocks import ATTENTION_NORMS
+from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.connections.base import Plan, Site
 
 AGGREGATE = "depth_aggregate"  # names of the modules in a connection, and so in the paths of parameters
@@ -73,7 +73,7 @@ def exists(config, table: Table, path: tuple[str, ...]) -> np.ndarray | None:
   Returns:
     [L, ...]: blocks first, axes that do not matter of size 1, or left out at the end; None: all entries exist.
   """
-  norm = ATTENTION_NORMS[config.decoder_block.value]
+  norm = block_spec(config).attention_norm
   if norm in path and path[path.index(norm) + 1] in ("k", "v"):
     return np.array(table.own_norms)
   if AGGREGATE not in path:

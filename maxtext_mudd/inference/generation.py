@@ -18,6 +18,7 @@ from maxtext.inference.maxengine import maxengine
 import numpy as np
 
 from maxtext_mudd.config import devices
+from maxtext_mudd.config.changed import changed
 from maxtext_mudd.config.errors import ConfigError
 
 COLDEST = 1e-6  # of temperatures: less is greedy, but for rounding
@@ -235,8 +236,7 @@ def _engine(model: nnx.Module, config, batch: int, prefill: int, length: int) ->
     "max_prefill_predict_length": prefill,
     "max_target_length": length,
   }
-  own = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))  # as MaxText changes one
-  engine = maxengine.MaxEngine(own)
+  engine = maxengine.MaxEngine(changed(config, **update))
   engine.load_params(params=nnx.state(model, nnx.Param))
   return engine
 

@@ -10,7 +10,8 @@ from maxtext.common.common_types import MODEL_MODE_TRAIN
 from maxtext.layers.nnx_decoders import NNXDecoder
 
 from maxtext_mudd import connections
-from maxtext_mudd.blocks import chunked_prefill, ffn_widths
+from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks.chunked_prefill import prefill_in_chunks
 from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
 from maxtext_mudd.connections import history, layout
 from maxtext_mudd.connections.base import Connection
@@ -44,7 +45,7 @@ class MuddDecoder(NNXDecoder):
     super().__init__(config, mesh, quant, model_mode, rngs=rngs)
     initializers.initialise(self, config, rngs)
     if config.use_chunked_prefill:
-      chunked_prefill.expect(self, config.prefill_chunk_size)
+      prefill_in_chunks(self, config.prefill_chunk_size)
 
   @property
   def _is_connected(self) -> bool:

@@ -8,8 +8,9 @@ import jax
 from maxtext.configs.pyconfig import HyperParameters
 import numpy as np
 
-from maxtext_mudd.blocks import feed_forward, rotary
-from maxtext_mudd.model.changed import LayerConfig
+from maxtext_mudd.blocks.feed_forward import split_feed_forward
+from maxtext_mudd.blocks.rotary import round_rotary_table
+from maxtext_mudd.config.changed import changed
 
 
 @functools.cache
@@ -30,14 +31,16 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
     """
 
     def __init__(self, *, config: HyperParameters, ffn_width: int, connect: Callable, rngs: nnx.Rngs, **kwargs):
-      layer_config = config if ffn_width == config.mlp_dim else LayerConfig(config, ffn_width)
+      layer_config = config
+      if ffn_width != config.mlp_dim:
+        layer_config = changed(config, mlp_dim=ffn_width, moe_mlp_dim=ffn_width)
       super().__init__(config=layer_config, rngs=rngs, **kwargs)
       self.connection = connect(mesh=self.mesh, rngs=rngs)
       self.connection.fit(self)
       if config.mudd_ffn_parts > 1:
-        feed_forward.compute_in_parts(self)
+        split_feed_forward(self)
       if config.mudd_rope_table != "stock":
-        rotary.round_table(self, config.mudd_rope_table)
+        round_rotary_table(self, config.mudd_rope_table)
 
     @functools.wraps(layer_class.__call__)
     def __call__(self, inputs, *args, **kwargs):

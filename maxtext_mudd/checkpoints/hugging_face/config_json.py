@@ -8,7 +8,8 @@ import enum
 import math
 from typing import Any
 
-from maxtext_mudd.blocks import SCALED_QUERY_KERNELS, ffn_widths
+from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.checkpoints import ffn_widths as ffn
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.config.mudd_config import MuddConfig
@@ -139,8 +140,11 @@ def fields(config, original: Mapping[str, Any]) -> dict[str, Any]:
   }
   widths = ffn_widths.of_config(config)
   released = _released_keys() | keys(told, widths, "this model") | _implied(config)
-  if config.decoder_block.value in SCALED_QUERY_KERNELS:  # the same block but for a factor, which `hf_names` knows
-    released |= {"decoder_block": config.decoder_block.value, "use_qk_norm": False}
+  block = block_spec(config)
+  if block.is_released:
+    released["decoder_block"] = config.decoder_block.value
+    if not block.takes_qk_norm:
+      released["use_qk_norm"] = False
   for key, value in released.items():
     found = _plain(getattr(config, key))
     if found != value:

@@ -10,6 +10,7 @@ For the sublayer with function F, streams H [n,D] and its number s from 0 (atten
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import operator
 from typing import Any
 
 from flax import nnx
@@ -19,7 +20,8 @@ from jaxtyping import Array, Float, Int
 from maxtext.layers.normalizations import RMSNorm
 from maxtext.models.gpt3 import Gpt3LayerNorm
 
-from maxtext_mudd.blocks import ATTENTION_NORMS, FEED_FORWARD_NORMS
+from maxtext_mudd.blocks import spec as block_spec
+from maxtext_mudd.blocks.classes import change_class
 from maxtext_mudd.connections.connection import PlainConnection
 from maxtext_mudd.connections.norms import rms_norm
 from maxtext_mudd.kernels import accumulation_dtype, mix
@@ -63,14 +65,14 @@ class SublayerInput:
 
 
 class HyperRMSNorm(RMSNorm):
-  """The stock norm of a sublayer, reading M[0]."""
+  """RMSNorm, applied to M[0]."""
 
   def __call__(self, x, **kwargs):
     return super().__call__(x.read if isinstance(x, SublayerInput) else x, **kwargs)
 
 
 class HyperGpt3LayerNorm(Gpt3LayerNorm):
-  """The same for gpt3."""
+  """GPT-3's LayerNorm, applied to M[0]."""
 
   def __call__(self, x, **kwargs):
     return super().__call__(x.read if isinstance(x, SublayerInput) else x, **kwargs)
@@ -152,13 +154,11 @@ class HyperConnection(PlainConnection):
       self.feed_forward = SublayerConnection(config, first + 1, rngs)
 
   def fit(self, layer: nnx.Module) -> None:
-    """The two norms keep their parameters and places; only their classes become the reading ones."""
-    block = self.config.decoder_block.value
-    for path in (ATTENTION_NORMS[block], FEED_FORWARD_NORMS[block]):
-      norm = layer
-      for name in path.split("."):
-        norm = getattr(norm, name)
-      norm.__class__ = _READING[type(norm)]
+    """Makes the norms before attention and before the feed-forward block of the layer read M[0]."""
+    block = block_spec(self.config)
+    for path in (block.attention_norm, block.feed_forward_norm):
+      norm = operator.attrgetter(path)(layer)
+      change_class(norm, _READING[type(norm)])
 
   def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> HyperStreams:
     return HyperStreams((embedding,) * self.config.mudd_expansion_rate, jnp.zeros((), jnp.int32))

@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
   from maxtext.configs import pyconfig
 
   from maxtext_mudd.checkpoints import parameters
+  from maxtext_mudd.config.changed import changed
   from maxtext_mudd.inference import generation, tokens
 
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's decode does
@@ -79,8 +80,7 @@ def main(argv: Sequence[str]) -> None:
   generation.check([prompt_tokens], max_new_tokens, config)
   if "://" not in config.load_parameters_path:
     path = str(parameters.items(config.load_parameters_path))
-    update = {"load_parameters_path": os.path.abspath(path)}
-    config = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))
+    config = changed(config, load_parameters_path=os.path.abspath(path))
   if console.stderr().isatty():
     print("reading the checkpoint and compiling ...", file=console.stderr())
   model = parameters.load(config)

@@ -26,6 +26,7 @@ import yaml
 
 import maxtext_mudd
 from maxtext_mudd import assets, convert
+from maxtext_mudd.blocks import ffn_widths
 from maxtext_mudd.checkpoints import folder, model_keys, run, tensors, tokenizers
 from maxtext_mudd.checkpoints import layout as layouts
 from maxtext_mudd.checkpoints import orbax_folder as saved
@@ -37,7 +38,6 @@ from maxtext_mudd.checkpoints.hugging_face import models as hf
 from maxtext_mudd.checkpoints.hugging_face import names as hf_names
 from maxtext_mudd.config import errors
 from maxtext_mudd.config.errors import ConfigError
-from maxtext_mudd.connections.mudd import topology
 from tests import models, runs
 from tests.test_golden import LOGITS_TOLERANCE
 
@@ -988,7 +988,7 @@ def test_memory(tmp_path, monkeypatch):
   source.mkdir()
   sizes = {"n_layer": 8, "dim": 1536, "n_head": 12, "n_local_heads": 12, "head_dim": 128, "intermediate_size": 4096}
   fields = json.loads((models.DATA / "muddformer_tiny" / "config.json").read_text()) | sizes | {"vocab_size": 16384}
-  widths = topology.ffn_widths(4096, 8, **topology.RELEASED_FFN)
+  widths = ffn_widths.reallocated(4096, 8, **ffn_widths.RELEASED)
   config = folder.configuration(hf_config.keys(fields, widths, "") | folder.here() | {"scan_layers": False})
   random = np.random.default_rng(0)
 

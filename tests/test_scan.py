@@ -55,6 +55,22 @@ CASES = {
     "mudd_ffn_groups": 2,
     "mudd_ffn_round_to": 8,
   },
+  "hyper-connections": {"base_num_decoder_layers": 4, "depth_connection": "hyper_connections"},
+  "hyper-connections, static part fixed": {
+    "base_num_decoder_layers": 3,
+    "depth_connection": "hyper_connections",
+    "mudd_expansion_rate": 3,
+    "mudd_static": False,
+  },
+  "hyper-connections, groups": {
+    "base_num_decoder_layers": 4,
+    "depth_connection": "hyper_connections",
+    "mudd_ffn_reallocation": True,
+    "mudd_ffn_groups": 2,
+    "mudd_ffn_round_to": 8,
+    "decoder_block": "gpt3",
+    **BLOCKS["gpt3"][0],
+  },
   "fused": {**SMALL, **BOTH_NORMS, "mudd_kernel": "pallas_interpret"},
   "fused, 2x2": {
     "base_num_decoder_layers": 4,
@@ -68,7 +84,7 @@ CASES = {
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
 }
-FAST = ("MUDD",)
+FAST = ("MUDD", "hyper-connections")
 
 
 def run(cfg, values):
@@ -93,8 +109,17 @@ def with_dropout(model, data, enable: bool):
 
 def random_values(cfg):
   """Small enough for a well-conditioned model: with larger ones float32 rounding alone comes to more than 1e-6."""
-  values = models.randomise(models.build(cfg))
-  return {path: x / 2 if path.endswith(("kernel", "w1", "w2", "embedding")) else x for path, x in values.items()}
+  model = models.build(cfg)
+  start = {path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()}
+  values = models.randomise(model)
+  for path, x in values.items():
+    if path.endswith(("kernel", "w1", "w2", "embedding", "w_alpha", "w_beta")):
+      values[path] = x / 2
+    elif path.endswith(("static_alpha", "static_beta")):
+      values[path] = start[path] + x / 10
+    elif path.endswith(("alpha_scale", "beta_scale")):
+      values[path] = x / 10
+  return values
 
 
 def largest(x):

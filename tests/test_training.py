@@ -1,6 +1,5 @@
 """What MaxText does around the layers keeps working with MUDD connections on."""
 
-import copy
 import math
 
 from flax import nnx
@@ -14,7 +13,6 @@ import scipy.special
 
 from maxtext_mudd import kernels
 from maxtext_mudd.complexity import counts
-from maxtext_mudd.model.decoder import LayerConfig
 from tests import models, steps
 from tests.test_blocks import MOE
 
@@ -215,17 +213,6 @@ def test_connection_metrics_are_what_they_say():
     assert sown[f"mudd_older_weight_{stream}"] == pytest.approx(older, rel=1e-4)
     mixed = sum(weights[:, :, c, j, None] * x for j, x in enumerate(xs))
     assert sown[f"mudd_norm_{stream}"] == pytest.approx(np.sqrt(np.square(mixed).mean()), rel=1e-4)
-
-
-def test_layer_configurations():
-  """Modules hold them statically: equal by value, and a deep copy keeps its width."""
-  cfg = models.config()
-  narrow = LayerConfig(cfg, 32)
-  assert narrow == LayerConfig(cfg, 32) and hash(narrow) == hash(LayerConfig(cfg, 32))
-  assert narrow != LayerConfig(cfg, 48) and narrow != LayerConfig(models.config(), 32)
-  for view in (narrow, copy.deepcopy(narrow)):
-    assert (view.mlp_dim, view.moe_mlp_dim, view.emb_dim) == (32, 32, cfg.emb_dim)
-    assert type(view) is LayerConfig
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import sys
 
-from maxtext_mudd import assets, plugin, versions
+from maxtext_mudd import assets, blocks, plugin, versions
 from maxtext_mudd.complexity import counts, paper, sizes
 from maxtext_mudd.config import errors
 from maxtext_mudd.runs import early_check, usage
@@ -81,7 +81,14 @@ def read(arguments: list[str], **overrides):
   early_check.check(argv)
   with errors.one_sentence(sizes.Sizes):
     model_sizes = sizes.read(argv, **overrides)
-  return model_sizes or _read_with_maxtext(argv, overrides)
+  config = model_sizes or _read_with_maxtext(argv, overrides)
+  block = config.decoder_block.value
+  if block not in blocks.DECODER_BLOCKS:
+    supported = ", ".join(blocks.DECODER_BLOCKS)
+    raise errors.ConfigError(
+      f"decoder_block={block} is not one whose costs this command counts; use one of {supported}."
+    )
+  return config
 
 
 def _read_with_maxtext(argv: list[str], overrides: dict):
@@ -95,10 +102,10 @@ def _read_with_maxtext(argv: list[str], overrides: dict):
 
 def describe(config) -> list[tuple[str, ...]]:
   """Rows with exact counts, and beside them the paper's formulas, which are for MUDD with four dense ways."""
-  extra, plain = counts.connection_parameters(config), counts.plain_parameters(config)
-  block_parameters = paper.block_parameters(config)
-  flops = counts.connection_flops(config) / counts.plain_flops(config)
-  memory = counts.extra_activations(config) / paper.plain_activations(config)
+  cost = counts.connections_cost(config)
+  plain, block_parameters = counts.plain_parameters(config), paper.block_parameters(config)
+  flops = cost.flops / counts.plain_flops(config)
+  memory = cost.activations / paper.plain_activations(config)
 
   def both_formulas(ratio, equation, approximation):
     return f"{percent(ratio(config))} ({equation}), {percent(ratio(config, approximate=True))} ({approximation})"
@@ -109,13 +116,13 @@ def describe(config) -> list[tuple[str, ...]]:
       "exact",
       "paper's formula for MUDD",
     ),
-    ("parameters", f"{plain + extra:,}", ""),
+    ("parameters", f"{plain + cost.parameters:,}", ""),
     ("  without embeddings and connections", f"{counts.plain_parameters(config, embeddings=False):,}", ""),
-    ("  of the connections", f"{extra:,}", ""),
-    ("    over 12LD²", percent(extra / block_parameters), ""),
+    ("  of the connections", f"{cost.parameters:,}", ""),
+    ("    over 12LD²", percent(cost.parameters / block_parameters), ""),
     (
       "    W1 and W2 alone, over 12LD²",
-      percent(counts.weight_parameters(config) / block_parameters),
+      percent(cost.weight_parameters / block_parameters),
       both_formulas(paper.parameter_ratio, "Eq. 13", "η/6"),
     ),
     ("extra FLOPs", percent(flops), both_formulas(paper.flop_ratio, "Eq. 15", "η/(3+ρ/4)")),
@@ -131,7 +138,8 @@ def table_1() -> list[tuple[str, ...]]:
   ]
   for model, name, parameters, flops in TABLE_1:
     config = read([str(assets.CONFIGURATIONS / f"{name}.yml")], max_target_length=4096)
-    released = counts.weight_parameters(config) / paper.block_parameters(config)
+    cost = counts.connections_cost(config)
+    released = cost.weight_parameters / paper.block_parameters(config)
     rows.append(
       (
         model,
@@ -142,7 +150,7 @@ def table_1() -> list[tuple[str, ...]]:
         f"{flops}%",
         percent(paper.flop_ratio(config, approximate=True)),
         percent(paper.flop_ratio(config)),
-        percent(counts.connection_flops(config) / counts.plain_flops(config)),
+        percent(cost.flops / counts.plain_flops(config)),
       )
     )
   return [
@@ -158,16 +166,16 @@ def table_6() -> list[tuple[str, ...]]:
   rows = [("model", "TFM++", "DenseFormer", "MUDDFM", "DenseFormer", "MUDDFM", "counted", "Table 7")]
   for model, name, measured in TABLE_6:
     config = read([str(assets.CONFIGURATIONS / f"{name}.yml")])
-    plain, blocks = paper.plain_activations(config), config.num_decoder_layers
+    plain, layers = paper.plain_activations(config), config.num_decoder_layers
     rows.append(
       (
         model,
         f"{2 * plain:.0f}",
-        f"{2 * (plain + blocks):.0f}",
-        f"{2 * (plain + blocks + 3):.0f}",
+        f"{2 * (plain + layers):.0f}",
+        f"{2 * (plain + layers + 3):.0f}",
         percent(paper.memory_ratio(config, streams=0)),
         percent(paper.memory_ratio(config)),
-        percent(counts.extra_activations(config) / plain),
+        percent(counts.connections_cost(config).activations / plain),
         f"{measured}%",
       )
     )

@@ -15,7 +15,7 @@ from maxtext_mudd.config import files as config_files
 from maxtext_mudd.config.keys import MuddKeys
 from maxtext_mudd.runs import early_check
 
-DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.ATTENTION_NORMS})
+DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.DECODER_BLOCKS})
 
 
 class Sizes(MuddKeys):
@@ -96,7 +96,7 @@ def read(argv: Sequence[str], **overrides: Any) -> Sizes | None:
   if given.get("base_config") not in (None, str(stock)) or early_check.is_changed_by_maxtext(values):
     return None
   keys = early_check.constructor_values(values)
-  if keys["global_parameter_scale"] != 1 or keys["decoder_block"] not in blocks.ATTENTION_NORMS:
+  if keys["global_parameter_scale"] != 1 or keys["decoder_block"] not in blocks.DECODER_BLOCKS:
     return None
   if keys["num_experts"] != 1 and keys["base_moe_mlp_dim"] != keys["base_mlp_dim"]:
     return None

@@ -7,7 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from maxtext_mudd.connections.mudd import topology
+from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.connections.base import STREAMS
+from maxtext_mudd.connections.mudd import sites
 
 _WEIGHT_MLP = (
   "mudd_hidden_expansion",
@@ -140,9 +142,9 @@ class MuddKeys(BaseModel):
   def _check_streams(self):
     for key in ("mudd_dense_streams", "mudd_post_norm_streams"):
       value = getattr(self, key)
-      if not value or len(set(value)) < len(value) or set(value) - set(topology.STREAMS):
+      if not value or len(set(value)) < len(value) or set(value) - set(STREAMS):
         raise ValueError(f"{key}={value!r} must be some of the letters q, k, v and r, each at most once.")
-    if self.mudd_ways == 1 and self.mudd_dense_streams != topology.STREAMS:
+    if self.mudd_ways == 1 and self.mudd_dense_streams != STREAMS:
       raise ValueError(
         f"mudd_dense_streams={self.mudd_dense_streams!r} needs mudd_ways=4; with one way all streams are the same."
       )
@@ -171,7 +173,7 @@ class MuddKeys(BaseModel):
       )
     if self.depth_connection != "dense":
       return
-    aggregates = topology.from_config(self).aggregates.values()
+    aggregates = sites.plan(self).sites.values()
     if not aggregates and self.mudd_depth_start:
       raise ValueError(
         f"mudd_depth_start={self.mudd_depth_start} leaves no DA in a model of {self.num_decoder_layers} blocks "
@@ -210,7 +212,7 @@ class MuddKeys(BaseModel):
         "scan_layers=True does not work with mudd_ffn_reallocation=True: every FFN has a width of its own; scan groups "
         "of equal width with mudd_ffn_groups=4, say, or set scan_layers=False."
       )
-    widths = topology.from_config(self).ffn_widths
+    widths = ffn_widths.of_config(self)
     if 0 in widths:
       raise ValueError(
         f"mudd_ffn_reallocation=True rounds the FFN of block {widths.index(0) + 1} to width 0 "

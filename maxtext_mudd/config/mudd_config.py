@@ -8,12 +8,11 @@ from maxtext.configs.types import MaxTextConfig
 from maxtext.utils import accelerator_to_spec_map
 from pydantic import model_validator
 
-from maxtext_mudd import kernels
+from maxtext_mudd import blocks, kernels
 from maxtext_mudd.assets import BYTE_TOKENIZER, BYTE_TOKENIZER_FOLDER
-from maxtext_mudd.blocks import ATTENTION_NORMS
+from maxtext_mudd.blocks import ffn_widths
 from maxtext_mudd.config import slices
 from maxtext_mudd.config.keys import MuddKeys
-from maxtext_mudd.connections.mudd import topology
 from maxtext_mudd.kernels import ACTIVATIONS
 
 # Those of MaxText's get_remat_policy, which asserts; it reads none as no policy.
@@ -122,10 +121,11 @@ class MuddConfig(MuddKeys, MaxTextConfig):
         f"prefill_chunk_size={self.prefill_chunk_size} is no number of tokens; set it to 1 or more, or "
         "use_chunked_prefill=False."
       )
-    if self.use_chunked_prefill and self.decoder_block.value == "gpt3" and self.mudd_decoder_layer == "stock":
+    block = self.decoder_block.value
+    if self.use_chunked_prefill and block in blocks.DECODER_BLOCKS and not blocks.spec(self).takes_chunked_prefill:
       raise ValueError(
-        "use_chunked_prefill=True does not work with decoder_block='gpt3': MaxText's attends to one chunk alone; set "
-        "it to False."
+        f"use_chunked_prefill=True does not work with decoder_block={block!r}: MaxText's attends to one chunk alone; "
+        "set it to False."
       )
     return self
 
@@ -133,9 +133,9 @@ class MuddConfig(MuddKeys, MaxTextConfig):
     block = self.decoder_block.value
     refused = (
       (
-        block not in ATTENTION_NORMS,
+        block not in blocks.DECODER_BLOCKS,
         f"decoder_block={block!r}",
-        f"its rules are for {', '.join(ATTENTION_NORMS)}; use one of these, or mudd_init=stock",
+        f"its rules are for {', '.join(blocks.DECODER_BLOCKS)}; use one of these, or mudd_init=stock",
       ),
       (
         self.inhomogeneous_layer_cycle_interval > 1,
@@ -186,7 +186,7 @@ class MuddConfig(MuddKeys, MaxTextConfig):
     axes = [axis for name, axes in self.logical_axis_rules if name == "mlp" for axis in axes]
     divided = [f"{net}_{axis}_parallelism" for axis in axes for net in ("ici", "dcn")]
     divided = [f"{key}={getattr(self, key)}" for key in divided if getattr(self, key, 1) != 1]
-    narrowest = min(topology.from_config(self).ffn_widths)
+    narrowest = min(ffn_widths.of_config(self))
     refused = (
       (self.num_experts > 1, f"num_experts={self.num_experts}", "experts are not computed in parts"),
       (bool(self.quantization.value), f"quantization={self.quantization.value}", "its scales are of whole kernels"),
@@ -200,9 +200,9 @@ class MuddConfig(MuddKeys, MaxTextConfig):
 
   def _check_stock_features(self):
     block = self.decoder_block.value
-    if block not in ATTENTION_NORMS:
+    if block not in blocks.DECODER_BLOCKS:
       raise ValueError(
-        f"decoder_block={block!r} is not supported with mudd=True; supported are {', '.join(ATTENTION_NORMS)}."
+        f"decoder_block={block!r} is not supported with mudd=True; supported are {', '.join(blocks.DECODER_BLOCKS)}."
       )
     refused = (
       (
@@ -216,7 +216,7 @@ class MuddConfig(MuddKeys, MaxTextConfig):
         "the released code has the default table; set mudd_rope_table=stock",
       ),
       (
-        self.mudd_rope_table != "stock" and block == "gpt3" and self.mudd_decoder_layer == "stock",
+        self.mudd_rope_table != "stock" and not blocks.spec(self).is_rotary,
         f"mudd_rope_table={self.mudd_rope_table} with decoder_block={block!r}",
         "its positions are not rotary; set mudd_rope_table=stock",
       ),
@@ -282,9 +282,8 @@ class MuddConfig(MuddKeys, MaxTextConfig):
 
   def _check_hyper_connections(self):
     refused = (
-      (self.scan_layers, "scan_layers=True", "its blocks start differently; set scan_layers=False"),
       (
-        self.mudd_decoder_layer != "stock",
+        blocks.spec(self).is_parallel,
         f"mudd_decoder_layer={self.mudd_decoder_layer}",
         "its attention and FFN read one input in parallel; use a sequential decoder_block",
       ),

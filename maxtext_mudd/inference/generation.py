@@ -19,6 +19,7 @@ from maxtext.inference.maxengine import maxengine
 import numpy as np
 
 from maxtext_mudd.config import devices
+from maxtext_mudd.config.changed import changed
 from maxtext_mudd.config.errors import ConfigError
 
 MIN_TEMPERATURE = 1e-6  # below it, sampling differs from greedy decoding by rounding only
@@ -281,8 +282,7 @@ def _new_engine(model: nnx.Module, config, batch: int, prefill_length: int, leng
     "max_prefill_predict_length": prefill_length,
     "max_target_length": length,
   }
-  # MaxText changes configurations in the same way.
-  engine = maxengine.MaxEngine(pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update)))
+  engine = maxengine.MaxEngine(changed(config, **update))
   engine.load_params(params=nnx.state(model, nnx.Param))
   return engine
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
   """Decodes. `launch` calls it with the arguments of the command line, the name of the program first.
 
   Raises:
-    ConfigError: the prompt is empty or too long, the tokenizer cannot be read, or the text fails
+    ConfigError: the prompt is empty or too long, the tokenizer cannot be read, or the new text does not begin with
       autoregressive_decode_assert.
   """
   import jax
@@ -69,13 +69,7 @@ def main(argv: Sequence[str]) -> None:
   if not prompt:
     raise ConfigError('prompt is empty; pass prompt="...".')
   tokenizer = tokens.Tokenizer(config, _moved_tokenizer(config))
-  prompt_tokens = tokenizer.encode(prompt, tokenizer.add_bos)
-  if len(prompt_tokens) > config.max_prefill_predict_length:
-    raise ConfigError(
-      f"the prompt has {len(prompt_tokens)} tokens, more than "
-      f"max_prefill_predict_length={config.max_prefill_predict_length}; shorten it, or raise that key, which leaves "
-      f"fewer new tokens up to max_target_length={config.max_target_length}."
-    )
+  prompt_tokens = _encode(prompt, tokenizer, config)
   max_new_tokens = config.max_target_length - config.max_prefill_predict_length
   generation.check([prompt_tokens], max_new_tokens, config)
   if "://" not in config.load_parameters_path:
@@ -98,6 +92,18 @@ def main(argv: Sequence[str]) -> None:
       f"autoregressive_decode_assert={config.autoregressive_decode_assert}: the new text does not begin with it: "
       f"{output!r}."
     )
+
+
+def _encode(prompt: str, tokenizer, config) -> list[int]:
+  """The tokens of a prompt. Raises ConfigError if there are more than max_prefill_predict_length."""
+  prompt_tokens = tokenizer.encode(prompt, tokenizer.add_bos)
+  if len(prompt_tokens) > config.max_prefill_predict_length:
+    raise ConfigError(
+      f"the prompt has {len(prompt_tokens)} tokens, more than "
+      f"max_prefill_predict_length={config.max_prefill_predict_length}; shorten it, or raise that key, which leaves "
+      f"fewer new tokens up to max_target_length={config.max_target_length}."
+    )
+  return prompt_tokens
 
 
 def _moved_tokenizer(config) -> str:

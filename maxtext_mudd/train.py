@@ -1,6 +1,8 @@
 """Trains a model by MaxText's trainer, `maxtext.trainers.pre_train.train`, with MUDD connections.
 
-python3 -m maxtext_mudd.train FILE.yml run_name=mine key=value ...
+    python3 -m maxtext_mudd.train FILE.yml run_name=mine key=value ...
+
+A run of the same name that exists is resumed.
 """
 
 import functools

@@ -1,6 +1,8 @@
 """Compiles the train step of a model ahead of time, by MaxText's `maxtext.trainers.pre_train.train_compile`.
 
-python3 -m maxtext_mudd.train_compile FILE.yml compile_topology=v5p-8 compile_topology_num_slices=1 key=value ...
+    python3 -m maxtext_mudd.train_compile FILE.yml compile_topology=v5p-8 compile_topology_num_slices=1 key=value ...
+
+It needs their compiler, libtpu, but no TPUs.
 """
 
 from maxtext_mudd import versions

@@ -1,6 +1,8 @@
-"""Submits a training run to a TPU cluster, or with DRY_RUN=1 only writes its manifest. This is what `make xpk` runs:
+"""Submits a training run to a TPU cluster, or with DRY_RUN=1 only writes its manifest.
 
-python3 -m maxtext_mudd.cluster XPK=.venv-xpk/bin/xpk CONFIG=yaml/mudd_405m.yml CLUSTER=my-cluster ...
+    python3 -m maxtext_mudd.cluster XPK=.venv-xpk/bin/xpk CONFIG=yaml/mudd_405m.yml CLUSTER=my-cluster ...
+
+`make xpk` runs this command. docs/cluster.md explains its variables.
 """
 
 import pathlib

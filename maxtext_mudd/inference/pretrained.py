@@ -1,7 +1,9 @@
 """Loads a trained model in Python and computes its logits.
 
-model, config = maxtext_mudd.from_pretrained("MUDDFormer-2.8B")
-logits = maxtext_mudd.logits(model, tokens)  # tokens: [batch, length]
+    model, config = maxtext_mudd.from_pretrained("MUDDFormer-2.8B")
+    logits = maxtext_mudd.logits(model, tokens)  # tokens: [batch, length]
+
+`from_run` loads a checkpoint of a training run in the same way.
 """
 
 import pathlib

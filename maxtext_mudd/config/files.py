@@ -7,7 +7,6 @@ with or without `yaml/` before it. Nothing here imports JAX.
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import difflib
 import os
 import pathlib
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import omegaconf
 
 from maxtext_mudd import assets
+from maxtext_mudd.config import errors
 from maxtext_mudd.config.errors import ConfigError
 
 _BASE = "base_config"
@@ -100,9 +100,9 @@ def find(name: str) -> pathlib.Path:
     if os.path.isfile(path):  # False, too, for names that the system does not take
       return path
   relative = os.path.basename(name) if os.path.isabs(name) else name.removeprefix(_FOLDER)
-  nearest = difflib.get_close_matches(relative, packaged(), n=1, cutoff=0.0)
+  nearest = errors.nearest(relative, packaged())
   raise ConfigError(
-    f"{name}: no such configuration file; the nearest of this package is {nearest[0]} (python3 -m maxtext_mudd.train "
+    f"{name}: no such configuration file; the nearest of this package is {nearest} (python3 -m maxtext_mudd.train "
     "--list names them all)."
   )
 

@@ -11,3 +11,5 @@ read(carry)             the input of this block, and the carry behind it
 write(carry, output)    the carry after it, `output` being what the stock layer returned
 finish(carry)           [B,T,D], the hidden state after the last block
 """
+
+FAMILIES = ("dense", "hyper_connections", "residual")  # values of `depth_connection`

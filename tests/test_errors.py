@@ -162,7 +162,7 @@ MISTAKES = {
   ),
   "two models": (
     [str(runs.ROOT / "yaml" / "mudd_405m.yml")],
-    f"{runs.ROOT}/yaml/mudd_405m.yml builds on transformer_pp_405m.yml, so it is a model, and cannot be laid over "
+    f"{runs.ROOT}/yaml/mudd_405m.yml builds on transformer_pp_405m.yml, so it is a model, and cannot override "
     f"{runs.RUN_YML}; name one model, before all else.",
   ),
   "base_config as an override": (
@@ -517,7 +517,7 @@ def test_a_data_file_before_the_model(tmp_path, monkeypatch, capsys):
   assert found == f"{data} comes after steps=2; name the model's file before all else."
 
 
-def test_files_laid_over_a_model():
+def test_files_that_override_a_model():
   """What a later file sets itself goes before an earlier one, and key=value before both."""
   pile, synthetic = (str(runs.ROOT / "yaml" / "data" / f"{name}.yml") for name in ("pile", "synthetic"))
   argv = ["", runs.RUN_YML, pile, synthetic, "run_name=x", "mmap_eod_id=7"]

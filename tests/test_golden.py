@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 from maxtext_mudd import kernels
 from tests import models
 from tests.parameters import from_jax, from_pytorch
-
-LOGITS_TOLERANCE = 2e-4
+from tests.published import LOGITS_TOLERANCE
 
 RELEASED = {
   "mudd": True,

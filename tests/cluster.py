@@ -20,6 +20,10 @@ VARIABLES = {
 }
 needs_xpk = pytest.mark.skipif(not XPK.is_file(), reason="make .venv-xpk/bin/xpk installs XPK")
 
+# Neither environment is ever remade by a test: `make` would empty .venv first, and in a worktree it may be a link to
+# one that others use.
+MAKE = ["make", "--old-file=.venv/.ready", "--old-file=.venv-xpk/bin/xpk"]
+
 
 def arguments(**changes: str) -> list[str]:
   return [f"{name}={value}" for name, value in (VARIABLES | changes).items()]

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from maxtext_mudd.cluster import training
+from tests.cluster import MAKE
 from tests.runs import ROOT
 
 
@@ -13,7 +14,7 @@ from tests.runs import ROOT
   ("image", "reason"), [("a/b:c-dirty", "commit the changes"), ("a/your-project/b:c", "PROJECT")]
 )
 def test_make_image_refuses(image, reason):
-  finished = subprocess.run(["make", "image", f"DOCKER_IMAGE={image}"], cwd=ROOT, capture_output=True, text=True)
+  finished = subprocess.run([*MAKE, "image", f"DOCKER_IMAGE={image}"], cwd=ROOT, capture_output=True, text=True)
   assert finished.returncode == 2
   assert reason in finished.stderr.splitlines()[0]
 

@@ -13,7 +13,7 @@ from maxtext_mudd.cluster import __main__ as cluster
 from maxtext_mudd.cluster import request as requests
 from maxtext_mudd.cluster import training
 from maxtext_mudd.config.errors import ConfigError
-from tests.cluster import SYNTHETIC, VARIABLES, XPK, arguments, main, needs_xpk, request
+from tests.cluster import MAKE, SYNTHETIC, VARIABLES, XPK, arguments, main, needs_xpk, request
 from tests.runs import ROOT
 
 
@@ -125,7 +125,7 @@ def taken(name: str) -> bool:
 )
 @needs_xpk
 def test_make_refuses_what_it_would_change(variable, sentence):
-  line = ["make", "xpk", "CONFIG=yaml/mudd_405m.yml", "WORKLOAD=x", "OUTPUT=gs://my-bucket", "DRY_RUN=1", variable]
+  line = [*MAKE, "xpk", "CONFIG=yaml/mudd_405m.yml", "WORKLOAD=x", "OUTPUT=gs://my-bucket", "DRY_RUN=1", variable]
   finished = subprocess.run(line, cwd=ROOT, env=without_make(), capture_output=True, text=True)
   assert finished.returncode == 2
   assert sentence in finished.stderr
@@ -136,7 +136,7 @@ def test_make(tmp_path):
   """The issue's own line: quotes, STEPS and ARGS go through make and two shells."""
   manifest = tmp_path / "manifest.yml"
   line = [
-    "make",
+    *MAKE,
     "xpk",
     "CONFIG=yaml/mudd_405m.yml",
     *(f"{name}={VARIABLES[name]}" for name in ("CLUSTER", "TPU_TYPE", "NUM_SLICES", "WORKLOAD", "OUTPUT", "DRY_RUN")),

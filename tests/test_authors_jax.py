@@ -19,7 +19,7 @@ from maxtext_mudd.checkpoints.authors_jax import config_json as fork_config
 from maxtext_mudd.checkpoints.authors_jax import models as fork
 from maxtext_mudd.config.errors import ConfigError
 from tests import models
-from tests.published import LAYOUTS, check_same, each_layout, fork_folder
+from tests.published import LAYOUTS, LOGITS_TOLERANCE, check_same, each_layout, fork_folder
 
 FORK = ("muddjax_plain", "muddjax_prepost")
 

@@ -14,7 +14,7 @@ from maxtext_mudd import convert, decode
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.inference import generation
 from tests import models, runs
-from tests.test_blocks import MOE
+from tests.blocks import MOE
 
 FAST = (("muddformer_tiny", False),)
 SLOW = (("muddformer_tiny", True), ("muddpythia_tiny", False), ("muddpythia_tiny", True))

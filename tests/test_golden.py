@@ -14,8 +14,7 @@ from maxtext_mudd import kernels
 from maxtext_mudd.connections.mudd.aggregate import DepthAggregate
 from tests import models
 from tests.parameters import from_jax, from_pytorch
-
-LOGITS_TOLERANCE = 2e-4
+from tests.published import LOGITS_TOLERANCE
 
 RELEASED = {
   "mudd": True,

@@ -8,8 +8,8 @@ import pytest
 
 from maxtext_mudd.checkpoints import layout
 from tests import models, steps
-from tests.test_blocks import BLOCKS
-from tests.test_training import POLICIES
+from tests.blocks import BLOCKS
+from tests.steps import POLICIES
 
 RELATIVE = 1e-6  # in float32: of the largest logit, of the norm of all gradients together
 OF_TENSOR = 4e-6  # of the largest entry of one gradient, where sums over tokens may cancel

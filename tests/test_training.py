@@ -14,43 +14,10 @@ import scipy.special
 from maxtext_mudd import kernels
 from maxtext_mudd.complexity import counts
 from tests import models, steps
-from tests.test_blocks import MOE
+from tests.blocks import MOE
+from tests.steps import POLICIES, value_and_gradients
 
 TINY = {"mudd": True, "base_num_decoder_layers": 2}
-POLICIES = [
-  "none",
-  "minimal",
-  "minimal_with_context",
-  "minimal_flash",
-  "minimal_with_quantization",
-  "minimal_with_context_and_quantization",
-  "save_dot_with_context_except_mlp",
-  "save_dot_except_mlpwi",
-  "save_dot_except_mlp",
-  "save_qkv_proj",
-  "qkv_proj_offloaded",
-  "minimal_offloaded",
-  "save_out_proj",
-  "custom",
-]
-
-
-def value_and_gradients(cfg, data=None):
-  """(loss, aux, gradients by path) of a random model on a batch, random if not given, through MaxText's own loss."""
-  model = models.build(cfg)
-  models.randomise(model)
-  graph, params, rest = nnx.split(model, nnx.Param, ...)
-  data = data or models.batch(cfg)
-
-  @jax.jit
-  def run(params):
-    def loss(params):
-      return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)
-
-    return jax.value_and_grad(loss, has_aux=True)(params)
-
-  (loss, aux), gradients = run(params)
-  return float(loss), aux, {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(gradients)}
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +133,7 @@ def test_router_bias_is_refused_by_name():
   """MaxText has router biases in its deepseek block only, whose attention has one latent input."""
   with pytest.raises(ValueError, match="only supported for the DeepSeek decoder block"):
     models.config(**TINY, decoder_block="mixtral", **MOE, routed_bias=True, routed_bias_update_rate=0.01)
-  with pytest.raises(ValueError, match="decoder_block='deepseek' is not supported with mudd=True"):
+  with pytest.raises(ValueError, match="decoder_block='deepseek' does not work with mudd=True"):
     models.config(**TINY, decoder_block="deepseek", first_num_dense_layers=1, **MOE, routed_bias=True)
 
 

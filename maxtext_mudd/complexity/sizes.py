@@ -12,7 +12,7 @@ from pydantic import PositiveInt, model_validator
 
 from maxtext_mudd import blocks
 from maxtext_mudd.config import files as config_files
-from maxtext_mudd.config.keys import MuddKeys
+from maxtext_mudd.config.keys import MuddKeys, check_sizes
 from maxtext_mudd.runs import early_check
 
 DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.DECODER_BLOCKS})
@@ -69,9 +69,7 @@ class Sizes(MuddKeys):
 
   @model_validator(mode="after")
   def _check_connections(self):
-    if self.mudd:
-      self._check_feed_forward()
-      self._check_sources()
+    check_sizes(self)
     return self
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
   import jax
   from jaxtyping import Array, Float
 
-  from maxtext_mudd.config.refusals import Refusal
   from maxtext_mudd.kernels import Passes, Weights
+  from maxtext_mudd.keys import Refusal
 
 STREAMS = "qkvr"  # query, key, value and residual stream, in the order of the paper and of the released code
 
@@ -128,8 +128,11 @@ class Family(Protocol):
   reads: ClassVar[Literal["block", "sublayer"]]
   depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]]
 
+  def check_sizes(self, config) -> None:
+    """Raises ValueError, in one sentence, for keys that do not fit the sizes of the model."""
+
   def refusals(self, config) -> Iterable[Refusal]:
-    """What the family does not work with."""
+    """What the family does not work with; `config` is a whole `MuddConfig`."""
 
   def plan(self, config) -> Plan:
     """Where it reads, from a configuration with sizes."""
@@ -236,6 +239,10 @@ class HistoryFamily:
   Keys = NoKeys
   reads = "block"
   depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+
+  @classmethod
+  def check_sizes(cls, config) -> None:
+    """Any sizes will do."""
 
   @classmethod
   def refusals(cls, config) -> Iterable[Refusal]:

@@ -11,6 +11,10 @@ class Residual:
   depth_axes = {}  # noqa: RUF012
 
   @classmethod
+  def check_sizes(cls, config) -> None:
+    """Any sizes will do."""
+
+  @classmethod
   def refusals(cls, config):
     return ()
 

@@ -1,18 +1,23 @@
 """Hyper-Connections (Zhu et al., arXiv 2409.19606): several residual streams, mixed before each sublayer."""
 
-from maxtext_mudd.connections.base import Cost, NoKeys, Plan
+from maxtext_mudd.connections.base import Cost, Plan
+from maxtext_mudd.connections.hyper_connections import keys
 
 
 class HyperConnections:
   """`depth_connection: hyper_connections`, with `mudd_expansion_rate` streams."""
 
-  Keys = NoKeys
+  Keys = keys.HyperConnectionKeys
   reads = "sublayer"
   depth_axes = {}  # noqa: RUF012
 
   @classmethod
+  def check_sizes(cls, config) -> None:
+    """Any sizes will do."""
+
+  @classmethod
   def refusals(cls, config):
-    return ()
+    return keys.refusals(config)
 
   @classmethod
   def plan(cls, config) -> Plan:

@@ -1,13 +1,22 @@
 """MUDD connections, and their simpler relatives DenseFormer (one way, static) and DDFormer (one way, dynamic)."""
 
 from maxtext_mudd.connections.base import Cost, HistoryFamily, Plan
-from maxtext_mudd.connections.mudd import cost, sites
+from maxtext_mudd.connections.mudd import cost, keys, sites
 
 
 class Dense(HistoryFamily):
   """`depth_connection: dense`: weights of all earlier block outputs, static or made from the newest one."""
 
+  Keys = keys.DenseKeys
   depth_axes = {"w1": (None, "hidden"), "w2": ("hidden", None, "sources"), "a": (None, "sources")}  # noqa: RUF012
+
+  @classmethod
+  def check_sizes(cls, config) -> None:
+    keys.check_sizes(config)
+
+  @classmethod
+  def refusals(cls, config):
+    return keys.refusals(config)
 
   @classmethod
   def plan(cls, config) -> Plan:

@@ -33,7 +33,7 @@ REFUSED = {
   ),
   "image": (
     {"DOCKER_IMAGE": "a; b"},
-    "DOCKER_IMAGE=a; b is not an image; write REGISTRY/PROJECT/NAME:TAG, lower case but for TAG.",
+    "DOCKER_IMAGE=a; b is not an image; write REGISTRY/PROJECT/NAME:TAG, in lower case except for TAG.",
   ),
   "capitals in an image": (
     {"DOCKER_IMAGE": "gcr.io/My-project/mudd:1"},

@@ -81,7 +81,7 @@ def test_checkpoints_to_start_from(corpus, tmp_path, monkeypatch, capsys):
   embedding = {"embedding": np.zeros((320, 16), np.float32)}
   ocp.PyTreeCheckpointer().save(other / "items", {"params": {"params": {"token_embedder": embedding}}})
   argv = [runs.RUN_YML, *corpus, f"base_output_directory={tmp_path / 'out'}", "run_name=x"]
-  advice = "there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP."
+  advice = "there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
   for key in ("load_parameters_path", "load_full_state_path"):
     assert refuse([*argv, f"{key}={nowhere}"], monkeypatch, capsys) == f"{key}={nowhere}: {advice}"
   said = refuse([*argv, f"load_parameters_path={other}"], monkeypatch, capsys)

@@ -141,7 +141,8 @@ def check_gradients(found, expected, unfelt: tuple[str, ...] = ()):
     if path in zero:
       assert max(largest(found[path]), largest(expected[path])) <= ZERO * norm, path
     else:
-      assert largest(x) <= OF_TENSOR * largest(expected[path]), path
+      # Where the terms of a sum over tokens cancel, their rounding is large beside the sum, but not beside the terms.
+      assert largest(x) <= max(OF_TENSOR * largest(expected[path]), ZERO * norm), path
 
 
 @pytest.mark.parametrize("case", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in CASES])

@@ -163,11 +163,12 @@ def test_connection_metrics_are_what_they_say():
   cfg = models.config(mudd=True, record_internal_nn_metrics=1)
   model = models.build(cfg)
   models.randomise(model)
-  da = model.decoder.layers_2.connection.depth_aggregate
+  connection = model.decoder.layers_2.connection
+  da = connection.depth_aggregate
   rng = np.random.default_rng(0)
   xs = [rng.standard_normal((2, 16, 32)).astype(np.float32) for _ in range(3)]
   sources = list(map(jax.numpy.asarray, xs))
-  da.streams(kernels.mix(sources, da.weights()), sources[-1])
+  connection.read(3, kernels.mix(sources, da.weights(None, -1)), sources[-1])
   sown = {path[-1]: float(value.get_value()[0]) for path, value in nnx.to_flat_state(nnx.pop(da, nnx.Intermediate))}
 
   normed = xs[-1] / np.sqrt(np.square(xs[-1]).mean(-1, keepdims=True) + 1e-6)
@@ -232,4 +233,4 @@ def test_parameter_count():
   extra = sum(d * wide + wide * c * n + c * n for c, n in ((4, 2), (4, 3), (1, 4)))
   extra += 2 * 2 * d  # two more attention norms in each block but the first
   assert count(cfg) - count(plain) == extra
-  assert counts.connection_flops(cfg) > 0
+  assert counts.connections_cost(cfg).flops > 0

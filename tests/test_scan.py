@@ -11,7 +11,10 @@ from tests import models, steps
 from tests.blocks import BLOCKS
 from tests.steps import POLICIES
 
-RELATIVE = 1e-6  # in float32: of the largest logit, of the norm of all gradients together
+RELATIVE = 1e-6  # in float32: of the largest logit, of the loss
+# Of the norm of all gradients together. To change every parameter by half a unit in its last place moves the gradients
+# of "2x2, and norms of block 1" by 1.6e-6; scanned layers differ by 2.2e-6 there, and by less than 1e-6 elsewhere.
+OF_ALL = 4e-6
 OF_TENSOR = 4e-6  # of the largest entry of one gradient, where sums over tokens may cancel
 ZERO = 1e-7  # of the norm of all gradients together: what rounding leaves of a gradient that is zero
 SMALL = {"base_num_decoder_layers": 3}
@@ -134,7 +137,7 @@ def check_gradients(found, expected, unfelt: tuple[str, ...] = ()):
   """`unfelt`: ends of the paths whose gradients are zero."""
   errors = {path: found[path] - x for path, x in expected.items()}
   norm, error = (np.sqrt(sum(np.square(x).sum() for x in tree.values())) for tree in (expected, errors))
-  assert error <= RELATIVE * norm
+  assert error <= OF_ALL * norm
   zero = {path for path in expected if path.endswith(unfelt)} if unfelt else set()
   assert bool(zero) == bool(unfelt)
   for path, x in errors.items():

@@ -42,11 +42,6 @@ class Streams:
   __radd__ = __add__
 
 
-def pick(inputs: Any, stream: str) -> Float[Array, "B T D"]:
-  """One stream, "q", "k", "v" or "r", of `Streams`; an array is every stream."""
-  return getattr(inputs, stream) if isinstance(inputs, Streams) else inputs
-
-
 class StreamNorm(nnx.Module):
   """Three copies of the stock attention norm: LN_q, LN_k and LN_v of Eq. 7 (`sepln` in the authors' code)."""
 
@@ -55,35 +50,35 @@ class StreamNorm(nnx.Module):
     self.k = nnx.clone(norm)
     self.v = nnx.clone(norm)
 
-  def __call__(self, inputs: Streams | Float[Array, "B T D"], **kwargs) -> Streams:
-    choose = inputs.norm_parameter if isinstance(inputs, Streams) else None
-    norms = {"q": self.q, "k": self._chosen(self.k, choose), "v": self._chosen(self.v, choose)}
-    return Streams(*(norm(pick(inputs, c), **kwargs) for c, norm in norms.items()))
+  def __call__(self, inputs: Streams, **kwargs) -> Streams:
+    k, v = (self._chosen(norm, inputs.norm_parameter) for norm in (self.k, self.v))
+    return Streams(self.q(inputs.q, **kwargs), k(inputs.k, **kwargs), v(inputs.v, **kwargs))
 
   def _chosen(self, norm: nnx.Module, choose: Callable | None) -> nnx.Module:
     if choose is None:
       return norm
-    graphdef, own = nnx.split(norm)
-    return nnx.merge(graphdef, jax.tree.map(choose, own, nnx.state(self.q)))
+    graphdef, parameters = nnx.split(norm)
+    return nnx.merge(graphdef, jax.tree.map(choose, parameters, nnx.state(self.q)))
 
 
 class MultiwayAttention(Attention):
   """Stock attention in which each projection reads its own stream. The KV cache does not change."""
 
   def query_projection(self, inputs_q, out_sharding=None):
-    return super().query_projection(pick(inputs_q, "q"), out_sharding=out_sharding)
+    return super().query_projection(inputs_q.q, out_sharding=out_sharding)
 
   def kv_projection(self, inputs_kv, proj_name, out_sharding=None):
-    stream = {"key": "k", "value": "v"}[proj_name]
-    return super().kv_projection(pick(inputs_kv, stream), proj_name, out_sharding=out_sharding)
+    stream = {"key": inputs_kv.k, "value": inputs_kv.v}[proj_name]
+    return super().kv_projection(stream, proj_name, out_sharding=out_sharding)
 
 
 class MultiwayGpt3Attention(Gpt3MultiHeadAttention):
-  """GPT-3's attention in which each projection reads its own stream; one method projects queries, keys and values."""
+  """GPT-3's attention in which each projection reads its own stream; one method projects
+  queries, keys, values and outputs."""
 
   def projection(self, projection_layer, inputs):
-    stream = {id(self.query): "q", id(self.key): "k", id(self.value): "v"}.get(id(projection_layer), "q")
-    return super().projection(projection_layer, pick(inputs, stream))
+    stream = {id(self.query): "q", id(self.key): "k", id(self.value): "v"}.get(id(projection_layer))
+    return super().projection(projection_layer, getattr(inputs, stream) if stream else inputs)
 
 
 _MULTIWAY = {Attention: MultiwayAttention, Gpt3MultiHeadAttention: MultiwayGpt3Attention}

@@ -67,15 +67,15 @@ class SublayerInput:
 class HyperRMSNorm(RMSNorm):
   """RMSNorm, applied to M[0]."""
 
-  def __call__(self, x, **kwargs):
-    return super().__call__(x.read if isinstance(x, SublayerInput) else x, **kwargs)
+  def __call__(self, x: SublayerInput, **kwargs):
+    return super().__call__(x.read, **kwargs)
 
 
 class HyperGpt3LayerNorm(Gpt3LayerNorm):
   """GPT-3's LayerNorm, applied to M[0]."""
 
-  def __call__(self, x, **kwargs):
-    return super().__call__(x.read if isinstance(x, SublayerInput) else x, **kwargs)
+  def __call__(self, x: SublayerInput, **kwargs):
+    return super().__call__(x.read, **kwargs)
 
 
 _READING = {RMSNorm: HyperRMSNorm, Gpt3LayerNorm: HyperGpt3LayerNorm}

@@ -52,7 +52,7 @@ def test_one_model(capsys):
   rows = printed(capsys, str(runs.ROOT / "yaml" / "mudd_2p8b.yml"), "mudd_hidden_round_to=0")
   (total,) = [row[1] for row in rows if row[0] == "parameters"]
   assert total == f"{2_795_937_280 + 8_934_429 - dropped_by_exact_widths():,}"
-  (w1_and_w2,) = [row for row in rows if "of them W1 and W2, over 12LD²" in row]
+  (w1_and_w2,) = [row for row in rows if "W1 and W2 alone, over 12LD²" in row]
   assert "0.236% (Eq. 13), 0.228% (η/6)" in w1_and_w2
 
 

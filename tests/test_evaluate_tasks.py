@@ -14,6 +14,7 @@ from maxtext_mudd import assets, convert
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.evaluate import __main__ as evaluate
 from maxtext_mudd.evaluate import harness as evaluation
+from maxtext_mudd.evaluate import request
 from maxtext_mudd.inference import pretrained, tokens
 from tests import models, runs
 from tests.evaluation import (
@@ -150,10 +151,10 @@ def test_names(tmp_path, capsys):
     "maxtext-mudd: --tasks: these cannot be evaluated together (ValueError: Duplicate task 'choice': found in both "
     "'one' and 'other')."
   )
-  manager = evaluate._task_manager(["paper"], None)
-  assert len(evaluate.PAPER) == 11
-  assert set(evaluate.PAPER) <= set(manager.all_subtasks)
-  assert evaluate._task_names("paper,piqa, mine") == [*evaluate.PAPER, "mine"]
+  manager = evaluate.task_manager(["paper"], None)
+  assert len(request.PAPER_TASKS) == 11
+  assert set(request.PAPER_TASKS) <= set(manager.all_subtasks)
+  assert request.read_task_names("paper,piqa, mine") == [*request.PAPER_TASKS, "mine"]
 
 
 @pytest.mark.slow

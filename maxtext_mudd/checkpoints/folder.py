@@ -241,7 +241,7 @@ def staged(target: pathlib.Path):
         stage = workshop / "made"
         stage.mkdir()
         yield stage
-        interrupts.end()
+        interrupts.ignore_further()
         stage.rename(target)
       except KeyboardInterrupt:
         atexit.register(clean_later)  # for what is written after the wait

@@ -91,8 +91,8 @@ def _setting_at_fault(config, error: Exception) -> str:
   """The sentence for an error that comes from the value of a key and not from a file; empty for other errors."""
   if isinstance(error, ModuleNotFoundError):
     return (
-      f"{data_settings.describe('train', config)} needs the module {error.name}, which is not installed; install it, or "
-      "use another dataset_type."
+      f"{data_settings.describe('train', config)} needs the module {error.name}, which is not installed; install it, "
+      "or use another dataset_type."
     )
   if not config.use_sft:
     return ""

@@ -55,9 +55,7 @@ def check(argv: Sequence[str], check_settings: Callable[[types.SimpleNamespace],
         stock_values = omegaconf.OmegaConf.load(config_files.stock_file())
         # A value of a wrong type makes `check_settings` fail; MaxText's configuration class refuses it later.
         with contextlib.suppress(TypeError, AttributeError):
-          check_settings(
-            types.SimpleNamespace(**constructor_values(omegaconf.OmegaConf.merge(stock_values, values)))
-          )
+          check_settings(types.SimpleNamespace(**constructor_values(omegaconf.OmegaConf.merge(stock_values, values))))
 
 
 def shows_brief_console(argv: Sequence[str]) -> bool:

@@ -203,7 +203,9 @@ class _StoppedRun:
     keys = f"num_epoch above {self.config.num_epoch}"
     if self.manager is None:
       keys += " and enable_checkpointing=True"
-    elif self.config.dataset_type.value != "grain":  # Grain saves the number of the file it reads, which more files may change
+    elif (
+      self.config.dataset_type.value != "grain"
+    ):  # Grain saves the number of the file it reads, which more files may change
       keys += " or more files"
     return f"to continue, start it again with {keys}, or set steps={self.done} for a run that ends here"
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maxtext_mudd.config.errors import ConfigError
-from maxtext_mudd.runs import data_faults, first_batch, data_settings, text_files, megatron_files
+from maxtext_mudd.runs import data_faults, data_settings, first_batch, megatron_files, text_files
 
 
 def check_training(config) -> None:
@@ -55,7 +55,9 @@ def _check_start_checkpoint(config) -> None:
   for key in ("load_parameters_path", "load_full_state_path"):
     path = getattr(config, key)
     if path and not data_settings.is_remote(path) and not os.path.isdir(path):
-      raise ConfigError(f"{key}={path}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP.")
+      raise ConfigError(
+        f"{key}={path}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
+      )
   path = config.load_parameters_path
   if path and not data_settings.is_remote(path) and config.mudd:
     from maxtext_mudd.checkpoints import parameters

@@ -11,7 +11,7 @@ from maxtext.trainers.pre_train import train
 from maxtext.utils import maxtext_utils, sharding
 import numpy as np
 
-from maxtext_mudd.config.mudd_config import REMAT_POLICIES
+from maxtext_mudd.config.stock_checks import REMAT_POLICIES
 from tests import models
 
 POLICIES = [policy for policy in REMAT_POLICIES if policy != "full"]

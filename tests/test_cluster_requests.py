@@ -33,7 +33,7 @@ REFUSED = {
   ),
   "image": (
     {"DOCKER_IMAGE": "a; b"},
-    "DOCKER_IMAGE=a; b is not an image; write REGISTRY/PROJECT/NAME:TAG, lower case but for TAG.",
+    "DOCKER_IMAGE=a; b is not an image; write REGISTRY/PROJECT/NAME:TAG, in lower case except for TAG.",
   ),
   "capitals in an image": (
     {"DOCKER_IMAGE": "gcr.io/My-project/mudd:1"},
@@ -53,21 +53,21 @@ REFUSED = {
     {"ARGS": "steps"},
     "ARGS: steps is not key=value, nor a configuration file, which ends in .yml.",
   ),
-  "run name": ({"ARGS": "run_name=x"}, "ARGS: run_name=x is set by WORKLOAD; give it there."),
+  "run name": ({"ARGS": "run_name=x"}, "ARGS: run_name=x is set by WORKLOAD; set it there."),
   "topology": (
     {"ARGS": "compile_topology=v5p-8"},
-    "ARGS: compile_topology=v5p-8 is set by TPU_TYPE; give it there.",
+    "ARGS: compile_topology=v5p-8 is set by TPU_TYPE; set it there.",
   ),
   "slices of the topology": (
     {"ARGS": "compile_topology_num_slices=4"},
-    "ARGS: compile_topology_num_slices=4 is set by NUM_SLICES; give it there.",
+    "ARGS: compile_topology_num_slices=4 is set by NUM_SLICES; set it there.",
   ),
   "quotes": ({"ARGS": "hf_path='a"}, "ARGS=hf_path='a has quotes that do not match (no closing quotation)."),
   "lines": ({"ARGS": "a=1\nb=2"}, "ARGS='a=1\\nb=2' has line breaks or other control characters"),
-  "variable": ({"ARGS": "a=$(HOME)"}, "ARGS=a=$(HOME) has a $, which Kubernetes reads as a variable of its own"),
+  "variable": ({"ARGS": "a=$(HOME)"}, "ARGS=a=$(HOME) has a $, and Kubernetes would replace the variable after it"),
   "flag of a variable": (
     {"XPK_ARGS": "--no-dry-run"},
-    "XPK_ARGS: --no-dry-run is set by DRY_RUN; give it there.",
+    "XPK_ARGS: --no-dry-run is set by DRY_RUN; set it there.",
   ),
   "Pathways": (
     {"XPK_ARGS": "--use-pathways"},
@@ -79,7 +79,7 @@ REFUSED = {
   ),
   "changes that no image holds": (
     {"DRY_RUN": "", "DOCKER_IMAGE": "gcr.io/my-project/maxtext-mudd:abc-dirty"},
-    "DOCKER_IMAGE=gcr.io/my-project/maxtext-mudd:abc-dirty: this tree has changes that are in no commit",
+    "DOCKER_IMAGE=gcr.io/my-project/maxtext-mudd:abc-dirty: this checkout has changes that are in no commit",
   ),
 }
 
@@ -117,7 +117,7 @@ RUNS_THAT_CANNOT_WORK = {
   ),
   "maps in a bucket": (
     {"ARGS": "grain_train_files=gs://my-bucket/pile"},
-    "grain_train_files=gs://my-bucket/pile: Megatron maps are read from a file system; mount the bucket",
+    "grain_train_files=gs://my-bucket/pile: Megatron files are read from a file system; mount the bucket",
   ),
   "no text": (
     {"ARGS": str(ROOT / "yaml" / "data" / "local_text.yml")},
@@ -220,7 +220,7 @@ def test_manifest_that_cannot_be_written(tmp_path, capsys):
   program = recorder(tmp_path)
   manifest = program / "manifest.yml"
   found = main(program, capsys, DRY_RUN="", ARGS=SYNTHETIC, MANIFEST=str(manifest))
-  assert found == f"MANIFEST={manifest} cannot be written (File exists); name a file in a folder of yours."
+  assert found == f"MANIFEST={manifest} cannot be written (File exists); name a file in a folder that you can write to."
   assert len((tmp_path / "told.jsonl").read_text().splitlines()) == 1  # the rehearsal
 
 

@@ -9,14 +9,14 @@ MISTAKES = {
   "mistyped key": (["mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
   "chunks of nothing": (
     ["use_chunked_prefill=true", "prefill_chunk_size=0"],
-    "prefill_chunk_size=0 is no number of tokens; set it to 1 or more, or use_chunked_prefill=False.",
+    "prefill_chunk_size=0 is not a number of tokens; set it to 1 or more, or use_chunked_prefill=False.",
   ),
   "chunks of gpt3": (
     ["use_chunked_prefill=true", "decoder_block=gpt3"],
     "use_chunked_prefill=True does not work with decoder_block='gpt3': MaxText's attends to one chunk alone; set it to "
     "False.",
   ),
-  "no tokens": (["max_target_length=0"], "max_target_length=0 has no room for a token; set it to 1 or more."),
+  "no tokens": (["max_target_length=0"], "max_target_length=0 is less than one token; set it to 1 or more."),
   "no value": (["mudd"], "mudd is not key=value, nor a configuration file, which ends in .yml."),
   "topology": (
     ["compile_topology=v5p-17", "compile_topology_num_slices=1"],
@@ -44,16 +44,16 @@ MISTAKES = {
   ),
   "no batch": (
     ["per_device_batch_size=0"],
-    "per_device_batch_size=0 is no batch; use 1 or more, or a share of 1, such as 0.5.",
+    "per_device_batch_size=0 is not a batch size; use 1 or more, or a fraction such as 0.5.",
   ),
   "batch below zero": (
     ["mudd=false", "mudd_ffn_reallocation=false", "per_device_batch_size=-2"],
-    "per_device_batch_size=-2 is no batch",
+    "per_device_batch_size=-2 is not a batch size",
   ),
   "tokens that are not whole": (
     ["per_device_batch_size=0.3"],
-    "per_device_batch_size=0.3 with max_target_length=64 makes 19.2 tokens for a device, not a multiple of "
-    "num_vocab_tiling=1; use per_device_batch_size=1, say, or change the others.",
+    "per_device_batch_size=0.3 with max_target_length=64 makes 19.2 tokens per device, which is not a "
+    "multiple of num_vocab_tiling=1; use per_device_batch_size=1, or change the others.",
   ),
   "less than one sequence": (
     ["per_device_batch_size=0.5"],
@@ -102,16 +102,17 @@ MISTAKES = {
   ),
   "rounding of a table that is not there": (
     ["mudd_rope_table=float16", "rope_type=yarn"],
-    "mudd_rope_table=float16 with rope_type=yarn does not work with mudd=True: the released code has the "
-    "default table; set mudd_rope_table=stock.",
+    "rope_type=yarn does not work with mudd_rope_table=float16: the released code has the default table; set "
+    "mudd_rope_table=stock.",
   ),
   "kernel": (
     ["mudd_kernel=triton"],
     "mudd_kernel='triton' is not valid: input should be 'auto', 'xla', 'pallas' or 'pallas_interpret'.",
   ),
   "family": (
-    ["depth_connection=sparse"],
-    "depth_connection='sparse' is not valid: input should be 'dense', 'hyper_connections' or 'residual'.",
+    ["depth_connection=hyper_conection"],
+    "depth_connection='hyper_conection' is not valid: there is no such family of depth connections; the nearest is "
+    "hyper_connections.",
   ),
   "streams": (
     ["mudd_dense_streams=qx"],
@@ -139,7 +140,7 @@ MISTAKES = {
   ),
   "two models": (
     [str(runs.ROOT / "yaml" / "mudd_405m.yml")],
-    f"{runs.ROOT}/yaml/mudd_405m.yml builds on transformer_pp_405m.yml, so it is a model, and cannot be laid over "
+    f"{runs.ROOT}/yaml/mudd_405m.yml builds on transformer_pp_405m.yml, so it is a model, and cannot override "
     f"{runs.RUN_YML}; name one model, before all else.",
   ),
   "base_config as an override": (
@@ -192,8 +193,8 @@ MISTAKES = {
   ),
   "initialisation of MTP": (
     ["mtp_num_layers=1"],
-    "mtp_num_layers=1 does not work with mudd_init=xavier_normal: MaxText starts the layers of MTP by its own rule; "
-    "set it to 0, or mudd_init=stock.",
+    "mtp_num_layers=1 does not work with mudd_init=xavier_normal: MaxText initialises the layers of MTP by its own "
+    "rule; set it to 0, or mudd_init=stock.",
   ),
   "initialisation of another block": (
     ["mudd=false", "mudd_ffn_reallocation=false", "decoder_block=gpt_oss"],
@@ -233,16 +234,16 @@ MISTAKES = {
   ),
   "decoder block": (
     ["decoder_block=gpt_oss", "mudd_init=stock"],
-    "decoder_block='gpt_oss' is not supported with mudd=True; supported are llama2, mistral, mixtral, qwen2, qwen3, "
-    "qwen3_moe, gemma, gpt3.",
+    "decoder_block='gpt_oss' does not work with mudd=True: supported are llama2, mistral, mixtral, qwen2, qwen3, "
+    "qwen3_moe, gemma, gpt3; use one of these.",
   ),
   "fused_qkv": (
     ["fused_qkv=true"],
-    "fused_qkv=True does not work with mudd=True: q, k and v have inputs of their own; set fused_qkv=False.",
+    "fused_qkv=True does not work with mudd=True: q, k and v have separate inputs; set fused_qkv=False.",
   ),
   "share_kv_projections": (
     ["share_kv_projections=true"],
-    "share_kv_projections=True does not work with mudd=True: k and v have inputs of their own; set it to False.",
+    "share_kv_projections=True does not work with mudd=True: k and v have separate inputs; set it to False.",
   ),
   "MLA": (
     ["attention_type=mla"],
@@ -255,8 +256,8 @@ MISTAKES = {
   ),
   "scan": (
     ["scan_layers=true"],
-    "scan_layers=True does not work with mudd_ffn_reallocation=True: every FFN has a width of its own; scan groups of "
-    "equal width with mudd_ffn_groups=4, say, or set scan_layers=False.",
+    "scan_layers=True does not work with mudd_ffn_reallocation=True: the FFNs have different widths; scan groups of "
+    "equal width with mudd_ffn_groups=4, for example, or set scan_layers=False.",
   ),
   "axis of scanned layers": (
     ["scan_layers=true", "mudd_ffn_reallocation=false", "param_scan_axis=2"],
@@ -274,7 +275,7 @@ MISTAKES = {
   ),
   "more groups than blocks": (
     ["mudd_ffn_groups=7"],
-    "mudd_ffn_groups=7 is more than the model has blocks; use at most 2, or 0 for a width of its own in each.",
+    "mudd_ffn_groups=7 is more than the model has blocks; use at most 2, or 0 for no groups.",
   ),
   "no DA left": (
     ["mudd_block_period=2", "mudd_dense_streams=qk"],

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from maxtext_mudd.blocks import ffn_widths
 from maxtext_mudd.checkpoints import folder, tensors
 from maxtext_mudd.checkpoints.authors_jax import config_json as fork_config
 from maxtext_mudd.checkpoints.authors_jax import models as fork
@@ -17,7 +18,6 @@ from maxtext_mudd.checkpoints.hugging_face import config_json as hf_config
 from maxtext_mudd.checkpoints.hugging_face import files as hf_files
 from maxtext_mudd.checkpoints.hugging_face import models as hf
 from maxtext_mudd.checkpoints.hugging_face import names as hf_names
-from maxtext_mudd.connections.mudd import topology
 from tests import models, runs
 from tests.published import fork_folder
 
@@ -89,7 +89,7 @@ def test_memory(tmp_path, monkeypatch):
   source.mkdir()
   sizes = {"n_layer": 8, "dim": 1536, "n_head": 12, "n_local_heads": 12, "head_dim": 128, "intermediate_size": 4096}
   fields = json.loads((models.DATA / "muddformer_tiny" / "config.json").read_text()) | sizes | {"vocab_size": 16384}
-  widths = topology.ffn_widths(4096, 8, **topology.RELEASED_FFN)
+  widths = ffn_widths.reallocated(4096, 8, **ffn_widths.RELEASED)
   config = folder.configuration(hf_config.keys(fields, widths, "") | folder.here() | {"scan_layers": False})
   random = np.random.default_rng(0)
 

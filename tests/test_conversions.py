@@ -51,7 +51,7 @@ def test_targets_are_never_written_over(tmp_path, capsys):
   assert said == [
     f"{target} exists already; name a folder that does not.",
     "gs://bucket/m is not a local folder; copy it first.",
-    "scan_layers is not key=value, as scan_layers=true is.",
+    "scan_layers is not key=value; write it like scan_layers=true.",
     "mudd_wayz is not a configuration key; the nearest is mudd_ways.",
     f"{target} has no model.yml; name a folder that from-hf or from-run made.",
     f"{source} exists already; name a folder that does not.",
@@ -179,7 +179,7 @@ def test_interrupts_that_end_in_other_errors(error, tmp_path, monkeypatch, capsy
 
   monkeypatch.setattr(hf, "from_hf", convert_it)
   assert refusal(capsys, "from-hf", "--hf-dir", hugging_face(tmp_path / "hf"), "--maxtext-dir", tmp_path / "m") == (
-    "interrupted; nothing was made."
+    "interrupted; nothing was written."
   )
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -266,5 +266,5 @@ def test_interrupts_while_maxtext_is_imported(tmp_path, monkeypatch, capsys):
     signal.raise_signal(signal.SIGTERM)
 
   monkeypatch.setattr(convert.plugin, "install", install)
-  assert refusal(capsys, "to-hf", "--maxtext-dir", tmp_path, "--hf-dir", "b") == "interrupted; nothing was made."
+  assert refusal(capsys, "to-hf", "--maxtext-dir", tmp_path, "--hf-dir", "b") == "interrupted; nothing was written."
   assert len(calls) == 1

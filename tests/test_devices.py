@@ -124,7 +124,7 @@ def test_compiling_without_a_compiler(monkeypatch):
   with pytest.raises(ConfigError) as error:
     train_compile.check_compiling(models.config(**V5P_32))
   assert str(error.value) == expected
-  with pytest.raises(ConfigError, match="compile_topology='' names nothing to compile for; add compile_topology=v5p-8"):
+  with pytest.raises(ConfigError, match="names nothing to compile for; add, for example, compile_topology=v5p-8"):
     train_compile.check_compiling(models.config())
 
 

@@ -26,7 +26,10 @@ def lm():
 
 
 REFUSED = {
-  "nothing": ([], "there is nothing to evaluate; name --tasks, as lambada_openai,piqa or paper, or a --text."),
+  "nothing": (
+    [],
+    "there is nothing to evaluate on; name tasks, such as --tasks lambada_openai,piqa or --tasks paper, or a --text.",
+  ),
   "no checkpoint": (
     ["--checkpoint", "{tmp}/none", "--tasks", "choice"],
     "--checkpoint={tmp}/none is not a folder; name one that holds a model.",
@@ -41,7 +44,7 @@ REFUSED = {
   ),
   "a checkpoint of a run": (
     ["--checkpoint", "{tmp}/run", "--tasks", "choice"],
-    "--checkpoint={tmp}/run is a checkpoint of a run; name the CONFIG.yml that it was started with, too.",
+    "--checkpoint={tmp}/run is a checkpoint of a run; also name the CONFIG.yml that the run was started with.",
   ),
   "no text": (
     ["--text", "{tmp}/none"],
@@ -63,14 +66,14 @@ REFUSED = {
   ),
   "fewer than none": (
     ["--tasks", "choice", "--num-fewshot", "-1"],
-    "--num-fewshot=-1 is not a whole number from 0 on.",
+    "--num-fewshot=-1 is not a whole number of 0 or more.",
   ),
-  "half a row": (["--tasks", "choice", "--batch-size", "0.5"], "--batch-size=0.5 is not a whole number from 1 on."),
+  "half a row": (["--tasks", "choice", "--batch-size", "0.5"], "--batch-size=0.5 is not a whole number of 1 or more."),
   "no documents": (
     ["--tasks", "choice", "--limit", "0"],
-    "--limit=0 leaves nothing; set it to a number of documents, or a share below 1.",
+    "--limit=0 leaves no documents; set it to a number of documents, or a share below 1.",
   ),
-  "no limit": (["--tasks", "choice", "--limit", "nan"], "--limit=nan is not a number from 0 on."),
+  "no limit": (["--tasks", "choice", "--limit", "nan"], "--limit=nan is not a number of 0 or more."),
   "half a document": (
     ["--tasks", "choice", "--limit", "2.9"],
     "--limit=2.9 is neither a whole number of documents, nor a share below 1.",
@@ -93,7 +96,7 @@ REFUSED = {
   ),
   "a data set far away": (
     ["--tasks", "far"],
-    "--tasks: far cannot be loaded; where its data set cannot be downloaded, unset HF_HUB_OFFLINE, or bring it to the "
+    "--tasks: far cannot be loaded; if its data set cannot be downloaded, unset HF_HUB_OFFLINE, or copy it to the "
     "cache of Hugging Face (",
   ),
   "more examples than there are": (
@@ -102,18 +105,17 @@ REFUSED = {
   ),
   "a target longer than the context": (
     ["--tasks", "long"],
-    "the target 'yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy' has 50 tokens; it can have 1 to 24, the context "
-    "(max_target_length).",
+    "the target 'yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy' has 50 tokens; it can have from 1 to max_target_length=24.",
   ),
   "more new tokens than the context": (
     ["--tasks", "choice,endless"],
-    "--tasks: endless: generation_kwargs: max_gen_toks=24 leaves no room for a prompt, or asks for nothing; set it "
+    "--tasks: endless: generation_kwargs: max_gen_toks=24 leaves no room for a prompt, or asks for no tokens; set it "
     "from 1 to 23, for max_target_length=24.",
   ),
   "beams": (
     ["--tasks", "choice,beams"],  # before the choices are scored
-    "--tasks: beams: generation_kwargs: num_beams=4 is not known; do_sample, max_gen_toks, temperature, top_k, top_p, "
-    "until are.",
+    "--tasks: beams: generation_kwargs: num_beams=4 is not known; the known keys are do_sample, max_gen_toks, "
+    "temperature, top_k, top_p, until.",
   ),
   "a tokenizer with more tokens": (
     ["--tasks", "choice", "--tokenizer", "{tmp}/many"],
@@ -249,7 +251,8 @@ def test_outputs_that_cannot_be_written(crowded, lm, monkeypatch, capsys):
   arguments = ["--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice", "--batch-size", 3]
   ended, table = end_of(capsys, *arguments, "--output", crowded / "made.json")
   assert ended == (
-    f"--output={crowded}/made.json cannot be written (OSError(28, 'No space left on device')); name a file that can be."
+    f"--output={crowded}/made.json cannot be written (OSError(28, 'No space left on device')); name a file that "
+    "can be written."
   )
   assert "|choice" in table
   assert sorted(crowded.rglob("*")) == before

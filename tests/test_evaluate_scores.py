@@ -139,17 +139,20 @@ def test_whole_texts(lm):
     ({"do_sample": True, "top_k": 2.5}, "top_k=2.5 is not a whole number."),
     ({"do_sample": True, "top_p": 1.5}, "top_p=1.5 is not above 0, and 1 at most."),
     ({"do_sample": True, "top_p": 0.0}, "top_p=0.0 is not above 0, and 1 at most."),
-    ({"temperature": -1}, "temperature=-1.0 is not 0 or more, and finite; 0 takes the most probable token each time."),
+    (
+      {"temperature": -1},
+      "temperature=-1.0 is not a finite number of 0 or more; 0 takes the most probable token each time.",
+    ),
     ({"temperature": "hot"}, "temperature='hot' is not a number."),
     ({"temperature": "nan"}, "temperature='nan' is not a number."),
     ({"max_new_tokens": "all"}, "max_new_tokens='all' is not a whole number."),
-    ({"max_tokens": 0}, "max_gen_toks=0 leaves no room for a prompt, or asks for nothing; "),
+    ({"max_tokens": 0}, "max_gen_toks=0 leaves no room for a prompt, or asks for no tokens; "),
     ({"do_sample": "false"}, "do_sample='false' is neither true nor false."),
     ({"until": ["\n", 5]}, "until=['\\n', 5] is not a text, nor a list of texts."),
     (
       {"temperature": 0.7, "top_k": 8, "top_p": 0.9},
-      "top_p=0.9 with temperature=0.7: MaxText cuts before the temperature, and task files mean after it; set "
-      "temperature=1, or leave top_p out.",
+      "top_p=0.9 with temperature=0.7: MaxText applies top_p before the temperature, and task files mean after it; "
+      "set temperature=1, or leave top_p out.",
     ),
   ],
 )
@@ -180,7 +183,7 @@ def test_generation(lm):
   for context, text in zip(contexts, whole):
     prompt = [1, *of_bytes(context)][-(CONTEXT - 6) :]
     row = maxtext_mudd.generate(lm.model, lm.config, [prompt], 6)[0, len(prompt) :].tolist()
-    assert text == lm.words.decode(row[: row.index(2)] if 2 in row else row)
+    assert text == lm.text_tokenizer.decode(row[: row.index(2)] if 2 in row else row)
   assert len(set(whole)) > 1
 
   cut = {"max_gen_toks": 6, "until": [whole[2][1]]}

@@ -38,7 +38,7 @@ def test_folders_that_hold_no_model(tmp_path):
   for path, message in (
     (tmp_path / "none", "is not a folder"),
     (tmp_path / ("n" * 300), "cannot be reached: file name too long; name one that can"),
-    (tmp_path, "holds no model: neither model.yml, model.safetensors nor params"),
+    (tmp_path, "holds no model: it has none of model.yml, model.safetensors and params"),
   ):
     with pytest.raises(ConfigError, match=message):
       maxtext_mudd.from_pretrained(path)
@@ -56,9 +56,9 @@ def test_overrides(tmp_path):
   assert {x.get_value().dtype.name for _, x in nnx.to_flat_state(nnx.state(model, nnx.Param))} == {"bfloat16"}
   size = config.vocab_size
   for tokens, message in (
-    ([1, 2, 3], "tokens are [3]; they have to be [batch, length]."),
-    ([[1, 2], [3]], "tokens are rows of different lengths; they have to be [batch, length]."),
-    ([[1.5]], "tokens are float64; they have to be whole numbers."),
+    ([1, 2, 3], "tokens are [3]; pass an array [batch, length]."),
+    ([[1, 2], [3]], "tokens are rows of different lengths; pass an array [batch, length]."),
+    ([[1.5]], "tokens are float64; pass whole numbers."),
     ([[1] * 99], f"tokens are [1, 99], longer than the context, max_target_length={config.max_target_length}."),
     ([[1, size]], f"tokens hold {size}, and the model has vocab_size={size}."),
     (jnp.asarray([[1, -1]]), f"tokens hold -1, and the model has vocab_size={size}."),
@@ -66,7 +66,7 @@ def test_overrides(tmp_path):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
       maxtext_mudd.logits(model, tokens)
   for positions in ([[0, 1, 2]], [[0.5, 1]]):
-    with pytest.raises(ValueError, match=r"positions are .+; they have to be whole numbers \[batch, length\]"):
+    with pytest.raises(ValueError, match=r"positions are .+; pass whole numbers \[batch, length\]"):
       maxtext_mudd.logits(model, [[1, 2]], positions=positions)
   for key, value, own in (
     ("mudd_activation", "gelu_tanh", "gelu"),

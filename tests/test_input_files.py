@@ -27,7 +27,7 @@ UNREADABLE = {
   "no bytes": (b"", "{key}: the file holds no text; write it again."),
   "half a file": (b"PAR1 and then nothing", "{key} is not a complete parquet file; write it again."),
   "another column": (pa.table({"content": ["x"]}), "{key}: the file has no column 'text'; it has content."),
-  "numbers": (pa.table({"text": [1, 2]}), "{key}: column 'text' holds int64; text or token lists are needed."),
+  "numbers": (pa.table({"text": [1, 2]}), "{key}: column 'text' holds int64; text or lists of tokens are needed."),
   "a folder": (None, "{key} is not a file; name files, or a pattern that matches files."),
 }
 
@@ -76,7 +76,7 @@ def test_checkpoints_to_start_from(corpus, tmp_path, monkeypatch, capsys):
   embedding = {"embedding": np.zeros((320, 16), np.float32)}
   ocp.PyTreeCheckpointer().save(other / "items", {"params": {"params": {"token_embedder": embedding}}})
   argv = [runs.RUN_YML, *corpus, f"base_output_directory={tmp_path / 'out'}", "run_name=x"]
-  advice = "there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP."
+  advice = "there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
   for key in ("load_parameters_path", "load_full_state_path"):
     assert refuse([*argv, f"{key}={nowhere}"], monkeypatch, capsys) == f"{key}={nowhere}: {advice}"
   said = refuse([*argv, f"load_parameters_path={other}"], monkeypatch, capsys)
@@ -89,7 +89,9 @@ def test_output_that_cannot_be_written(corpus, tmp_path, monkeypatch, capsys):
   occupied.touch()
   output = occupied / "out"
   argv = [runs.RUN_YML, *corpus, f"base_output_directory={output}", "run_name=x"]
-  expected = f"base_output_directory={output}: {occupied} is not a folder that files can be written to."
+  expected = (
+    f"base_output_directory={output}: {occupied} is not a folder that files can be written to; name another folder."
+  )
   assert refuse(argv, monkeypatch, capsys) == expected
   assert list(tmp_path.iterdir()) == [occupied]
 
@@ -137,7 +139,7 @@ def test_a_data_file_before_the_model(tmp_path, monkeypatch, capsys):
   assert found == f"{data} comes after steps=2; name the model's file before all else."
 
 
-def test_files_laid_over_a_model():
+def test_files_that_override_a_model():
   """What a later file sets itself goes before an earlier one, and key=value before both."""
   pile, synthetic = (str(runs.ROOT / "yaml" / "data" / f"{name}.yml") for name in ("pile", "synthetic"))
   argv = ["", runs.RUN_YML, pile, synthetic, "run_name=x", "mmap_eod_id=7"]

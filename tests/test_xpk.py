@@ -85,7 +85,7 @@ def test_manifest_of_xpk_itself(offline, tmp_path, capfd):
     ({"XPK_ARGS": "--help"}, "XPK_ARGS=--help asks XPK for something other than a workload; leave it out."),
     (
       {"XPK_ARGS": "'--env=A=\"b\" c'"},
-      "XPK_ARGS='--env=A=\"b\" c' does not come out as it is in XPK's manifest; look for quotes in it.",
+      "XPK_ARGS='--env=A=\"b\" c' is changed in XPK's manifest; remove quotes from it.",
     ),
   ],
 )
@@ -149,7 +149,7 @@ def test_make(tmp_path):
   written = manifest.read_text()
   assert "steps=10 yaml/data/synthetic.yml 'hf_path=two \"words\"') &" in written
   assert "image: gcr.io/your-project/maxtext-mudd:" in written
-  assert "not to be submitted as it is: PROJECT is not set and gcloud has none" in finished.stdout
+  assert "this request would be refused without DRY_RUN=1: PROJECT is not set and gcloud has none" in finished.stdout
 
 
 def without_make() -> dict[str, str]:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maxtext_mudd.connections.mudd import topology
+from maxtext_mudd.blocks import ffn_widths
 
 
 def widths(width: int, blocks: int, reallocated: bool) -> tuple[int, ...]:
   """Of every block, from the configured width."""
-  return topology.ffn_widths(width, blocks, **topology.RELEASED_FFN) if reallocated else (width,) * blocks
+  return ffn_widths.reallocated(width, blocks, **ffn_widths.RELEASED) if reallocated else (width,) * blocks
 
 
 def of_keys(keys: Mapping[str, Any]) -> tuple[int, ...]:

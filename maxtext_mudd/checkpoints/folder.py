@@ -28,12 +28,12 @@ from orbax.checkpoint import v1 as ocp
 import tqdm
 import yaml
 
+from maxtext_mudd.blocks import ffn_widths
 from maxtext_mudd.checkpoints import locks, model_keys, tensors, tokenizers
 from maxtext_mudd.checkpoints.hugging_face import remote_code
 from maxtext_mudd.checkpoints.model_keys import FREE
 from maxtext_mudd.config.errors import ConfigError, brief
 from maxtext_mudd.config.mudd_config import MuddConfig
-from maxtext_mudd.connections.mudd import topology
 from maxtext_mudd.interrupts import Interrupts
 
 CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"
@@ -134,7 +134,7 @@ def source_keys(source: Source, overrides: Mapping[str, Any]) -> dict[str, Any]:
     keys.setdefault("mudd_ffn_groups", keys["base_num_decoder_layers"])
   if keys.get("mudd_ffn_groups"):
     config = configuration(keys | here())
-    if topology.from_config(config).ffn_widths != source.ffn_widths:
+    if ffn_widths.of_config(config) != source.ffn_widths:
       raise ConfigError(
         f"mudd_ffn_groups={keys['mudd_ffn_groups']}: the model in {source.path} has FFNs of other widths; leave it "
         f"out{', and each gets a group of its own' if scanned else ''}."
@@ -241,7 +241,7 @@ def staged(target: pathlib.Path):
         stage = workshop / "made"
         stage.mkdir()
         yield stage
-        interrupts.end()
+        interrupts.ignore_further()
         stage.rename(target)
       except KeyboardInterrupt:
         atexit.register(clean_later)  # for what is written after the wait

@@ -8,11 +8,11 @@ import enum
 import math
 from typing import Any
 
-from maxtext_mudd.blocks import SCALED_QUERY_KERNELS
+from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.checkpoints import ffn_widths as ffn
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.config.mudd_config import MuddConfig
-from maxtext_mudd.connections.mudd import topology
 
 _COMMON = {
   "mudd": True,
@@ -67,12 +67,12 @@ _STOCK += ("num_experts", "mtp_num_layers", "quantization", "global_parameter_sc
 _STOCK += tuple(key for key in MuddConfig.model_fields if key.startswith("rope_") and key not in _SIZES)
 
 
-def keys(fields: Mapping[str, Any], ffn_widths: Sequence[int | None], where: str) -> dict[str, Any]:
+def keys(fields: Mapping[str, Any], found_widths: Sequence[int | None], where: str) -> dict[str, Any]:
   """MaxText's keys for the model.
 
   Args:
     fields: of `config.json`.
-    ffn_widths: of the blocks, in order, for no field tells whether they are re-allocated; None where one is not known.
+    found_widths: of the blocks, in order, since no field says whether they are re-allocated; None where unknown.
     where: the file, for messages.
 
   Raises:
@@ -98,9 +98,9 @@ def keys(fields: Mapping[str, Any], ffn_widths: Sequence[int | None], where: str
     if value and field not in known and any(part in field for part in _STRANGE):
       raise ConfigError(f"{where}: {field}={value!r} is no field of the authors' {name}, and would change the model.")
   blocks = made["base_num_decoder_layers"]
-  if len(ffn_widths) != blocks:
-    raise ConfigError(f"{where}: n_layer={blocks}, and the weights have {len(ffn_widths)} layers.")
-  made["mudd_ffn_reallocation"] = ffn.is_reallocated(made["base_mlp_dim"], ffn_widths)
+  if len(found_widths) != blocks:
+    raise ConfigError(f"{where}: n_layer={blocks}, and the weights have {len(found_widths)} layers.")
+  made["mudd_ffn_reallocation"] = ffn.is_reallocated(made["base_mlp_dim"], found_widths)
   return made
 
 
@@ -138,10 +138,13 @@ def fields(config, original: Mapping[str, Any]) -> dict[str, Any]:
     "round64": config.mudd_hidden_round_to == 64,
     "expand_last": config.mudd_last_hidden_expansion == 4.0,
   }
-  widths = topology.from_config(config).ffn_widths
+  widths = ffn_widths.of_config(config)
   released = _released_keys() | keys(told, widths, "this model") | _implied(config)
-  if config.decoder_block.value in SCALED_QUERY_KERNELS:  # the same block but for a factor, which `hf_names` knows
-    released |= {"decoder_block": config.decoder_block.value, "use_qk_norm": False}
+  block = block_spec(config)
+  if block.is_released:
+    released["decoder_block"] = config.decoder_block.value
+    if not block.takes_qk_norm:
+      released["use_qk_norm"] = False
   for key, value in released.items():
     found = _plain(getattr(config, key))
     if found != value:

@@ -10,8 +10,8 @@ import dataclasses
 
 import numpy as np
 
-from maxtext_mudd.blocks import ATTENTION_NORMS, FEED_FORWARD_NORMS, SCALED_QUERY_KERNELS
-from maxtext_mudd.connections.mudd import topology
+from maxtext_mudd import blocks, connections
+from maxtext_mudd.blocks import ffn_widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +45,16 @@ class Name:
 
 def names(config) -> Iterator[Name]:
   """All tensors of the model that the configuration describes."""
-  own, width = topology.from_config(config), config.emb_dim
-  is_pythia = config.mudd_decoder_layer == "pythia"
+  plan, width = connections.plan(config), config.emb_dim
+  block = blocks.spec(config)
+  is_gated = len(config.mlp_activations) > 1
 
-  def norm(tensor, path, size=width, bias=is_pythia):
+  def norm(tensor, path, size=width, bias=block.has_biases):
     yield Name(f"{tensor}.weight", f"{path}/scale", (size,), (size,))
     if bias:
       yield Name(f"{tensor}.bias", f"{path}/bias", (size,), (size,))
 
-  def linear(tensor, path, inputs, outputs, bias=is_pythia, factor=1.0):
+  def linear(tensor, path, inputs, outputs, bias=block.has_biases, factor=1.0):
     """`inputs` and `outputs` as MaxText has them, one axis or two."""
     here, there = (*inputs, *outputs), (int(np.prod(outputs)), int(np.prod(inputs)))
     yield Name(f"{tensor}.weight", f"{path}/kernel", there, here, True, factor)
@@ -61,7 +62,7 @@ def names(config) -> Iterator[Name]:
       yield Name(f"{tensor}.bias", f"{path}/bias", there[:1], outputs)
 
   def aggregate(number, path):
-    da = own.aggregates[number + 1]
+    da = plan.sites[number + 1]
     ways, sources = da.ways, len(da.sources)
     if da.hidden:
       yield Name(f"dynamic_dense.{number}.w1.weight", f"{path}/w1", (da.hidden, width), (width, da.hidden), True)
@@ -69,13 +70,12 @@ def names(config) -> Iterator[Name]:
       yield Name(f"dynamic_dense.{number}.w2.weight", f"{path}/w2", (ways * sources, da.hidden), w2, True)
     yield Name(f"dense_bs.{number}", f"{path}/a", (ways, sources), (ways, sources))
 
-  block = config.decoder_block.value
-  query_factor = config.head_dim**0.5 if block in SCALED_QUERY_KERNELS else 1.0
+  query_factor = config.head_dim**0.5 if block.scales_query_kernel else 1.0
   vocabulary = (config.vocab_size, width)
   yield Name("tok_embeddings.weight", "token_embedder/embedding", vocabulary, vocabulary)
-  for i, ffn in enumerate(own.ffn_widths):
+  for i, ffn in enumerate(ffn_widths.of_config(config)):
     here, there = f"decoder/layers_{i}", f"layers.{i}"
-    attention_norm = f"{here}/{ATTENTION_NORMS[block]}"
+    attention_norm = f"{here}/{block.attention_norm}"
     if i == 0:
       yield from norm(f"{there}.attention_norm", attention_norm)
     else:
@@ -94,10 +94,10 @@ def names(config) -> Iterator[Name]:
     if config.use_qk_norm:
       for c, path in (("q", "query"), ("k", "key")):
         yield from norm(f"{there}.attention.{c}_norm", f"{here}/self_attention/{path}_norm", config.head_dim, False)
-    yield from norm(f"{there}.ffn_norm", f"{here}/{'pre_mlp_norm' if is_pythia else FEED_FORWARD_NORMS[block]}")
+    yield from norm(f"{there}.ffn_norm", f"{here}/{block.feed_forward_norm}")
     mlp, feed_forward = f"{here}/mlp", f"{there}.feed_forward"
-    yield from linear(f"{feed_forward}.w1", f"{mlp}/{'wi' if is_pythia else 'wi_0'}", (width,), (ffn,))
-    if not is_pythia:
+    yield from linear(f"{feed_forward}.w1", f"{mlp}/{'wi_0' if is_gated else 'wi'}", (width,), (ffn,))
+    if is_gated:
       yield from linear(f"{feed_forward}.w3", f"{mlp}/wi_1", (width,), (ffn,))
     yield from linear(f"{feed_forward}.w2", f"{mlp}/wo", (ffn,), (width,))
   yield from aggregate(i, f"{here}/connection/final_depth_aggregate")

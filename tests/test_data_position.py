@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from maxtext_mudd.runs import data_place
+from maxtext_mudd.runs import data_position
 from tests import models
 
 
@@ -16,7 +16,7 @@ def warnings(folder: pathlib.Path, caplog, *entries: str, **overrides) -> list[s
   data = {"hf_path": "text", "hf_train_files": "x", "grain_train_files": "x", "enable_checkpointing": True}
   config = models.config(run_name="r", base_output_directory=str(folder), **(data | overrides))
   caplog.clear()
-  data_place.warn_on_resume(config)
+  data_position.warn_on_resume(config)
   return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -25,14 +25,14 @@ def test_data_that_keep_no_place(dataset_type, tmp_path, caplog):
   entries = ("3/items", "20/items", "40.orbax-checkpoint-tmp/items")
   assert warnings(tmp_path, caplog, *entries, dataset_type=dataset_type) == [
     "This run resumes at step 21, and its training data start again from their first row: "
-    f"dataset_type={dataset_type} keeps no place in them; dataset_type=grain does."
+    f"dataset_type={dataset_type} saves no position in the data; dataset_type=grain does."
   ]
 
 
 def test_a_checkpoint_without_a_place(tmp_path, caplog):
   assert warnings(tmp_path, caplog, "3/iter", "20/items", dataset_type="grain") == [
     "This run resumes at step 21, and its training data start again from their first row: "
-    f"{tmp_path}/r/checkpoints/20 holds no place in them; those that dataset_type=grain writes do."
+    f"{tmp_path}/r/checkpoints/20 holds no position in the data; checkpoints that dataset_type=grain writes do."
   ]
 
 

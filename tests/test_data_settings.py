@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from maxtext_mudd.runs import sources
+from maxtext_mudd.runs import data_settings
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ def test_two_stars_match_as_in_what_reads_the_files(key, dataset_type, file_type
   for name in ("x", "a/x", "a/b/x"):
     (tmp_path / name).touch()
   config = types.SimpleNamespace(dataset_type=dataset_type, grain_file_type=file_type, hf_path=file_type)
-  assert [str(file.relative_to(tmp_path)) for file in sources.matches(key, "~/**/x", config)] == names
+  assert [str(file.relative_to(tmp_path)) for file in data_settings.matches(key, "~/**/x", config)] == names

@@ -1,4 +1,5 @@
-"""Warnings and lines of libraries that good runs print by the dozen, and that ask nothing of anybody."""
+"""Warnings and lines that libraries print dozens of times in good runs, and that need no action: keeps them off the
+console."""
 
 from collections.abc import Iterator
 import contextlib
@@ -12,17 +13,17 @@ import warnings
 from absl import logging as absl_logging
 
 _WARNINGS = (
-  # Orbax asks itself for this: every parameter that it restores for MaxText gets a TensorStore context of its own.
+  # Orbax causes this one itself: it makes a TensorStore context for every parameter that it restores for MaxText.
   r"ParamInfo\(name='.*'\) created with ts_context=None",
   # Orbax looks for metadata in STEP/items first; MaxText's checkpoints have it in STEP.
   r"Metadata file does not exist: .*/items/_CHECKPOINT_METADATA",
-  # Folders beside `items` that are no checkpoints of arrays, and that Orbax is not asked to read: STEP/iter, the state
-  # of the training data, and what `convert` puts there.
+  # Folders beside `items` that hold no arrays and that Orbax need not read: STEP/iter is the state of the training
+  # data, and `maxtext_mudd.convert` writes the other two.
   r"Failed to get metadata for checkpointable: (?:iter|tokenizer|remote_code) due to incompatible handler",
   r"Failed to resolve handler for checkpointable: '(?:tokenizer|remote_code)'",
-  # Nothing is written there but by training, which shows where its log is.
+  # Only training writes to that folder, and it prints where its log is.
   r"base_output_directory is not provided; Using local directory called maxtext_output",
-  # Deprecations in calls of MaxText 0.2.5, which pins the versions of Orbax and Grain that still take them.
+  # Deprecations in calls of MaxText 0.2.5, which pins versions of Orbax and Grain that still accept these calls.
   r"The transformations API will eventually be replaced by an upgraded design",
   r"Specifying dataset_type upon checkpointer creation is deprecated",
   # MaxEngine donates a prompt's KV cache, which is smaller than the cache of all prompts that it is copied into.
@@ -38,35 +39,36 @@ _LINE = re.compile("|".join(_LINES))
 
 
 def is_known(message: str) -> bool:
-  """Whether a warning, with or without its place in the source before it, is one of the known ones."""
+  """Whether a message is one of the known warnings. The place in the source code may stand before it."""
   return bool(_WARNING.search(message))
 
 
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
-  """A context in which known warnings and lines do not reach the console, and all others do."""
+  """A context in which the known warnings and lines do not reach the console. All others do."""
 
   class Filter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
       return not is_known(record.getMessage())
 
-  logger, known = absl_logging.get_absl_logger(), Filter()  # through which Orbax and MaxText log
-  logger.addFilter(known)
+  logger, known_warnings = absl_logging.get_absl_logger(), Filter()  # Orbax and MaxText log through Abseil
+  logger.addFilter(known_warnings)
   try:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(_WithoutLines(sys.stdout)) as stdout:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(_WithoutKnownLines(sys.stdout)) as stdout:
       for message in _WARNINGS:
         warnings.filterwarnings("ignore", message)
       yield
       stdout.flush()
   finally:
-    logger.removeFilter(known)
+    logger.removeFilter(known_warnings)
 
 
-class _WithoutLines(io.TextIOBase):
-  """A text stream that passes whole lines on to another stream, except the known ones."""
+class _WithoutKnownLines(io.TextIOBase):
+  """A text stream that passes complete lines on to another stream, except the known ones."""
 
   def __init__(self, stream: TextIO):
-    self._stream, self._begun = stream, ""
+    self._stream = stream
+    self._incomplete_line = ""
 
   def writable(self) -> bool:
     return True
@@ -78,13 +80,13 @@ class _WithoutLines(io.TextIOBase):
     return self._stream.fileno()
 
   def write(self, text: str) -> int:
-    *lines, self._begun = (self._begun + text).split("\n")
+    *lines, self._incomplete_line = (self._incomplete_line + text).split("\n")
     self._stream.writelines(f"{line}\n" for line in lines if not _LINE.match(line))
     return len(text)
 
   def flush(self) -> None:
-    if self._begun and not self._stream.closed:
-      self._stream.write(self._begun)
-      self._begun = ""
+    if self._incomplete_line and not self._stream.closed:
+      self._stream.write(self._incomplete_line)
+      self._incomplete_line = ""
     if not self._stream.closed:
       self._stream.flush()

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from maxtext_mudd.runs import ends
+from maxtext_mudd.runs import end_of_data
 from tests import models, runs
 
 MODEL = ("train.py", runs.RUN_YML)
@@ -86,8 +86,8 @@ class Run:
 
 def test_data_that_end_leave_a_checkpoint_of_the_last_step(tmp_path):
   run = Run(tmp_path, rows=8)
-  end = ends.of_training_data(run.steps(), False)
-  assert end == ends.End(
+  end = end_of_data.handle_training_data_error(run.steps(), False)
+  assert end == end_of_data.RunEnd(
     f"the data ended after 4 of steps=9; the checkpoint of the last step is {run.checkpoints}/3; to continue, start it "
     "again with num_epoch above 1, or set steps=4 for a run that ends here.",
     3,
@@ -99,9 +99,9 @@ def test_data_that_end_leave_a_checkpoint_of_the_last_step(tmp_path):
 
 def test_a_second_start_changes_nothing(tmp_path):
   run = Run(tmp_path, rows=8)
-  ends.of_training_data(run.steps(), False)
+  end_of_data.handle_training_data_error(run.steps(), False)
   again = Run(tmp_path, rows=0)
-  end = ends.of_training_data(again.steps(start=4), False)
+  end = end_of_data.handle_training_data_error(again.steps(start=4), False)
   assert end.status == 3
   assert end.sentence.startswith(
     f"the data have ended, and none of the 5 steps left of steps=9 were done; the checkpoint of the last step is "
@@ -112,13 +112,13 @@ def test_a_second_start_changes_nothing(tmp_path):
 
 def test_a_checkpoint_of_the_last_step_is_not_written_twice(tmp_path):
   run = Run(tmp_path, rows=8, checkpoint_period=3, async_checkpointing=True)
-  assert ends.of_training_data(run.steps(), False).status == 3
+  assert end_of_data.handle_training_data_error(run.steps(), False).status == 3
   assert run.saved() == [3]
 
 
 def test_a_run_without_checkpoints(tmp_path):
-  end = ends.of_training_data(Run(tmp_path, rows=8, enable_checkpointing=False).steps(), False)
-  assert end == ends.End(
+  end = end_of_data.handle_training_data_error(Run(tmp_path, rows=8, enable_checkpointing=False).steps(), False)
+  assert end == end_of_data.RunEnd(
     "the data ended after 4 of steps=9; nothing was saved, because enable_checkpointing=False; to continue, start it "
     "again with num_epoch above 1 and enable_checkpointing=True, or set steps=4 for a run that ends here.",
     3,
@@ -126,7 +126,7 @@ def test_a_run_without_checkpoints(tmp_path):
 
 
 def test_a_run_without_data(tmp_path):
-  end = ends.of_training_data(Run(tmp_path, rows=1).steps(), False)
+  end = end_of_data.handle_training_data_error(Run(tmp_path, rows=1).steps(), False)
   assert end.status == 3
   assert (
     "none of the 9 steps left of steps=9 were done; there is no checkpoint, because no step was done" in end.sentence
@@ -139,8 +139,8 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path):
 
   run = Run(tmp_path, rows=8)
   run.manager = types.SimpleNamespace(checkpoints=[], latest=None, save_checkpointables=refuse, wait=lambda: None)
-  end = ends.of_training_data(run.steps(), False)
-  assert end == ends.End(
+  end = end_of_data.handle_training_data_error(run.steps(), False)
+  assert end == end_of_data.RunEnd(
     f"the data ended after 4 of steps=9; {run.checkpoints}/3: the checkpoint of the last step cannot be written "
     "(OSError: [Errno 28] No space left on device).",
     2,
@@ -154,7 +154,7 @@ def test_a_number_of_epochs_that_was_asked_for_is_no_fault(tmp_path):
   further.write_text("num_epoch: 2\n")
   for argv in (("train.py", str(file)), (*MODEL, "num_epoch=2"), (*MODEL, str(further), "steps=9")):
     run = Run(tmp_path, rows=8, enable_checkpointing=False, num_epoch=2)
-    end = ends.of_training_data(run.steps(), ends.asks_for_epochs(argv))
+    end = end_of_data.handle_training_data_error(run.steps(), end_of_data.sets_num_epoch(argv))
     assert end.status == 0
     assert end.sentence.startswith("the data ended after 4 of steps=9, as num_epoch=2 asks; ")
 
@@ -163,7 +163,7 @@ def test_a_number_of_epochs_that_was_asked_for_is_no_fault(tmp_path):
 def test_data_that_cannot_be_read(period, tmp_path):
   """The checkpoint's place is before the batch that could not be read, whose first rows were read."""
   run = Run(tmp_path, rows=20, broken=9, checkpoint_period=period)
-  end = ends.of_training_data(run.steps(), False)
+  end = end_of_data.handle_training_data_error(run.steps(), False)
   assert end.status == 2
   assert "row 9 is broken" in end.sentence
   assert end.sentence.endswith(f"; 4 of steps=9 were done; the checkpoint of the last step is {run.checkpoints}/3.")
@@ -174,8 +174,8 @@ def test_data_that_cannot_be_read(period, tmp_path):
 def test_evaluation_data_that_cannot_be_read(tmp_path):
   run = Run(tmp_path, rows=20)
   error = run.steps(evaluation=run.read(20, broken=3))
-  assert ends.of_training_data(error, False) is None
-  end = ends.of_evaluation_data(error)
+  assert end_of_data.handle_training_data_error(error, False) is None
+  end = end_of_data.handle_evaluation_data_error(error)
   assert end.status == 2
   assert "row 3 is broken" in end.sentence
   assert end.sentence.endswith(f"; 2 of steps=9 were done; the checkpoint of the last step is {run.checkpoints}/1.")
@@ -223,16 +223,16 @@ def test_a_run_whose_data_ended_continues_with_more_epochs(workers, rows, tmp_pa
 
 
 def test_epochs_are_asked_for_beside_flags_of_abseil(monkeypatch):
-  assert not ends.asks_for_epochs((*MODEL, "--alsologtostderr"))
-  assert ends.asks_for_epochs((*MODEL, "--alsologtostderr", "num_epoch=1"))
+  assert not end_of_data.sets_num_epoch((*MODEL, "--alsologtostderr"))
+  assert end_of_data.sets_num_epoch((*MODEL, "--alsologtostderr", "num_epoch=1"))
   monkeypatch.setenv("M_NUM_EPOCH", "2")
-  assert ends.asks_for_epochs(MODEL)
+  assert end_of_data.sets_num_epoch(MODEL)
 
 
 def test_other_errors_are_left():
   try:
     raise RuntimeError("of another kind")
   except RuntimeError as error:
-    assert ends.of_training_data(error, False) is None
-    assert ends.of_evaluation_data(error) is None
-  assert ends.of_training_data(None, False) is None
+    assert end_of_data.handle_training_data_error(error, False) is None
+    assert end_of_data.handle_evaluation_data_error(error) is None
+  assert end_of_data.handle_training_data_error(None, False) is None

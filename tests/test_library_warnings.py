@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from maxtext_mudd.runs import noise
+from maxtext_mudd.runs import library_warnings
 from tests import runs
 
 KNOWN = (
@@ -24,7 +24,7 @@ OTHERS = (
 
 
 def test_known_warnings_of_libraries(caplog):
-  with noise.hidden():
+  with library_warnings.hidden():
     for message in (*KNOWN, *OTHERS):
       logging.getLogger("absl").warning(message)
   assert caplog.messages == list(OTHERS)
@@ -35,14 +35,14 @@ def test_known_warnings_of_libraries(caplog):
 def test_known_warnings_of_python():
   with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    with noise.hidden():
+    with library_warnings.hidden():
       warnings.warn("Some donated buffers were not usable: float32[16,4,1,32]", stacklevel=1)
       warnings.warn("Some other buffers were not usable", stacklevel=1)
   assert [str(warning.message) for warning in seen] == ["Some other buffers were not usable"]
 
 
 def test_known_lines(capsys):
-  with noise.hidden():
+  with library_warnings.hidden():
     print("[NO-OP] jetstream: dependency missing (No module named 'jetstream'); using stubs.")
     print("a ta", end="")
     print("ble\nof results")

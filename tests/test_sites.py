@@ -2,7 +2,9 @@
 
 import pytest
 
-from maxtext_mudd.connections.mudd import topology
+from maxtext_mudd import connections
+from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.connections.mudd import sites
 from tests import models
 
 
@@ -20,7 +22,7 @@ from tests import models
   ],
 )
 def test_sources(block, dilation, window, expected):
-  assert topology.visible_sources(block, dilation=dilation, window=window) == expected
+  assert sites.visible_sources(block, dilation=dilation, window=window) == expected
 
 
 @pytest.mark.parametrize(
@@ -34,14 +36,14 @@ def test_sources(block, dilation, window, expected):
   ],
 )
 def test_hidden_width(ways, sources, expansion, round_to, expected):
-  assert topology.hidden_width(ways, sources, expansion=expansion, round_to=round_to) == expected
+  assert sites.hidden_width(ways, sources, expansion=expansion, round_to=round_to) == expected
 
 
 @pytest.mark.parametrize(
   ("width", "layers"), [(2816, 24), (4096, 24), (5632, 24), (3584, 34), (4096, 42), (6912, 32), (11008, 32)]
 )
 def test_ffn_widths_keep_the_total_at_the_paper_sizes(width, layers):
-  widths = topology.ffn_widths(width, layers, first=0.5, last=1.5, round_to=128)
+  widths = ffn_widths.reallocated(width, layers, first=0.5, last=1.5, round_to=128)
   assert sum(widths) == layers * width
   assert all(w % 128 == 0 for w in widths)
   assert list(widths) == sorted(widths)
@@ -50,25 +52,25 @@ def test_ffn_widths_keep_the_total_at_the_paper_sizes(width, layers):
 
 
 def test_ffn_widths_round_half_to_even():
-  assert topology.ffn_widths(256, 6, first=0.5, last=1.5, round_to=128) == (128, 128, 256, 256, 384, 384)
-  assert topology.ffn_widths(64, 3, first=0.5, last=1.5, round_to=64) == (0, 64, 128)
+  assert ffn_widths.reallocated(256, 6, first=0.5, last=1.5, round_to=128) == (128, 128, 256, 256, 384, 384)
+  assert ffn_widths.reallocated(64, 3, first=0.5, last=1.5, round_to=64) == (0, 64, 128)
 
 
 def test_last_aggregate_makes_the_residual_stream_only():
-  found = topology.from_config(models.config(mudd=True, base_num_decoder_layers=4))
-  assert [found.aggregates[i].streams for i in (1, 2, 3, 4)] == ["qkvr", "qkvr", "qkvr", "r"]
+  found = connections.plan(models.config(mudd=True, base_num_decoder_layers=4))
+  assert [found.sites[i].streams for i in (1, 2, 3, 4)] == ["qkvr", "qkvr", "qkvr", "r"]
   assert found.before(1) is None
-  assert found.before(4) is found.aggregates[3]
+  assert found.before(4) is found.sites[3]
 
 
 def test_period():
-  found = topology.from_config(models.config(mudd=True, base_num_decoder_layers=5, mudd_block_period=2))
-  assert sorted(found.aggregates) == [2, 4]
-  assert found.aggregates[4].streams == "qkvr"
+  found = connections.plan(models.config(mudd=True, base_num_decoder_layers=5, mudd_block_period=2))
+  assert sorted(found.sites) == [2, 4]
+  assert found.sites[4].streams == "qkvr"
 
 
 def test_streams_keep_the_paper_order():
-  found = topology.from_config(models.config(mudd=True, mudd_dense_streams="rkq"))
-  assert found.aggregates[1].streams == "qkr"
-  without_residual = topology.from_config(models.config(mudd=True, mudd_dense_streams="qkv"))
-  assert 3 not in without_residual.aggregates
+  found = connections.plan(models.config(mudd=True, mudd_dense_streams="rkq"))
+  assert found.sites[1].streams == "qkr"
+  without_residual = connections.plan(models.config(mudd=True, mudd_dense_streams="qkv"))
+  assert 3 not in without_residual.sites

@@ -279,7 +279,7 @@ class Console:
     self._restore.close()
 
   def _debug(self, *arguments, **options):
-    """What `breakpoint()` calls: ends the log, or prints the output held back, and gives a debugger the real console."""
+    """What `breakpoint()` calls: ends the log or prints the held-back output, and restores the console for it."""
     global _active
     with self._lock:
       if self._is_brief:

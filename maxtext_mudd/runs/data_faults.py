@@ -23,9 +23,7 @@ from maxtext_mudd.config.errors import ConfigError, brief, failed_in
 from maxtext_mudd.runs import data_settings, megatron_files
 
 SEARCH_SECONDS = 120  # a run that has failed does not wait longer for a better sentence
-LINE_BYTES = (
-  2**28
-)  # longer lines, and larger files that are one JSON list, are not searched: they may not fit in memory
+LINE_BYTES = 2**28  # longer lines, and larger files of one JSON list, are not searched: they may not fit in memory
 _COMPRESSED_STARTS = (
   b"\x1f\x8b",
   b"PK\x03\x04",
@@ -93,8 +91,8 @@ def _setting_at_fault(config, error: Exception) -> str:
   """The sentence for an error that comes from the value of a key and not from a file; empty for other errors."""
   if isinstance(error, ModuleNotFoundError):
     return (
-      f"{data_settings.describe('train', config)} needs the module {error.name}, which is not installed; install it, or use "
-      "another dataset_type."
+      f"{data_settings.describe('train', config)} needs the module {error.name}, which is not installed; install it, "
+      "or use another dataset_type."
     )
   if not config.use_sft:
     return ""

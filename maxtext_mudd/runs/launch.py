@@ -1,4 +1,4 @@
-"""Runs the `main` of a stock MaxText module with MUDD connections, and ends every failure that it knows in one sentence.
+"""Runs the `main` of a stock MaxText module with MUDD connections, and ends every known failure in one sentence.
 
 `launch` is what `train`, `train_compile` and `decode` call. `exit_with` and `read_overrides` serve all commands.
 """

@@ -73,8 +73,8 @@ def _without_google_cloud(config) -> Iterator[tuple[bool, str]]:
   uploads_metrics = config.gcs_metrics and not gcloud_stub.is_decoupled()
   yield (
     uploads_metrics and not output.startswith("gs://"),
-    f"gcs_metrics=True uploads to Cloud Storage, and base_output_directory={output} is not there; set it to gs://BUCKET, "
-    "or set gcs_metrics=False.",
+    f"gcs_metrics=True uploads to Cloud Storage, and base_output_directory={output} is not there; set it to "
+    "gs://BUCKET, or set gcs_metrics=False.",
   )
   yield (
     uploads_metrics and not _may_have_credentials(),

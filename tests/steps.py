@@ -11,24 +11,10 @@ from maxtext.trainers.pre_train import train
 from maxtext.utils import maxtext_utils, sharding
 import numpy as np
 
+from maxtext_mudd.config.stock_checks import REMAT_POLICIES
 from tests import models
 
-POLICIES = [
-  "none",
-  "minimal",
-  "minimal_with_context",
-  "minimal_flash",
-  "minimal_with_quantization",
-  "minimal_with_context_and_quantization",
-  "save_dot_with_context_except_mlp",
-  "save_dot_except_mlpwi",
-  "save_dot_except_mlp",
-  "save_qkv_proj",
-  "qkv_proj_offloaded",
-  "minimal_offloaded",
-  "save_out_proj",
-  "custom",
-]
+POLICIES = [policy for policy in REMAT_POLICIES if policy != "full"]
 
 
 def prepare(cfg, **jit_options) -> tuple[Callable, nnx.State]:

@@ -10,7 +10,6 @@ import pytest
 
 from maxtext_mudd import convert
 from maxtext_mudd.checkpoints import layout
-from maxtext_mudd.checkpoints import train_state as relayout
 from tests import models, runs
 
 KEYS = [
@@ -151,15 +150,3 @@ def test_groups_that_are_not_the_run_s():
   values = {path: x.get_value() for path, x in models.parameters(models.build(single)).items()}
   with pytest.raises(ValueError, match=r"mlp/w\S+ is .* and .* in blocks that mudd_ffn_groups=2 scans together"):
     layout.stack(values, models.config(**keys, mudd_ffn_groups=2, scan_layers=True))
-
-
-def test_a_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
-  def fail(*_):
-    raise OSError(28, "No space left on device")
-
-  (tmp_path / "run" / "checkpoints" / "7" / "items").mkdir(parents=True)
-  monkeypatch.setattr(relayout.folders, "numpy_tree", lambda *_: {})
-  monkeypatch.setattr(relayout, "_fit", lambda *_: None)
-  monkeypatch.setattr(relayout, "_write", fail)
-  found = refusal(capsys, "--from", tmp_path / "run", "--to", tmp_path / "new", runs.RUN_YML, *SCANNED)
-  assert found.endswith(f"{tmp_path / 'new'} cannot be written (No space left on device); name a folder that can be.")

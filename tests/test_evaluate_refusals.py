@@ -9,12 +9,12 @@ import sys
 import time
 
 import jax
+from lm_eval.loggers import EvaluationTracker
 import numpy as np
 import pytest
 
 from maxtext_mudd.evaluate import __main__ as evaluate
 from maxtext_mudd.evaluate import harness as evaluation
-from maxtext_mudd.evaluate import results_file
 from maxtext_mudd.inference import pretrained
 from tests import models
 from tests.evaluation import CONTEXT, KEYS, TEXT, build, choice_task, generation_task, letters, metrics, task
@@ -220,7 +220,8 @@ def test_interrupts(crowded, lm, monkeypatch, capsys, number, how):
   monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
   monkeypatch.setattr(evaluation, "log_likelihoods", scores)
   if how == "swallowed at the end":
-    monkeypatch.setattr(results_file, "_is_json", interrupt)
+    save = EvaluationTracker.save_results_aggregated
+    monkeypatch.setattr(EvaluationTracker, "save_results_aggregated", lambda *args: (save(*args), interrupt()))
   before, handlers = sorted(crowded.rglob("*")), [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
   arguments = ["--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice", "--batch-size", size]
   ended, table = end_of(capsys, *arguments, "--output", crowded / "results.json")

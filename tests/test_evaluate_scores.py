@@ -47,6 +47,7 @@ def check_log_likelihoods(lm) -> None:
   second = [*second, (best[-2] + 1) % 264, 0]
   second[-1] = most_probable(lm, second, -1)
   requests = [(("", ""), row[:-2], row[-2:]) for row in (best, second, [*best[:-1], (best[-1] + 1) % 264])]
+  # The harness's own interface for tokens: these are no texts.
   found = lm._loglikelihood_tokens(requests, disable_tqdm=True)
   check(found, [direct(lm, context + target, 2) for _, context, target in requests])
   assert [greedy for _, greedy in found] == [True, False, False]

@@ -1,14 +1,13 @@
 """Models of runs: `from-run`, its tokenizers, and the keys that go with a model."""
 
 import pathlib
-import re
 import shutil
 import types
 
 from flax import traverse_util
 import maxtext
 from maxtext.configs import pyconfig
-from maxtext.configs.types import MaxTextConfig, TokenizerType
+from maxtext.configs.types import TokenizerType
 from maxtext.input_pipeline import tokenizer
 import numpy as np
 import orbax.checkpoint as ocp
@@ -16,7 +15,7 @@ import pytest
 import yaml
 
 from maxtext_mudd import convert
-from maxtext_mudd.checkpoints import folder, model_keys, run, tokenizers
+from maxtext_mudd.checkpoints import folder, model_keys, tokenizers
 from maxtext_mudd.config.errors import ConfigError
 from tests import runs
 from tests.published import BYTES
@@ -88,11 +87,7 @@ def test_tokenizers_of_runs(tmp_path, monkeypatch):
     shutil.rmtree(target, ignore_errors=True)
 
 
-def keys_of_run(*keys: str) -> dict:
-  return run._keys(pyconfig.initialize(["", runs.RUN_YML, *keys], **folder.here()))
-
-
-def test_a_run_s_keys_are_its_model_s():
+def test_a_run_s_keys_are_its_model_s(tmp_path):
   """None that makes its function is left out, whatever group of MaxText's it is in, and none of the run is in it."""
   given = {
     "routed_score_func": "sigmoid",
@@ -115,39 +110,17 @@ def test_a_run_s_keys_are_its_model_s():
   }
   of_run = ("steps=7", "learning_rate=0.1", "per_device_batch_size=1", "remat_policy=full", "opt_type=adamw")
   words = {key: f"{x}".lower() if isinstance(x, bool) else x for key, x in given.items()}
-  found = keys_of_run(*(f"{key}={x}" for key, x in words.items()), "mudd_ffn_reallocation=false", *of_run)
+  model = [*(f"{key}={x}" for key, x in words.items()), "mudd_ffn_reallocation=false", "tokenizer_path="]
+  from_run(saved_run(tmp_path / "run", *model, *of_run), tmp_path / "m", *model, *of_run)
+  found = folder.keys(tmp_path / "m")
   assert {key: found.get(key) for key in given} == given
   assert not {x.split("=")[0] for x in of_run} & found.keys()
   again = folder.configuration(found | folder.here())
-  assert {key: model_keys.plain(getattr(again, key)) for key in found} == found
+  own = {key: x for key, x in found.items() if key != "base_config"}  # of files alone
+  assert {key: model_keys.plain(getattr(again, key)) for key in own} == own
   assert {"routed_score_func", "moba", "moba_topk", "capacity_factor"} <= model_keys.FUNCTION
   keys = {key: x for key, x in found.items() if key != "routed_score_func"}
   with pytest.raises(
     ConfigError, match="routed_score_func=sigmoid: the model in m has routed_score_func=; leave it out"
   ):
     folder.with_overrides(keys, {"routed_score_func": "sigmoid"}, pathlib.Path("m"))
-
-
-OF_MACHINES = re.compile(
-  r"(eval_)?(local_)?sa_.*|(ici|dcn)_.*|.*pipeline.*|.*splash.*|lti_.*|cost_.*|experimental_sa_.*"
-)
-OF_RUNS = """
-  ar_cache_axis_order attention attn_module_name check_vma compute_axis_order context_parallel_load_balance
-  context_parallel_strategy context_sharding custom_mesh_and_rule dataset_type debug_sharding
-  dense_fsdp_use_two_stage_all_gather dq_reduction_steps dropout_rate dtype emb_dim enable_dp_attention enable_dropout
-  hf_access_token logical_axis_rules matmul_precision max_prefill_predict_length max_segments_per_seq
-  micro_batch_size_to_train_on mlp_dim model_call_mode model_name moe_mlp_dim num_decoder_layers num_kv_heads
-  num_query_heads packing parameter_memory_host_offload per_device_batch_size prefill_cache_axis_order
-  record_internal_nn_metrics remat_policy reshape_q scan_layers_per_stage shard_mode tensors_on_device
-  tensors_to_offload ulysses_context_sharding use_chunked_prefill use_max_logit_estimate
-"""
-
-
-def test_keys_that_a_model_s_folder_does_not_have():
-  """Of those that MaxText's layers read, which do not go with a model; a new one has to be judged."""
-  root = pathlib.Path(maxtext.__path__[0])
-  read = set()
-  for file in (*root.glob("layers/*.py"), *root.glob("models/*.py")):
-    read |= set(re.findall(r"\b(?:config|cfg)\.(\w+)", file.read_text()))
-  left = {key for key in read & MaxTextConfig.model_fields.keys() - model_keys.KEYS if not OF_MACHINES.fullmatch(key)}
-  assert left == set(OF_RUNS.split())

@@ -187,7 +187,8 @@ def test_exports_leave_no_parameter_behind(tmp_path):
 
 
 def test_exports_say_what_the_checkpoint_is_now(tmp_path, capsys):
-  """A longer context goes into config.json, whatever the original said; code goes along, and progress is shown."""
+  """A longer context goes into config.json, whatever the original said; code goes along, and progress is shown. Keys of
+  how a model is computed go into its folder, and are not in config.json."""
   source, target = hugging_face(tmp_path / "hf"), tmp_path / "maxtext"
   fields = json.loads((source / "config.json").read_text())
   del fields["stack_hidden"]  # as in the published models
@@ -195,7 +196,9 @@ def test_exports_say_what_the_checkpoint_is_now(tmp_path, capsys):
   code = ("configuration_muddformer.py", "modeling_muddformer.py", "generation_config.json")
   for name in code:
     (source / name).write_text(f"# {name}\n")
-  hf.from_hf(source, target, {"max_target_length": 4096})
+  computed = {"attention": "dot_product", "dtype": "bfloat16", "per_device_batch_size": 2, "enable_dropout": False}
+  hf.from_hf(source, target, {"max_target_length": 4096, **computed})
+  assert computed.items() <= folder.keys(target).items()
   capsys.readouterr()
   hf.to_hf(target, tmp_path / "back")
   assert re.search(r"maxtext: 100%.*1\.77M/1\.77M", capsys.readouterr().err)

@@ -1,14 +1,10 @@
 """Files that a run cannot use, each refused in one sentence: configurations, corpora, checkpoints, outputs."""
 
-import ast
-import inspect
 import pathlib
 import re
 import subprocess
-import textwrap
 
 from maxtext.configs import pyconfig
-from maxtext.layers.nnx_decoders import NNXDecoder
 import numpy as np
 import orbax.checkpoint as ocp
 import pyarrow as pa
@@ -16,7 +12,6 @@ import pyarrow.parquet
 import pytest
 
 from maxtext_mudd.config.errors import ConfigError
-from maxtext_mudd.config.stock_checks import REMAT_POLICIES
 from maxtext_mudd.runs import preflight
 from tests import data_files, models, runs
 from tests.refusals import refuse
@@ -163,13 +158,6 @@ def test_a_pair_without_its_index(tmp_path, monkeypatch, capsys):
     f"grain_train_files={tmp_path}/pair: {tmp_path}/pair.idx is missing; a .bin file is read with its .idx file."
   )
   assert refuse([runs.RUN_YML, "run_name=x", *overrides], monkeypatch, capsys) == expected
-
-
-def test_policies_are_those_of_maxtext():
-  tree = ast.parse(textwrap.dedent(inspect.getsource(NNXDecoder.get_remat_policy)))
-  compared = [x for x in ast.walk(tree) if isinstance(x, ast.Compare) and ast.unparse(x.left) == "remat_policy"]
-  names = {x.value for compare in compared for x in ast.walk(compare) if isinstance(x, ast.Constant)}
-  assert set(REMAT_POLICIES) == names
 
 
 def test_no_arguments(monkeypatch, capsys):

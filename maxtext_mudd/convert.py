@@ -110,35 +110,34 @@ def _check_keys(args) -> None:
 
 
 def _from_hf(args) -> str:
-  from maxtext_mudd.checkpoints import kinds
+  from maxtext_mudd.checkpoints import source_check
   from maxtext_mudd.checkpoints.hugging_face import models as hf
 
-  kinds.check(pathlib.Path(args.hf_dir), "from-hf")
+  source_check.check(pathlib.Path(args.hf_dir), "from-hf")
   return _imported(hf.from_hf, args.hf_dir, args)
 
 
 def _from_fork(args) -> str:
-  from maxtext_mudd.checkpoints import kinds
+  from maxtext_mudd.checkpoints import source_check
   from maxtext_mudd.checkpoints.authors_jax import models as fork
 
-  kinds.check(pathlib.Path(args.fork_dir), "from-fork")
+  source_check.check(pathlib.Path(args.fork_dir), "from-fork")
   return _imported(fork.from_fork, args.fork_dir, args)
 
 
 def _imported(convert, source: str, args) -> str:
-  from maxtext_mudd.checkpoints import folder
+  from maxtext_mudd.checkpoints import model_folder
 
   target = pathlib.Path(args.maxtext_dir).absolute()
   convert(pathlib.Path(source).absolute(), target, overrides=launch.keys(args.overrides))
-  return (
-    f"{target}: {folder.CONFIG} describes the model, load_parameters_path={target / folder.ITEMS} has its parameters"
-  )
+  path = target / model_folder.ITEMS
+  return f"{target}: {model_folder.CONFIG} describes the model, load_parameters_path={path} has its parameters"
 
 
 def _from_run(args) -> str:
-  from maxtext_mudd.checkpoints import kinds, run
+  from maxtext_mudd.checkpoints import run, source_check
 
-  kinds.check(pathlib.Path(args.checkpoint), "from-run")
+  source_check.check(pathlib.Path(args.checkpoint), "from-run")
   return _imported(functools.partial(run.from_run, config_file=args.config), args.checkpoint, args)
 
 
@@ -155,13 +154,13 @@ def _layout(args) -> str:
   import jax
   from maxtext.configs import pyconfig
 
-  from maxtext_mudd.checkpoints import folder
+  from maxtext_mudd.checkpoints import model_config
   from maxtext_mudd.checkpoints import train_state as relayout
 
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's trainer does
   source, target = (pathlib.Path(x).absolute() for x in (args.source, args.target))
   named = {"run_name": target.name, "base_output_directory": target.parent, "enable_checkpointing": True}
-  fixed = folder.here() | {"log_config": True} | named
+  fixed = model_config.local_keys() | {"log_config": True} | named
   fixed = [f"{key}={x}" for key, x in fixed.items()]
   config = pyconfig.initialize(["", args.config, *args.overrides, *fixed])
   step = relayout.convert(config, source, target, args.step)

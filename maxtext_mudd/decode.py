@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
   number = config.max_target_length - config.max_prefill_predict_length
   generation.check([prompt], number, config)
   if "://" not in config.load_parameters_path:
-    path = str(parameters.items(config.load_parameters_path))
+    path = str(parameters.items_folder(config.load_parameters_path))
     update = {"load_parameters_path": os.path.abspath(path)}
     config = pyconfig.HyperParameters(config._pydantic_config.model_copy(update=update))
   if console.stderr().isatty():
@@ -89,12 +89,14 @@ def main(argv: Sequence[str]) -> None:
 
 def _moved_tokenizer(config) -> str:
   """That of a converted folder which has been moved since its YAML was written; else nothing."""
-  from maxtext_mudd.checkpoints import folder, tokenizers
+  from maxtext_mudd.checkpoints import model_folder, tokenizers
 
   if not pathlib.Path(config.tokenizer_path or "").is_absolute() or pathlib.Path(config.tokenizer_path).exists():
     return ""
   own = {"tokenizer_path": config.tokenizer_path, "tokenizer_type": config.tokenizer_type.value}
-  return tokenizers.moved(own, pathlib.Path(config.load_parameters_path) / folder.TOKENIZER).get("tokenizer_path", "")
+  return tokenizers.moved_keys(own, pathlib.Path(config.load_parameters_path) / model_folder.TOKENIZER).get(
+    "tokenizer_path", ""
+  )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import yaml
 
 import maxtext_mudd
 from maxtext_mudd import assets, convert
-from maxtext_mudd.checkpoints import folder, model_keys, run, tensors, tokenizers
 from maxtext_mudd.checkpoints import layout as layouts
+from maxtext_mudd.checkpoints import model_config, model_folder, model_keys, run, staging, tensors, tokenizers
 from maxtext_mudd.checkpoints import orbax_folder as saved
 from maxtext_mudd.checkpoints.authors_jax import config_json as fork_config
 from maxtext_mudd.checkpoints.authors_jax import models as fork
@@ -145,7 +145,7 @@ def in_shards(path: pathlib.Path, monkeypatch) -> dict[str, str]:
   values = load_file(path / "model.safetensors")
   (path / "model.safetensors").unlink()
   monkeypatch.setattr(tensors, "SHARD_BYTES", 400_000)
-  tensors.write(path, {name: (x.shape, x.dtype, lambda x=x: x) for name, x in values.items()})
+  tensors.write(path, {name: tensors.Output(x.shape, x.dtype, lambda x=x: x) for name, x in values.items()})
   return json.loads((path / tensors.INDEX).read_text())["weight_map"]
 
 
@@ -243,9 +243,9 @@ def test_tokenizers_go_with_the_model(tmp_path):
   assert words.decode(words.encode("MUDD")) == "MUDD"
 
   hf.from_hf(source, target, {})
-  assert folder.keys(target)["tokenizer_path"] == str(target / "tokenizer")
+  assert model_folder.read_keys(target)["tokenizer_path"] == str(target / "tokenizer")
   target.rename(moved)
-  assert folder.keys(moved)["tokenizer_path"] == str(moved / "tokenizer")
+  assert model_folder.read_keys(moved)["tokenizer_path"] == str(moved / "tokenizer")
   hf.to_hf(moved, tmp_path / "back")
   for file in BYTES.iterdir():
     assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
@@ -281,15 +281,15 @@ def fields(**keys):
 BROKEN = {
   "a missing tensor": (
     lambda path: changed(path, lambda values: values.pop("layers.4.ffn_norm.weight")),
-    "has no tensor layers.4.ffn_norm.weight, which config.json makes one expect.",
+    "has no tensor layers.4.ffn_norm.weight, which the model that config.json describes needs.",
   ),
   "an extra tensor": (
     lambda path: changed(path, lambda values: values.update(lm_head=np.zeros(3, np.float32))),
-    "model.safetensors has lm_head, which is no tensor of the model that config.json describes.",
+    "model.safetensors has lm_head, which the model that config.json describes does not have.",
   ),
   "a misshapen tensor": (
     with_tensor("dense_bs.2", lambda x: x[:, :-1]),
-    "dense_bs.2 is [4, 3], and config.json makes one expect [4, 4].",
+    "dense_bs.2 is [4, 3], and the model that config.json describes needs [4, 4].",
   ),
   "NaN": (
     lambda path: changed(path, of_nan),
@@ -305,19 +305,19 @@ BROKEN = {
   ),
   "FFN widths of no rule": (
     with_tensor("layers.0.feed_forward.w1.weight", np.zeros((136, 64), np.float32)),
-    "layers.0.feed_forward.w1.weight is [136, 64], and config.json makes one expect [128, 64].",
+    "layers.0.feed_forward.w1.weight is [136, 64], and the model that config.json describes needs [128, 64].",
   ),
   "an FFN that is missing": (
     lambda path: changed(path, lambda values: values.pop("layers.3.feed_forward.w1.weight")),
-    "has no tensor layers.3.feed_forward.w1.weight, which config.json makes one expect.",
+    "has no tensor layers.3.feed_forward.w1.weight, which the model that config.json describes needs.",
   ),
   "a transposed FFN": (
     with_tensor("layers.3.feed_forward.w1.weight", np.transpose),
-    "layers.3.feed_forward.w1.weight is [64, 256], and config.json makes one expect [256, 64].",
+    "layers.3.feed_forward.w1.weight is [64, 256], and the model that config.json describes needs [256, 64].",
   ),
   "another width": (
     fields(intermediate_size=384),
-    "layers.0.feed_forward.w1.weight is [128, 64], and config.json makes one expect [256, 64].",
+    "layers.0.feed_forward.w1.weight is [128, 64], and the model that config.json describes needs [256, 64].",
   ),
   "an unknown kind": (
     fields(model_type="llama"),
@@ -348,7 +348,7 @@ BROKEN = {
   "an undefined base": (fields(rope_base=np.nan), "config.json: rope_base=nan is not a finite number above 0."),
   "another rotation": (
     fields(rope_scaling={"factor": 2}),
-    "config.json: rope_scaling={'factor': 2} is no field of the authors' MUDDFormer, and would change the model.",
+    "config.json: rope_scaling={'factor': 2} is not a field of the authors' MUDDFormer, and would change the model.",
   ),
   "static weights only": (
     fields(dynamic_dense=False),
@@ -438,7 +438,7 @@ def test_targets_are_never_written_over(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupts_that_libraries_swallow(number, tmp_path):
-  with pytest.raises(KeyboardInterrupt), folder.staged(tmp_path / "made"), contextlib.suppress(KeyboardInterrupt):
+  with pytest.raises(KeyboardInterrupt), staging.staged(tmp_path / "made"), contextlib.suppress(KeyboardInterrupt):
     signal.raise_signal(number)
   assert not list(tmp_path.iterdir())
 
@@ -446,13 +446,13 @@ def test_interrupts_that_libraries_swallow(number, tmp_path):
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
   source = hugging_face(tmp_path / "hf")
 
-  save = folder.save
+  save = model_folder.save
 
   def stop(*arguments):
     save(*arguments)
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(folder, "save", stop)
+  monkeypatch.setattr(model_folder, "save", stop)
   with pytest.raises(KeyboardInterrupt):
     hf.from_hf(source, tmp_path / "new" / "deep" / "maxtext", {})
   assert [x.name for x in tmp_path.iterdir()] == ["hf"]
@@ -462,7 +462,7 @@ def test_what_a_killed_conversion_left_is_removed(tmp_path):
   for name in (".m[1].partial", ".m1.partial"):
     (tmp_path / name / "made.orbax-checkpoint-tmp" / "items").mkdir(parents=True)
   (tmp_path / ".m[1].partial" / "made").mkdir()
-  with folder.staged(tmp_path / "m[1]") as stage:
+  with staging.staged(tmp_path / "m[1]") as stage:
     assert sorted(x.name for x in tmp_path.iterdir()) == [".m1.partial", ".m[1].partial"]
     assert [x for x in stage.parent.iterdir() if not x.name.startswith(".")] == [stage]
     assert not list(stage.iterdir())
@@ -471,16 +471,16 @@ def test_what_a_killed_conversion_left_is_removed(tmp_path):
 
 def test_two_conversions_to_one_folder(tmp_path):
   """The second is refused while the first lives, and touches nothing; targets with alike names are others."""
-  with folder.staged(tmp_path / "m.partial2") as other, folder.staged(tmp_path / "m") as stage:
+  with staging.staged(tmp_path / "m.partial2") as other, staging.staged(tmp_path / "m") as stage:
     (other / "a").write_text("")
     (stage / "b").write_text("")
     with (
       pytest.raises(ConfigError, match=r"/m is being written by another process; wait for it, or name another folder"),
-      folder.staged(tmp_path / "m"),
+      staging.staged(tmp_path / "m"),
     ):
       pass
     code = "import pathlib, sys; from maxtext_mudd.checkpoints import locks\n"
-    code += "with locks.alone(*map(pathlib.Path, sys.argv[1:])): pass"
+    code += "with locks.exclusive_folder(*map(pathlib.Path, sys.argv[1:])): pass"
     command = [sys.executable, "-c", code, str(tmp_path / ".m.partial"), str(tmp_path / "m")]
     finished = subprocess.run(command, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True)
     assert "ConfigError" in finished.stderr and "is being written by another process" in finished.stderr
@@ -503,7 +503,7 @@ def test_two_conversions_to_one_folder(tmp_path):
 def test_what_cannot_be_read_or_written_is_named(error, message, tmp_path):
   if error.filename:
     error.filename = error.filename.format(tmp_path)
-  with pytest.raises(ConfigError, match=re.escape(message)), folder.staged(tmp_path / "made"):
+  with pytest.raises(ConfigError, match=re.escape(message)), staging.staged(tmp_path / "made"):
     raise error
   assert not list(tmp_path.iterdir())
 
@@ -512,9 +512,9 @@ def test_hosts_that_jax_was_not_to_have(monkeypatch):
   def unknown(backend):
     raise RuntimeError(f"Unknown backend {backend}")
 
-  monkeypatch.setattr(folder.jax, "local_devices", unknown)
+  monkeypatch.setattr(model_folder.jax, "local_devices", unknown)
   with pytest.raises(ConfigError, match=r"JAX_PLATFORMS=\S+ leaves out cpu, .*; set JAX_PLATFORMS=\S+,cpu\."):
-    folder.host()
+    model_folder.cpu_device()
 
 
 INTERRUPT = """
@@ -555,12 +555,14 @@ class Changed:
 
 
 def test_models_that_the_authors_code_does_not_have():
-  config = folder.configuration(hf.Model(models.DATA / "muddformer_tiny").keys | folder.here() | {"scan_layers": False})
+  config = model_config.build(
+    hf.Model(models.DATA / "muddformer_tiny").keys | model_config.local_keys() | {"scan_layers": False}
+  )
   for changes, found, expected in (
     ({"mudd_window": 2}, "mudd_window=2", "mudd_window=0"),
     ({"mudd_dynamic": False}, "mudd_dynamic=False", "mudd_dynamic=True"),
     ({"mudd_ffn_reallocation": False}, "mudd_ffn_reallocation=False", "mudd_ffn_reallocation=True"),
-    ({"mudd_ffn_round_to": 64}, "FFNs of 128, 192, 256, 256, 320, 384", "re-allocates 256 by its rule"),
+    ({"mudd_ffn_round_to": 64}, "FFN widths 128, 192, 256, 256, 320, 384", "re-allocates 256 by its rule"),
     ({"base_num_kv_heads": 2}, "base_num_kv_heads=2", "base_num_kv_heads=4"),
     ({"head_dim": 32}, "head_dim=32", "head_dim=16"),
     ({"final_logits_soft_cap": 30.0}, "final_logits_soft_cap=30.0", "final_logits_soft_cap=0"),
@@ -597,11 +599,13 @@ def test_blocks_that_keep_the_scale_of_scores_in_the_query_kernel(block, head_di
     "scan_layers": False,
     "weight_dtype": "float32",
   }
-  config = folder.configuration(keys | folder.here())
-  model = models.build(folder.configuration(keys | folder.here() | {"dtype": "float32", "attention": "dot_product"}))
+  config = model_config.build(keys | model_config.local_keys())
+  model = models.build(
+    model_config.build(keys | model_config.local_keys() | {"dtype": "float32", "attention": "dot_product"})
+  )
   values = models.randomise(model)
-  with folder.staged(tmp_path / "maxtext") as stage:
-    folder.save(stage, config, {path: jnp.asarray(x) for path, x in values.items()}, keys)
+  with staging.staged(tmp_path / "maxtext") as stage:
+    model_folder.save(stage, config, {path: jnp.asarray(x) for path, x in values.items()}, keys)
   hf.to_hf(tmp_path / "maxtext", tmp_path / "hf")
 
   made, made_config = maxtext_mudd.from_pretrained(tmp_path / "hf")
@@ -617,8 +621,8 @@ def test_blocks_that_keep_the_scale_of_scores_in_the_query_kernel(block, head_di
 def test_exports_leave_no_parameter_behind(tmp_path):
   source, target = hugging_face(tmp_path / "hf"), tmp_path / "maxtext"
   hf.from_hf(source, target, {})
-  (target / folder.CONFIG).write_text((target / folder.CONFIG).read_text() + "use_qk_norm: false\n")
-  with pytest.raises(ConfigError, match=r"maxtext has decoder/layers_0/self_attention/key_norm/scale, for which"):
+  (target / model_folder.CONFIG).write_text((target / model_folder.CONFIG).read_text() + "use_qk_norm: false\n")
+  with pytest.raises(ConfigError, match=r"maxtext has decoder/layers_0/self_attention/key_norm/scale, which the model"):
     hf.to_hf(target, tmp_path / "back")
   assert sorted(x.name for x in tmp_path.iterdir()) == ["hf", "maxtext"]
 
@@ -652,7 +656,7 @@ def test_relative_folders(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match=r"scan_layers=True: the model in \S+ has scan_layers=False; leave it out"):
     maxtext_mudd.from_pretrained("maxtext", scan_layers=True)
   shutil.rmtree(tmp_path / "maxtext" / "items" / "d")
-  with pytest.raises(ConfigError, match=r"maxtext/items is no checkpoint with parameters, or is damaged"):
+  with pytest.raises(ConfigError, match=r"maxtext/items has no parameters, or is damaged"):
     maxtext_mudd.from_pretrained("maxtext")
 
 
@@ -715,7 +719,7 @@ def test_checkpoints_of_other_keys(tmp_path):
       r"decoder/logits_dense/kernel is \[\d+, \d+\], and this configuration needs",
     ),
     ({"mudd_pre_norm": True}, r"has no \S+, which this configuration needs; name the keys that the model was"),
-    ({"mudd_dynamic": False}, r"has decoder/layers_1/connection/\S+, for which this configuration has no place"),
+    ({"mudd_dynamic": False}, r"has decoder/layers_1/connection/\S+, which this configuration does not have"),
   ):
     file.write_text(yaml.safe_dump(own | keys))
     with pytest.raises(ConfigError, match=message):
@@ -750,7 +754,7 @@ def test_the_fork_s_orbax_folders(tmp_path):
   for number, path in enumerate((source, tmp_path / "params", tmp_path / "run", tmp_path / "100")):
     target = tmp_path / f"maxtext{number}"
     convert.main(["from-fork", "--fork-dir", str(path), "--maxtext-dir", str(target), f"scan_layers={number == 2}"])
-    config = folder.configuration(folder.keys(target) | folder.here())
+    config = model_config.build(model_folder.read_keys(target) | model_config.local_keys())
     values = {name: x.read() for name, x in saved.parameters(target / "items").items()}
     made.append(layouts.unstack(values, config) if config.scan_layers else values)
   for found in made[1:]:
@@ -771,23 +775,23 @@ def with_parameter(name, change):
   return lambda path, values: edited(**{name: np.ascontiguousarray(change(values[name]))})(path, values)
 
 
-NEEDS = "and the model that its other parameters make needs"
+NEEDS = "and the model that its other parameters describe needs"
 OF_FORK = {
   "a missing parameter": (
     edited(**{"decoder/layers_2/mlp/wo/kernel": None}),
-    "has no decoder/layers_2/mlp/wo/kernel, which the model that its other parameters make needs.",
+    "has no decoder/layers_2/mlp/wo/kernel, which the model that its other parameters describe needs.",
   ),
   "a missing aggregate": (
     edited(**{"decoder/layers_0/dynamic_dense_conn1/kernel": None}),
-    "has no decoder/layers_0/dynamic_dense_conn1/kernel, which the model that its other parameters make needs.",
+    "has no decoder/layers_0/dynamic_dense_conn1/kernel, which the model that its other parameters describe needs.",
   ),
   "a missing FFN": (
     edited(**{"decoder/layers_2/mlp/wi_0/kernel": None}),
-    "has no decoder/layers_2/mlp/wi_0/kernel, which the model that its other parameters make needs.",
+    "has no decoder/layers_2/mlp/wi_0/kernel, which the model that its other parameters describe needs.",
   ),
   "an extra parameter": (
     edited(**{"decoder/layers_2/mgate/kernel": np.zeros(3, np.float32)}),
-    "has decoder/layers_2/mgate/kernel, for which the model that its other parameters make has no place.",
+    "has decoder/layers_2/mgate/kernel, which the model that its other parameters describe does not have.",
   ),
   "a misshapen parameter": (
     edited(**{"decoder/layers_2/mlp/wo/kernel": np.zeros((3, 64), np.float32)}),
@@ -857,11 +861,11 @@ OF_FORK_ALONE = {  # without config.json
   "another model": (edited(**{"token_embedder/embedding": None}), "has no token_embedder/embedding; name a folder"),
   "a flat kernel": (
     edited(**{"decoder/layers_0/self_attention/query/kernel": np.zeros((64, 64), np.float32)}),
-    "has a decoder/layers_0/self_attention/query/kernel of [64, 64]; name a folder with a MUDD model of the fork.",
+    "has a decoder/layers_0/self_attention/query/kernel of [64, 64]; name a folder with a MUDD model",
   ),
   "FFN widths of no rule": (
     edited(**{"decoder/layers_0/mlp/wi_0/kernel": np.zeros((64, 8), np.float32)}),
-    "FFNs of 8, 128, 256, 256, 384, 384 are not what re-allocation makes of mlp_dim=236; write it to config.json.",
+    "FFN widths 8, 128, 256, 256, 384, 384 do not follow from re-allocating their mean, 236",
   ),
 }
 
@@ -911,7 +915,7 @@ def test_fields_of_the_fork(tmp_path):
     (
       "dynamic_dense_hidden_expand",
       [1, 2],
-      "dynamic_dense_hidden_expand=[1, 2] is not supported; one number for",
+      "dynamic_dense_hidden_expand=[1, 2] is not supported; use one number for",
     ),
   ):
     with pytest.raises(ConfigError, match=re.escape(f"config.json: {message}")):
@@ -924,7 +928,7 @@ MEASURE = """
 import pathlib, sys, threading, time
 from maxtext_mudd import plugin
 plugin.install()
-from maxtext_mudd.checkpoints import folder, tensors
+from maxtext_mudd.checkpoints import model_config, model_folder, tensors
 from maxtext_mudd.checkpoints.authors_jax import models as fork
 from maxtext_mudd.checkpoints.hugging_face import models as hf
 
@@ -941,13 +945,13 @@ def watch():
 
 source, target = map(pathlib.Path, sys.argv[2:4])
 kind = {"from-hf": hf, "from-fork": fork}.get(sys.argv[1])
-keys = kind.Model(source).keys | {"scan_layers": False} if kind else folder.keys(source)
-folder.parameter_shapes(folder.configuration(keys | folder.here()))  # what tracing takes is no part of it
+keys = kind.Model(source).keys | {"scan_layers": False} if kind else model_folder.read_keys(source)
+model_config.parameter_shapes(model_config.build(keys | model_config.local_keys()))  # tracing is not measured
 before = most = resident()
 threading.Thread(target=watch, daemon=True).start()
 if kind:
   model = kind.Model(source)
-  folder.convert(model, target, {"scan_layers": True}, {})
+  model_folder.convert(model, target, {"scan_layers": True}, {})
 else:
   hf.to_hf(source, target)
 print(most - before)
@@ -969,7 +973,7 @@ def test_memory_of_the_fork_s_orbax_folders(tmp_path):
   source = fork_folder(tmp_path / "run", **sizes, vocab_size=16384)
   shapes = {name: x.shape for name, x in tensors.of_file(golden / fork.FILE).items()}
   keys = fork_config.keys(shapes, json.loads((source / "config.json").read_text()), source)
-  wanted = folder.parameter_shapes(folder.configuration(keys | folder.here() | {"scan_layers": False}))
+  wanted = model_config.parameter_shapes(model_config.build(keys | model_config.local_keys() | {"scan_layers": False}))
   random = np.random.default_rng(0)
   values = {
     tuple(name.split("/")): random.standard_normal(wanted[fork.path_of(name, 5)].shape, np.float32) for name in shapes
@@ -989,13 +993,13 @@ def test_memory(tmp_path, monkeypatch):
   sizes = {"n_layer": 8, "dim": 1536, "n_head": 12, "n_local_heads": 12, "head_dim": 128, "intermediate_size": 4096}
   fields = json.loads((models.DATA / "muddformer_tiny" / "config.json").read_text()) | sizes | {"vocab_size": 16384}
   widths = topology.ffn_widths(4096, 8, **topology.RELEASED_FFN)
-  config = folder.configuration(hf_config.keys(fields, widths, "") | folder.here() | {"scan_layers": False})
+  config = model_config.build(hf_config.keys(fields, widths, "") | model_config.local_keys() | {"scan_layers": False})
   random = np.random.default_rng(0)
 
   def values(shape):
     return lambda: random.standard_normal(shape, dtype=np.float32)
 
-  made = {x.tensor: (x.tensor_shape, np.float32, values(x.tensor_shape)) for x in hf_names.names(config)}
+  made = {x.tensor: tensors.Output(x.tensor_shape, np.float32, values(x.tensor_shape)) for x in hf_names.names(config)}
   monkeypatch.setattr(tensors, "SHARD_BYTES", 6 * 10**8)
   tensors.write(source, made)
   (source / "config.json").write_text(json.dumps(fields))
@@ -1013,11 +1017,11 @@ def test_memory(tmp_path, monkeypatch):
 
 def saved_run(path: pathlib.Path, *keys: str) -> pathlib.Path:
   """A checkpoint of a run of tests/run.yml as MaxText saves it, less the moments."""
-  config = pyconfig.initialize(["", runs.RUN_YML, *keys], **folder.here())
+  config = pyconfig.initialize(["", runs.RUN_YML, *keys], **model_config.local_keys())
   random = np.random.default_rng(0)
   values = {
     tuple(name.split("/")): random.standard_normal(x.shape).astype(x.dtype)
-    for name, x in folder.parameter_shapes(config).items()
+    for name, x in model_config.parameter_shapes(config).items()
   }
   tree = {"params": {"params": traverse_util.unflatten_dict(values)}}
   ocp.PyTreeCheckpointer().save(path / "items", tree)
@@ -1040,7 +1044,7 @@ def test_a_run_of_bfloat16(tmp_path):
   assert own["weight_dtype"] == "bfloat16"
   assert own["tokenizer_path"] == str(made / "tokenizer" / ONE_FILE.name)
   made.rename(moved)
-  config = folder.configuration(folder.keys(moved) | folder.here())
+  config = model_config.build(model_folder.read_keys(moved) | model_config.local_keys())
   assert config.weight_dtype == "bfloat16"
   assert config.tokenizer_type.value == "sentencepiece"
   words = tokenizer.build_tokenizer(config.tokenizer_path, "sentencepiece", False, False, "")
@@ -1071,14 +1075,14 @@ def test_tokenizers_of_runs(tmp_path, monkeypatch):
     ),
   ):
     config = with_tokenizer(path, kind)
-    assert tokenizers.of_run(config, target) == expected
-    tokenizers.copy_of_run(config, target)
+    assert tokenizers.run_keys(config, target) == expected
+    tokenizers.copy_run_tokenizer(config, target)
     assert len(list(target.iterdir()) if target.exists() else []) == files
     shutil.rmtree(target, ignore_errors=True)
 
 
 def keys_of_run(*keys: str) -> dict:
-  return run._keys(pyconfig.initialize(["", runs.RUN_YML, *keys], **folder.here()))
+  return run._keys(pyconfig.initialize(["", runs.RUN_YML, *keys], **model_config.local_keys()))
 
 
 def test_a_run_s_keys_are_its_model_s():
@@ -1107,14 +1111,14 @@ def test_a_run_s_keys_are_its_model_s():
   found = keys_of_run(*(f"{key}={x}" for key, x in words.items()), "mudd_ffn_reallocation=false", *of_run)
   assert {key: found.get(key) for key in given} == given
   assert not {x.split("=")[0] for x in of_run} & found.keys()
-  again = folder.configuration(found | folder.here())
+  again = model_config.build(found | model_config.local_keys())
   assert {key: model_keys.plain(getattr(again, key)) for key in found} == found
   assert {"routed_score_func", "moba", "moba_topk", "capacity_factor"} <= model_keys.FUNCTION
   keys = {key: x for key, x in found.items() if key != "routed_score_func"}
   with pytest.raises(
     ConfigError, match="routed_score_func=sigmoid: the model in m has routed_score_func=; leave it out"
   ):
-    folder.with_overrides(keys, {"routed_score_func": "sigmoid"}, pathlib.Path("m"))
+    model_config.with_overrides(keys, {"routed_score_func": "sigmoid"}, pathlib.Path("m"))
 
 
 OF_MACHINES = re.compile(
@@ -1200,7 +1204,7 @@ def test_folders_for_other_commands(tmp_path, capsys):
 def test_keys_that_are_no_model_s(tmp_path, capsys):
   source, made = hugging_face(tmp_path / "hf"), tmp_path / "m"
   no_model = (
-    "model.yml describes a model, to which {0} does not belong; leave it out, and give it to what uses the model."
+    "model.yml describes a model, to which {0} does not belong; leave it out, and set it where the model is used."
   )
   for key, message in (
     ("load_parameters_path=/x", f"load_parameters_path=/x: {no_model}"),
@@ -1217,8 +1221,8 @@ def test_keys_that_are_no_model_s(tmp_path, capsys):
     said = refusal(capsys, "from-hf", "--hf-dir", source, "--maxtext-dir", made, key)
     assert said == message.format(key.split("=")[0])
   keys = {"attention": "dot_product", "dtype": "bfloat16", "per_device_batch_size": 2, "enable_dropout": False}
-  folder._check_chosen({key: x for key, x in keys.items() if key != "enable_dropout"})
-  assert keys.items() <= folder.source_keys(hf.Model(source), keys).items()
+  model_folder._check_overrides({key: x for key, x in keys.items() if key != "enable_dropout"})
+  assert keys.items() <= model_folder.source_keys(hf.Model(source), keys).items()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -1230,7 +1234,7 @@ def test_from_run_leaves_the_layout(layout, tmp_path, capsys):
   command = ["from-run", "--checkpoint", tmp_path / "r", "--maxtext-dir", tmp_path / "m", runs.RUN_YML]
   said = refusal(capsys, *command, *(["scan_layers=true"] if wanted else []))
   assert said == (
-    f"scan_layers={wanted}: {tmp_path}/r/items has {layout} layers, which from-run leaves as they are; set scan_layers="
+    f"scan_layers={wanted}: {tmp_path}/r/items has {layout} layers, and from-run keeps the layout; set scan_layers="
     f"{str(not wanted).lower()}, or convert the run first (layout)."
   )
   assert [x.name for x in tmp_path.iterdir()] == ["r"]

@@ -1,4 +1,4 @@
-"""FFN widths of the authors' models: re-allocated by their rule, or all the same."""
+"""FFN widths of the authors' models: re-allocated over depth by their rule (paper, Eq. 9), or equal in all blocks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,22 +6,31 @@ from typing import Any
 from maxtext_mudd.connections.mudd import topology
 
 
-def widths(width: int, blocks: int, reallocated: bool) -> tuple[int, ...]:
-  """Of every block, from the configured width."""
-  return topology.ffn_widths(width, blocks, **topology.RELEASED_FFN) if reallocated else (width,) * blocks
+def for_blocks(base_width: int, num_blocks: int, reallocated: bool) -> tuple[int, ...]:
+  """The FFN width of every block, from the configured width."""
+  if not reallocated:
+    return (base_width,) * num_blocks
+  return topology.ffn_widths(base_width, num_blocks, **topology.RELEASED_FFN)
 
 
-def of_keys(keys: Mapping[str, Any]) -> tuple[int, ...]:
-  """The same, by MaxText's keys."""
-  return widths(keys["base_mlp_dim"], keys["base_num_decoder_layers"], keys["mudd_ffn_reallocation"])
+def from_keys(keys: Mapping[str, Any]) -> tuple[int, ...]:
+  """The FFN width of every block of the model that MaxText's keys describe."""
+  return for_blocks(keys["base_mlp_dim"], keys["base_num_decoder_layers"], keys["mudd_ffn_reallocation"])
 
 
-def is_reallocated(width: int, found: Sequence[int | None]) -> bool:
-  """Whether the widths found in the weights (None: not to be found) are re-allocated, as all published ones are, unless
-  most of them are the configured one."""
-  if len(found) < 2:
+def is_reallocated(base_width: int, block_widths: Sequence[int | None]) -> bool:
+  """Whether the FFNs of a checkpoint are re-allocated, as those of all published models are.
+
+  They count as equal only where more widths equal `base_width` than follow the rule, and more than half of them do.
+
+  Args:
+    block_widths: the width of each block in the checkpoint; None where its FFN is missing or is not a matrix.
+  """
+  num_blocks = len(block_widths)
+  if num_blocks < 2:
     return False
-  flat, grown = (
-    sum(x == y for x, y in zip(found, widths(width, len(found), reallocated))) for reallocated in (False, True)
+  equal, by_rule = (
+    sum(found == expected for found, expected in zip(block_widths, for_blocks(base_width, num_blocks, reallocated)))
+    for reallocated in (False, True)
   )
-  return flat <= max(grown, len(found) / 2)
+  return equal <= max(by_rule, num_blocks / 2)

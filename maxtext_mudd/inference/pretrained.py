@@ -46,8 +46,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
     ConfigError: the folder is missing or holds no such model, or the configuration cannot work.
   """
   plugin.install()
-  from maxtext_mudd.checkpoints import folder as folders
-  from maxtext_mudd.checkpoints import parameters, tensors, tokenizers
+  from maxtext_mudd.checkpoints import model_config, model_folder, model_keys, parameters, tensors, tokenizers
   from maxtext_mudd.checkpoints.authors_jax import models as fork
   from maxtext_mudd.checkpoints.hugging_face import files as hf_files
   from maxtext_mudd.checkpoints.hugging_face import models as hf
@@ -57,24 +56,26 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   if not pathlib.Path(folder).expanduser().is_dir():
     raise ConfigError(f"{folder} is not a folder; download or copy the model first, and name the folder that holds it.")
   folder = pathlib.Path(folder).expanduser().absolute()
-  if folders.is_folder(folder):
-    free = {*DEFAULTS, *folders.FREE, "tokenizer_path", "tokenizer_type"} - {"scan_layers"}  # they lie in one layout
-    keys = folders.with_overrides(DEFAULTS | folders.keys(folder), config_overrides, folder, free)
-    config = folders.configuration(keys | {"load_parameters_path": str(folder / folders.ITEMS)})
+  if model_folder.is_model_folder(folder):
+    free = {*DEFAULTS, *model_keys.FREE, "tokenizer_path", "tokenizer_type"} - {"scan_layers"}  # they lie in one layout
+    keys = model_config.with_overrides(DEFAULTS | model_folder.read_keys(folder), config_overrides, folder, free)
+    config = model_config.build(keys | {"load_parameters_path": str(folder / model_folder.ITEMS)})
     devices.check_mesh(config)
     return parameters.load(config), config
   if _is_of_a_run(folder):
     raise ConfigError(
-      f"{folder} is a checkpoint without the keys of its model; name the folder that has {folders.CONFIG}, or give the "
-      "CONFIG.yml of its run to from_run."
+      f"{folder} is a checkpoint without the keys of its model; name the folder that has {model_folder.CONFIG}, or "
+      "give the CONFIG.yml of its run to from_run."
     )
   published = any((folder / name).exists() for name in hf_files.FILES)
   kind = next((kind for kind in ((hf, fork) if published else (fork, hf)) if kind.is_folder(folder)), None)
   if kind is None:
-    raise ConfigError(f"{folder} holds no model: neither {folders.CONFIG}, {tensors.SINGLE} nor {fork.FILE} is there.")
+    raise ConfigError(
+      f"{folder} holds no model: neither {model_folder.CONFIG}, {tensors.SINGLE} nor {fork.FILE} is there."
+    )
   source = kind.Model(folder)
   defaults = DEFAULTS | tokenizers.keys(folder)
-  config = folders.configuration(folders.source_keys(source, defaults | config_overrides))
+  config = model_config.build(model_folder.source_keys(source, defaults | config_overrides))
   devices.check_mesh(config)
   return _model(config, source), config
 
@@ -97,8 +98,7 @@ def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **
   plugin.install()
   from maxtext.configs import pyconfig
 
-  from maxtext_mudd.checkpoints import folder as folders
-  from maxtext_mudd.checkpoints import parameters
+  from maxtext_mudd.checkpoints import model_config, parameters
   from maxtext_mudd.config import devices
 
   checkpoint = str(checkpoint)
@@ -106,9 +106,13 @@ def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **
     path = pathlib.Path(checkpoint).expanduser().absolute()
     if not path.is_dir():
       raise ConfigError(f"{checkpoint}: there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP.")
-    checkpoint = str(parameters.items(str(path)))
+    checkpoint = str(parameters.items_folder(str(path)))
   own = {"scan_layers"}  # as the parameters lie there
-  keys = {key: x for key, x in DEFAULTS.items() if key not in own} | folders.here() | _as_written(config_overrides)
+  keys = (
+    {key: x for key, x in DEFAULTS.items() if key not in own}
+    | model_config.local_keys()
+    | _as_written(config_overrides)
+  )
   config = pyconfig.initialize(["", str(config_file)], **keys, load_parameters_path=checkpoint)
   devices.check_mesh(config)
   return parameters.load(config), config
@@ -131,7 +135,7 @@ def _model(config, source):
   """The model, each parameter put to its devices as soon as it is read."""
   from maxtext.utils import maxtext_utils, model_creation_utils
 
-  from maxtext_mudd.checkpoints import folder as folders
+  from maxtext_mudd.checkpoints import model_folder
 
   mesh = maxtext_utils.get_mesh_from_config(config)
   create, abstract = model_creation_utils.create_nnx_abstract_model(config, mesh)
@@ -141,7 +145,7 @@ def _model(config, source):
   def place(path, value):
     return jax.device_put(value, variables[path].get_value().sharding)
 
-  for path, value in folders.tree(config, source.parameters(config), source.path, place).items():
+  for path, value in model_folder.check_parameters(config, source.parameters(config), source.path, place).items():
     variables[path].set_value(value)
   with jax.set_mesh(mesh):
     others = jax.jit(lambda: nnx.split(create(), nnx.Param, ...)[2])()  # random states; no parameter is made for them

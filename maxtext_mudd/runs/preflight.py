@@ -56,7 +56,7 @@ def _check_start(config) -> None:
   if path and sources.REMOTE not in path and config.mudd:
     from maxtext_mudd.checkpoints import parameters
 
-    parameters.check_path(str(parameters.items(path)), pyconfig.HyperParameters(config))
+    parameters.check_path(str(parameters.items_folder(path)), pyconfig.HyperParameters(config))
 
 
 def _entries(folder: str) -> list[os.DirEntry]:

@@ -63,7 +63,7 @@ REFUSED = [
     "a source is int32[2, 5, 8]; give floating-point arrays [B,T,D].",
   ),
   ("list", {"ways": 1}, "a has shape [4, 3]; 1 ways and 3 sources need [1, 3]."),
-  ("list", {"a": None}, "a is missing; the static weights [C,N] are needed, zeros at the least."),
+  ("list", {"a": None}, "a is missing; give static weights [C,N], zeros if there are none."),
   ("list", {"w1": None}, "w1 and w2 go together; give both, or neither for static weights."),
   ("list", {"w1": jnp.zeros((9, K))}, "w1 has shape [9, 16]; the other arguments need [8, 16]."),
   ("list", {"w2": jnp.zeros((K, 1, N))}, "w2 has shape [16, 1, 3]; the other arguments need [16, 4, 3]."),
@@ -97,11 +97,11 @@ REFUSED = [
   ("mix", {"weights": jnp.zeros((T, C, N))}, f"weights has shape [5, 4, 3]; {WANTED}"),
   ("mix", {"weights": jnp.zeros(N)}, f"weights has shape [3]; {WANTED}"),
   ("mix of a buffer", {"weights": jnp.zeros((C, 2))}, f"weights has shape [4, 2]; {WANTED}"),
-  ("mix", {"weights": HIDDEN}, "weights is a HiddenLayer, which is for passes alone; give an array or a WeightMLP."),
+  ("mix", {"weights": HIDDEN}, "weights is a HiddenLayer, which only `Passes` accepts; give an array or a WeightMLP."),
   (
     "mix",
     {"weights": OF_THE_FIRST},
-    "weights has source=0, which is for passes alone; give that source as newest.",
+    "weights has source=0, which only `Passes` accepts; give that source as newest.",
   ),
   (
     "mix",

@@ -1,4 +1,7 @@
-"""Mixing in depth, the one operation that depth connections add to a Transformer."""
+"""Mixing in depth, the operation that depth connections add to a Transformer: `mix(sources, weights)`.
+
+README.md in this folder describes the operation, its fused TPU kernels and its cost.
+"""
 
 from maxtext_mudd.kernels.api import depth_aggregate, differentiable, mix, resolve
 from maxtext_mudd.kernels.operands import Buffer, Gradients, Pending, Sources

@@ -1,4 +1,4 @@
-"""The public operation, `mix`: N sources, C streams, and the weights of every token between them."""
+"""The public operation, `mix`: N sources are summed into C streams with weights of each token's own."""
 
 from collections.abc import Sequence
 import functools
@@ -27,35 +27,38 @@ def mix(
 
       x^c = sum_j W[..., c, j] * sources[j]
 
-  Sums are float32 or wider, whatever the sources are. The derivative is reverse-mode only, and keeps the arguments
-  alone.
+  Sums are float32 or wider, whatever the dtype of the sources. Only reverse-mode differentiation works; its residuals
+  are the arguments.
 
   Args:
     sources: N floating-point arrays of one shape and dtype, oldest first; or, with `count`, one buffer of S entries,
       for loops over layers that are traced once.
-    weights: W as an array [B,T,C,N], or [C,N] for all tokens; or a `WeightMLP`, from which the fused kernel makes W by
-      itself, without a pass over memory. With a buffer, N is S.
-    count: how many entries of the buffer are valid, 1 to S, the newest being entry count - 1; where it is traced, it is
-      clipped to that range. Whatever the others hold, and the columns of weights from `count` on, is ignored, NaN
-      included, and gets a gradient of zero.
-    implementation: "xla", plain JAX; "pallas", the fused kernels of TPUs, for bfloat16 and float32; "pallas_interpret",
-      the same anywhere, slowly and strictly, for tests; "auto": "pallas" on TPU, "xla" elsewhere.
-    sharding: of a source, where fused kernels run on several devices: batch and length may be split, and D. The axes of
-      its mesh are of `AxisType.Auto`.
+    weights: W as an array [B,T,C,N], or [C,N] for all tokens; or a `WeightMLP`, from which the fused kernel computes W
+      on rows that it holds anyway, so that W is never written to memory. With a buffer, N is S.
+    count: how many entries of the buffer are valid, 1 to S; the newest source is entry count - 1. A traced count is
+      clipped to that range. The other entries, and the columns of weights that belong to them, are ignored, even where
+      they are NaN, and their gradient is zero.
+    implementation: "xla", plain JAX; "pallas", the fused TPU kernels, for bfloat16 and float32; "pallas_interpret", the
+      same kernels interpreted on any platform, slowly and with strict checks, for tests; "auto": "pallas" on TPU where
+      the dtype allows it, "xla" elsewhere.
+    sharding: sharding of a source, for fused kernels on several devices: B, T and D may be split. The mesh axes must be
+      of `AxisType.Auto`.
 
   Returns:
     C arrays of the shape and dtype of a source.
 
   Raises:
-    ValueError: an argument that does not fit the others, or an unknown name; one sentence.
+    ValueError: an argument does not fit the others, or a name is unknown.
   """
-  operands, like = _sources(sources, count)
-  _check_weights(weights, like, len(sources))
+  operands, source = _check_sources(sources, count)
+  _check_weights(weights, source, len(sources))
   platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
-  passes = Passes(resolve(implementation, platform, like.dtype), sharding, strict=implementation == "pallas_interpret")
-  if passes.implementation != "xla" and like.dtype.name not in tpu.DTYPES:
+  passes = Passes(
+    resolve(implementation, platform, source.dtype), sharding, strict=implementation == "pallas_interpret"
+  )
+  if passes.implementation != "xla" and source.dtype.name not in tpu.DTYPES:
     dtypes = " or ".join(tpu.DTYPES)
-    raise ValueError(f"the sources are {like.dtype}; implementation={implementation!r} takes {dtypes}.")
+    raise ValueError(f"the sources are {source.dtype}; implementation={implementation!r} takes {dtypes}.")
   return differentiable(passes, operands, weights)
 
 
@@ -73,32 +76,41 @@ def depth_aggregate(
   implementation: str = "auto",
   sharding: NamedSharding | None = None,
 ) -> list[Float[Array, "B T D"]]:
-  """`mix` with the weights of MUDD, made from the newest source (paper, Eq. 6).
+  """`mix` with the weights of MUDD, which an MLP computes from the newest source (paper, Eq. 6).
 
       W = act(RMSNorm(newest) @ w1) @ w2 + a
 
   Args:
-    w1, w2: None, both, for static weights: `a` alone.
+    sources: as in `mix`.
+    w1: first matrix of the weight MLP; None, together with `w2`: the weights are static, W = a.
+    w2: second matrix of the weight MLP.
+    a: static weights.
     ways: C, the number of streams.
-    newest: what the weights are made from, where that is not the newest source: X_i, where sources are pre-normed.
-    activation, epsilon: as of `WeightMLP`; the rest as of `mix`.
+    newest: the input of the weight MLP; default: the newest source. With pre-normed sources it is X_i before the norm.
+    count: as in `mix`.
+    activation: "gelu" (exact) or "gelu_tanh".
+    epsilon: added to the mean square in RMSNorm.
+    implementation: as in `mix`.
+    sharding: as in `mix`.
 
   Raises:
-    ValueError: as `mix`.
+    ValueError: as in `mix`.
   """
   if a is None:
-    raise ValueError("a is missing; the static weights [C,N] are needed, zeros at the least.")
+    raise ValueError("a is missing; give static weights [C,N], zeros if there are none.")
   if (w1 is None) != (w2 is None):
     raise ValueError("w1 and w2 go together; give both, or neither for static weights.")
   if a.ndim != 2 or len(a) != ways:
-    wanted = [ways, len(sources)]
-    raise ValueError(f"a has shape {list(a.shape)}; {ways} ways and {len(sources)} sources need {wanted}.")
+    expected = [ways, len(sources)]
+    raise ValueError(f"a has shape {list(a.shape)}; {ways} ways and {len(sources)} sources need {expected}.")
   weights = a if w1 is None else WeightMLP(w1, w2, a, newest, activation=activation, epsilon=epsilon)
   return mix(sources, weights, count=count, implementation=implementation, sharding=sharding)
 
 
 def resolve(implementation: str, platform: str, dtype) -> str:
-  """One of `IMPLEMENTATIONS`: "auto" means "pallas" on TPU, for dtypes that it takes, and "xla" elsewhere.
+  """The implementation that an `implementation` argument stands for, one of `IMPLEMENTATIONS`.
+
+  "auto" is "pallas" on TPU for the dtypes that the kernels support, and "xla" elsewhere.
 
   Raises:
     ValueError: there is no such implementation.
@@ -124,30 +136,30 @@ def _forward(passes, sources, weights):
 def _backward(passes, inputs, gradients):
   sources, weights = inputs
   is_buffer = isinstance(sources, Buffer)
-  made = passes.backward(sources, weights, gradients)
-  to_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), made.weights, weights)
-  return Buffer(made.sources, None) if is_buffer else made.sources, to_weights
+  grads = passes.backward(sources, weights, gradients)
+  grad_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), grads.weights, weights)
+  return Buffer(grads.sources, None) if is_buffer else grads.sources, grad_weights
 
 
 differentiable.defvjp(_forward, _backward)
 
 
-def _sources(sources, count) -> tuple[Sources, jax.Array]:
-  """(the sources, checked; one of them)."""
+def _check_sources(sources, count) -> tuple[Sources, jax.Array | jax.ShapeDtypeStruct]:
+  """Checks the sources; returns them and the shape and dtype of one."""
   if hasattr(sources, "shape"):
-    return _buffer(sources, count)
+    return _check_buffer(sources, count)
   if count is not None:
     raise ValueError("count goes with one buffer [S,B,T,D]; leave it out where sources are a list.")
   if not len(sources):
     raise ValueError("sources is empty; give at least the newest block output.")
-  like = sources[-1]
+  newest = sources[-1]
   for j, x in enumerate(sources):
-    _check_alike(f"sources[{j}]", x, like)
-  _check_source(like)
-  return list(sources), like
+    _check_equal(f"sources[{j}]", x, newest)
+  _check_source(newest)
+  return list(sources), newest
 
 
-def _buffer(entries, count) -> tuple[Buffer, jax.Array]:
+def _check_buffer(entries, count) -> tuple[Buffer, jax.ShapeDtypeStruct]:
   if entries.ndim != 4:
     raise ValueError(f"sources has shape {list(entries.shape)}; a buffer of sources is [S,B,T,D].")
   if count is None:
@@ -157,9 +169,9 @@ def _buffer(entries, count) -> tuple[Buffer, jax.Array]:
       raise ValueError(f"count={count} is not in 1..{len(entries)}, the number of entries in the buffer.")
   elif jnp.shape(count) or not jnp.issubdtype(jnp.result_type(count), jnp.integer):
     raise ValueError(f"count is {jnp.result_type(count)}{list(jnp.shape(count))}; give one int.")
-  like = jax.eval_shape(lambda x: x[0], entries)
-  _check_source(like)
-  return Buffer(entries, jnp.clip(jnp.asarray(count, jnp.int32), 1, len(entries))), like
+  source = jax.eval_shape(lambda x: x[0], entries)
+  _check_source(source)
+  return Buffer(entries, jnp.clip(jnp.asarray(count, jnp.int32), 1, len(entries))), source
 
 
 def _check_source(x) -> None:
@@ -167,16 +179,16 @@ def _check_source(x) -> None:
     raise ValueError(f"a source is {x.dtype}{list(x.shape)}; give floating-point arrays [B,T,D].")
 
 
-def _check_alike(name: str, x, like) -> None:
-  if x.shape != like.shape or x.dtype != like.dtype:
-    wanted = f"{like.dtype}{list(like.shape)}"
-    raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, sources[-1] is {wanted}; make them equal.")
+def _check_equal(name: str, x, newest) -> None:
+  if x.shape != newest.shape or x.dtype != newest.dtype:
+    expected = f"{newest.dtype}{list(newest.shape)}"
+    raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, sources[-1] is {expected}; make them equal.")
 
 
-def _check_weights(weights: Weights, like, number: int) -> None:
-  """Whether the weights fit `number` sources of this shape."""
+def _check_weights(weights: Weights, source, num_sources: int) -> None:
+  """Checks that the weights fit `num_sources` sources with the shape and dtype of `source`."""
   if isinstance(weights, HiddenLayer):
-    raise ValueError("weights is a HiddenLayer, which is for passes alone; give an array or a WeightMLP.")
+    raise ValueError("weights is a HiddenLayer, which only `Passes` accepts; give an array or a WeightMLP.")
   arrays = {"weights": weights}
   if isinstance(weights, WeightMLP):
     arrays = {"w1": weights.w1, "w2": weights.w2, "a": weights.a}
@@ -185,24 +197,24 @@ def _check_weights(weights: Weights, like, number: int) -> None:
     if not hasattr(x, "dtype") or not jnp.issubdtype(dtype, jnp.floating):
       raise ValueError(f"{name} is {dtype}; give a floating-point array.")
   if not isinstance(weights, WeightMLP):
-    fits = weights.shape[-1:] == (number,) and weights.shape[:-2] in ((), like.shape[:2])
+    fits = weights.shape[-1:] == (num_sources,) and weights.shape[:-2] in ((), source.shape[:2])
     if len(weights.shape) < 2 or not fits:
-      batch, length, _ = like.shape
-      wanted = f"[{batch}, {length}, C, {number}], or [C, {number}] for all tokens"
-      raise ValueError(f"weights has shape {list(weights.shape)}; the sources need {wanted}.")
+      batch, length, _ = source.shape
+      expected = f"[{batch}, {length}, C, {num_sources}], or [C, {num_sources}] for all tokens"
+      raise ValueError(f"weights has shape {list(weights.shape)}; the sources need {expected}.")
     return
   if weights.source != -1:
-    raise ValueError(f"weights has source={weights.source}, which is for passes alone; give that source as newest.")
+    raise ValueError(f"weights has source={weights.source}, which only `Passes` accepts; give that source as newest.")
   if weights.activation not in ACTIVATIONS:
     raise ValueError(f"activation={weights.activation!r} does not exist; use one of {', '.join(ACTIVATIONS)}.")
   ways = number_of_ways(weights)
   hidden = weights.w1.shape[-1]
-  for name, shape, wanted in (
-    ("a", weights.a.shape, (ways, number)),
-    ("w1", weights.w1.shape, (like.shape[-1], weights.w2.shape[0])),
-    ("w2", weights.w2.shape, (hidden, ways, number)),
+  for name, shape, expected in (
+    ("a", weights.a.shape, (ways, num_sources)),
+    ("w1", weights.w1.shape, (source.shape[-1], weights.w2.shape[0])),
+    ("w2", weights.w2.shape, (hidden, ways, num_sources)),
   ):
-    if shape != wanted:
-      raise ValueError(f"{name} has shape {list(shape)}; the other arguments need {list(wanted)}.")
+    if shape != expected:
+      raise ValueError(f"{name} has shape {list(shape)}; the other arguments need {list(expected)}.")
   if weights.newest is not None:
-    _check_alike("newest", weights.newest, like)
+    _check_equal("newest", weights.newest, source)

@@ -1,4 +1,4 @@
-"""What goes into the passes of `mix` and what comes out of them, whichever implementation runs them."""
+"""Operands and results of the passes of `mix`, the same for every implementation."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ from maxtext_mudd.kernels.weights import Weights
 
 
 class Buffer(NamedTuple):
-  """Sources of a loop over blocks that is traced once.
+  """Sources in one array, for a loop over blocks that is traced once.
 
   Attributes:
     entries: S sources, oldest first.
-    count: number of valid entries, from 1 to S. What the others hold is ignored, NaN included.
+    count: number of valid entries, from 1 to S. The other entries are ignored, even where they are NaN.
   """
 
   entries: Float[Array, "S B T D"]
@@ -28,13 +28,15 @@ Sources = list[Float[Array, "B T D"]] | Buffer
 
 
 class Gradients(NamedTuple):
-  """What the backward pass returns.
+  """Results of the backward pass.
 
   Attributes:
-    sources: gradients of the near sources, or of the entries of a buffer, added to what was there before.
-    weights: gradient of the weights, in their form; float32 or wider, but for `WeightMLP.newest`.
-    hidden: the hidden layer of a `WeightMLP`, for `push`; None: not asked for, or there is none.
-    streams: recomputed streams of the aggregate before; None: not asked for.
+    sources: gradient accumulators of the near sources, or of the entries of a buffer, with this aggregate's gradients
+      added.
+    weights: gradient of the weights, of the same type as the weights. Arrays are float32 or wider; that of
+      `WeightMLP.newest` has the dtype of the sources.
+    hidden: hidden layer of a `WeightMLP`, for `push`; None if it was not asked for or there is none.
+    streams: recomputed streams of the aggregate before; None if they were not asked for.
   """
 
   sources: list[Float[Array, "B T D"]] | Float[Array, "S B T D"]
@@ -44,11 +46,11 @@ class Gradients(NamedTuple):
 
 
 class Pending(NamedTuple):
-  """One of the aggregates whose gradients `push` adds to older sources.
+  """An aggregate whose contribution to the gradients of older sources is still to be added, by `push`.
 
   Attributes:
-    gradients: of its C streams.
-    weights: for these sources, zero for those that the aggregate does not mix; not a `WeightMLP`.
+    gradients: gradients of its C streams.
+    weights: its weights for the older sources, zero for a source that it does not mix; not a `WeightMLP`.
   """
 
   gradients: list[Float[Array, "B T D"]]

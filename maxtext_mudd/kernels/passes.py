@@ -1,10 +1,10 @@
-"""The three passes of `mix`, by one of its implementations, on one device or on a mesh.
+"""The passes of `mix` (forward, backward, push), run by one of its implementations, on one device or on a mesh.
 
 `mix` runs the forward and the backward pass of one aggregate. `connections/history.py` differentiates all aggregates of
-a model together, which moves less memory; it calls these passes directly, and `push`.
+a model together, which moves less memory; it calls these passes itself, and `push`, which `mix` does not need.
 
-On a mesh every device runs a fused kernel on its own rows and its own part of D, with small reductions around it; the
-passes in plain JAX are left to the compiler.
+On a mesh every device runs a fused kernel on its rows (tokens) and its part of D, with small reductions before and
+after. The passes in plain JAX are partitioned by the compiler.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ IMPLEMENTATIONS = ("xla", "pallas", "pallas_interpret")
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-  """How the passes run; all static.
+  """The passes, with the static choices of how they run.
 
   Attributes:
     implementation: one of `IMPLEMENTATIONS`.
-    sharding: of a source, where a fused kernel runs on several devices: B, T and D may be split.
-    strict: whether "pallas_interpret" reads NaN where nothing was written, and looks for races. It then calls back to
-      Python, which `jax.checkpoint` does not take.
+    sharding: sharding of a source, for a fused kernel on several devices: B, T and D may be split. None: one device.
+    strict: whether "pallas_interpret" reads NaN from memory that was never written, and reports races. It then calls
+      back into Python, which `jax.checkpoint` does not support.
   """
 
   implementation: str
@@ -45,11 +45,11 @@ class Passes:
       return (xla.forward_buffer if isinstance(sources, Buffer) else xla.forward)(sources, weights)
     layout = _Layout(self.sharding)
 
-    def local(sources, weights):
+    def on_device(sources, weights):
       weights, _ = layout.with_hidden(sources, weights)
       return tpu.forward(sources, weights, interpret=self._interpret)
 
-    return layout.map(local, (layout.sources(sources), layout.weights(weights)), layout.rows)(sources, weights)
+    return layout.map(on_device, (layout.sources(sources), layout.weights(weights)), layout.rows)(sources, weights)
 
   @jax.named_scope("depth_aggregate")
   def backward(
@@ -62,15 +62,18 @@ class Passes:
     recompute: Weights | None = None,
     keep_hidden: bool = False,
   ) -> Gradients:
-    """From the gradients of the streams, those of weights and sources.
+    """Gradients of the weights and of the sources, from the gradients of the streams.
 
     Args:
-      near: of a list, the sources whose gradients are made, in order; the last one is the newest. None: all; always so
-        for a buffer.
-      totals: what the gradients of the near sources, or of the buffer's entries, are added to; entries that are not
-        valid may change. None: zeros.
-      recompute: weights of another aggregate of the same list, whose streams are recomputed in this pass. None for a
-        buffer.
+      sources: the sources of the aggregate.
+      weights: its weights.
+      gradients: gradients of its C streams.
+      near: indices of the sources whose gradients are computed ("near" sources), in order; the last is the newest
+        source. The gradients of the others are left to `push`. Default: all sources. A buffer takes no other value.
+      totals: gradient accumulators of the near sources, or of the entries of a buffer, to which this pass adds. Entries
+        that are not valid may change. Default: zeros.
+      recompute: weights of another aggregate of the same list of sources, whose streams are recomputed in this pass. A
+        buffer takes None only.
       keep_hidden: whether to return the hidden layer of a `WeightMLP`, for `push`.
     """
     is_buffer = isinstance(sources, Buffer)
@@ -82,7 +85,7 @@ class Passes:
     layout = _Layout(self.sharding)
     keep_hidden = keep_hidden and isinstance(weights, WeightMLP)
     pass_of_device = functools.partial(tpu.backward, near=near, interpret=self._interpret, keep_hidden=keep_hidden)
-    local = functools.partial(_backward_on_device, layout, pass_of_device, keep_hidden)
+    on_device = functools.partial(_backward_on_device, layout, pass_of_device, keep_hidden)
     arguments = (sources, weights, list(gradients), totals, recompute)
     in_specs = (
       layout.sources(sources),
@@ -97,19 +100,28 @@ class Passes:
       layout.tokens if keep_hidden else None,
       None if recompute is None else layout.rows,
     )
-    return layout.map(local, in_specs, out_specs)(*arguments)
+    return layout.map(on_device, in_specs, out_specs)(*arguments)
 
   @jax.named_scope("depth_aggregate")
   def push(
     self, pushed: Sequence[Pending], totals: Sequence[Float[Array, "B T D"]] | None, count: int
   ) -> list[Float[Array, "B T D"]]:
-    """Adds the gradients that several aggregates send to `count` sources to `totals`; None: zeros."""
+    """Adds what several aggregates contribute to the gradients of `count` sources to their accumulators.
+
+    Args:
+      pushed: the aggregates; the weights of each are for these sources.
+      totals: the gradient accumulators of the sources. Default: zeros.
+      count: number of sources.
+
+    Returns:
+      The accumulators.
+    """
     if self.implementation == "xla":
       return xla.push(pushed, totals, count)
     layout = _Layout(self.sharding)
-    local = functools.partial(tpu.push, count=count, interpret=self._interpret)
-    specs = [Pending(layout.rows, layout.weights(one.weights)) for one in pushed]
-    return layout.map(local, (specs, layout.sources(totals)), layout.rows)(list(pushed), totals)
+    on_device = functools.partial(tpu.push, count=count, interpret=self._interpret)
+    specs = [Pending(layout.rows, layout.weights(aggregate.weights)) for aggregate in pushed]
+    return layout.map(on_device, (specs, layout.sources(totals)), layout.rows)(list(pushed), totals)
 
   @property
   def _interpret(self):
@@ -121,27 +133,27 @@ class Passes:
 def _backward_on_device(
   layout: "_Layout", pass_of_device: Callable, keep_hidden: bool, sources, weights, gradients, totals, recompute
 ) -> Gradients:
-  """`tpu.backward` of the rows and columns of one device, and the sums over devices of what they share."""
-  given, hidden = layout.with_hidden(sources, weights)
+  """`tpu.backward` on the rows and the part of D of one device, then the sums over devices of gradients of weights."""
+  kernel_weights, hidden = layout.with_hidden(sources, weights)
   recompute, _ = layout.with_hidden(sources, recompute)
-  made = pass_of_device(sources, given, gradients, totals=totals, recompute=recompute)
+  grads = pass_of_device(sources, kernel_weights, gradients, totals=totals, recompute=recompute)
   if hidden is None:
-    return made._replace(weights=layout.sum_weights(made.weights))
-  to_hidden, to_w2, to_a = made.weights.hidden, made.weights.w2, made.weights.a
+    return grads._replace(weights=layout.sum_weights(grads.weights))
+  grad_hidden, grad_w2, grad_a = grads.weights.hidden, grads.weights.w2, grads.weights.a
   newest = _newest(sources, weights)
-  to_newest, to_w1 = hidden_gradients(newest, weights.w1, hidden, to_hidden, **layout.width_parts)
-  to_weights = dataclasses.replace(weights, w1=to_w1, w2=to_w2, a=to_a)
-  to_sources = made.sources
+  grad_newest, grad_w1 = hidden_gradients(newest, weights.w1, hidden, grad_hidden, **layout.width_parts)
+  grad_weights = dataclasses.replace(weights, w1=grad_w1, w2=grad_w2, a=grad_a)
+  grad_sources = grads.sources
   if weights.newest is not None:
-    to_weights = dataclasses.replace(to_weights, newest=to_newest.astype(newest.dtype))
+    grad_weights = dataclasses.replace(grad_weights, newest=grad_newest.astype(newest.dtype))
   elif isinstance(sources, Buffer):
-    at_newest = jax.lax.dynamic_index_in_dim(to_sources, sources.count - 1, keepdims=False)
-    at_newest = (at_newest + to_newest).astype(newest.dtype)
-    to_sources = jax.lax.dynamic_update_index_in_dim(to_sources, at_newest, sources.count - 1, 0)
+    at_newest = jax.lax.dynamic_index_in_dim(grad_sources, sources.count - 1, keepdims=False)
+    at_newest = (at_newest + grad_newest).astype(newest.dtype)
+    grad_sources = jax.lax.dynamic_update_index_in_dim(grad_sources, at_newest, sources.count - 1, 0)
   else:
-    to_sources = [*to_sources[:-1], (to_sources[-1] + to_newest).astype(newest.dtype)]
-  kept = given.hidden if keep_hidden else None
-  return made._replace(sources=to_sources, weights=layout.sum_weights(to_weights), hidden=kept)
+    grad_sources = [*grad_sources[:-1], (grad_sources[-1] + grad_newest).astype(newest.dtype)]
+  kept = kernel_weights.hidden if keep_hidden else None
+  return grads._replace(sources=grad_sources, weights=layout.sum_weights(grad_weights), hidden=kept)
 
 
 def _newest(sources: Sources, weights: WeightMLP) -> Float[Array, "B T D"]:
@@ -151,7 +163,14 @@ def _newest(sources: Sources, weights: WeightMLP) -> Float[Array, "B T D"]:
 
 
 class _Layout:
-  """How operands lie on a mesh: which of its axes split B, T and D. Without a sharding there is one device."""
+  """How operands are sharded: which axes of a mesh split B, T and D. Without a sharding there is one device.
+
+  Attributes:
+    tokens, rows, entries: specs of arrays [B,T,...], [B,T,D] and [S,B,T,D].
+    row_axes: names of the mesh axes that split B and T.
+    width: names of the mesh axes that split D.
+    width_parts: the arguments `sum_parts` and `parts` of `hidden_layer`; empty where D is not split.
+  """
 
   def __init__(self, sharding: NamedSharding | None):
     batch, length, width = (*(() if sharding is None else sharding.spec), None, None, None)[:3]
@@ -172,13 +191,13 @@ class _Layout:
     return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
   def sources(self, sources):
-    """Specs of sources, or of gradients of theirs."""
+    """Specs of sources or of their gradients."""
     if isinstance(sources, Buffer):
       return Buffer(self.entries, P())
     return self.entries if hasattr(sources, "ndim") else self.rows
 
   def weights(self, weights: Weights | None):
-    """Specs of weights, or of their gradient."""
+    """Specs of weights or of their gradient."""
     if weights is None:
       return None
     if isinstance(weights, WeightMLP):
@@ -189,7 +208,8 @@ class _Layout:
     return self.tokens if weights.ndim == 4 else P()
 
   def with_hidden(self, sources: Sources, weights: Weights | None) -> tuple[Weights | None, Activations | None]:
-    """Where D is split, a `WeightMLP` with its hidden layer made here: its product with W1 is a sum over devices."""
+    """Where D is split, replaces a `WeightMLP` by its hidden layer: the product with W1 is a sum over devices, which a
+    kernel of one device cannot compute. Returns (weights for the kernel, the hidden layer or None)."""
     if not self.width or not isinstance(weights, WeightMLP):
       return weights, None
     newest = _newest(sources, weights)
@@ -197,14 +217,14 @@ class _Layout:
     return HiddenLayer(hidden.value.astype(newest.dtype), weights.w2, weights.a), hidden
 
   def sum_weights(self, gradient: Weights) -> Weights:
-    """The gradient of weights, summed over the devices that have a part of it."""
-    every = self.row_axes + self.width
+    """The gradient of weights, summed over the devices that hold terms of it."""
+    all_axes = self.row_axes + self.width
     if isinstance(gradient, WeightMLP | HiddenLayer):
-      summed = dataclasses.replace(gradient, w2=_sum(gradient.w2, every), a=_sum(gradient.a, every))
+      summed = dataclasses.replace(gradient, w2=_sum(gradient.w2, all_axes), a=_sum(gradient.a, all_axes))
       if isinstance(gradient, WeightMLP):
         return dataclasses.replace(summed, w1=_sum(gradient.w1, self.row_axes))
       return dataclasses.replace(summed, hidden=_sum(gradient.hidden, self.width))
-    return _sum(gradient, self.width if gradient.ndim == 4 else every)
+    return _sum(gradient, self.width if gradient.ndim == 4 else all_axes)
 
 
 def _sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

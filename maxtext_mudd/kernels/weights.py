@@ -1,7 +1,7 @@
-"""The weights of an aggregate: arrays, or what the weights of each token are made from (paper, Eq. 6).
+"""The mixing weights of an aggregate: an array, or the MLP that computes them for each token (paper, Eq. 6).
 
-Weights take four forms. Static weights, one array [C,N] for all tokens; an array [B,T,C,N]; a `WeightMLP`; and a
-`HiddenLayer`, which is a `WeightMLP` whose first half was computed before. The gradient of weights has their form.
+Weights have one of four types: an array [C,N], static weights for all tokens; an array [B,T,C,N]; a `WeightMLP`; or a
+`HiddenLayer`, which is a `WeightMLP` whose hidden layer has been computed. A gradient of weights has the same type.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 ACTIVATIONS = {
-  # The exact GELU by erf, for which TPUs have instructions, not by erfc, for which they have none.
+  # The exact GELU. It is computed by erf, for which TPUs have an instruction; jax.nn.gelu uses erfc, which has none.
   "gelu": lambda z: 0.5 * z * (1 + jax.lax.erf(z * 0.5**0.5)),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
@@ -26,12 +26,12 @@ class WeightMLP:
   """W = act(RMSNorm(newest) @ w1) @ w2 + a, one C × N matrix for each token.
 
   Attributes:
-    w1: first weight matrix.
-    w2: second weight matrix.
+    w1: first matrix.
+    w2: second matrix.
     a: static weights.
-    newest: what the weights are made from; None: a source.
-    source: index of that source. `mix` takes -1, the newest. A backward pass that recomputes the streams of the
-      aggregate below, whose newest source is older, sets another.
+    newest: input of the MLP; None: one of the sources.
+    source: index of that source. `mix` accepts only -1, the newest. A backward pass that recomputes the streams of the
+      aggregate before sets another, since that aggregate's newest source is older.
     activation: "gelu" (exact) or "gelu_tanh".
     epsilon: added to the mean square in RMSNorm.
   """
@@ -48,7 +48,7 @@ class WeightMLP:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HiddenLayer:
-  """W = hidden @ w2 + a: what is left of a `WeightMLP` once its hidden layer is known."""
+  """W = hidden @ w2 + a: a `WeightMLP` whose hidden layer has been computed."""
 
   hidden: Float[Array, "B T K"]
   w2: Float[Array, "K C N"]
@@ -59,26 +59,33 @@ Weights = WeightMLP | HiddenLayer | Float[Array, "B T C N"] | Float[Array, "C N"
 
 
 def number_of_ways(weights: Weights) -> int:
-  """C."""
+  """C, the number of streams."""
   return (weights.a if isinstance(weights, WeightMLP | HiddenLayer) else weights).shape[-2]
 
 
 def map_columns(weights: Weights, function: Callable) -> Weights:
-  """Weights of other sources: `function` maps the last axis, that of the sources, of every array that has it."""
+  """Applies a function to every array whose last axis is that of the sources; it may select, mask or permute them."""
   if isinstance(weights, WeightMLP | HiddenLayer):
     return dataclasses.replace(weights, w2=function(weights.w2), a=function(weights.a))
   return function(weights)
 
 
 def replace_static(weights: Weights, function: Callable) -> Weights:
-  """Weights whose static part is `function` of what it was."""
+  """Applies a function to the static weights."""
   if isinstance(weights, WeightMLP | HiddenLayer):
     return dataclasses.replace(weights, a=function(weights.a))
   return function(weights)
 
 
 class Activations(NamedTuple):
-  """act(z) with what its gradient needs, in float32 or wider. `inverse`: one over the root mean square of the norm."""
+  """The hidden layer act(z), with what its gradient needs, in float32 or wider.
+
+  Attributes:
+    value: act(z).
+    z: RMSNorm(newest) @ w1.
+    slope: derivative of the activation at z.
+    inverse: one over the root mean square of `newest`.
+  """
 
   value: Float[Array, "*tokens K"]
   z: Float[Array, "*tokens K"]
@@ -97,15 +104,18 @@ def hidden_layer(
 ) -> Activations:
   """act(RMSNorm(newest) @ w1), the first half of Eq. 6.
 
-  The norm has no scale, so it commutes with the product: `newest` is multiplied as it is, without another rounding.
+  The norm has no scale, so it commutes with the product. `newest` is multiplied before it is normed: one rounding less.
 
   Args:
-    newest: or the part of its D columns that this device holds, with the rows of `w1` that belong to it.
-    sum_parts: sums over the devices that hold the parts.
-    parts: their number.
+    newest: input of the MLP, or the part of its D columns that this device holds.
+    w1: first matrix, or the rows of it that belong to these columns.
+    activation: one of `ACTIVATIONS`.
+    epsilon: added to the mean square.
+    sum_parts: sums over the devices that hold the parts of D.
+    parts: number of parts.
   """
-  wide = newest.astype(accumulation_dtype(newest.dtype))
-  square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+  upcast = newest.astype(accumulation_dtype(newest.dtype))
+  square = jnp.sum(upcast * upcast, axis=-1, keepdims=True)
   projected = product(newest, w1.astype(newest.dtype), newest.ndim - 1, 0)
   projected, square = sum_parts((projected, square))
   inverse = jax.lax.rsqrt(square / (newest.shape[-1] * parts) + epsilon)
@@ -118,41 +128,50 @@ def hidden_gradients(
   newest: Float[Array, "*tokens D"],
   w1: Float[Array, "D K"],
   hidden: Activations,
-  to_hidden: Float[Array, "*tokens K"],
+  grad_hidden: Float[Array, "*tokens K"],
   *,
   sum_parts: Callable = lambda x: x,
   parts: int = 1,
 ) -> tuple[Float[Array, "*tokens D"], Float[Array, "D K"]]:
-  """Gradients of `newest` and `w1` through `hidden_layer`, from that of its value; in float32 or wider."""
-  dz = sum_parts(to_hidden) * hidden.slope
+  """Gradients of `newest` and `w1` through `hidden_layer`, in float32 or wider.
+
+  Args:
+    newest: as in `hidden_layer`.
+    w1: as in `hidden_layer`.
+    hidden: what `hidden_layer` returned.
+    grad_hidden: gradient of its value.
+    sum_parts: as in `hidden_layer`.
+    parts: as in `hidden_layer`.
+  """
+  dz = sum_parts(grad_hidden) * hidden.slope
   through_norm = jnp.sum(dz * hidden.z, axis=-1, keepdims=True) / (newest.shape[-1] * parts)
   scaled = (dz * hidden.inverse).astype(newest.dtype)
   tokens = tuple(range(newest.ndim - 1))
-  to_w1 = product(newest, scaled, tokens, tokens)
-  to_newest = product(scaled, w1.astype(newest.dtype), newest.ndim - 1, 1)
-  return to_newest - newest.astype(to_newest.dtype) * (hidden.inverse**2 * through_norm), to_w1
+  grad_w1 = product(newest, scaled, tokens, tokens)
+  grad_newest = product(scaled, w1.astype(newest.dtype), newest.ndim - 1, 1)
+  return grad_newest - newest.astype(grad_newest.dtype) * (hidden.inverse**2 * through_norm), grad_w1
 
 
 def product(x, y, axes_of_x, axes_of_y):
-  """The tensor product summed over these axes, in at least float32. Operands of float32 are multiplied as such,
-  whatever precision is set around.
+  """Contracts these axes of x and y, and accumulates in float32 or wider. Operands of float32 are multiplied in full
+  precision, whatever precision is configured.
 
-  It binds the primitive, since quantization by interception (Qwix) replaces `lax.dot_general` while a model is called.
-  Backward passes are traced later: weights that they recompute would not be those of the forward pass.
+  It binds the primitive because Qwix quantizes a model by replacing `lax.dot_general` while the model is called. The
+  backward passes are traced after that call, so weights that they recompute would differ from the forward pass's.
   """
   contracted = tuple((axes,) if isinstance(axes, int) else axes for axes in (axes_of_x, axes_of_y))
-  wide = accumulation_dtype(x.dtype)
-  precision = jax.lax.Precision.DEFAULT if wide != x.dtype else jax.lax.Precision.HIGHEST
+  out_dtype = accumulation_dtype(x.dtype)
+  precision = jax.lax.Precision.DEFAULT if out_dtype != x.dtype else jax.lax.Precision.HIGHEST
   return jax.lax.dot_general_p.bind(
     x,
     y,
     dimension_numbers=(contracted, ((), ())),
     precision=(precision, precision),
-    preferred_element_type=wide,
+    preferred_element_type=out_dtype,
     out_sharding=None,
   )
 
 
 def accumulation_dtype(dtype) -> jnp.dtype:
-  """Statistics and sums are never kept in less than float32."""
+  """The dtype of statistics and sums over arrays of `dtype`: at least float32."""
   return jnp.promote_types(dtype, jnp.float32)

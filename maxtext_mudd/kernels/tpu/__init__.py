@@ -1,6 +1,8 @@
-"""The passes of `mix` as fused kernels of TPUs, on the arrays of one device: layouts outside the kernels, block sizes.
+"""The passes of `mix` as fused TPU kernels, on the arrays of one device.
 
-Weights that a kernel makes itself cost no pass over memory: it makes them in VMEM from rows that it holds anyway.
+This file lays operands out for the kernels, chooses block sizes, and brings results back into the form of `mix`. The
+kernels are in `forward.py`, `backward.py` and `push.py`. They compute the weights of a `WeightMLP` in VMEM, from rows
+that they hold anyway, so these weights cost no memory traffic.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,18 +23,18 @@ from maxtext_mudd.kernels.weights import HiddenLayer, WeightMLP, Weights, map_co
 
 DTYPES = ("bfloat16", "float32")
 
-# Interpreted as strictly as can be: what a kernel never wrote reads as NaN, and races are looked for.
+# Strict interpretation: memory that was never written reads as NaN, and races are reported.
 STRICTLY = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True, out_of_bounds_reads="uninitialized")
 
 
 def forward(sources: Sources, weights: Weights, *, interpret) -> list[Float[Array, "B T D"]]:
-  """The streams; as `xla.forward`."""
+  """The streams; arguments as in `xla.forward`."""
   ways = number_of_ways(weights)
 
   def arrays(slots, size):
-    # A buffer's sums are float32, and are there once where inputs and outputs are there twice.
-    of_sums = 2 * ways // size if isinstance(sources, Buffer) else 0
-    return slots + 1 + ways + of_sums
+    # A buffer needs float32 sums. They lie in VMEM once; inputs and outputs lie there twice.
+    sums = 2 * ways // size if isinstance(sources, Buffer) else 0
+    return slots + 1 + ways + sums
 
   shape = _shape(sources, ways, arrays)
   flat, count = _flat(sources)
@@ -52,54 +54,57 @@ def backward(
   keep_hidden: bool = False,
   interpret,
 ) -> Gradients:
-  """Gradients of the near sources and of the weights; as `xla.backward`. `near` ends with the newest source."""
+  """Gradients of the near sources and of the weights; arguments as in `Passes.backward`.
+
+  `near` is None for a buffer. For a list it ends with the newest source.
+  """
   ways, lead = number_of_ways(weights), _lead(sources)
   is_mlp = isinstance(weights, WeightMLP)
 
   def arrays(slots, _):
     near_arrays = (1 if totals is None else 2) * (slots if near is None else len(near))
-    of_newest = 2 if is_mlp and weights.newest is not None else 0
-    of_streams = 0 if recompute is None else number_of_ways(recompute) + 1
-    return slots + ways + near_arrays + of_newest + of_streams + (1 if near is None else 0)
+    newest_arrays = 2 if is_mlp and weights.newest is not None else 0
+    recomputed_arrays = 0 if recompute is None else number_of_ways(recompute) + 1
+    return slots + ways + near_arrays + newest_arrays + recomputed_arrays + (1 if near is None else 0)
 
   shape = _shape(sources, ways, arrays)
   flat, count = _flat(sources)
   weights = _without_invalid(sources, weights)
-  at_near = weights
+  near_weights = weights
   if near is not None and near != tuple(range(len(sources))):
-    at_near = map_columns(weights, lambda x: x[..., jnp.asarray(near)])
-  near_slots = shape if near is None else dataclasses.replace(shape, sources=len(near), slots=len(near))
-  rows, whole = _lay_out(near_slots, at_near)
-  rows_before, whole_before = (None, None) if recompute is None else _lay_out(shape, recompute)
+    near_weights = map_columns(weights, lambda x: x[..., jnp.asarray(near)])
+  near_shape = shape if near is None else dataclasses.replace(shape, sources=len(near), slots=len(near))
+  rows, whole = _lay_out(near_shape, near_weights)
+  recomputed_rows, recomputed_whole = (None, None) if recompute is None else _lay_out(shape, recompute)
   outputs, sums = _backward.backward(
     shape,
     _backward.Plan(_recipe(weights), near, None if recompute is None else _recipe(recompute), keep_hidden and is_mlp),
     count,
-    _backward.Rows(_flatten(totals), flat, _flatten(list(gradients)), None, rows, rows_before),
-    _backward.Whole(whole, _flat_w2(shape, weights), whole_before),
+    _backward.Rows(_flatten(totals), flat, _flatten(list(gradients)), None, rows, recomputed_rows),
+    _backward.Whole(whole, _flat_w2(shape, weights), recomputed_whole),
     interpret=interpret,
   )
-  to_sources = outputs.sources.reshape(sources.entries.shape) if near is None else _unflatten(outputs.sources, lead)
-  to_weights = _form_of_gradient(shape, weights, outputs, sums, lead)
+  grad_sources = outputs.sources.reshape(sources.entries.shape) if near is None else _unflatten(outputs.sources, lead)
+  grad_weights = _form_of_gradient(shape, weights, outputs, sums, lead)
   if isinstance(sources, Buffer):
-    to_weights = _without_invalid(sources, to_weights)
-  return Gradients(to_sources, to_weights, _unflatten(outputs.hidden, lead), _unflatten(outputs.streams, lead))
+    grad_weights = _without_invalid(sources, grad_weights)
+  return Gradients(grad_sources, grad_weights, _unflatten(outputs.hidden, lead), _unflatten(outputs.streams, lead))
 
 
 def push(
   pushed: Sequence[Pending], totals: Sequence[Float[Array, "B T D"]] | None, count: int, *, interpret
 ) -> list[Float[Array, "B T D"]]:
-  """The sums of gradients of `count` sources; as `xla.push`."""
-  recipes = [_recipe(one.weights) for one in pushed]
+  """The gradient accumulators of `count` sources; arguments as in `Passes.push`."""
+  recipes = [_recipe(aggregate.weights) for aggregate in pushed]
   ways = sum(recipe.ways for recipe in recipes)
   sums = count if totals is None else 2 * count
   shape = _shape(pushed[0].gradients, ways, lambda *_: ways + sums)
   shape = dataclasses.replace(shape, sources=count, slots=count)
-  operands = [_lay_out(shape, one.weights) for one in pushed]
+  operands = [_lay_out(shape, aggregate.weights) for aggregate in pushed]
   outputs = _push.push(
     shape,
     recipes,
-    [_flatten(one.gradients) for one in pushed],
+    [_flatten(aggregate.gradients) for aggregate in pushed],
     [rows for rows, _ in operands],
     [whole for _, whole in operands],
     _flatten(totals),
@@ -125,21 +130,26 @@ def _unflatten(tree, lead: tuple[int, int]):
 
 
 def _flat(sources: Sources):
-  """(the sources as the kernels take them, the number of valid ones as int32 [1] or None)."""
+  """The sources as the kernels take them; and the number of valid entries as int32 [1], None for a list."""
   if isinstance(sources, Buffer):
     return _flatten(sources.entries), sources.count[None]
   return _flatten(list(sources)), None
 
 
 def _shape(sources: Sources, ways: int, arrays: Callable[[int, int], int]) -> Shape:
-  """The static facts of a call. `arrays` maps the number of slots and the bytes of a number to how many blocks of rows
-  a grid step holds."""
+  """The static facts of a call.
+
+  Args:
+    ways: number of streams.
+    arrays: from (number of slots, bytes of one number) to the number of arrays [rows,D] of which a grid step holds a
+      block.
+  """
   is_buffer = isinstance(sources, Buffer)
-  like = sources.entries[0] if is_buffer else sources[-1]
+  source = sources.entries[0] if is_buffer else sources[-1]
   number = len(sources.entries if is_buffer else sources)
   slots = min(common.SLOTS, number) if is_buffer else number
-  batch, length, width = like.shape
-  dtype = jnp.dtype(like.dtype)
+  batch, length, width = source.shape
+  dtype = jnp.dtype(source.dtype)
   limit = common.BUFFER_BYTES if is_buffer else common.LIST_BYTES
   block = common.block_rows(batch * length, arrays(slots, dtype.itemsize), width, dtype, limit)
   return Shape(batch * length, width, ways, number, slots, block, dtype, is_buffer)
@@ -156,7 +166,7 @@ def _recipe(weights: Weights) -> Recipe:
 
 
 def _without_invalid(sources: Sources, weights: Weights) -> Weights:
-  """Zeros in the columns of entries that are not valid, whatever they hold."""
+  """The weights with zeros in the columns of entries that are not valid, even where these columns are NaN."""
   if not isinstance(sources, Buffer):
     return weights
   is_valid = jnp.arange(len(sources.entries)) < sources.count
@@ -164,7 +174,7 @@ def _without_invalid(sources: Sources, weights: Weights) -> Weights:
 
 
 def _by_group(shape: Shape, x):
-  """[...,N] -> [G,...,n], zeros after the last source."""
+  """[...,N] -> [G,...,n], with zeros after the last source."""
   x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, shape.groups * shape.slots - shape.sources)])
   return jnp.moveaxis(x.reshape(*x.shape[:-1], shape.groups, shape.slots), -2, 0)
 
@@ -176,7 +186,7 @@ def _by_source(shape: Shape, x):
 
 
 def _lay_out(shape: Shape, weights: Weights) -> tuple[RowWeights, WholeWeights]:
-  """Weights as the kernels take them."""
+  """The weights as the kernels take them."""
   if not isinstance(weights, WeightMLP | HiddenLayer):
     by_group = _by_group(shape, weights.astype(jnp.float32))
     if weights.ndim == 2:
@@ -191,7 +201,7 @@ def _lay_out(shape: Shape, weights: Weights) -> tuple[RowWeights, WholeWeights]:
 
 
 def _flat_w2(shape: Shape, weights: Weights):
-  """W2 [G,K,C·n]; None: there is none."""
+  """W2 as [G,K,C·n]; None for an array of weights."""
   if not isinstance(weights, WeightMLP | HiddenLayer):
     return None
   w2 = _by_group(shape, weights.w2.astype(shape.dtype))
@@ -201,17 +211,17 @@ def _flat_w2(shape: Shape, weights: Weights):
 def _form_of_gradient(
   shape: Shape, weights: Weights, outputs: _backward.Outputs, sums: _backward.Sums, lead
 ) -> Weights:
-  """What the kernel outputs, in the form of the weights."""
+  """The gradient of the weights that the kernel wrote, in the type of the weights."""
 
   def by_source(x):
     return _by_source(shape, x.reshape(*x.shape[:2], shape.ways, shape.slots))
 
   if outputs.weights.array is not None:
     return by_source(outputs.weights.array).reshape(*lead, shape.ways, shape.sources)
-  to_a = _by_source(shape, sums.a.reshape(*sums.a.shape[:2], shape.slots, TOKENS).sum(-1))
+  grad_a = _by_source(shape, sums.a.reshape(*sums.a.shape[:2], shape.slots, TOKENS).sum(-1))
   if not isinstance(weights, WeightMLP | HiddenLayer):
-    return to_a
-  to_w2 = by_source(sums.w2)
+    return grad_a
+  grad_w2 = by_source(sums.w2)
   if isinstance(weights, HiddenLayer):
-    return HiddenLayer(_unflatten(outputs.weights.hidden, lead), to_w2, to_a)
-  return dataclasses.replace(weights, w1=sums.w1, w2=to_w2, a=to_a, newest=_unflatten(outputs.weights.newest, lead))
+    return HiddenLayer(_unflatten(outputs.weights.hidden, lead), grad_w2, grad_a)
+  return dataclasses.replace(weights, w1=sums.w1, w2=grad_w2, a=grad_a, newest=_unflatten(outputs.weights.newest, lead))

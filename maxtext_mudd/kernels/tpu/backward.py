@@ -1,8 +1,8 @@
-"""The fused backward pass: each source (the newest entry of a buffer twice) and each stream gradient read once.
+"""The fused backward pass: it reads each source (a buffer's newest entry twice) and each stream gradient once.
 
-It makes the gradients of the weights, and of the sources that are `near`: of a list those whose gradients the next
-block needs, for the others can wait for `push`; of a buffer all. In the same pass it can recompute the streams of the
-aggregate before, which mixes the same sources.
+It computes the gradients of the weights and of the near sources. In a list, the near sources are those whose gradients
+the next step of the model's backward pass needs; the others are left to `push`. In a buffer, all sources are near. The
+same pass can recompute the streams of the aggregate before, which mixes sources that are read anyway.
 """
 
 import dataclasses
@@ -19,21 +19,21 @@ from maxtext_mudd.kernels.tpu import common
 from maxtext_mudd.kernels.tpu.common import TOKENS, Recipe, RowWeights, Shape, WholeWeights
 from maxtext_mudd.kernels.tpu.forward import write_stream
 
-# Sources whose gradients come from one product of 256 columns, the width of a v6e's and a TPU7x's MXU: 0.77 of the
-# cycles of products of 128 columns there, and their results fit the registers.
+# The gradients of this many sources come from one product of 256 columns, the width of the MXU of a v6e and a TPU7x.
+# There it takes 0.77 of the cycles of products of 128 columns, and its results fit the registers.
 SOURCES_PER_PRODUCT = 16
 
 
 class Rows(NamedTuple):
-  """What is read block by block.
+  """Operands that are read block by block.
 
   Attributes:
-    totals: what the gradients of the near sources are added to; None: zeros.
-    sources: N arrays [rows,D], or a buffer once for each slot.
-    gradients: of the C streams, [rows,D].
-    newest: a buffer, for its newest entry, where weights are made from it.
-    weights: of this aggregate.
-    before: weights of the aggregate whose streams are recomputed.
+    totals: gradient accumulators of the near sources; None: zeros.
+    sources: N arrays [rows,D], or a buffer repeated for each slot.
+    gradients: gradients of the C streams, [rows,D].
+    newest: a buffer, of which the newest entry is read, where the weight MLP needs it; else None.
+    weights: weights of this aggregate.
+    recomputed: weights of the aggregate whose streams are recomputed.
   """
 
   totals: list | jax.Array | None
@@ -41,31 +41,31 @@ class Rows(NamedTuple):
   gradients: list
   newest: jax.Array | None
   weights: RowWeights
-  before: RowWeights | None = None
+  recomputed: RowWeights | None = None
 
 
 class Whole(NamedTuple):
-  """What every grid step reads.
+  """Operands that every grid step reads as a whole.
 
   Attributes:
-    near: weights of this aggregate for the near sources; its `w1`.
-    w2: [G,K,C·n], of all sources.
-    before: weights of the aggregate whose streams are recomputed.
+    near: weights of this aggregate for the near sources, and its `w1`.
+    w2: W2 for all sources, [G,K,C·n].
+    recomputed: weights of the aggregate whose streams are recomputed.
   """
 
   near: WholeWeights
   w2: jax.Array | None
-  before: WholeWeights | None = None
+  recomputed: WholeWeights | None = None
 
 
 class Outputs(NamedTuple):
-  """What is written block by block.
+  """Results that are written block by block.
 
   Attributes:
-    sources: gradients of the near sources, [rows,D] each, or of a buffer, [S,rows,D].
-    weights: gradients, in the form of `RowWeights`; of a hidden layer and of an array in float32.
-    hidden: [rows,K], the hidden layer, for `push`.
-    streams: of the aggregate before, [rows,D].
+    sources: gradient accumulators of the near sources, [rows,D] each; of a buffer, [S,rows,D].
+    weights: gradients of `RowWeights`; those of a hidden layer and of an array are float32.
+    hidden: the hidden layer [rows,K], for `push`; None: not asked for.
+    streams: recomputed streams of the aggregate before, [rows,D]; None: not asked for.
   """
 
   sources: list | jax.Array
@@ -75,7 +75,13 @@ class Outputs(NamedTuple):
 
 
 class Sums(NamedTuple):
-  """Gradients of a [G,C,1,8n], of W2 [G,K,C·n] and of W1 [D,K], float32, one per core."""
+  """Gradients that are summed over rows, float32. In the kernel they have a leading axis: each core writes its own sum.
+
+  Attributes:
+    a: [G,C,1,8n], whose eight lanes of a source remain to be summed.
+    w2: [G,K,C·n].
+    w1: [D,K].
+  """
 
   a: jax.Array | None
   w2: jax.Array | None
@@ -83,27 +89,33 @@ class Sums(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """What is static besides the shape of the sources.
+  """Static facts besides the shape of the sources.
 
   Attributes:
-    recipe: of this aggregate; `before`: of the one whose streams are recomputed.
+    recipe: recipe of this aggregate.
     near: indices of the near sources of a list, the newest last; None for a buffer.
+    recomputed: recipe of the aggregate whose streams are recomputed; None: there is none.
     keep_hidden: whether the hidden layer is written.
   """
 
   recipe: Recipe
   near: tuple[int, ...] | None = None
-  before: Recipe | None = None
+  recomputed: Recipe | None = None
   keep_hidden: bool = False
 
 
 def backward(shape: Shape, plan: Plan, count, rows: Rows, whole: Whole, *, interpret) -> tuple[Outputs, Sums]:
-  """What the kernel makes of each block of rows, and sums over all rows.
+  """Runs the kernel.
+
+  Accumulators of entries of a buffer that are not valid may change if they share a group with valid ones. Without
+  `rows.totals` they are zero.
 
   Args:
-    count: int32 [1], the number of valid entries; None for a list. Of a buffer with totals, entries that are not valid
-      may change where they share a group with valid ones; without totals they get zeros.
-    rows: `rows.newest` is filled in here.
+    shape: static facts of the call.
+    plan: further static facts.
+    count: number of valid entries of a buffer, int32 [1]; None for a list.
+    rows: operands that are read block by block; `rows.newest` is set here.
+    whole: operands that are read as a whole.
   """
   cores = common.CORES if shape.blocks % common.CORES == 0 else 1
   steps = shape.blocks // cores
@@ -114,29 +126,29 @@ def backward(shape: Shape, plan: Plan, count, rows: Rows, whole: Whole, *, inter
   def group(_, __, g, *___):
     return g
 
-  to_sources = shape_of_sources = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, shape.dtype), rows.sources)
+  grad_sources = all_grad_sources = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, shape.dtype), rows.sources)
   newest_spec, scalars = None, []
   if shape.is_buffer:
     scalars = [count]
     if whole.near.w1 is not None and rows.weights.newest is None:
       newest, newest_spec = common.newest_of_buffer(shape, rows.sources, row_block)
       rows = rows._replace(newest=newest)
-    to_sources_specs = _group_spec(shape, row_block, only_valid=rows.totals is not None)
+    grad_source_specs = _group_spec(shape, row_block, only_valid=rows.totals is not None)
     rows = rows._replace(sources=[rows.sources] * shape.slots)
   else:
-    to_sources = [shape_of_sources[j] for j in plan.near]
-    to_sources_specs = common.row_specs(shape, to_sources, row_block)
-  outputs, sums = _output_shapes(shape, plan, cores, rows, whole, to_sources)
+    grad_sources = [all_grad_sources[j] for j in plan.near]
+    grad_source_specs = common.row_specs(shape, grad_sources, row_block)
+  outputs, sums = _output_shapes(shape, plan, cores, rows, whole, grad_sources)
   row_specs = Rows(
-    totals=None if rows.totals is None else to_sources_specs,
+    totals=None if rows.totals is None else grad_source_specs,
     sources=common.source_specs(shape, row_block),
     gradients=common.row_specs(shape, rows.gradients, row_block),
     newest=newest_spec,
     weights=common.weight_specs(shape, rows.weights, row_block, group),
-    before=None if rows.before is None else common.weight_specs(shape, rows.before, row_block, group),
+    recomputed=None if rows.recomputed is None else common.weight_specs(shape, rows.recomputed, row_block, group),
   )
-  made_specs = Outputs(
-    to_sources_specs,
+  output_specs = Outputs(
+    grad_source_specs,
     common.weight_specs(shape, outputs.weights, row_block, group),
     common.row_specs(shape, outputs.hidden, row_block),
     common.row_specs(shape, outputs.streams, row_block),
@@ -148,7 +160,7 @@ def backward(shape: Shape, plan: Plan, count, rows: Rows, whole: Whole, *, inter
       num_scalar_prefetch=len(scalars),
       grid=(cores, steps, shape.groups),
       in_specs=[row_specs, common.whole_specs(whole)],
-      out_specs=(made_specs, sums_specs),
+      out_specs=(output_specs, sums_specs),
       scratch_shapes=[_scratch(shape, plan, whole)],
     ),
     out_shape=(outputs, sums),
@@ -165,8 +177,10 @@ def _core_spec(x):
 
 
 def _group_spec(shape: Shape, row_block, only_valid: bool):
-  """Of all slots of a group of a buffer at once; with `only_valid`, groups without a valid entry stand for the last
-  that has one."""
+  """The spec of all slots of a group of a buffer at once.
+
+  With `only_valid`, groups without a valid entry keep the block of the last group that has one.
+  """
 
   def index(*at):
     group, count = at[-2:]
@@ -177,7 +191,9 @@ def _group_spec(shape: Shape, row_block, only_valid: bool):
   return pl.BlockSpec((shape.slots, shape.block, shape.width), index)
 
 
-def _output_shapes(shape: Shape, plan: Plan, cores: int, rows: Rows, whole: Whole, to_sources) -> tuple[Outputs, Sums]:
+def _output_shapes(
+  shape: Shape, plan: Plan, cores: int, rows: Rows, whole: Whole, grad_sources
+) -> tuple[Outputs, Sums]:
   """Shapes and dtypes of everything that the kernel writes."""
 
   def for_each_core(*lengths):
@@ -186,14 +202,14 @@ def _output_shapes(shape: Shape, plan: Plan, cores: int, rows: Rows, whole: Whol
   weights, columns = rows.weights, shape.ways * shape.slots
   has_hidden = whole.w2 is not None
   outputs = Outputs(
-    to_sources,
+    grad_sources,
     RowWeights(
       newest=None if weights.newest is None else common.row_array(shape),
       hidden=None if weights.hidden is None else common.row_array(shape, weights.hidden.shape[-1], jnp.float32),
       array=None if weights.array is None else jax.ShapeDtypeStruct((shape.groups, shape.rows, columns), jnp.float32),
     ),
     hidden=common.row_array(shape, whole.w2.shape[1]) if plan.keep_hidden and has_hidden else None,
-    streams=None if plan.before is None else [common.row_array(shape)] * plan.before.ways,
+    streams=None if plan.recomputed is None else [common.row_array(shape)] * plan.recomputed.ways,
   )
   lanes = TOKENS * shape.slots
   sums = Sums(
@@ -205,7 +221,7 @@ def _output_shapes(shape: Shape, plan: Plan, cores: int, rows: Rows, whole: Whol
 
 
 def _near(shape: Shape, plan: Plan) -> Shape:
-  """The shape of what concerns the near sources alone."""
+  """The static facts of the call, restricted to the near sources."""
   if plan.near is None:
     return shape
   return dataclasses.replace(shape, sources=len(plan.near), slots=len(plan.near))
@@ -218,15 +234,15 @@ def _scratch(shape: Shape, plan: Plan, whole: Whole) -> dict:
     "tile": common.tile_scratch(near, transposed=True),
     "pairs": pltpu.VMEM((shape.ways, shape.block, TOKENS * shape.slots), jnp.float32),
   }
-  if not shape.is_buffer:  # of which the weights' part is added before it is rounded
-    scratch["to_newest"] = pltpu.VMEM((shape.block, shape.width), jnp.float32)
-  if whole.w2 is not None:  # in registers they would be spilled around the loops
+  if not shape.is_buffer:  # the part through the weight MLP is added before the gradient is rounded
+    scratch["grad_newest"] = pltpu.VMEM((shape.block, shape.width), jnp.float32)
+  if whole.w2 is not None:  # kept in registers, they would be spilled around the loops
     scratch["h"] = pltpu.VMEM((shape.block, whole.w2.shape[1]), shape.dtype)
-    scratch["to_h"] = pltpu.VMEM((shape.block, whole.w2.shape[1]), jnp.float32)
-  if plan.before is not None:
-    before = dataclasses.replace(shape, ways=plan.before.ways)
-    scratch["before"] = common.factors_scratch(before)
-    scratch["tile_below"] = common.tile_scratch(before)
+    scratch["grad_h"] = pltpu.VMEM((shape.block, whole.w2.shape[1]), jnp.float32)
+  if plan.recomputed is not None:
+    recomputed_shape = dataclasses.replace(shape, ways=plan.recomputed.ways)
+    scratch["recomputed_factors"] = common.factors_scratch(recomputed_shape)
+    scratch["recomputed_tile"] = common.tile_scratch(recomputed_shape)
   return scratch
 
 
@@ -235,10 +251,10 @@ def _body(shape: Shape, plan: Plan, steps: int, *refs):
   step, group = pl.program_id(1), pl.program_id(2)
   block_start = (pl.program_id(0) * steps + step) * shape.block
   has_hidden = whole.w2 is not None
-  left, is_last = None, None
+  num_valid, is_last = None, None
   if shape.is_buffer:
-    left = count[0][0] - group * shape.slots  # valid entries from this group on
-    is_last = (left > 0) & (left <= shape.slots)
+    num_valid = count[0][0] - group * shape.slots  # in this group and later ones
+    is_last = (num_valid > 0) & (num_valid <= shape.slots)
   newest = rows.newest if shape.is_buffer else rows.sources[plan.recipe.source]
 
   def when(condition):  # a list is one group
@@ -254,57 +270,64 @@ def _body(shape: Shape, plan: Plan, steps: int, *refs):
     if has_hidden:
       h, *_ = common.activations(shape, plan.recipe, rows.weights, whole.near, newest, block_start)
       scratch["h"][...] = h
-      scratch["to_h"][...] = jnp.zeros_like(scratch["to_h"])
+      scratch["grad_h"][...] = jnp.zeros_like(scratch["grad_h"])
       if outputs.hidden is not None:
         outputs.hidden[...] = h
-    if plan.before is not None:
-      recipe, of_before = plan.before, dataclasses.replace(shape, ways=plan.before.ways)
-      h, *_ = common.activations(shape, recipe, rows.before, whole.before, rows.sources[recipe.source], block_start)
-      common.fill_factors(scratch["before"], of_before, recipe, rows.before, whole.before, h, block_start)
+    if plan.recomputed is not None:
+      recipe, recomputed_shape = plan.recomputed, dataclasses.replace(shape, ways=plan.recomputed.ways)
+      h, *_ = common.activations(
+        shape, recipe, rows.recomputed, whole.recomputed, rows.sources[recipe.source], block_start
+      )
+      factors = scratch["recomputed_factors"]
+      common.fill_factors(factors, recomputed_shape, recipe, rows.recomputed, whole.recomputed, h, block_start)
 
-  @when(None if left is None else left > 0)
+  @when(None if num_valid is None else num_valid > 0)
   def _():
     h = scratch["h"][...] if has_hidden else None
     common.fill_factors(
       scratch["factors"], _near(shape, plan), plan.recipe, rows.weights, whole.near, h, block_start, group
     )
-    _products(shape, plan, block_start, left, rows, outputs, scratch)
-    to_w = _token_gradients(shape, sums, scratch["pairs"], group)
+    _products(shape, plan, block_start, num_valid, rows, outputs, scratch)
+    grad_w = _token_gradients(shape, sums, scratch["pairs"], group)
     if outputs.weights.array is not None:
-      outputs.weights.array[...] = to_w
+      outputs.weights.array[...] = grad_w
     if has_hidden:
-      for part in common.halves(to_w, shape.dtype):
+      for part in common.halves(grad_w, shape.dtype):
         sums.w2[0, group] += common.product(scratch["h"][...], part, 0, 0)
-        scratch["to_h"][...] += common.product(part, whole.w2[group], 1, 1)
+        scratch["grad_h"][...] += common.product(part, whole.w2[group], 1, 1)
 
   if shape.is_buffer and rows.totals is None:
     for slot in range(shape.slots):
 
-      @pl.when(slot >= left)
+      @pl.when(slot >= num_valid)
       def _(slot=slot):
         outputs.sources[slot] = jnp.zeros(outputs.sources.shape[1:], shape.dtype)
 
   @when(is_last)
-  def _():  # the newest source is here, and the gradients of all weights are known
+  def _():  # in the group of the newest source, when the gradients of all weights are known
     through_weights = jnp.zeros((), jnp.float32)
     if outputs.weights.hidden is not None:
-      outputs.weights.hidden[...] = scratch["to_h"][...]
+      outputs.weights.hidden[...] = scratch["grad_h"][...]
     elif has_hidden:
       _, hidden, x = common.activations(shape, plan.recipe, rows.weights, whole.near, newest, block_start)
-      through_weights, to_w1 = forms.hidden_gradients(x, whole.near.w1[...], hidden, scratch["to_h"][...])
-      sums.w1[0] += to_w1
+      through_weights, grad_w1 = forms.hidden_gradients(x, whole.near.w1[...], hidden, scratch["grad_h"][...])
+      sums.w1[0] += grad_w1
     if outputs.weights.newest is not None:
       outputs.weights.newest[...] = through_weights.astype(shape.dtype)
       through_weights = jnp.zeros((), jnp.float32)
     if not shape.is_buffer:
-      outputs.sources[-1][...] = (scratch["to_newest"][...] + through_weights).astype(shape.dtype)
+      outputs.sources[-1][...] = (scratch["grad_newest"][...] + through_weights).astype(shape.dtype)
     elif whole.near.w1 is not None and outputs.weights.newest is None:
-      outputs.sources[left - 1] = (outputs.sources[left - 1].astype(jnp.float32) + through_weights).astype(shape.dtype)
+      newest_slot = num_valid - 1
+      total = outputs.sources[newest_slot].astype(jnp.float32) + through_weights
+      outputs.sources[newest_slot] = total.astype(shape.dtype)
 
 
-def _products(shape: Shape, plan: Plan, block_start, left, rows: Rows, outputs: Outputs, scratch):
-  """All products with the sources and with the gradients of the streams: a block of what goes to the near sources, of
-  the streams that are recomputed, and dO @ X^T for `_token_gradients`."""
+def _products(shape: Shape, plan: Plan, block_start, num_valid, rows: Rows, outputs: Outputs, scratch):
+  """Computes, for a block of rows, all products with the sources and with the gradients of the streams.
+
+  They are the gradients of the near sources, the recomputed streams, and dO @ X^T for `_token_gradients`.
+  """
   near = shape.slots if plan.near is None else len(plan.near)
 
   def at_source(x, k):
@@ -313,46 +336,50 @@ def _products(shape: Shape, plan: Plan, block_start, left, rows: Rows, outputs: 
   def eight_tokens(g, at):
     first = block_start + g * TOKENS
     scratch["tile"][...] = scratch["factors"][g].T.astype(shape.dtype)
-    if plan.before is not None:
-      scratch["tile_below"][...] = scratch["before"][g].astype(shape.dtype)
+    if plan.recomputed is not None:
+      scratch["recomputed_tile"][...] = scratch["recomputed_factors"][g].astype(shape.dtype)
     for columns in common.chunks(shape.width, 2 * common.CHUNK):
-      stacked = common.stack_rows(shape, rows.sources, at, first, columns, left)
-      coming = common.stack_rows(shape, rows.gradients, at, first, columns)
-      pairs = common.product(coming, stacked, 1, 1)
+      stacked = common.stack_rows(shape, rows.sources, at, first, columns, num_valid)
+      grad_streams = common.stack_rows(shape, rows.gradients, at, first, columns)
+      pairs = common.product(grad_streams, stacked, 1, 1)
       for c in range(shape.ways):
-        of_way = common.of_row(pairs, c)
+        way_pairs = common.eight_rows(pairs, c)
         is_first = columns.start == 0
-        scratch["pairs"][c, at, :] = of_way if is_first else scratch["pairs"][c, at, :] + of_way
+        scratch["pairs"][c, at, :] = way_pairs if is_first else scratch["pairs"][c, at, :] + way_pairs
       for lowest in range(0, near, SOURCES_PER_PRODUCT):
         sources = range(lowest, min(lowest + SOURCES_PER_PRODUCT, near))
-        pushed = common.push_tile(scratch["tile"][pl.ds(lowest * TOKENS, len(sources) * TOKENS)], coming)
+        grad_sources = common.push_tile(scratch["tile"][pl.ds(lowest * TOKENS, len(sources) * TOKENS)], grad_streams)
         for k in sources:
-          to_source = common.of_row(pushed, k - lowest)
+          grad_source = common.eight_rows(grad_sources, k - lowest)
           if rows.totals is not None:
-            to_source += at_source(rows.totals, k)[at, columns].astype(jnp.float32)
+            grad_source += at_source(rows.totals, k)[at, columns].astype(jnp.float32)
           if not shape.is_buffer and k == near - 1:
-            scratch["to_newest"][at, columns] = to_source
+            scratch["grad_newest"][at, columns] = grad_source
           else:
-            at_source(outputs.sources, k)[at, columns] = to_source.astype(shape.dtype)
-      for part in common.chunks(columns.size) if plan.before is not None else ():
+            at_source(outputs.sources, k)[at, columns] = grad_source.astype(shape.dtype)
+      for part in common.chunks(columns.size) if plan.recomputed is not None else ():
         mixed = common.mix_tile(
-          scratch["tile_below"][...], stacked[:, part.start : part.start + part.size], plan.before.ways
+          scratch["recomputed_tile"][...], stacked[:, part.start : part.start + part.size], plan.recomputed.ways
         )
         for c, stream in enumerate(outputs.streams):
-          write_stream(stream, at, pl.ds(columns.start + part.start, part.size), common.of_row(mixed, c))
+          write_stream(stream, at, pl.ds(columns.start + part.start, part.size), common.eight_rows(mixed, c))
 
   common.for_each_eight_tokens(shape, eight_tokens)
 
 
 def _token_gradients(shape: Shape, sums: Sums, pairs, group):
-  """The gradient of the weights of a block, [block,C·n] float32, from dO @ X^T [C,block,8n] of all pairs of eight
-  tokens; its sum over tokens is added to `sums.a`, exact, in eight lanes for each source."""
-  own = common.own_token(shape.block, TOKENS * shape.slots)
-  to_w = jnp.zeros((shape.block, shape.ways * shape.slots), jnp.float32)
+  """The gradient of the weights of a block of rows, [block,C·n] float32; also adds its sum over tokens to `sums.a`.
+
+  Args:
+    pairs: dO @ X^T of all pairs among every eight tokens, [C,block,8n]. Only pairs of equal tokens count. `sums.a` adds
+      them before they are split into `halves`, in eight lanes for each source.
+  """
+  mask = common.same_token(shape.block, TOKENS * shape.slots)
+  grad_w = jnp.zeros((shape.block, shape.ways * shape.slots), jnp.float32)
   for c in range(shape.ways):
-    of_own = jnp.where(own, pairs[c], 0.0)
+    same_token_pairs = jnp.where(mask, pairs[c], 0.0)
     if sums.a is not None:
-      sums.a[0, group, c] += jnp.sum(of_own, axis=0, keepdims=True)
-    at_way = common.columns_of_way(shape, shape.ways, c)
-    to_w += sum(common.product(part, at_way, 1, 1) for part in common.halves(of_own, shape.dtype))
-  return to_w
+      sums.a[0, group, c] += jnp.sum(same_token_pairs, axis=0, keepdims=True)
+    columns = common.columns_of_way(shape, shape.ways, c)
+    grad_w += sum(common.product(part, columns, 1, 1) for part in common.halves(same_token_pairs, shape.dtype))
+  return grad_w

@@ -1,16 +1,17 @@
-"""What the kernels share: blocks of rows, the weights of a block, and products with them on the MXU.
+"""Shared parts of the kernels: blocks of rows, the weights of a block, and products with them on the MXU.
 
-Eight tokens t at a time, one product mixes N sources into C streams:
+One product mixes N sources into C streams, for eight tokens t at a time:
 
   L[(c,t),(j,u)] = W[t,c,j] · [t == u]        [8C, 8N]
-  out[(c,t), :]  = L @ X[(j,u), :]            X: the sources' rows of these tokens, one above another, [8N, D]
+  out[(c,t), :]  = L @ X[(j,u), :]            X: the sources' rows of these tokens, one source below another, [8N, D]
 
-W is made with each column repeated eight times along lanes, so that masking it makes L without moving anything between
-lanes. On the VPU the same sums take 3.4 to 3.9 cycles per 1024 values of a source on a v5p, more than the 2.9 in which
-its HBM delivers them; as this product they take 2.0 (the compiler's static schedule).
+L is called the factors of the weights. W is computed with each column repeated eight times along lanes, so that a mask
+turns it into L and nothing moves between lanes. On the VPU the same sums take 3.4 to 3.9 cycles per 1024 values of a
+source on a v5p, more than the 2.9 in which its HBM delivers them. As this product they take 2.0 (the compiler's static
+schedule).
 
-Sources are a list, whose N arrays a grid step holds at once, or a buffer, of which a grid step holds one group of n
-entries in n slots; a list is then one group with a slot for each source.
+A grid step holds all N arrays of a list of sources. Of a buffer it holds one group of n entries, in n slots. A list is
+treated as one group, with one slot for each source.
 """
 
 from collections.abc import Callable
@@ -25,14 +26,14 @@ import jax.numpy as jnp
 
 from maxtext_mudd.kernels import weights as forms
 
-VMEM_LIMIT = 100 * 2**20  # above what chips with 64 MB have: there the compiler's own limit holds
-TOKENS = 8  # per product: the sublanes of a float32 tile
-CORES = 2  # of a v4 or v5p: each adds up the weight gradients of its own row blocks
-CHUNK = 128  # columns per product: wider ones leave more results at a time than a core has registers
-SLOTS = 16  # entries of a buffer in one grid step: with eight tokens 128 rows of a product, the depth of a v5p's MXU
+VMEM_LIMIT = 100 * 2**20  # chips with 64 MB have less; there the compiler's own limit holds
+TOKENS = 8  # of one product: the sublanes of a float32 tile
+CORES = 2  # of a v4 or v5p; each sums the weight gradients of its own row blocks
+CHUNK = 128  # columns of one product: with more, the results do not fit the registers of a core
+SLOTS = 16  # entries of a buffer in one grid step: times eight tokens, 128 rows of a product, the depth of a v5p's MXU
 
-# VMEM, 64 MB on a v5p, holds the blocks of rows that go in or out in one grid step twice, and besides them the weights,
-# the sums of their gradients, scratch, and what the compiler keeps in between. Bytes of such blocks, once:
+# VMEM (64 MB on a v5p) holds the input and output blocks of a grid step twice, and besides them the weights, the sums
+# of their gradients, scratch memory and temporaries of the compiler. These limit the bytes of the blocks, counted once.
 LIST_BYTES, BUFFER_BYTES = 24 * 2**20, 18 * 2**20
 _LARGEST_BLOCK = 128
 
@@ -44,12 +45,12 @@ class Shape:
   Attributes:
     rows: B·T.
     width: D.
-    ways: C, or the sum of those of all aggregates of a push.
-    sources: N, or S of a buffer.
+    ways: C; for a push, the sum over its aggregates.
+    sources: N; for a buffer, S.
     slots: how many sources one grid step holds.
     block: how many rows one grid step holds.
-    dtype: of the sources.
-    is_buffer: whether the sources are a buffer, of which a number known at run time is valid.
+    dtype: dtype of the sources.
+    is_buffer: whether the sources are a buffer, whose number of valid entries is known at run time only.
   """
 
   rows: int
@@ -71,17 +72,17 @@ class Shape:
 
   @property
   def parts(self) -> int:
-    """Numbers of the sources' dtype that one weight is split into."""
+    """How many numbers of the sources' dtype represent one weight: see `halves`."""
     return 1 if self.dtype == jnp.float32 else 2
 
 
 class RowWeights(NamedTuple):
-  """What a block of weights is made from, of which each grid step reads its rows.
+  """The operands of weights of which each grid step reads a block of rows. At most one is given.
 
   Attributes:
-    newest: [rows,D], what a `WeightMLP` reads, where that is not the source `Recipe.source` of a list.
+    newest: [rows,D], the input of a `WeightMLP`, where it is not one of the sources.
     hidden: [rows,K], a hidden layer.
-    array: [G,rows,C·n] float32, the weights themselves by group of n sources.
+    array: [G,rows,C·n] float32, the weights themselves, by group of n sources.
   """
 
   newest: jax.Array | None = None
@@ -90,11 +91,11 @@ class RowWeights(NamedTuple):
 
 
 class WholeWeights(NamedTuple):
-  """What a block of weights is made from, of which each grid step reads all, by group of n sources.
+  """The operands of weights that every grid step reads as a whole, by group of n sources.
 
   Attributes:
-    a: [G,C,1,8n] float32, columns repeated.
-    w2: [G,C,K,8n] in the dtype of the sources, columns repeated.
+    a: [G,C,1,8n] float32, each column repeated eight times.
+    w2: [G,C,K,8n] in the dtype of the sources, each column repeated eight times.
     w1: [D,K] in the dtype of the sources.
   """
 
@@ -105,7 +106,7 @@ class WholeWeights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How the weights of one aggregate are made; what of a `WeightMLP` is static."""
+  """How the weights of one aggregate are computed: the number of ways and the static fields of a `WeightMLP`."""
 
   ways: int
   source: int = -1
@@ -114,24 +115,24 @@ class Recipe:
 
 
 def block_rows(rows: int, arrays: int, width: int, dtype, limit: int) -> int:
-  """Rows per grid step for so many [rows,width] arrays, whose blocks may take `limit` bytes."""
+  """Rows of a block, if a grid step holds a block of `arrays` arrays [rows,width] and may use `limit` bytes."""
   most = min(_LARGEST_BLOCK, limit // (arrays * width * jnp.dtype(dtype).itemsize), -(-rows // TOKENS) * TOKENS)
   most = max(TOKENS, most // TOKENS * TOKENS)
-  # No partial block, and the same number for each of two cores, where that does not make them small.
+  # Prefer blocks without a partial one, and as many for each of two cores, unless that more than halves their size.
   even = [block for block in range(TOKENS, most + 1, TOKENS) if rows % (2 * block) == 0]
   return even[-1] if even and 2 * even[-1] >= most else most
 
 
-# ---------------------------------------------------------------- what lies in VMEM at which grid step
+# ---------------------------------------------------------------- block specs: what VMEM holds at which grid step
 
 
 def row_specs(shape: Shape, tree, row_block: Callable):
-  """Of arrays [rows,n]: their block of rows. `row_block` maps the grid indices to the block's."""
+  """Specs of arrays [rows,n]. `row_block` maps the grid indices to the index of a block of rows."""
   return jax.tree.map(lambda x: pl.BlockSpec((shape.block, x.shape[-1]), lambda *at: (row_block(*at), 0)), tree)
 
 
 def weight_specs(shape: Shape, weights: RowWeights, row_block: Callable, group: Callable) -> RowWeights:
-  """Of `RowWeights`; `group` maps the grid indices to the group of sources."""
+  """Specs of `RowWeights`. `group` maps the grid indices to the group of sources."""
   specs = row_specs(shape, weights, row_block)
   if weights.array is None:
     return specs
@@ -140,10 +141,10 @@ def weight_specs(shape: Shape, weights: RowWeights, row_block: Callable, group: 
 
 
 def source_specs(shape: Shape, row_block: Callable):
-  """One BlockSpec for each slot, so that nothing but valid entries of a buffer is copied from HBM.
+  """Specs of the sources, one for each slot, so that only the valid entries of a buffer are copied from HBM.
 
-  A slot holds entry group·slots + slot while there is such a valid entry. Later it keeps the block it has, and a slot
-  that never gets an entry holds the very first: Pallas copies a block only when its index changes.
+  A slot holds entry group·slots + slot as long as that is valid. In later groups it keeps its last block, and a slot
+  that never gets an entry holds the first block of entry 0: Pallas copies a block only when its index changes.
   """
   if not shape.is_buffer:
     return [pl.BlockSpec((shape.block, shape.width), lambda *at: (row_block(*at), 0))] * shape.slots
@@ -162,7 +163,7 @@ def source_specs(shape: Shape, row_block: Callable):
 
 
 def newest_of_buffer(shape: Shape, buffer, row_block: Callable):
-  """(the buffer, the spec of its newest entry): weights need it before the first group, so it is read twice."""
+  """A buffer and the spec of its newest entry, which is read twice: weights need it before the first group."""
   return buffer, pl.BlockSpec((None, shape.block, shape.width), lambda *at: (at[-1][0] - 1, row_block(*at), 0))
 
 
@@ -175,7 +176,7 @@ def row_array(shape: Shape, width: int | None = None, dtype=None):
 
 
 def compiler_params(*dimensions: str):
-  # The checks would cost a third of a step; the interpreted tests look for reads and writes out of bounds.
+  # Bounds checks would cost a third of a step. The interpreted tests find accesses out of bounds.
   return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True)
 
 
@@ -183,33 +184,34 @@ def compiler_params(*dimensions: str):
 
 
 def valid(shape: Shape, first_row, x):
-  """Rows beyond the last token as zero: what is read there is undefined, and zero times NaN would reach others."""
+  """Sets rows beyond the last token to zero: memory there is undefined, and zero times NaN would reach other rows."""
   if shape.rows % shape.block == 0:
     return x
   row = first_row + jax.lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0)
   return jnp.where(row < shape.rows, x, jnp.zeros_like(x))
 
 
-def stack_rows(shape: Shape, arrays, rows, first_row, columns, left=None):
-  """Eight rows of each array, one array above another; of some columns.
+def stack_rows(shape: Shape, arrays, rows, first_row, columns, num_valid=None):
+  """Stacks eight rows and some columns of several arrays, one array below another.
 
   Args:
-    left: None, or the number of arrays that are valid; the others hold other entries or tokens, which may not be
-      finite, and count as zero.
+    first_row: index of the first of these rows among all rows.
+    num_valid: number of arrays that are valid; default: all. The others hold stale blocks, which may not be finite, and
+      are replaced by zeros.
   """
   blocks = [valid(shape, first_row, x[rows, columns]) for x in arrays]
-  if left is not None:
-    blocks = [x if k == 0 else jnp.where(k < left, x, jnp.zeros_like(x)) for k, x in enumerate(blocks)]
+  if num_valid is not None:
+    blocks = [x if k == 0 else jnp.where(k < num_valid, x, jnp.zeros_like(x)) for k, x in enumerate(blocks)]
   return jnp.concatenate(blocks, axis=0)
 
 
 def chunks(width: int, size: int = CHUNK):
-  """The columns in parts."""
+  """Slices of at most `size` columns that cover `width` columns."""
   return [pl.ds(start, min(size, width - start)) for start in range(0, width, size)]
 
 
 def for_each_eight_tokens(shape: Shape, body: Callable) -> None:
-  """Calls `body` with the number of the group of tokens and its rows within the block."""
+  """Calls `body` for every eight tokens of a block, with their index in units of eight and their rows in the block."""
 
   def step(g, _):
     body(g, pl.ds(pl.multiple_of(g * TOKENS, TOKENS), TOKENS))
@@ -226,23 +228,25 @@ def product(x, y, axes_of_x=1, axes_of_y=0):
 
 
 def halves(x, dtype):
-  """float32 as a sum of two bfloat16 numbers where the sources are bfloat16, else as it is: the MXU multiplies those
-  exactly, so weights lose no more than 2^-17."""
+  """x as a list of terms that the MXU multiplies exactly, for sources of this dtype.
+
+  For float32 that is x itself. For bfloat16 it is two bfloat16 numbers, whose sum is x but for an error of 2^-17.
+  """
   if dtype == jnp.float32:
     return [x]
   high = x.astype(dtype)
   return [high, (x - high.astype(jnp.float32)).astype(dtype)]
 
 
-def own_token(rows: int, lanes: int):
-  """[rows,lanes], true where lane (j,u) belongs to the token of this row."""
+def same_token(rows: int, lanes: int):
+  """A mask [rows,lanes], true where lane (j,u) belongs to the token of the row."""
   token = jax.lax.broadcasted_iota(jnp.int32, (rows, lanes), 0)
   lane = jax.lax.broadcasted_iota(jnp.int32, (rows, lanes), 1)
   return jax.lax.rem(token, TOKENS) == jax.lax.rem(lane, TOKENS)
 
 
 def columns_of_way(shape: Shape, ways: int, way: int):
-  """[C·n,8n], one where column (way,j) of an array of weights belongs to lane (j,u)."""
+  """A matrix [C·n,8n] that selects the columns of one way from an array of weights and repeats each eight times."""
   lengths = (ways * shape.slots, TOKENS * shape.slots)
   column = jax.lax.broadcasted_iota(jnp.int32, lengths, 0)
   source = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, lengths, 1), TOKENS)
@@ -250,23 +254,28 @@ def columns_of_way(shape: Shape, ways: int, way: int):
 
 
 def factors_scratch(shape: Shape):
-  """L of every group of tokens of a block, [groups, parts·8C, 8n]. Float32, to be written eight rows at a time."""
+  """Memory for L of every eight tokens of a block, [block/8, parts·8C, 8n]; float32, to be written by eight rows."""
   return pltpu.VMEM((shape.block // TOKENS, shape.parts * shape.ways * TOKENS, TOKENS * shape.slots), jnp.float32)
 
 
 def tile_scratch(shape: Shape, transposed: bool = False):
-  """L or L^T of one group of tokens in the dtype of the products, which load it again for every part of the columns: so
-  it takes no registers in between."""
+  """Memory for L or L^T of eight tokens, in the dtype of the products.
+
+  The product of every chunk of columns loads it again, so that it takes no registers in between.
+  """
   lengths = (shape.parts * shape.ways * TOKENS, TOKENS * shape.slots)
   return pltpu.VMEM(lengths[::-1] if transposed else lengths, shape.dtype)
 
 
 def activations(shape: Shape, recipe: Recipe, rows: RowWeights, whole: WholeWeights, newest, block_start):
-  """(the hidden layer of a block of rows in the dtype of the sources, `weights.Activations`, X_i); None where there is
-  none.
+  """The hidden layer of a block of rows.
 
   Args:
-    newest: the source that the weights are made from, where `rows` does not have X_i.
+    newest: the source that is the input of the weight MLP, where `rows.newest` is not.
+
+  Returns:
+    (h, activations, x): the hidden layer in the dtype of the sources, None for weights without one; what
+    `weights.hidden_layer` returns, and its input, both None unless the hidden layer was computed here.
   """
   if rows.hidden is not None:
     return valid(shape, block_start, rows.hidden[...]), None, None
@@ -280,9 +289,13 @@ def activations(shape: Shape, recipe: Recipe, rows: RowWeights, whole: WholeWeig
 def fill_factors(
   factors, shape: Shape, recipe: Recipe, rows: RowWeights, whole: WholeWeights, h, block_start, group=0, first: int = 0
 ):
-  """L of one aggregate into a scratch for `shape.ways` ways in all, of which its own start with `first`."""
+  """Writes L of one aggregate into `factors`, which holds `shape.ways` ways; those of the aggregate begin at `first`.
+
+  Args:
+    h: hidden layer of the block; None for weights without one.
+  """
   tiles, _, lanes = factors.shape
-  own = own_token(shape.block, lanes)
+  mask = same_token(shape.block, lanes)
   if rows.array is not None:
     array = halves(valid(shape, block_start, rows.array[...]), shape.dtype)
   for c in range(recipe.ways):
@@ -290,27 +303,27 @@ def fill_factors(
       weights = sum(product(part, columns_of_way(shape, recipe.ways, c)) for part in array)
     else:
       weights = whole.a[group, c] if h is None else product(h, whole.w2[group, c]) + whole.a[group, c]
-    for part, x in enumerate(halves(jnp.where(own, weights, 0.0), shape.dtype)):
+    for part, x in enumerate(halves(jnp.where(mask, weights, 0.0), shape.dtype)):
       at = pl.ds((part * shape.ways + first + c) * TOKENS, TOKENS)
       factors[:, at, :] = x.astype(jnp.float32).reshape(tiles, TOKENS, lanes)
 
 
 def mix_tile(factors, stacked, ways: int):
-  """L @ X, its parts added up: [8C,D] float32, from L [parts·8C,8n]."""
+  """L @ X as [8C,D] float32, from L [parts·8C,8n], whose parts are summed."""
   mixed = product(factors, stacked)
   height = ways * TOKENS
   return sum(mixed[k : k + height] for k in range(0, mixed.shape[0], height))
 
 
-def push_tile(factors, coming):
-  """L^T @ dO: what the streams' gradients [8C,D] add to those of the sources, [8n,D] float32, from L^T."""
-  parts = factors.shape[1] // coming.shape[0]
-  return product(factors, jnp.concatenate([coming] * parts, axis=0))
+def push_tile(factors, grad_streams):
+  """L^T @ dO as [8n,D] float32, from L^T: what stream gradients dO [8C,D] contribute to the gradients of sources."""
+  parts = factors.shape[1] // grad_streams.shape[0]
+  return product(factors, jnp.concatenate([grad_streams] * parts, axis=0))
 
 
-def of_row(mixed, k: int):
-  """The eight tokens of stream or source k."""
-  return mixed[k * TOKENS : (k + 1) * TOKENS]
+def eight_rows(stacked, k: int):
+  """The eight rows of stream or source k in a stack."""
+  return stacked[k * TOKENS : (k + 1) * TOKENS]
 
 
 repeat_columns = functools.partial(jnp.repeat, repeats=TOKENS, axis=-1)

@@ -1,4 +1,4 @@
-"""The fused forward pass: each source read once (the newest entry of a buffer twice), each stream written once."""
+"""The fused forward pass: it reads each source once (a buffer's newest entry twice), and writes each stream once."""
 
 import functools
 
@@ -11,11 +11,18 @@ from maxtext_mudd.kernels.tpu.common import Recipe, RowWeights, Shape, WholeWeig
 
 
 def forward(shape: Shape, recipe: Recipe, count, sources, rows: RowWeights, whole: WholeWeights, *, interpret):
-  """C streams [rows,D].
+  """Runs the kernel.
 
   Args:
-    count: int32 [1], the number of valid entries; None for a list.
+    shape: static facts of the call.
+    recipe: how the weights are computed.
+    count: number of valid entries of a buffer, int32 [1]; None for a list.
     sources: N arrays [rows,D], or a buffer [S,rows,D].
+    rows: operands of the weights that are read by blocks of rows.
+    whole: operands of the weights that are read as a whole.
+
+  Returns:
+    C streams [rows,D].
   """
 
   def row_block(i, *_):
@@ -67,7 +74,7 @@ def _body(shape: Shape, recipe: Recipe, *refs):
     mix_block(shape, block_start, sources, streams, scratch["factors"], scratch["tile"])
     return
   group, sums = pl.program_id(1), scratch["sums"]
-  left = count[0][0] - group * shape.slots  # valid entries from this group on
+  num_valid = count[0][0] - group * shape.slots  # in this group and later ones
 
   @pl.when(group == 0)
   def _():
@@ -75,31 +82,36 @@ def _body(shape: Shape, recipe: Recipe, *refs):
     if whole.w2 is not None:
       scratch["h"][...], *_ = common.activations(shape, recipe, rows, whole, newest, block_start)
 
-  @pl.when(left > 0)
+  @pl.when(num_valid > 0)
   def _():
     h = None if whole.w2 is None else scratch["h"][...]
     common.fill_factors(scratch["factors"], shape, recipe, rows, whole, h, block_start, group)
-    mix_block(shape, block_start, sources, sums, scratch["factors"], scratch["tile"], left)
+    mix_block(shape, block_start, sources, sums, scratch["factors"], scratch["tile"], num_valid)
 
-  @pl.when((left > 0) & (left <= shape.slots))
+  @pl.when((num_valid > 0) & (num_valid <= shape.slots))
   def _():
     for c, stream in enumerate(streams):
       stream[...] = sums[c].astype(shape.dtype)
 
 
-def mix_block(shape: Shape, block_start, sources, streams, factors, tile, left=None):
-  """The streams of a block of rows, or what one group of a buffer adds to their sums [C,block,D] float32."""
+def mix_block(shape: Shape, block_start, sources, streams, factors, tile, num_valid=None):
+  """Computes the streams of a block of rows.
+
+  Args:
+    streams: where they are written: C arrays [block,D]; for one group of a buffer, float32 sums [C,block,D].
+    num_valid: number of valid entries in this group of a buffer and later ones; None for a list.
+  """
 
   def eight_tokens(g, rows):
     tile[...] = factors[g].astype(shape.dtype)
     for columns in common.chunks(shape.width):
-      stacked = common.stack_rows(shape, sources, rows, block_start + g * common.TOKENS, columns, left)
+      stacked = common.stack_rows(shape, sources, rows, block_start + g * common.TOKENS, columns, num_valid)
       mixed = common.mix_tile(tile[...], stacked, shape.ways)
       for c in range(shape.ways):
-        if left is None:
-          write_stream(streams[c], rows, columns, common.of_row(mixed, c))
+        if num_valid is None:
+          write_stream(streams[c], rows, columns, common.eight_rows(mixed, c))
         else:
-          streams[c, rows, columns] += common.of_row(mixed, c)
+          streams[c, rows, columns] += common.eight_rows(mixed, c)
 
   common.for_each_eight_tokens(shape, eight_tokens)
 

@@ -1,5 +1,7 @@
-"""Adds the gradients that several aggregates send to the sources they share, in one pass: each sum is read and written
-once."""
+"""The fused push pass: it adds what several aggregates contribute to the gradients of the same older sources.
+
+It reads and writes each gradient accumulator once.
+"""
 
 import functools
 
@@ -20,11 +22,18 @@ def push(
   *,
   interpret,
 ):
-  """The sums [rows,D] of the gradients of `shape.sources` sources.
+  """Runs the kernel.
 
   Args:
-    gradients: of the C streams [rows,D] of each aggregate; `rows` and `whole` are its weights for these sources.
-    totals: what the sums begin with, [rows,D] each; None: zeros.
+    shape: static facts of the call; `shape.ways` counts the streams of all aggregates.
+    recipes: how the weights of each aggregate are computed.
+    gradients: gradients of the C streams [rows,D] of each aggregate.
+    rows: for each aggregate, operands of its weights for these sources that are read by blocks of rows.
+    whole: for each aggregate, operands of its weights for these sources that are read as a whole.
+    totals: gradient accumulators [rows,D] of the sources; None: zeros.
+
+  Returns:
+    The accumulators.
   """
 
   def row_block(i):
@@ -40,7 +49,7 @@ def push(
     in_specs=[
       common.row_specs(shape, totals, row_block),
       common.row_specs(shape, gradients, row_block),
-      [common.weight_specs(shape, one, row_block, group) for one in rows],
+      [common.weight_specs(shape, weights, row_block, group) for weights in rows],
       common.whole_specs(whole),
     ],
     out_specs=(common.row_specs(shape, sums, row_block),),
@@ -56,22 +65,22 @@ def push(
 
 def _body(shape: Shape, recipes, totals, gradients, rows, whole, sums, factors, tile):
   block_start = pl.program_id(0) * shape.block
-  streams = [stream for of_one in gradients for stream in of_one]
+  all_gradients = [gradient for of_aggregate in gradients for gradient in of_aggregate]
   first = 0
-  for recipe, rows_of_one, whole_of_one in zip(recipes, rows, whole):
-    h, *_ = common.activations(shape, recipe, rows_of_one, whole_of_one, None, block_start)
-    common.fill_factors(factors, shape, recipe, rows_of_one, whole_of_one, h, block_start, first=first)
+  for recipe, row_weights, whole_weights in zip(recipes, rows, whole):
+    h, *_ = common.activations(shape, recipe, row_weights, whole_weights, None, block_start)
+    common.fill_factors(factors, shape, recipe, row_weights, whole_weights, h, block_start, first=first)
     first += recipe.ways
 
-  def eight_tokens(g, at):
+  def eight_tokens(g, token_rows):
     tile[...] = factors[g].T.astype(shape.dtype)
     for columns in common.chunks(shape.width):
-      coming = common.stack_rows(shape, streams, at, block_start + g * common.TOKENS, columns)
-      pushed = common.push_tile(tile[...], coming)
+      stacked = common.stack_rows(shape, all_gradients, token_rows, block_start + g * common.TOKENS, columns)
+      grad_sources = common.push_tile(tile[...], stacked)
       for j, x in enumerate(sums):
-        total = common.of_row(pushed, j)
+        total = common.eight_rows(grad_sources, j)
         if totals is not None:
-          total += totals[j][at, columns].astype(jnp.float32)
-        x[at, columns] = total.astype(shape.dtype)
+          total += totals[j][token_rows, columns].astype(jnp.float32)
+        x[token_rows, columns] = total.astype(shape.dtype)
 
   common.for_each_eight_tokens(shape, eight_tokens)

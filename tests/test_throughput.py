@@ -111,7 +111,7 @@ def test_keys_of_connections_leave_the_baseline_as_it_is():
   assert (stock.mudd, stock.mudd_window, config.mudd_window) == (False, 0, 1)
   assert (stock.mudd_init, config.mudd_init) == ("normal", "normal")
   assert set(contenders.different_keys(stock, config)) == {"mudd", "mudd_ffn_reallocation", "mudd_window"}
-  assert contenders.of_stock({"scan_layers": True, "mudd_kernel": "xla"}) == {"scan_layers": True}
+  assert contenders.stock_keys({"scan_layers": True, "mudd_kernel": "xla"}) == {"scan_layers": True}
 
 
 def test_variants_are_the_files_of_ablation():
@@ -147,9 +147,12 @@ REFUSALS = {
   ),
   "topology": (
     ["--config", TINY, "compile_topology=v5p-8"],
-    "compile_topology=v5p-8: a measurement has compile_topology='', on the devices here; leave it out.",
+    "compile_topology=v5p-8: a measurement needs compile_topology='', on the devices here; leave it out.",
   ),
-  "data": (["--config", TINY, "dataset_type=grain"], "dataset_type=grain: a measurement has dataset_type='synthetic'"),
+  "data": (
+    ["--config", TINY, "dataset_type=grain"],
+    "dataset_type=grain: a measurement needs dataset_type='",
+  ),
   "hardware": (["--config", TINY, "hardware=gpu"], "hardware=gpu: JAX finds a cpu here; leave hardware out."),
   "rounds": (["--config", TINY, "--rounds", "1"], "--rounds is 1; at least 2 is needed."),
   "key": (["--config", TINY, "mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
@@ -157,8 +160,9 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusal(case, capfd):
+def test_refusal(case, capfd, monkeypatch):
   arguments, sentence = REFUSALS[case]
+  monkeypatch.setattr(sys, "argv", [str(runs.ROOT / "benchmarks" / "throughput.py"), *arguments])
   assert throughput.main(arguments) == 2
   last = capfd.readouterr().err.splitlines()[-1]
   assert last.startswith(f"throughput: {sentence}")

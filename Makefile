@@ -19,6 +19,7 @@ RUN ?= $(basename $(notdir $(CONFIG)))-$(STAMP)
 STEPS ?=
 NAME ?=
 ARGS ?=
+SHARD ?=
 OUTPUT ?= runs
 CORPUS := data/stdlib
 DATA := $(CORPUS)/train.parquet $(CORPUS)/eval.parquet
@@ -123,9 +124,9 @@ QUICK = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=t
 test: $(READY) $(XPK)  ## run the fast tests, two files at a time
 	XLA_FLAGS="$${XLA_FLAGS:-$(QUICK)}" $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-slow: $(READY)  ## run the slow tests; some compile for TPUs (installs libtpu)
+test-slow: $(READY)  ## run the slow tests, or with SHARD=2/6 the second of six parts; some compile for TPUs (installs libtpu)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt
-	$(PY) -m pytest -q -m slow
+	$(PY) -m pytest -q -m slow $(if $(SHARD),'--shard=$(SHARD)')
 
 aot: $(READY)  ## compile the paper's models for their pods (installs libtpu; half an hour or more on two cores)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt

@@ -81,7 +81,7 @@ class Decoder:
     prefill = 0.0
     for slot, prompt in enumerate(self._prompts):
       start = time.monotonic()
-      prefix = generation.prefilled(self._engine, self._params, prompt, slot, self._keys[slot], self._sampling)
+      prefix = generation.prefill(self._engine, self._params, prompt, slot, self._keys[slot], self._sampling)
       jax.block_until_ready(prefix)
       prefill += time.monotonic() - start
       state = self._engine.insert(prefix, state, slot=slot)
@@ -93,7 +93,7 @@ class Decoder:
       for key in keys:  # a list of arrays; see `prepare`
         state, _ = self._engine.generate(self._params, state, rng=key, **chosen)
     else:
-      state = generation.go_on(self._engine, self._params, state, keys, self._sampling)
+      state = generation.generate_steps(self._engine, self._params, state, keys, self._sampling)
     jax.block_until_ready(state)
     return Seconds(prefill / len(self._prompts), (time.monotonic() - start) / len(keys))
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from maxtext_mudd.connections.mudd import topology
+from maxtext_mudd.connections.mudd import sites
 
 
 class Shape(NamedTuple):
@@ -34,4 +34,4 @@ PAPER = {  # Tables 2 and 8, App. D
 
 def hidden_width(ways: int, sources: int) -> int:
   """K of an aggregate, by the default rule of configurations."""
-  return topology.hidden_width(ways, sources, expansion=1, round_to=64)
+  return sites.hidden_width(ways, sources, expansion=1, round_to=64)

@@ -1,11 +1,15 @@
-"""MUDD connections (MUDDFormer, arXiv 2502.12170) for stock MaxText."""
+"""MUDD connections (MUDDFormer, arXiv 2502.12170) for stock MaxText.
+
+`from_pretrained` and `from_run` load a model, `logits` and `generate` run it. Training and the other commands are
+modules: python3 -m maxtext_mudd.train, train_compile, decode, evaluate, convert, complexity, report, corpus.
+"""
 
 __version__ = "0.1.0"
 __all__ = ["from_pretrained", "from_run", "generate", "logits"]
 
 
 def __getattr__(name: str):
-  """Not imported before it is asked for: the commands answer mistakes without JAX."""
+  """Imports a public function on first access, so that the commands can refuse mistakes without importing JAX."""
   if name not in __all__:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   from maxtext_mudd import plugin

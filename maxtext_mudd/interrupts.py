@@ -1,56 +1,62 @@
-"""SIGINT and SIGTERM, which libraries swallow at times, or make other errors of."""
+"""Turns SIGINT and SIGTERM into a KeyboardInterrupt that no library can swallow or replace by another error."""
 
 import signal
 import threading
 
 
 class Interrupts:
-  """A context in which both raise KeyboardInterrupt, and which leaves with one whatever was made of it.
+  """A context in which SIGINT and SIGTERM raise KeyboardInterrupt.
 
-  It may lie in another. In threads signals do what they did before.
+  If a library catches that and goes on, `check` raises it again. If a library raises another error instead, the end of
+  the context raises KeyboardInterrupt. Contexts can be nested. Outside the main thread the context changes nothing,
+  because Python delivers signals to the main thread only.
   """
 
   def __init__(self):
-    self._seen = self._ended = False
+    self._was_interrupted = self._ignores_signals = False
     self._outer = None
 
   def check(self) -> None:
-    """Raises KeyboardInterrupt where one was swallowed."""
-    if self._seen:
+    """Raises KeyboardInterrupt if a signal has come."""
+    if self._was_interrupted:
       raise KeyboardInterrupt
 
-  def end(self) -> None:
-    """Lets what follows happen whatever signals come. Raises KeyboardInterrupt where one came before."""
-    self._ended = True
+  def ignore_further(self) -> None:
+    """Ignores signals from now on, so that what follows is completed.
+
+    Raises:
+      KeyboardInterrupt: a signal has come before.
+    """
+    self._ignores_signals = True
     self.check()
     if self._outer:
-      self._outer.end()
+      self._outer.ignore_further()
 
   def __call__(self, number, frame) -> None:
     """Handles a signal."""
-    if not self._ended:
-      self._note()
+    if not self._ignores_signals:
+      self._remember()
       raise KeyboardInterrupt
 
-  def _note(self) -> None:
-    self._seen = True
+  def _remember(self) -> None:
+    self._was_interrupted = True
     if self._outer:
-      self._outer._note()
+      self._outer._remember()
 
   def __enter__(self) -> "Interrupts":
-    heard = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if heard}
-    self._outer = next((handler for handler in before.values() if isinstance(handler, Interrupts)), None)
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main_thread}
+    self._outer = next((handler for handler in handlers.values() if isinstance(handler, Interrupts)), None)
     if self._outer:
       self._outer.check()
-    # What is ignored stays so, as Ctrl-C is by what a script starts in the background.
-    self._before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in self._before:
+    # Ignored signals stay ignored: a shell script ignores Ctrl-C for what it starts in the background.
+    self._replaced = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in self._replaced:
       signal.signal(number, self)
     return self
 
   def __exit__(self, _, error: BaseException | None, __) -> None:
-    for number, handler in self._before.items():
+    for number, handler in self._replaced.items():
       signal.signal(number, handler)
-    if self._seen and error is not None and not isinstance(error, KeyboardInterrupt):
+    if self._was_interrupted and error is not None and not isinstance(error, KeyboardInterrupt):
       raise KeyboardInterrupt from error

@@ -1,8 +1,8 @@
 """MUDDFormer (arXiv 2502.12170) from tokens to logits, in plain JAX: the file to read first, and to copy from.
 
-Its outputs match the authors' PyTorch and JAX code, its gradients the JAX code, and the package's MUDD models are
-checked against it: see tests/test_muddformer.py. "Released" marks what the authors' code does where the paper says
-something else, or nothing.
+tests/test_muddformer.py checks that its outputs match the authors' PyTorch and JAX code, that its gradients match their
+JAX code, and that the package's MUDD models match this file. "Released" marks what the authors' code does where the
+paper says something else, or nothing.
 
 Shapes: B batch, T length, D width, V vocabulary; L blocks, each with H heads of width P and an FFN of width F. The
 depth-wise aggregate DA_i after block i has N = i + 1 sources X_0..X_i, C ways (streams) and an MLP of hidden width K.
@@ -32,7 +32,7 @@ class Config:
   vocabulary: int = 50432
   reallocate_ffn: bool = True  # Eq. 9
   pre_norm: bool = False  # Eq. 10: RMSNorm of every source
-  post_norm: str = ""  # Eq. 10: streams with RMSNorm; if there are any, all get X_i added; "qkvr"; released: "r"
+  post_norm: str = ""  # Eq. 10: streams that get an RMSNorm; if any, X_i is added to all. Paper: "qkvr". Released: "r"
   qk_norm: bool = False  # released PyTorch models: RMSNorm of the query and key of each head
   gelu_tanh: bool = False  # released JAX code: GELU approximated by tanh; PyTorch: exact
 
@@ -85,9 +85,9 @@ def aggregate(sources: list[Hidden], weights: Float[Array, "B T C N"]) -> list[H
 
 
 def forward(params: dict, tokens: Int[Array, "B T"], config: Config) -> tuple[Float[Array, "B T V"], dict]:
-  """Logits (Eq. 8), and by name X_i [B,T,D], weights_i [B,T,C,N] and streams_i, a list of C arrays [B,T,D]."""
+  """Returns the logits (Eq. 8), and by name X_i [B,T,D], weights_i [B,T,C,N] and streams_i, a list of C [B,T,D]."""
 
-  def pre_norm(i, x):  # Eq. 10, of what Eq. 5 sums; Eqs. 6 and 7 take X_i itself
+  def pre_norm(i, x):  # Eq. 10, for the sources that Eq. 5 sums; Eqs. 6 and 7 take X_i itself
     return rms_norm(x, params["pre_norms"][i]) if config.pre_norm else x
 
   x = params["embedding"][tokens]
@@ -106,7 +106,7 @@ def forward(params: dict, tokens: Int[Array, "B T"], config: Config) -> tuple[Fl
 
 
 def ffn_width(i: int, config: Config) -> int:
-  """F of block i: D_f'(i), Eq. 9, of two blocks or more. Released: rounded to a multiple of 128, which can be 0."""
+  """The FFN width F of block i: D_f'(i) of Eq. 9, for L > 1. Released: rounded to a multiple of 128, which can be 0."""
   if not config.reallocate_ffn:
     return config.ffn
   factor = (0.5 * (config.layers - i) + 1.5 * (i - 1)) / (config.layers - 1)
@@ -114,7 +114,7 @@ def ffn_width(i: int, config: Config) -> int:
 
 
 def init(key: PRNGKeyArray, config: Config) -> dict:
-  """Parameters as training starts. With both norms of Eq. 10 or none, each stream is X_i: a plain Transformer.
+  """Initial parameters. With both norms of Eq. 10 or none, each stream is X_i, and the model is a plain Transformer.
 
   embedding [V,D], unembedding [D,V], query, key, value [D,H,P], out [H,P,D], gate, up [D,F], down [F,D]:
                         Xavier normal, N(0, 2/(fan_in + fan_out)); released JAX: N(0, 0.006²)
@@ -127,14 +127,14 @@ def init(key: PRNGKeyArray, config: Config) -> dict:
   L, D, H, V = config.layers, config.width, config.heads, config.vocabulary
   P, ones, keys = D // H, jnp.ones, iter(jax.random.split(key, 2 + 8 * L))
 
-  def xavier(*shape):  # D by another width, either of them perhaps split over heads
+  def xavier(*shape):  # one dimension is D, and the product of the others is the other fan
     return jax.random.normal(next(keys), shape) * math.sqrt(2 / (D + math.prod(shape) / D))
 
   params = {"embedding": xavier(V, D), "final_norm": ones(D), "unembedding": xavier(D, V)}
   params |= {"blocks": [], "aggregates": [], "pre_norms": [ones(D) for _ in range(L + 1)] if config.pre_norm else []}
   for i in range(1, L + 1):
     F, C, N = ffn_width(i, config), 4 if i < L else 1, i + 1
-    K = (4 * N // 64 + 1) * 64  # paper: C·N; released: four times that in DA_L, then rounded up, 64 to 128 too
+    K = (4 * N // 64 + 1) * 64  # paper: C·N. Released: 4N in DA_L, too, then rounded up, also from 64 to 128
     block = {"query": xavier(D, H, P), "key": xavier(D, H, P), "value": xavier(D, H, P), "out": xavier(H, P, D)}
     block |= {"gate": xavier(D, F), "up": xavier(D, F), "down": xavier(F, D)}
     # Released PyTorch: one attention norm in block 1, whose three inputs are equal.

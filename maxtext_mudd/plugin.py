@@ -1,17 +1,21 @@
-"""The only file that replaces anything in MaxText.
+"""Installs MUDD connections in MaxText by replacing five of its attributes. No other file replaces anything in MaxText.
 
-Three attributes make the model:
-  maxtext.configs.pyconfig._initialize_pydantic   reads MuddConfig where it would read MaxTextConfig
-  maxtext.models.models.NNXDecoder                is MuddDecoder
-  maxtext.models.models.Embed                     is MuddEmbed, which can start as the paper says
-and two correct what MaxText reports of it:
+Three replacements make the model:
+  maxtext.configs.pyconfig._initialize_pydantic   reads a MuddConfig instead of a MaxTextConfig
+  maxtext.models.models.NNXDecoder                becomes MuddDecoder
+  maxtext.models.models.Embed                     becomes MuddEmbed, which can be initialized as the paper says
+
+Two replacements correct what MaxText reports about the model:
   maxtext.utils.maxtext_utils.calculate_tflops_training_per_device   counts the aggregates and the re-allocated FFNs
   maxtext.trainers.pre_train.train.record_activation_metrics         logs the statistics of the aggregates
-With `mudd: false` each of them does what it replaces, but for what `mudd_decoder_layer` and `mudd_init` ask, and three
-courtesies when a configuration is read: several files can be named, those of this package without their folder; a
-relative `base_output_directory` is made absolute; and `maxtext_mudd/byte` names the tokenizer of this package.
 
-What imports MaxText's modules is imported inside functions, after the version is known to be right.
+With `mudd: false` each replacement does what the stock attribute does, except for the keys `mudd_decoder_layer` and
+`mudd_init`, and for three conveniences of reading a configuration:
+  - Several configuration files can be named, and those of this package without their folder.
+  - A relative `base_output_directory` is made absolute.
+  - The name `maxtext_mudd/byte` stands for the tokenizer of this package.
+
+Functions import MaxText's modules only after `versions.check` has accepted the installed version.
 """
 
 from collections.abc import Callable
@@ -28,10 +32,11 @@ class Seam:
   """One attribute of MaxText that is replaced.
 
   Attributes:
-    module, name: where it is.
-    parameters: leading parameters that it must have for the replacement to fit.
-    method: where the attribute is a class, the method with these parameters.
-    replace: from the stock attribute to the new one.
+    module: the module that has the attribute.
+    name: the name of the attribute.
+    parameters: the first parameters that the stock attribute must have for the replacement to fit.
+    replace: takes the stock attribute and returns the new one.
+    method: the method that has these parameters, if the attribute is a class.
   """
 
   module: str
@@ -41,29 +46,29 @@ class Seam:
   method: str = ""
 
   def stock(self):
-    """The attribute that MaxText has.
+    """Returns MaxText's own attribute.
 
     Raises:
-      UnknownMaxText: it is not there, or does not take `parameters`.
+      UnknownMaxText: the attribute does not exist, or does not take `parameters`.
     """
-    found = getattr(importlib.import_module(self.module), self.name, None)
-    function = getattr(found, self.method, None) if self.method else found
+    attribute = getattr(importlib.import_module(self.module), self.name, None)
+    function = getattr(attribute, self.method, None) if self.method else attribute
     parameters = tuple(inspect.signature(function).parameters) if callable(function) else ()
     if parameters[: len(self.parameters)] != self.parameters:
       raise versions.UnknownMaxText(
         f"{self.module}.{self.name} does not take {', '.join(self.parameters)}; "
         f"install maxtext=={versions.KNOWN[-1]} as it is published."
       )
-    return found
+    return attribute
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """How configurations are read.
+  """What happens when MaxText reads a configuration.
 
   Attributes:
-    check: called with each one read; raises ConfigError for what cannot work.
-    on_error: called with a ConfigError before it is raised; a launcher exits here.
+    check: called with each configuration that is read; raises ConfigError if it cannot work.
+    on_error: called with a ConfigError before it is raised. A command exits here, before MaxText prints the error.
   """
 
   check: Callable | None = None
@@ -150,10 +155,14 @@ _reading = Reading()
 
 
 def install(reading: Reading | None = None) -> None:
-  """Makes MaxText know the `mudd_*` keys. Once is enough; more often changes `reading` only.
+  """Replaces MaxText's attributes, so that MaxText knows the `mudd_*` keys. Further calls change `reading` only.
+
+  Args:
+    reading: what happens when MaxText reads a configuration from now on; None leaves it as it is.
 
   Raises:
-    versions.UnknownMaxText: not a known version, or a replaced attribute has another shape; nothing is replaced then.
+    versions.UnknownMaxText: MaxText's version is not a known one, or an attribute takes other parameters. Nothing is
+      replaced then.
   """
   global _installed, _reading
   _reading = reading or _reading

@@ -1,4 +1,9 @@
-"""Stock `maxtext.trainers.pre_train.train_compile` with MUDD connections."""
+"""Compiles the train step of a model ahead of time, by MaxText's `maxtext.trainers.pre_train.train_compile`.
+
+    python3 -m maxtext_mudd.train_compile FILE.yml compile_topology=v5p-8 compile_topology_num_slices=1 key=value ...
+
+It needs their compiler, libtpu, but no TPUs.
+"""
 
 from maxtext_mudd import versions
 from maxtext_mudd.config.errors import ConfigError
@@ -6,19 +11,19 @@ from maxtext_mudd.runs.launch import launch
 
 
 def check_compiling(config) -> None:
-  """Raises ConfigError where nothing is named to compile for, or no compiler is installed, and for batches that the
-  mesh cannot divide."""
-  from maxtext.utils import accelerator_to_spec_map  # once MaxText is known to be the right one
+  """Raises ConfigError if no topology is named, no compiler is installed, or the mesh cannot divide the batch."""
+  from maxtext.utils import accelerator_to_spec_map  # imported here, after `launch` has checked MaxText's version
 
   from maxtext_mudd.config import devices
 
   name = config.compile_topology
   if not name:
     raise ConfigError(
-      "compile_topology='' names nothing to compile for; add compile_topology=v5p-8 compile_topology_num_slices=1, say."
+      "compile_topology='' names nothing to compile for; add, for example, compile_topology=v5p-8 "
+      "compile_topology_num_slices=1."
     )
-  known = accelerator_to_spec_map.UserFacingNameToSystemCharacteristics
-  if (config.internal_compile or known[name].platform == "tpu") and (missing := versions.missing_libtpu()):
+  topologies = accelerator_to_spec_map.UserFacingNameToSystemCharacteristics
+  if (config.internal_compile or topologies[name].platform == "tpu") and (missing := versions.missing_libtpu()):
     raise ConfigError(missing)
   devices.check_batch(config)
 

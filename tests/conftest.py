@@ -9,6 +9,8 @@ import warnings
 
 import pytest
 
+from tests import shards
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -25,6 +27,19 @@ def processes_stay_talkative():
     yield
   sys.unraisablehook = hook
   logging.disable(logging.NOTSET)
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--shard", metavar="K/N", help="run the K-th of N parts of the tests, chosen by a hash of their names"
+  )
+
+
+def pytest_configure(config):
+  try:
+    config.shard = shards.parse(config.getoption("shard") or "1/1")
+  except ValueError as error:
+    raise pytest.UsageError(str(error)) from None
 
 
 def pytest_sessionstart(session):
@@ -45,8 +60,12 @@ def pytest_sessionstart(session):
   omegaconf.OmegaConf.merge = staticmethod(omegaconf.OmegaConf.unsafe_merge)
 
 
-def pytest_collection_modifyitems(items):
-  """The longest files first, so that no worker is left with one of them at the end."""
+def pytest_collection_modifyitems(config, items):
+  """One part of the tests if one is wanted; the longest files first, so that no worker is left with one at the end."""
+  left_out = [item for item in items if not shards.holds(config.shard, item.nodeid)]
+  if left_out:
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if shards.holds(config.shard, item.nodeid)]
   longest = (
     "test_runs.py",
     "test_training.py",

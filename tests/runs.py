@@ -18,7 +18,7 @@ def build_corpus(folder: pathlib.Path) -> list[str]:
   library = folder / "library"
   for i in range(40):  # enough that both splits get some
     library.mkdir(exist_ok=True)
-    source = (ROOT / "maxtext_mudd" / "config" / "mudd_config.py").read_text()
+    source = (ROOT / "maxtext_mudd" / "config" / "devices.py").read_text()
     (library / f"module_{i}.py").write_text(f"NUMBER = {i}\n{source}")
   corpus.build(library, folder / "corpus")
   return [f"grain_{split}_files={folder / 'corpus' / split}.parquet" for split in ("train", "eval")]

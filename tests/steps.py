@@ -9,8 +9,26 @@ from maxtext.common import train_state_nnx
 from maxtext.optimizers import optimizers
 from maxtext.trainers.pre_train import train
 from maxtext.utils import maxtext_utils, sharding
+import numpy as np
 
 from tests import models
+
+POLICIES = [
+  "none",
+  "minimal",
+  "minimal_with_context",
+  "minimal_flash",
+  "minimal_with_quantization",
+  "minimal_with_context_and_quantization",
+  "save_dot_with_context_except_mlp",
+  "save_dot_except_mlpwi",
+  "save_dot_except_mlp",
+  "save_qkv_proj",
+  "qkv_proj_offloaded",
+  "minimal_offloaded",
+  "save_out_proj",
+  "custom",
+]
 
 
 def prepare(cfg, **jit_options) -> tuple[Callable, nnx.State]:
@@ -34,3 +52,21 @@ def prepare(cfg, **jit_options) -> tuple[Callable, nnx.State]:
     return train.train_step(graph, cfg, shardings, params_shardings, state, data)
 
   return jax.jit(step, **jit_options), state
+
+
+def value_and_gradients(cfg, data=None):
+  """(loss, aux, gradients by path) of a random model on a batch, random if not given, through MaxText's own loss."""
+  model = models.build(cfg)
+  models.randomise(model)
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  data = data or models.batch(cfg)
+
+  @jax.jit
+  def run(params):
+    def loss(params):
+      return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  (loss, aux), gradients = run(params)
+  return float(loss), aux, {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(gradients)}

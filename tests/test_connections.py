@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests import models
+from tests.blocks import BLOCKS, TOLERANCE, config_of, expected, packed
 from tests.oracle import Oracle
-from tests.test_blocks import BLOCKS, TOLERANCE, config_of, expected, packed
 
 FAMILIES = {
   "plain residual": ({"depth_connection": "residual"}, {}),

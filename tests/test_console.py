@@ -22,7 +22,7 @@ from maxtext_mudd.runs import console
 from maxtext_mudd.runs.progress import Progress
 from tests import runs
 
-Console = functools.partial(console.Console, holds_back=True)
+Console = functools.partial(console.Console, holds_output=True)
 NOISE = "ParamInfo(name='') created with ts_context=None. Passing unshared or default TensorStore contexts"
 
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_is_announced_once(config):
 def test_everything_goes_to_the_log(config, folder, log, capsys):
   with Console():
     print("before the configuration")
-    console.configured(config)
+    console.start(config)
     folder.mkdir(parents=True)
     print("by print")
     os.write(2, b"by C++\n")
@@ -171,7 +171,7 @@ def test_everything_goes_to_the_log(config, folder, log, capsys):
 def test_what_a_person_has_to_see(config, folder, log, capsys):
   with Console():
     log.warning("before the configuration")
-    console.configured(config)
+    console.start(config)
     folder.mkdir(parents=True)
     for _ in range(2):
       log.warning("seen twice")
@@ -207,7 +207,7 @@ def test_full_is_the_console_of_maxtext(config, folder, log, capsys):
   with Console():
     print("before the configuration")
     print("an error", file=sys.stderr)
-    console.configured(config)
+    console.start(config)
     print("after it")
     console.show("a result")
     log.info(step(0))
@@ -218,7 +218,7 @@ def test_full_is_the_console_of_maxtext(config, folder, log, capsys):
 def test_a_remote_folder_has_no_log(config, capsys):
   config.base_output_directory = "gs://bucket/out"
   with Console():
-    console.configured(config)
+    console.start(config)
     print("as MaxText does")
   assert capsys.readouterr().out == "as MaxText does\n"
 
@@ -228,7 +228,7 @@ def test_a_refused_run_leaves_nothing(config, is_read, tmp_path, capsys):
   with pytest.raises(SystemExit), Console():
     print("what MaxText says")
     if is_read:
-      console.configured(config)
+      console.start(config)
     console.refuse("maxtext-mudd: no.")
     sys.exit(2)
   assert not (tmp_path / "out").exists()
@@ -241,7 +241,7 @@ def test_a_resumed_run_appends(config, folder, log):
   folder.mkdir(parents=True)
   (folder / "log.txt").write_text("of the first run\n")
   with Console():
-    console.configured(config)
+    console.start(config)
     log.info(step(41))
     print("of the second")
   lines = (folder / "log.txt").read_text().splitlines()
@@ -257,7 +257,7 @@ def test_a_refused_resumption_is_in_the_log_of_its_run(config, folder, earlier, 
   if earlier:
     log.write_text(earlier)
   with pytest.raises(SystemExit), Console():
-    console.configured(config)
+    console.start(config)
     print("what MaxText says")
     console.refuse("maxtext-mudd: no.")
     sys.exit(2)
@@ -271,7 +271,7 @@ def test_a_refused_resumption_is_in_the_log_of_its_run(config, folder, earlier, 
 def test_an_interrupted_run_keeps_its_log(config, folder, log):
   folder.mkdir(parents=True)
   with pytest.raises(SystemExit), Console():
-    console.configured(config)
+    console.start(config)
     log.info(step(0))
     console.refuse("maxtext-mudd: interrupted.")
     sys.exit(2)
@@ -281,13 +281,13 @@ def test_an_interrupted_run_keeps_its_log(config, folder, log):
 def test_a_log_that_cannot_be_written(config, folder):
   (folder / "log.txt").mkdir(parents=True)
   with Console(), pytest.raises(ConfigError) as error:
-    console.configured(config)
+    console.start(config)
   assert str(error.value).startswith(f"{folder / 'log.txt'}: the log of the run cannot be written (Is a directory)")
 
 
 def test_a_crash_is_in_the_log_too(config, folder):
   with pytest.raises(ZeroDivisionError), Console():
-    console.configured(config)
+    console.start(config)
     folder.mkdir(parents=True)
     logging.getLogger("absl").error("on the way")
     1 / 0  # noqa: B018
@@ -296,7 +296,7 @@ def test_a_crash_is_in_the_log_too(config, folder):
 
 def test_a_crash_before_there_is_a_folder(config, folder, no_temporary_files, capsys):
   with pytest.raises(ZeroDivisionError), Console():
-    console.configured(config)
+    console.start(config)
     print("on the way")
     1 / 0  # noqa: B018
   (log,) = no_temporary_files.iterdir()
@@ -316,7 +316,7 @@ def test_a_crash_before_the_configuration_is_read(capsys):
 def test_results_of_a_launcher_without_a_log(config, tmp_path, capsys):
   with Console(writes_log=False):
     print("what MaxText says")
-    console.configured(config)
+    console.start(config)
     console.show("Input `a` -> `b`")
   assert capsys.readouterr() == ("Input `a` -> `b`\n", "")
   assert not (tmp_path / "out").exists()
@@ -326,7 +326,7 @@ def test_a_process_of_several_has_the_console_of_maxtext(config, folder, log, mo
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   folder.mkdir(parents=True)
   with Console():
-    console.configured(config)
+    console.start(config)
     os.write(2, b"F1128 13:28:32.476575    4615 client.cc:80] the coordinator is lost\n")
     print("as MaxText does")
   assert capsys.readouterr().out == "as MaxText does\n"
@@ -341,7 +341,7 @@ def test_a_bar_on_terminals_alone(config, log, is_terminal, monkeypatch):
   with open(writer, "w") as stdout:
     monkeypatch.setattr(sys, "stdout", stdout)
     with Console():
-      console.configured(config)
+      console.start(config)
       for number in range(3):
         time.sleep(0.15)  # a bar is drawn ten times a second at most
         log.info(step(number))

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from maxtext_mudd.runs import console, early
+from maxtext_mudd.runs import console, early_check
 from tests import runs
 
 TINY = str(runs.ROOT / "yaml" / "mudd_tiny.yml")
@@ -60,12 +60,12 @@ def run(code: str, *arguments: str, **options) -> subprocess.CompletedProcess:
   ],
 )
 def test_command_lines_whose_console_will_be_brief(arguments, may):
-  assert early.may_hold_back(["train.py", *arguments]) == may
+  assert early_check.shows_brief_console(["train.py", *arguments]) == may
 
 
 def test_a_variable_of_the_environment_may_change_the_console(monkeypatch):
   monkeypatch.setenv("M_LOG_CONSOLE", "full")
-  assert not early.may_hold_back(["train.py", TINY, *LOCAL])
+  assert not early_check.shows_brief_console(["train.py", TINY, *LOCAL])
 
 
 @pytest.mark.parametrize("may", [True, False])
@@ -79,9 +79,9 @@ def test_a_console_reads_the_command_line(may, monkeypatch, capsys):
 
 def test_brief_from_the_configuration_on(config, tmp_path, capsys):
   (tmp_path / "run").mkdir()
-  with console.Console(holds_back=False):
+  with console.Console(holds_output=False):
     print("before the configuration")
-    console.configured(config)
+    console.start(config)
     print("after it")
   shown = capsys.readouterr().out
   assert shown.startswith("before the configuration\ntraining run for 100 steps; ")
@@ -89,17 +89,17 @@ def test_brief_from_the_configuration_on(config, tmp_path, capsys):
   assert "after it\n" in (tmp_path / "run" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("holds_back", [True, False])
-def test_no_folder_for_temporary_files(holds_back, config, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("holds_output", [True, False])
+def test_no_folder_for_temporary_files(holds_output, config, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-  with console.Console(holds_back=holds_back):
+  with console.Console(holds_output=holds_output):
     print("before the configuration")
-    console.configured(config)
+    console.start(config)
     print("after it")
   assert capsys.readouterr() == (
     "before the configuration\nafter it\n",
-    "warning: no folder for temporary files can be written, so the console shows everything, and there is no log.txt; "
-    "set the environment variable TMPDIR to one that can.\n",
+    "warning: no folder for temporary files can be written to, so the console shows everything, and there is no "
+    "log.txt; set the environment variable TMPDIR to a folder that can.\n",
   )
 
 
@@ -108,10 +108,10 @@ def test_a_debugger_has_the_real_console(is_configured, config, tmp_path, monkey
   (tmp_path / "run").mkdir()
   debugger = types.SimpleNamespace(run=lambda *arguments: print("(Pdb)", *arguments))
   monkeypatch.setattr(sys, "breakpointhook", debugger.run)
-  with console.Console(holds_back=True):
+  with console.Console(holds_output=True):
     print("before")
     if is_configured:
-      console.configured(config)
+      console.start(config)
     breakpoint(1)
     print("after")
   shown = capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_a_debugger_has_the_real_console(is_configured, config, tmp_path, monkey
 def test_a_debugger_stops_in_the_frame_that_called_it():
   code = """
 from maxtext_mudd.runs.console import Console
-with Console(holds_back=True):
+with Console(holds_output=True):
   number = 41
   breakpoint()
   number += 1
@@ -139,8 +139,8 @@ def test_an_aborted_process_has_said_where_its_log_is(tmp_path):
 import os, sys, types
 from maxtext_mudd.runs import console
 folder = sys.argv[1]
-with console.Console(holds_back=True):
-  console.configured(types.SimpleNamespace(
+with console.Console(holds_output=True):
+  console.start(types.SimpleNamespace(
     log_console="brief", base_output_directory=folder, checkpoint_dir=folder + "/run/checkpoints/", run_name="run",
     steps=1, log_period=1, num_target_devices=1, tokenizer_path="",
   ))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from maxtext_mudd.config.errors import ConfigError
-from maxtext_mudd.runs import data_faults, sources
+from maxtext_mudd.runs import data_faults, data_settings
 from tests import data_files, runs
 
 
@@ -83,7 +83,7 @@ FAULTS = {
   "a cell without a value": ("csv", b"text,n\na,1\n,2\n", "row 2 has no value in column 'text'; "),
   "a null": ("parquet", parquet(["a", "b"], ["c", None]), "row 4 has no value in column 'text'; "),
   "another column": ("parquet", lambda path: pq.write_table(pa.table({"b": ["a"]}), path), "the file has no column"),
-  "numbers": ("parquet", parquet([1, 2]), "column 'text' holds int64; text or token lists are needed."),
+  "numbers": ("parquet", parquet([1, 2]), "column 'text' holds int64; text or lists of tokens are needed."),
   "tokens for text": (
     "parquet",
     parquet([[1, 2]]),
@@ -105,7 +105,7 @@ FAULTS = {
     records(GOOD, example(text=[b"\xff"])),
     "record 2 is not UTF-8 in 'text' (byte 1",
   ),
-  "half a record": ("tfrecord", b"\x05\0\0\0\0\0\0\0\0\0\0\0abc", "the file cannot be read behind record 0 ("),
+  "half a record": ("tfrecord", b"\x05\0\0\0\0\0\0\0\0\0\0\0abc", "the file cannot be read after record 0 ("),
 }
 
 
@@ -136,7 +136,7 @@ def test_a_compressed_file_is_read_as_datasets_reads_it(settings, tmp_path):
 
 
 def test_a_file_that_the_system_does_not_open(tmp_path):
-  columns = sources.Columns(("text",), "tokenize_train_data", True)
+  columns = data_settings.Columns(("text",), "tokenize_train_data", True)
   for file_type in ("text", "json", "csv"):
     sentence = data_faults.find(tmp_path / "gone", file_type, columns)
     assert sentence == "the file cannot be read (No such file or directory); name one that can."
@@ -168,8 +168,8 @@ def test_a_configuration_as_maxtext_passes_it_on(settings, tmp_path):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (b'[{"text": "a"},\n {"text" "b"}]', "the file cannot be read behind row 0 ("),
-    (b'{"text" "a"}\n', "the file cannot be read behind row 0 ("),
+    (b'[{"text": "a"},\n {"text" "b"}]', "the file cannot be read after row 0 ("),
+    (b'{"text" "a"}\n', "the file cannot be read after row 0 ("),
     (b'{"text": "\xff"}\n', "row 1 is not UTF-8 in column 'text' (byte 1 of its text); "),
   ],
 )

@@ -11,7 +11,7 @@ from maxtext_mudd.config import errors
 from maxtext_mudd.config import files as config_files
 from maxtext_mudd.config.keys import MuddKeys
 from maxtext_mudd.config.mudd_config import MuddConfig
-from maxtext_mudd.runs import early, sources, usage
+from maxtext_mudd.runs import data_settings, early_check, usage
 from tests import runs
 
 MODEL = str(runs.ROOT / "yaml" / "mudd_405m.yml")
@@ -45,7 +45,7 @@ def refusal(function, *arguments) -> str:
   ],
 )
 def test_the_sentence_is_that_of_the_configuration(arguments):
-  assert refusal(early.check, *arguments) == refusal(pyconfig.initialize_pydantic, *arguments)
+  assert refusal(early_check.check, *arguments) == refusal(pyconfig.initialize_pydantic, *arguments)
 
 
 def test_files_are_refused_by_the_same_sentence(tmp_path):
@@ -61,7 +61,7 @@ def test_files_are_refused_by_the_same_sentence(tmp_path):
     "mudd: [",
   ):
     (tmp_path / "my.yml").write_text(text)
-    assert refusal(early.check, file) == refusal(pyconfig.initialize_pydantic, file)
+    assert refusal(early_check.check, file) == refusal(pyconfig.initialize_pydantic, file)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,8 @@ def test_files_are_refused_by_the_same_sentence(tmp_path):
     (["data/local_text.yml"], "hf_train_files='' names no data"),
     (
       ["data/local_text.yml", f"hf_train_files={__file__}"],
-      "hf_eval_files='' names no data; set it to files, or to a pattern that matches files, or eval_interval=-1",
+      "hf_eval_files='' names no data; set it to files, or to a pattern that matches files, or set eval_interval=-1 "
+      "for a run without evaluation.",
     ),
     (
       ["data/local_text.yml", "hf_path=jsn", "hf_train_files=a"],
@@ -87,7 +88,7 @@ def test_files_are_refused_by_the_same_sentence(tmp_path):
 )
 def test_data_that_are_not_there(arguments, says):
   with pytest.raises(errors.ConfigError) as refused:
-    early.check(["", TINY, *arguments], sources.check)
+    early_check.check(["", TINY, *arguments], data_settings.check)
   assert says in str(refused.value)
 
 
@@ -95,20 +96,22 @@ def test_data_that_are_not_there(arguments, says):
 def test_files_that_are_no_plain_text(ending, loader, tmp_path):
   (tmp_path / f"data.{ending}").write_text("x")
   with pytest.raises(errors.ConfigError) as refused:
-    early.check(["", TINY, "data/local_text.yml", f"hf_train_files={tmp_path}/data.{ending}"], sources.check)
+    early_check.check(
+      ["", TINY, "data/local_text.yml", f"hf_train_files={tmp_path}/data.{ending}"], data_settings.check
+    )
   assert str(refused.value).endswith(f"is not plain text by its ending; set hf_path={loader}, or rename the file.")
 
 
 def test_data_that_may_be_there():
   files = f"grain_train_files={__file__}"
-  early.check(["", TINY, files, "eval_interval=-1"], sources.check)
-  early.check(["", TINY, "grain_train_files=gs://bucket/none", "eval_interval=-1"], sources.check)
-  early.check(["", TINY, "dataset_type=synthetic", "grain_train_files=none"], sources.check)
-  early.check(["", TINY, files, "eval_interval=x"], sources.check)  # refused later, for what it is
+  early_check.check(["", TINY, files, "eval_interval=-1"], data_settings.check)
+  early_check.check(["", TINY, "grain_train_files=gs://bucket/none", "eval_interval=-1"], data_settings.check)
+  early_check.check(["", TINY, "dataset_type=synthetic", "grain_train_files=none"], data_settings.check)
+  early_check.check(["", TINY, files, "eval_interval=x"], data_settings.check)  # refused later, for what it is
 
 
 def accept(*arguments):
-  early.check(["", *arguments, *FIXED])
+  early_check.check(["", *arguments, *FIXED])
   return pyconfig.initialize_pydantic(["", *arguments, *FIXED])
 
 
@@ -124,11 +127,11 @@ def test_what_the_configuration_takes_is_not_refused(tmp_path, monkeypatch):
 
 
 def test_a_prompt_is_a_text():
-  early.check(["", MODEL, "prompt=[def"])
+  early_check.check(["", MODEL, "prompt=[def"])
 
 
 def test_flags_of_abseil_are_left_alone():
-  early.check(["", MODEL, "--verbosity", "1"])
+  early_check.check(["", MODEL, "--verbosity", "1"])
 
 
 def test_the_keys_are_those_of_the_configuration():
@@ -136,7 +139,7 @@ def test_the_keys_are_those_of_the_configuration():
     groups = [field.annotation.model_fields for field in fields.values() if hasattr(field.annotation, "model_fields")]
     return {key for group in groups for key in group.keys() | nested(group)}
 
-  fields, groups = early.stock_keys()
+  fields, groups = early_check.maxtext_keys()
   assert fields == MuddConfig.model_fields.keys() - MuddKeys.model_fields.keys()
   assert groups == nested(MuddConfig.model_fields)
 

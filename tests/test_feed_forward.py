@@ -10,7 +10,7 @@ from maxtext.layers.linears import MlpBlock
 import numpy as np
 import pytest
 
-from maxtext_mudd.blocks import feed_forward
+from maxtext_mudd.blocks.feed_forward import split_feed_forward
 from tests import models
 
 WIDTH, LENGTH = 80, 5
@@ -72,7 +72,7 @@ def test_block(name):
     return nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
 
   (_, whole), whole_grads = run()
-  feed_forward.compute_in_parts(layer)
+  split_feed_forward(layer)
   (_, parts), parts_grads = run()
   for y in (whole, parts):
     np.testing.assert_allclose(y, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
@@ -84,7 +84,7 @@ def test_block(name):
 
 def test_decoding_computes_the_whole():
   layer = Layer(activations=["silu", "linear"], model_mode=MODEL_MODE_AUTOREGRESSIVE)
-  feed_forward.compute_in_parts(layer)
+  split_feed_forward(layer)
   jaxpr = str(jax.make_jaxpr(lambda x: layer.mlp(x, deterministic=True))(jnp.ones((2, 1, layer.mlp.in_features))))
   assert f"[2,1,{WIDTH}]" in jaxpr
 
@@ -92,7 +92,7 @@ def test_decoding_computes_the_whole():
 def test_each_part_draws_its_own_dropout():
   """Where all columns are alike, output i is the number that part i kept."""
   layer = Layer(activations=["linear"], dropout=0.5)
-  feed_forward.compute_in_parts(layer)
+  split_feed_forward(layer)
   x = jnp.ones((1, 1, layer.mlp.in_features))
   models.set_parameters(
     layer.mlp,

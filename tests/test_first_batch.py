@@ -85,7 +85,7 @@ def test_no_batch(check, tmp_path):
   hf = {"dataset_type": "hf", "hf_path": "text", "hf_train_files": f"{tmp_path}/a.txt"}
   assert refusal(check, **hf, packing=False) == (
     f"hf_train_files={tmp_path}/a.txt holds 1 row(s), which fill no batch of per_device_batch_size=2 for each device; "
-    "use a smaller one, more data or, for training, a higher num_epoch."
+    "use a smaller batch, more data or, for training, a higher num_epoch."
   )
   check(**hf, packing=True)
   check(grain_train_files=write(tmp_path / "one.parquet", ["a line"]))
@@ -189,11 +189,11 @@ def test_workers_of_the_processes_that_read_data(settings, good, tmp_path, monke
 
 
 def test_fine_tuning(check, good, tmp_path):
-  said = refusal(check, grain_train_files=good, use_sft=True)
-  assert said.startswith("use_sft=True reads conversations, and train_data_columns=['text'] are none; name [messages]")
+  sentence = refusal(check, grain_train_files=good, use_sft=True)
+  assert sentence.startswith("use_sft=True reads conversations, and train_data_columns=['text'] holds none; set it and")
   (tmp_path / "a.txt").write_text("a line\n" * 20)
   text = {"dataset_type": "hf", "hf_path": "text", "hf_train_files": f"{tmp_path}/a.txt"}
-  assert refusal(check, **text, use_sft=True) == said
+  assert refusal(check, **text, use_sft=True) == sentence
   sft = {"use_sft": True, "train_data_columns": ["messages"]}
   template = "use_sft=True needs a chat template, and the tokenizer of tokenizer_path="
   talk = write(tmp_path / "talk.parquet", MESSAGES * 4, "messages")

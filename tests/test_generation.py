@@ -1,4 +1,4 @@
-"""Decoding with MaxText's engine: the released models' tokens, and those of teacher forcing."""
+"""Generating tokens with MaxText's engine: the released models' tokens, and those of teacher forcing."""
 
 import pathlib
 import subprocess
@@ -14,7 +14,7 @@ from maxtext_mudd import convert, decode
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.inference import generation
 from tests import models, runs
-from tests.test_blocks import MOE
+from tests.blocks import MOE
 
 FAST = (("muddformer_tiny", False),)
 SLOW = (("muddformer_tiny", True), ("muddpythia_tiny", False), ("muddpythia_tiny", True))
@@ -105,37 +105,37 @@ def test_experts(scan, chunk):
 
 
 REFUSED = {
-  "no prompt": (([], 4), "there is no prompt; give one at least."),
+  "no prompt": (([], 4), "there is no prompt; pass at least one."),
   "an empty prompt": (
     ([[1], []], 4),
-    "prompt 1 is float64[0]; it has to be a list of tokens, which are whole numbers.",
+    "prompt 1 is float64[0]; pass a list of tokens, which are whole numbers.",
   ),
-  "one list": (([1, 2], 4), "prompt 0 is int64[]; it has to be a list of tokens, which are whole numbers."),
+  "one list": (([1, 2], 4), "prompt 0 is int64[]; pass a list of tokens, which are whole numbers."),
   "no new tokens": (([[1]], 0), "max_new_tokens=0 is not a number of tokens; set it to 1 or more."),
   "a token too far": (([[1, 64]], 4), "prompt 0 has the token 64, and the model has vocab_size=64."),
   "too long": (
     ([[1] * 13], 4),
-    "prompt 0 has 13 tokens, and 4 more are longer than the context, max_target_length=16; shorten it, or ask for "
-    "fewer.",
+    "prompt 0 has 13 tokens, and 4 more do not fit into the context, max_target_length=16; shorten the prompt, or "
+    "lower max_new_tokens.",
   ),
   "half a token": (
     ([[1.5]], 4),
-    "prompt 0 is float64[1]; it has to be a list of tokens, which are whole numbers.",
+    "prompt 0 is float64[1]; pass a list of tokens, which are whole numbers.",
   ),
   "no temperature": (
     ([[1]], 4, float("nan")),
-    "temperature=nan is not from 1e-06 on; 0 takes the most probable token each time.",
+    "temperature=nan is not a finite number of 1e-06 or more; temperature=0 takes the most probable token each time.",
   ),
   "too cold to divide by": (
     ([[1]], 4, 1e-40),
-    "temperature=1e-40 is not from 1e-06 on; 0 takes the most probable token each time.",
+    "temperature=1e-40 is not a finite number of 1e-06 or more; temperature=0 takes the most probable token each time.",
   ),
   "temperature left out": (([[1]], 4, None), "temperature=None is not a number."),
   "a complex temperature": (([[1]], 4, 1j), "temperature=1j is not a number."),
-  "a generator": ((iter([[1]]), 4), "prompts are list_iterator; they have to be a list of lists of tokens."),
+  "a generator": ((iter([[1]]), 4), "prompts are list_iterator; pass a list of lists of tokens."),
   "lists in lists": (
     ([[1, [2, 3]]], 4),
-    "prompt 0 is made of rows of different lengths; it has to be a list of tokens, which are whole numbers.",
+    "prompt 0 is made of rows of different lengths; pass a list of tokens, which are whole numbers.",
   ),
   "a part of a token": (([[1]], 2.5), "max_new_tokens=2.5 is not a whole number."),
   "a seed too large": (([[1]], 4, 1.0, 0, 2**70), f"seed={2**70} is not from 0 to 2**32 - 1."),
@@ -154,7 +154,7 @@ def test_refusals(case):
 def test_refusals_of_the_command(tmp_path):
   nowhere = tmp_path / "nowhere"
   for keys, message in (
-    ({}, "load_parameters_path='' names no checkpoint; name one, as OUTPUT/RUN/checkpoints/STEP."),
+    ({}, "load_parameters_path='' names no checkpoint; name one, such as OUTPUT/RUN/checkpoints/STEP."),
     ({"load_parameters_path": str(nowhere)}, f"load_parameters_path={nowhere}: there is no such folder."),
     (
       {"load_parameters_path": str(tmp_path / ("n" * 300))},
@@ -162,12 +162,13 @@ def test_refusals_of_the_command(tmp_path):
     ),
     (
       {"load_full_state_path": str(nowhere), "enable_checkpointing": True},
-      f"load_full_state_path={nowhere}: decoding reads parameters alone; name the checkpoint by load_parameters_path, "
-      "which takes one of a run, too.",
+      f"load_full_state_path={nowhere}: decoding reads parameters only; name the checkpoint by load_parameters_path, "
+      "which also accepts a checkpoint of a run.",
     ),
     (
       {"load_parameters_path": str(tmp_path), "max_prefill_predict_length": 64, "max_target_length": 64},
-      "max_prefill_predict_length=64 leaves no room for new tokens in max_target_length=64; lower it, or raise that.",
+      "max_prefill_predict_length=64 leaves no room for new tokens in max_target_length=64; lower the first key, "
+      "or raise the second.",
     ),
     (
       {"load_parameters_path": str(tmp_path), "decode_sampling_strategy": "topk"},
@@ -183,11 +184,12 @@ def test_refusals_of_the_command(tmp_path):
         "decode_sampling_strategy": "weighted",
         "decode_sampling_temperature": 0.0,
       },
-      "decode_sampling_temperature=0.0 is not from 1e-06 on; greedy decoding takes the most probable token each time.",
+      "decode_sampling_temperature=0.0 is not a finite number of 1e-06 or more; "
+      "decode_sampling_strategy=greedy takes the most probable token each time.",
     ),
     (
       {"load_parameters_path": str(tmp_path), "moba": True},
-      "moba=True: MaxText decodes with all keys, where training chooses blocks of them; use logits.",
+      "moba=True: MaxText attends to all keys in decoding, and to chosen blocks of them in training; use logits.",
     ),
   ):
     with pytest.raises(ConfigError) as refused:
@@ -241,10 +243,12 @@ def test_the_command(tmp_path):
   assert len(said[0][1]) > len(f"Input `{TEXT}` -> ``")
   assert said[2][0] == 2
   assert said[2][2] == (
-    "maxtext-mudd: the prompt has 61 tokens, more than max_prefill_predict_length=40; raise that, and what is left to "
-    "max_target_length=64 is made, or shorten it."
+    "maxtext-mudd: the prompt has 61 tokens, more than max_prefill_predict_length=40; shorten it, or raise that "
+    "key, which leaves fewer new tokens up to max_target_length=64."
   )
-  assert said[3][::2] == (2, "maxtext-mudd: prompt='' says nothing; write something.")
+  assert said[3][::2] == (2, 'maxtext-mudd: prompt is empty; pass prompt="...".')
   assert said[4][:2] == said[0][:2]
   assert said[5][0] == 2
-  assert said[5][2].startswith("maxtext-mudd: autoregressive_decode_assert=no such text: the text does not begin so: '")
+  assert said[5][2].startswith(
+    "maxtext-mudd: autoregressive_decode_assert=no such text: the new text does not begin with it: '"
+  )

@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from maxtext_mudd import kernels
+from maxtext_mudd.connections.mudd.aggregate import DepthAggregate
 from tests import models
 from tests.parameters import from_jax, from_pytorch
-
-LOGITS_TOLERANCE = 2e-4
+from tests.published import LOGITS_TOLERANCE
 
 RELEASED = {
   "mudd": True,
@@ -37,32 +37,38 @@ def close(found, expected, what: str) -> None:
   np.testing.assert_allclose(found, expected, atol=LOGITS_TOLERANCE, rtol=0, err_msg=what)
 
 
-def walk(model, data):
-  """Runs the decoder layer by layer: yields X_i (from 0: the embedding), and (weights, streams) of DA_i."""
-  decoder = model.decoder
-  rest = (data["inputs_segmentation"], data["inputs_position"], True, "train")
-  x = model.token_embedder(data["inputs"], model_mode="train")
-  hidden, aggregates = [x], []
-  carry = x
-  for i in range(decoder.config.num_decoder_layers):
-    layer = getattr(decoder, f"layers_{i}")
-    following = getattr(decoder, f"layers_{i + 1}", None)
-    if following is None:
-      history = carry
-      block_input, history = layer.connection.read(history)
-      output, _ = type(layer).__mro__[1].__call__(layer, block_input, *rest)
-      history = layer.connection.write(history, output)
-      da = layer.connection.final_depth_aggregate
-    else:
-      history, _ = layer(carry, *rest)
-      da = following.connection.depth_aggregate
-    carry = history
-    hidden.append(history.output)
-    sources = [history.sources[j] for j in da.aggregate.sources]
-    weights = da.weights(history.output)
-    streams = da.streams(kernels.mix(sources, weights), history.output)
-    aggregates.append((kernels.token_weights(sources, weights)[0], streams))
-  return hidden, aggregates
+class Recording(DepthAggregate):
+  """An aggregate that sows X_i, its weights for each token, and its streams."""
+
+  def streams(self, sums, output):
+    streams = super().streams(sums, output)
+    weights = kernels.token_weights([output], self.weights(output, -1))[0]
+    for name, value in (("output", output), ("token_weights", weights), ("stream_values", streams)):
+      self.sow(nnx.Intermediate, name, value)
+    return streams
+
+
+def run(model, data):
+  """(logits, X_i from the embedding on, and of each DA its weights and streams)."""
+  numbers = range(model.decoder.config.num_decoder_layers)
+  for i in numbers:
+    aggregate_of(model, i).__class__ = Recording
+  graph, state = nnx.split(model)
+
+  @jax.jit
+  def forward(state):
+    model = nnx.merge(graph, state)
+    logits = models.logits(model, data)
+    hidden, aggregates = [model.token_embedder(data["inputs"], model_mode="train")], []
+    for i in numbers:
+      sown = nnx.pop(aggregate_of(model, i), nnx.Intermediate)
+      names = ("output", "token_weights", "stream_values")
+      (output,), (weights,), (streams,) = (sown[name].get_value() for name in names)
+      hidden.append(output)
+      aggregates.append((weights, streams))
+    return logits, hidden, aggregates
+
+  return forward(state)
 
 
 PYTORCH = {
@@ -90,15 +96,10 @@ def released(request):
   return model, data, golden, keys
 
 
-def test_released_logits(released):
+def test_released_logits_and_intermediates(released):
   model, data, golden, _ = released
-  found = nnx.jit(models.logits)(model, data)
-  assert np.abs(found - golden["logits"]).max() <= LOGITS_TOLERANCE
-
-
-def test_released_intermediates(released):
-  model, data, golden, _ = released
-  hidden, aggregates = nnx.jit(walk)(model, data)
+  logits, hidden, aggregates = run(model, data)
+  close(logits, golden["logits"], "logits")
   for i, x in enumerate(hidden):
     close(x, golden[f"hidden.{i}"], f"hidden.{i}")
   for i, (weights, streams) in enumerate(aggregates):
@@ -109,8 +110,8 @@ def test_released_intermediates(released):
     expected = golden[f"dw_dyn.{i}"].transpose(1, 2, 0, 3)
     close(dynamic, expected, f"dw_dyn.{i}")
     assert len(streams) == len(golden[f"streams.{i}"])
-    for c, stream in enumerate(da.aggregate.streams):
-      close(streams[stream], golden[f"streams.{i}"][c], f"streams.{i}, way {c}")
+    for c, stream in enumerate(streams):
+      close(stream, golden[f"streams.{i}"][c], f"streams.{i}, way {c}")
 
 
 def aggregate_of(model, i):
@@ -151,9 +152,8 @@ def fork(request):
 
 def test_fork_logits_and_intermediates(fork):
   _, model, data, golden = fork
-  found = nnx.jit(models.logits)(model, data)
-  assert np.abs(found - golden["logits"]).max() <= LOGITS_TOLERANCE
-  hidden, aggregates = nnx.jit(walk)(model, data)
+  logits, hidden, aggregates = run(model, data)
+  close(logits, golden["logits"], "logits")
   for i, x in enumerate(hidden[1:], 1):
     close(x, golden[f"hidden.{i}"], f"hidden.{i}")
   for i, (weights, _) in enumerate(aggregates):

@@ -1,6 +1,7 @@
 """Reverse-mode differentiation over many aggregates: its gradients are those of the plain sums, as JAX makes them."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,34 +9,37 @@ import numpy as np
 import pytest
 
 from maxtext_mudd import kernels
+from maxtext_mudd.config.keys import MuddKeys
 from maxtext_mudd.connections import history
+from maxtext_mudd.connections.base import Link, Plan
 from maxtext_mudd.connections.history import History
-from maxtext_mudd.connections.mudd import topology
+from maxtext_mudd.connections.mudd import sites
 
 SHAPE, HIDDEN = (2, 12, 16), 8
 BUDGET = 2e-5  # of the largest entry of a gradient; the errors seen are below 4e-6
 
-DENSE = {"ways": 4, "dense_streams": "qkvr", "dilation": 1, "period": 1, "window": 0, "depth_start": 0.0}
-CASES = {  # blocks and what differs from the dense model
+CASES = {  # blocks, and the keys that differ from the defaults
   "one group": (3, {}),
   "a full group": (4, {}),
   "two groups and one aggregate": (9, {}),
-  "one way": (6, {"ways": 1}),
-  "static weights": (6, {"dynamic": False}),
-  "window": (10, {"window": 3}),
-  "dilation": (11, {"dilation": 2}),
-  "2x2": (12, {"dilation": 2, "period": 2}),
-  "no aggregate at the end, two streams": (7, {"period": 3, "dense_streams": "qr"}),
-  "the upper half": (10, {"depth_start": 0.5}),
+  "one way": (6, {"mudd_ways": 1}),
+  "static weights": (6, {"mudd_dynamic": False}),
+  "window": (10, {"mudd_window": 3}),
+  "dilation": (11, {"mudd_source_dilation": 2}),
+  "2x2": (12, {"mudd_source_dilation": 2, "mudd_block_period": 2}),
+  "no aggregate at the end, two streams": (7, {"mudd_block_period": 3, "mudd_dense_streams": "qr"}),
+  "the upper half": (10, {"mudd_depth_start": 0.5}),
 }
 
 
-def connected(blocks: int, dynamic: bool = True, **changes) -> topology.Topology:
-  sizes = {"hidden_expansion": 1.0, "last_hidden_expansion": 1.0, "round_to": 0}
-  return topology.dense(blocks, (1,) * blocks, dynamic=dynamic, **sizes, **(DENSE | changes))
+def plan_of(blocks: int, **keys) -> Plan:
+  """The plan of a MUDD model whose weight MLPs are as wide as they have weights."""
+  narrow = {"mudd_last_hidden_expansion": 1.0, "mudd_hidden_round_to": 0} if keys.get("mudd_dynamic", True) else {}
+  values = MuddKeys(mudd=True, **keys, **narrow).model_dump()
+  return sites.plan(types.SimpleNamespace(num_decoder_layers=blocks, **values))
 
 
-def parameters(model: topology.Topology):
+def parameters(plan: Plan):
   """(the embedding, of each block its matrices and the weights of the aggregate before it, those of the last one)."""
   rng = np.random.default_rng(0)
 
@@ -54,10 +58,10 @@ def parameters(model: topology.Topology):
 
   width = SHAPE[-1]
   blocks = []
-  for block in range(1, model.num_blocks + 1):
-    ways = model.before(block).ways if model.before(block) else 1
-    blocks.append((normal(ways, width, width, scale=0.5 * width**-0.5), weights(model.before(block))))
-  return normal(*SHAPE), blocks, weights(model.aggregates.get(model.num_blocks))
+  for block in range(1, plan.num_blocks + 1):
+    ways = plan.before(block).ways if plan.before(block) else 1
+    blocks.append((normal(ways, width, width, scale=0.5 * width**-0.5), weights(plan.before(block))))
+  return normal(*SHAPE), blocks, weights(plan.sites.get(plan.num_blocks))
 
 
 def output_of(matrices, streams, newest):
@@ -65,8 +69,8 @@ def output_of(matrices, streams, newest):
   return newest + jnp.tanh(sum(x @ matrix for x, matrix in zip(streams, matrices)))
 
 
-def plain_loss(model, has_norm, given):
-  """The model with Eqs. 5 and 6 as they are written."""
+def plain_loss(plan, has_norm, given):
+  """The plan with Eqs. 5 and 6 as they are written."""
   embedding, blocks, last = given
   source_of = jnp.sin if has_norm else lambda x: x  # any function serves as a pre-norm
   newest, sources = embedding, [source_of(embedding)]
@@ -82,41 +86,36 @@ def plain_loss(model, has_norm, given):
     return [sum(w[:, :, c, j, None] * x for j, x in enumerate(own)) for c in range(aggregate.ways)]
 
   for block, (matrices, weights) in enumerate(blocks, 1):
-    before = model.before(block)
+    before = plan.before(block)
     newest = output_of(matrices, mixed(weights, before) if before else [newest], newest)
     sources.append(source_of(newest))
-  hidden = sum(mixed(last, model.aggregates[model.num_blocks])) if last is not None else newest
+  hidden = sum(mixed(last, plan.sites[plan.num_blocks])) if last is not None else newest
   return jnp.sum(jnp.cos(hidden) * hidden)
 
 
-def loss(model, has_norm, passes, recomputes, given):
+def loss(plan, has_norm, passes, recomputes, given):
   """The same by `history`."""
   embedding, blocks, last = given
   source_of = jnp.sin if has_norm else lambda x: x
   carry = History((source_of(embedding),), embedding if has_norm else None)
 
-  def made_from(weights):
-    return kernels.WeightMLP(weights.w1, weights.w2, weights.a, carry.newest) if hasattr(weights, "w1") else weights
+  def weights_of(parameters, number, newest):
+    if not hasattr(parameters, "w1"):
+      return parameters
+    return kernels.WeightMLP(parameters.w1, parameters.w2, parameters.a, newest)
 
-  def block_of(matrices, streams, newest, _):
-    output = output_of(matrices, streams, newest)
+  def block_of(matrices, number, streams, newest, _):
+    output = output_of(matrices, [newest] if streams is None else streams, newest)
     return source_of(output), output, ()
 
   for block, (matrices, weights) in enumerate(blocks, 1):
-    if model.before(block) is None:
-      carry = carry.append(*block_of(matrices, [carry.output], carry.output, ())[:2])
-      continue
-    link = history.Link(history.place(model, block - 1), passes)
-    if recomputes:
-      carry, _ = history.through_block(link, block_of, matrices, carry, made_from(weights), ())
-    else:
-      streams, behind = history.aggregate(link, carry, made_from(weights))
-      carry = behind.append(*block_of(matrices, streams, carry.output, ())[:2])
-  hidden = carry.output
-  if last is not None:
-    link = history.Link(history.place(model, model.num_blocks), passes)
-    streams, _ = history.aggregate(link, history.name_last(carry), made_from(last))
-    hidden = sum(streams)
+    site = plan.before(block)
+    link = Link(plan, site, passes, weights_of if site else None, block_of, recomputes)
+    carry, _ = carry.through(link, weights, matrices, ())
+  site = plan.sites.get(plan.num_blocks)
+  link = Link(plan, site, passes, weights_of, None, recomputes) if site else None
+  sums, output, _ = carry.finish(link, last, ())
+  hidden = output if sums is None else sum(sums)
   return jnp.sum(jnp.cos(hidden) * hidden)
 
 
@@ -136,15 +135,15 @@ def rows():
 @functools.cache
 def expected(name, has_norm):
   blocks, changes = CASES[name]
-  model = connected(blocks, **changes)
-  given = parameters(model)
-  return model, given, jax.jit(jax.value_and_grad(functools.partial(plain_loss, model, has_norm)))(given)
+  plan = plan_of(blocks, **changes)
+  given = parameters(plan)
+  return plan, given, jax.jit(jax.value_and_grad(functools.partial(plain_loss, plan, has_norm)))(given)
 
 
 @pytest.mark.parametrize(("name", "has_norm", "recomputes", "implementation"), rows())
 def test_gradients_are_those_of_the_plain_sums(name, has_norm, recomputes, implementation):
-  model, given, (true_loss, true_gradients) = expected(name, has_norm)
-  call = functools.partial(loss, model, has_norm, kernels.Passes(implementation), recomputes)
+  plan, given, (true_loss, true_gradients) = expected(name, has_norm)
+  call = functools.partial(loss, plan, has_norm, kernels.Passes(implementation), recomputes)
   value, gradients = jax.jit(jax.value_and_grad(call))(given)
   assert float(value) == pytest.approx(float(true_loss), rel=1e-5)
   for (path, found), true in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(true_gradients)):
@@ -154,7 +153,7 @@ def test_gradients_are_those_of_the_plain_sums(name, has_norm, recomputes, imple
 
 
 def test_groups_count_from_the_top():
-  seven = connected(7)
+  seven = plan_of(7)
   floors = {block: history.place(seven, block).floor for block in range(1, 8)}
   assert floors == {1: 1, 2: 1, 3: 1, 4: 4, 5: 4, 6: 4, 7: 4}
   assert [block for block in floors if history.place(seven, block).is_lowest] == [1, 4]

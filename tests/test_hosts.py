@@ -14,9 +14,9 @@ jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import hosts
 
-assert hosts.meet("both", 60)
+assert hosts.wait_for_all("both", 60)
 if sys.argv[1] == "0":
-  assert not hosts.meet("alone", 2)
+  assert not hosts.wait_for_all("alone", 2)
 try:
   hosts.refuse_together(ConfigError("its own reason.") if sys.argv[1] == "1" else None)
 except ConfigError as error:

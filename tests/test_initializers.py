@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests import models
-from tests.test_blocks import MOE
+from tests.blocks import MOE
 
 WIDTH, HEADS, HEAD, FFN, VOCAB, LAYERS = 128, 4, 32, 256, 512, 2
 SHAPE = {

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests import runs, train_on_mesh
-from tests.test_blocks import MOE
+from tests.blocks import MOE
 
 # Well conditioned, and not with Adam: that makes full steps of gradients that are nothing but rounding.
 DENSE = {"base_num_decoder_layers": 4, "mudd_pre_norm": True, "mudd_post_norm": True}

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from tests import models, runs
-from tests.test_blocks import MOE
-from tests.test_training import value_and_gradients
+from tests.blocks import MOE
+from tests.steps import value_and_gradients
 
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
 

@@ -26,7 +26,7 @@ def test_installing_again_changes_nothing():
 @pytest.mark.parametrize(
   ("stub", "message"),
   [
-    ('__version__ = "0.9.9"', "maxtext 0.9.9 is installed; maxtext-mudd knows 0.2.5: install maxtext==0.2.5."),
+    ('__version__ = "0.9.9"', "maxtext 0.9.9 is installed, and maxtext-mudd knows 0.2.5 only; install maxtext==0.2.5."),
     ('raise ModuleNotFoundError("maxtext")', "maxtext is not installed; install maxtext==0.2.5."),
   ],
 )

@@ -58,5 +58,5 @@ def test_a_folder_without_events(tmp_path):
 
 def test_runs_that_share_no_evaluation(two, tmp_path):
   other = write(tmp_path / "other", [1.0], {5: 1.0})
-  with pytest.raises(SystemExit, match="were not evaluated at a common step"):
+  with pytest.raises(SystemExit, match="were not evaluated after a common step"):
     report.main(["report", str(two[0]), str(other)])

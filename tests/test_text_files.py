@@ -19,11 +19,11 @@ import pytest
 
 from maxtext_mudd import plugin, train
 from maxtext_mudd.config.errors import ConfigError
-from maxtext_mudd.runs import sources, text_files
+from maxtext_mudd.runs import data_settings, text_files
 from tests import runs
 
 TEXT_YML = str(runs.ROOT / "yaml" / "data" / "local_text.yml")
-TEXT = sources.Columns(("text",), "tokenize_train_data", True)
+TEXT = data_settings.Columns(("text",), "tokenize_train_data", True)
 NASTY = "\ufeffa\r\nb\rc\x0cd\u2028e\u0085f\n\n \t\n\x00g\nüñï🙂\n" + "x" * 70_000 + "\nlast"
 
 
@@ -98,7 +98,7 @@ UNREADABLE = {
   "half a character": ("text", b"a\n\xc3", "line 2 is not UTF-8 (0xc3 at byte 1 of the line, byte 3 of the file)"),
   "no value": ("json", b'{"text": "a"}\n{"text": null}\n', "row 2 has no value in column 'text'"),
   "no column": ("json", b'{"content": "a"}\n', "the file has no column 'text'; it has content."),
-  "numbers": ("csv", b"text\n1\n2\n", "column 'text' holds int64; text or token lists are needed."),
+  "numbers": ("csv", b"text\n1\n2\n", "column 'text' holds int64; text or lists of tokens are needed."),
   "no rows": ("csv", b"text\n", "the files hold no rows; write them again."),
 }
 

@@ -1,6 +1,5 @@
 """What MaxText does around the layers keeps working with MUDD connections on."""
 
-import copy
 import math
 
 from flax import nnx
@@ -14,45 +13,11 @@ import scipy.special
 
 from maxtext_mudd import kernels
 from maxtext_mudd.complexity import counts
-from maxtext_mudd.model.decoder import LayerConfig
 from tests import models, steps
-from tests.test_blocks import MOE
+from tests.blocks import MOE
+from tests.steps import POLICIES, value_and_gradients
 
 TINY = {"mudd": True, "base_num_decoder_layers": 2}
-POLICIES = [
-  "none",
-  "minimal",
-  "minimal_with_context",
-  "minimal_flash",
-  "minimal_with_quantization",
-  "minimal_with_context_and_quantization",
-  "save_dot_with_context_except_mlp",
-  "save_dot_except_mlpwi",
-  "save_dot_except_mlp",
-  "save_qkv_proj",
-  "qkv_proj_offloaded",
-  "minimal_offloaded",
-  "save_out_proj",
-  "custom",
-]
-
-
-def value_and_gradients(cfg, data=None):
-  """(loss, aux, gradients by path) of a random model on a batch, random if not given, through MaxText's own loss."""
-  model = models.build(cfg)
-  models.randomise(model)
-  graph, params, rest = nnx.split(model, nnx.Param, ...)
-  data = data or models.batch(cfg)
-
-  @jax.jit
-  def run(params):
-    def loss(params):
-      return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)
-
-    return jax.value_and_grad(loss, has_aux=True)(params)
-
-  (loss, aux), gradients = run(params)
-  return float(loss), aux, {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(gradients)}
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +133,7 @@ def test_router_bias_is_refused_by_name():
   """MaxText has router biases in its deepseek block only, whose attention has one latent input."""
   with pytest.raises(ValueError, match="only supported for the DeepSeek decoder block"):
     models.config(**TINY, decoder_block="mixtral", **MOE, routed_bias=True, routed_bias_update_rate=0.01)
-  with pytest.raises(ValueError, match="decoder_block='deepseek' is not supported with mudd=True"):
+  with pytest.raises(ValueError, match="decoder_block='deepseek' does not work with mudd=True"):
     models.config(**TINY, decoder_block="deepseek", first_num_dense_layers=1, **MOE, routed_bias=True)
 
 
@@ -198,11 +163,12 @@ def test_connection_metrics_are_what_they_say():
   cfg = models.config(mudd=True, record_internal_nn_metrics=1)
   model = models.build(cfg)
   models.randomise(model)
-  da = model.decoder.layers_2.connection.depth_aggregate
+  connection = model.decoder.layers_2.connection
+  da = connection.depth_aggregate
   rng = np.random.default_rng(0)
   xs = [rng.standard_normal((2, 16, 32)).astype(np.float32) for _ in range(3)]
   sources = list(map(jax.numpy.asarray, xs))
-  da.streams(kernels.mix(sources, da.weights()), sources[-1])
+  connection.read(3, kernels.mix(sources, da.weights(None, -1)), sources[-1])
   sown = {path[-1]: float(value.get_value()[0]) for path, value in nnx.to_flat_state(nnx.pop(da, nnx.Intermediate))}
 
   normed = xs[-1] / np.sqrt(np.square(xs[-1]).mean(-1, keepdims=True) + 1e-6)
@@ -215,17 +181,6 @@ def test_connection_metrics_are_what_they_say():
     assert sown[f"mudd_older_weight_{stream}"] == pytest.approx(older, rel=1e-4)
     mixed = sum(weights[:, :, c, j, None] * x for j, x in enumerate(xs))
     assert sown[f"mudd_norm_{stream}"] == pytest.approx(np.sqrt(np.square(mixed).mean()), rel=1e-4)
-
-
-def test_layer_configurations():
-  """Modules hold them statically: equal by value, and a deep copy keeps its width."""
-  cfg = models.config()
-  narrow = LayerConfig(cfg, 32)
-  assert narrow == LayerConfig(cfg, 32) and hash(narrow) == hash(LayerConfig(cfg, 32))
-  assert narrow != LayerConfig(cfg, 48) and narrow != LayerConfig(models.config(), 32)
-  for view in (narrow, copy.deepcopy(narrow)):
-    assert (view.mlp_dim, view.moe_mlp_dim, view.emb_dim) == (32, 32, cfg.emb_dim)
-    assert type(view) is LayerConfig
 
 
 @pytest.mark.slow
@@ -278,4 +233,4 @@ def test_parameter_count():
   extra = sum(d * wide + wide * c * n + c * n for c, n in ((4, 2), (4, 3), (1, 4)))
   extra += 2 * 2 * d  # two more attention norms in each block but the first
   assert count(cfg) - count(plain) == extra
-  assert counts.connection_flops(cfg) > 0
+  assert counts.connections_cost(cfg).flops > 0

@@ -33,7 +33,7 @@ MISTAKES = {
   ),
   "no period of logs": (
     ["log_period=0"],
-    "log_period=0 is not a number of steps between two flushes of what is logged; set it to 1 or more.",
+    "log_period=0 is not a number of steps between two flushes of the log; set it to 1 or more.",
   ),
   "no epochs": (["num_epoch=0"], "num_epoch=0 is not a number of passes over the data; set it to 1 or more."),
   "no profile": (
@@ -55,7 +55,7 @@ MISTAKES = {
   ),
   "LoRA": (
     ["lora.enable_lora=true"],
-    "lora.enable_lora=True does not work with pre-training, where MaxText adds no adapters to the model and so trains "
+    "lora.enable_lora=True does not work with pre-training: MaxText adds no adapters to the model there, and so trains "
     "and saves nothing; set lora.enable_lora=False.",
   ),
   "goodput without credentials": (
@@ -113,7 +113,7 @@ def config(tmp_path, **overrides):
 
 def test_metrics_for_cloud_storage(no_credentials, tmp_path, monkeypatch):
   cfg = config(tmp_path, gcs_metrics=True)
-  with pytest.raises(ConfigError, match=r"gcs_metrics=True uploads to Cloud Storage, where base_output_directory=/"):
+  with pytest.raises(ConfigError, match=r"gcs_metrics=True uploads to Cloud Storage, and base_output_directory=/"):
     train.check_training(cfg)
   monkeypatch.setenv("DECOUPLE_GCLOUD", "TRUE")
   train.check_training(cfg)

@@ -126,7 +126,7 @@ def test_size(name):
     return
   named = 12 * layers * width**2 + 2 * config.vocab_size * width  # GPT-3's shape, which the names count
   assert named <= counts.plain_parameters(config) <= 1.03 * named
-  assert counts.connection_parameters(config) <= 0.01 * named
+  assert counts.connections_cost(config).parameters <= 0.01 * named
   if size != "1p3b":  # Pythia-1.4B's shape
     number, unit = re.search(r"([\dp]+)([mb])$", size).groups()
     assert named == pytest.approx(float(number.replace("p", ".")) * {"m": 1e6, "b": 1e9}[unit], rel=0.012)

@@ -1,11 +1,11 @@
-"""Files that ship with the package."""
+"""Paths of the files that are part of the package: the byte tokenizer, evaluation tasks and configuration files."""
 
 import pathlib
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
-BYTE_TOKENIZER = "maxtext_mudd/byte"  # what a configuration writes as `tokenizer_path`
+BYTE_TOKENIZER = "maxtext_mudd/byte"  # the value of `tokenizer_path` that names the byte tokenizer
 BYTE_TOKENIZER_FOLDER = _PACKAGE / "assets" / "byte_tokenizer"
-TASKS = _PACKAGE / "assets" / "tasks"  # of the harness that `evaluate` runs
-# Configuration files: a wheel has them inside the package, a checkout beside it.
+TASKS = _PACKAGE / "assets" / "tasks"  # task files for the harness that `maxtext_mudd.evaluate` runs
+# Configuration files. A wheel has them inside the package, and a checkout has them beside it.
 CONFIGURATIONS = next((x for x in (_PACKAGE / "yaml", _PACKAGE.parent / "yaml") if x.is_dir()), _PACKAGE / "yaml")

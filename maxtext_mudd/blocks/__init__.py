@@ -1,31 +1,78 @@
-"""The decoder blocks that work with depth connections, and where their norms are.
+"""The decoder blocks that work with depth connections: one `BlockSpec` each.
 
-A stock block belongs here when attention reads only `norm(x)` and the residual sum is `x + attention`; the tests hold
-each to the stock block at the start and to an independent reference with random weights.
+A block of MaxText belongs here when its attention reads only `norm(x)` and its residual sum is `x + attention`. The
+tests compare each with the block of MaxText at the start, and with an independent reference at random weights.
+
+No JAX and no MaxText here: command lines are checked before these are imported.
 """
 
-ATTENTION_NORMS = {
-  "llama2": "pre_self_attention_layer_norm",
-  "mistral": "pre_self_attention_layer_norm",
-  "mixtral": "pre_self_attention_layer_norm",
-  "qwen2": "pre_self_attention_layer_norm",
-  "qwen3": "pre_self_attention_layer_norm",
-  "qwen3_moe": "pre_self_attention_layer_norm",
-  "gemma": "pre_self_attention_norm",
-  "gpt3": "pre_self_attention_norm",
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+  """What the package knows of one decoder block.
+
+  Attributes:
+    attention_norm: Name of the norm before attention, a submodule of the layer.
+    feed_forward_norm: Path of the norm before the feed-forward block, from the layer; dots separate submodules.
+    has_biases: The norms are LayerNorms with a bias, and every projection of attention and feed-forward block has one.
+    takes_attention_bias: `attention_bias` adds a bias to the query, key and value projections. Other blocks ignore it.
+    takes_qk_norm: `use_qk_norm` adds an RMSNorm to queries and one to keys. Other blocks ignore it.
+    takes_chunked_prefill: Attention reads the cache of earlier chunks when a prompt is prefilled in chunks.
+    scales_query_kernel: The query kernel starts smaller by 1/√head_dim, and scores are not scaled. Other blocks scale
+      the scores.
+    is_parallel: Attention and feed-forward block both read the input of the layer. In other blocks the feed-forward
+      block reads the sum of that input and attention.
+    is_rotary: Queries and keys are rotated by their positions.
+    is_released: It is the block of the authors' PyTorch MUDDFormer, up to the factor of `scales_query_kernel`.
+  """
+
+  attention_norm: str = "pre_self_attention_layer_norm"
+  feed_forward_norm: str = "post_self_attention_layer_norm"
+  has_biases: bool = False
+  takes_attention_bias: bool = False
+  takes_qk_norm: bool = False
+  takes_chunked_prefill: bool = True
+  scales_query_kernel: bool = False
+  is_parallel: bool = False
+  is_rotary: bool = True
+  is_released: bool = False
+
+
+_PYTHIA = "pythia"
+
+# By `decoder_block`, but for pythia.
+BLOCKS = {
+  "llama2": BlockSpec(scales_query_kernel=True, is_released=True),
+  "mistral": BlockSpec(scales_query_kernel=True, is_released=True),
+  "mixtral": BlockSpec(scales_query_kernel=True),
+  "qwen2": BlockSpec(takes_attention_bias=True, takes_qk_norm=True),
+  "qwen3": BlockSpec(takes_qk_norm=True, is_released=True),
+  "qwen3_moe": BlockSpec(takes_qk_norm=True),
+  "gemma": BlockSpec("pre_self_attention_norm", "pre_ffw_norm", scales_query_kernel=True),
+  "gpt3": BlockSpec(
+    "pre_self_attention_norm", "mlp.mlp_layer_norm", has_biases=True, takes_chunked_prefill=False, is_rotary=False
+  ),
+  _PYTHIA: BlockSpec("pre_self_attention_norm", "pre_mlp_norm", has_biases=True, takes_qk_norm=True, is_parallel=True),
 }
 
-# For connections that read before each sublayer; dotted where the norm is inside another module.
-FEED_FORWARD_NORMS = {
-  "llama2": "post_self_attention_layer_norm",
-  "mistral": "post_self_attention_layer_norm",
-  "mixtral": "post_self_attention_layer_norm",
-  "qwen2": "post_self_attention_layer_norm",
-  "qwen3": "post_self_attention_layer_norm",
-  "qwen3_moe": "post_self_attention_layer_norm",
-  "gemma": "pre_ffw_norm",
-  "gpt3": "mlp.mlp_layer_norm",
-}
+# Values of `decoder_block` that have a row. Pythia's block is chosen by `mudd_decoder_layer`.
+DECODER_BLOCKS = tuple(name for name in BLOCKS if name != _PYTHIA)
 
-# Scores are scaled by 1/sqrt(head_dim) in the query kernel from the start on, where others scale them as they are made.
-SCALED_QUERY_KERNELS = ("llama2", "mistral")
+
+def spec(config) -> BlockSpec:
+  """The row of the block that a configuration builds.
+
+  Raises:
+    ValueError: its `decoder_block` has no row.
+  """
+  name = _PYTHIA if config.mudd_decoder_layer == _PYTHIA else config.decoder_block.value
+  if name not in BLOCKS:
+    raise ValueError(f"decoder_block={name!r} is not supported; supported are {', '.join(DECODER_BLOCKS)}.")
+  return BLOCKS[name]
+
+
+def norm_parameters(config) -> int:
+  """Parameters of one norm of the block."""
+  return config.emb_dim * (2 if spec(config).has_biases else 1)

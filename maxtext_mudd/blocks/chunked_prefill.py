@@ -1,4 +1,7 @@
-"""Prompts prefilled in chunks, for all layers: some of MaxText 0.2.5 keep from their attention what came before."""
+"""Prompts prefilled in chunks, for all blocks: in MaxText 0.2.5 some layers do not pass `previous_chunk` to attention.
+
+`previous_chunk` is MaxText's argument for the tokens of a prompt that are in the KV cache already.
+"""
 
 import contextvars
 import functools
@@ -7,25 +10,30 @@ from flax import nnx
 from maxtext.inference.kvcache import KVCache
 from maxtext.layers.attentions import Attention
 
+from maxtext_mudd.blocks.classes import change_class
+
 _previous_chunk = contextvars.ContextVar("previous_chunk", default=None)
 
 
-def expect(decoder: nnx.Module, size: int) -> None:
-  """Readies a decoder for chunks of `size` tokens: caches that take as many at once, which MaxText leaves at one, and
-  layers whose attention is told of the chunks before."""
+def prefill_in_chunks(decoder: nnx.Module, size: int) -> None:
+  """Lets a decoder prefill prompts in chunks of `size` tokens.
+
+  KV caches take `size` tokens at once, where MaxText builds them for one, and attention receives `previous_chunk` from
+  its layer.
+  """
   for _, module in nnx.iter_graph(decoder):
     if isinstance(module, KVCache):
       module.key_seq_len = module.value_seq_len = size
     elif isinstance(module, Attention):
-      module.__class__ = _told(type(module))
+      change_class(module, _receiving(type(module)))
     elif isinstance(module, nnx.Module) and any(isinstance(x, Attention) for x in vars(module).values()):
-      module.__class__ = _telling(type(module))
+      change_class(module, _sending(type(module)))
 
 
 @functools.cache
-def _telling(layer_class: type[nnx.Module]) -> type[nnx.Module]:
+def _sending(layer_class: type[nnx.Module]) -> type[nnx.Module]:
   class ChunkedLayer(layer_class):
-    """Adds no state."""
+    """Sets `previous_chunk` for the attention that its stock `__call__` calls."""
 
     @functools.wraps(layer_class.__call__)
     def __call__(self, *args, **kwargs):
@@ -39,9 +47,9 @@ def _telling(layer_class: type[nnx.Module]) -> type[nnx.Module]:
 
 
 @functools.cache
-def _told(attention_class: type[Attention]) -> type[Attention]:
+def _receiving(attention_class: type[Attention]) -> type[Attention]:
   class ChunkedAttention(attention_class):
-    """Adds no state."""
+    """Reads `previous_chunk` where its layer does not pass it."""
 
     @functools.wraps(attention_class.__call__)
     def __call__(self, *args, **kwargs):

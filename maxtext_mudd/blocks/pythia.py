@@ -14,7 +14,7 @@ from maxtext.layers.linears import Dropout, MlpBlock
 from maxtext.utils import max_utils
 from maxtext.utils.sharding import create_sharding, maybe_shard_with_logical
 
-from maxtext_mudd.blocks.streams import pick
+from maxtext_mudd.blocks.streams import Streams
 from maxtext_mudd.kernels import ACTIVATIONS
 
 
@@ -141,7 +141,7 @@ class PythiaDecoderLayer(nnx.Module):
       kv_cache=kv_cache,
       attention_metadata=attention_metadata,
     )
-    residual = pick(inputs, "r")
+    residual = inputs.r if isinstance(inputs, Streams) else inputs
     hidden = self._shard(self.pre_mlp_norm(residual, out_sharding=sharding), self.activation_axis_names)
     feed_forward = self.mlp(
       hidden,

@@ -1,8 +1,8 @@
-"""The q, k, v and residual streams, and what lets a stock decoder layer read them.
+"""The query, key, value and residual streams, and the changes that let a stock decoder layer read them.
 
-A stock layer computes `norm(x)`, attention of it, and `x + attention`. With `Streams` for x, the norm becomes three
-(LN_q, LN_k, LN_v), attention projects each stream by its own matrix, and the sum takes the residual stream: Eq. 7 of
-the paper, with the layer's own `__call__` unchanged.
+A stock layer computes `norm(x)`, attention of that, and `x + attention`. With `Streams` as x, the norm becomes three
+(LN_q, LN_k, LN_v), each projection of attention reads its own stream, and the residual stream is added. This is Eq. 7
+of the paper, and the layer's `__call__` does not change.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,19 @@ from jaxtyping import Array, Float
 from maxtext.layers.attentions import Attention
 from maxtext.models.gpt3 import Gpt3MultiHeadAttention
 
+from maxtext_mudd.blocks.classes import change_class
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Streams:
-  """What a decoupled block reads. Not a tuple: stock layers unpack tuples.
+  """The four inputs of a block. Not a tuple, since stock layers unpack tuples.
 
   Attributes:
-    q, k, v: inputs of the query, key and value projections, [B,T,D].
-    r: the residual stream, [B,T,D]; None after the norms, where nothing reads it.
-    norm_parameter: where layers are scanned, some may have LN_q for all streams: (parameter of LN_k or LN_v, of LN_q)
-      -> the one that holds in this layer. None: every stream has its own.
+    q, k, v: Inputs of the query, key and value projections, [B,T,D] each.
+    r: The residual stream, [B,T,D]. None after the norms, since attention does not read it.
+    norm_parameter: Chooses between (parameter of LN_k or LN_v, the same of LN_q) for one layer of a scanned stack in
+      which some blocks have LN_q alone. None if every stream has its own norm.
   """
 
   q: Any
@@ -40,57 +42,57 @@ class Streams:
   __radd__ = __add__
 
 
-def pick(inputs: Any, stream: str) -> Float[Array, "B T D"]:
-  """One stream of `Streams`; anything else serves every stream."""
-  return getattr(inputs, stream) if isinstance(inputs, Streams) else inputs
-
-
 class StreamNorm(nnx.Module):
-  """Three attention norms of the kind of the stock one: LN_q, LN_k, LN_v (paper, Eq. 7; released: "sepln")."""
+  """Three copies of the stock attention norm: LN_q, LN_k and LN_v of Eq. 7 (`sepln` in the authors' code)."""
 
   def __init__(self, norm: nnx.Module):
     self.q = norm
     self.k = nnx.clone(norm)
     self.v = nnx.clone(norm)
 
-  def __call__(self, inputs: Streams | Float[Array, "B T D"], **kwargs) -> Streams:
-    choose = inputs.norm_parameter if isinstance(inputs, Streams) else None
-    norms = {"q": self.q, "k": self._chosen(self.k, choose), "v": self._chosen(self.v, choose)}
-    return Streams(*(norm(pick(inputs, c), **kwargs) for c, norm in norms.items()))
+  def __call__(self, inputs: Streams, **kwargs) -> Streams:
+    k, v = (self._chosen(norm, inputs.norm_parameter) for norm in (self.k, self.v))
+    return Streams(self.q(inputs.q, **kwargs), k(inputs.k, **kwargs), v(inputs.v, **kwargs))
 
   def _chosen(self, norm: nnx.Module, choose: Callable | None) -> nnx.Module:
     if choose is None:
       return norm
-    graphdef, own = nnx.split(norm)
-    return nnx.merge(graphdef, jax.tree.map(choose, own, nnx.state(self.q)))
+    graphdef, parameters = nnx.split(norm)
+    return nnx.merge(graphdef, jax.tree.map(choose, parameters, nnx.state(self.q)))
 
 
 class MultiwayAttention(Attention):
-  """Stock attention, each projection reading its own stream; the KV cache works as it does there."""
+  """Stock attention in which each projection reads its own stream. The KV cache does not change."""
 
   def query_projection(self, inputs_q, out_sharding=None):
-    return super().query_projection(pick(inputs_q, "q"), out_sharding=out_sharding)
+    return super().query_projection(inputs_q.q, out_sharding=out_sharding)
 
   def kv_projection(self, inputs_kv, proj_name, out_sharding=None):
-    stream = {"key": "k", "value": "v"}[proj_name]
-    return super().kv_projection(pick(inputs_kv, stream), proj_name, out_sharding=out_sharding)
+    stream = {"key": inputs_kv.k, "value": inputs_kv.v}[proj_name]
+    return super().kv_projection(stream, proj_name, out_sharding=out_sharding)
 
 
 class MultiwayGpt3Attention(Gpt3MultiHeadAttention):
-  """The same for gpt3, whose one `projection` method serves query, key, value and output."""
+  """GPT-3's attention in which each projection reads its own stream; one method projects
+  queries, keys, values and outputs."""
 
   def projection(self, projection_layer, inputs):
-    stream = {id(self.query): "q", id(self.key): "k", id(self.value): "v"}.get(id(projection_layer), "q")
-    return super().projection(projection_layer, pick(inputs, stream))
+    stream = {id(self.query): "q", id(self.key): "k", id(self.value): "v"}.get(id(projection_layer))
+    return super().projection(projection_layer, getattr(inputs, stream) if stream else inputs)
 
 
 _MULTIWAY = {Attention: MultiwayAttention, Gpt3MultiHeadAttention: MultiwayGpt3Attention}
 
 
 def decouple(layer: nnx.Module, norm_name: str) -> None:
-  """Makes a stock decoder layer read `Streams`: three norms for its attention norm, and the multiway attention.
+  """Makes a stock decoder layer read `Streams`.
 
-  The attention object keeps its parameters and its place; only its class becomes the subclass, which adds no state.
+  Its attention norm becomes three, LN_q, LN_k and LN_v, which start equal. Each projection of its attention then reads
+  its own stream.
+
+  Args:
+    layer: a layer of one of `BLOCKS`.
+    norm_name: `BlockSpec.attention_norm` of its block.
   """
   setattr(layer, norm_name, StreamNorm(getattr(layer, norm_name)))
-  layer.self_attention.__class__ = _MULTIWAY[type(layer.self_attention)]
+  change_class(layer.self_attention, _MULTIWAY[type(layer.self_attention)])

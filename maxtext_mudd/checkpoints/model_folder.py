@@ -20,12 +20,12 @@ from orbax.checkpoint import v1 as ocp
 import tqdm
 import yaml
 
+from maxtext_mudd.blocks import ffn_widths
 from maxtext_mudd.checkpoints import model_config, model_keys, tensors, tokenizers
 from maxtext_mudd.checkpoints.hugging_face import remote_code
 from maxtext_mudd.checkpoints.staging import staged
 from maxtext_mudd.config.errors import ConfigError, brief
 from maxtext_mudd.config.mudd_config import MuddConfig
-from maxtext_mudd.connections.mudd import topology
 
 CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"
 # Keys that a user may set in a conversion: those of the model, and these about its use, as defaults for later readers.
@@ -90,7 +90,7 @@ def source_keys(source: Source, overrides: Mapping[str, Any]) -> dict[str, Any]:
     keys.setdefault("mudd_ffn_groups", keys["base_num_decoder_layers"])
   if keys.get("mudd_ffn_groups"):
     config = model_config.build(keys | model_config.local_keys())
-    if topology.from_config(config).ffn_widths != source.ffn_widths:
+    if ffn_widths.of_config(config) != source.ffn_widths:
       raise ConfigError(
         f"mudd_ffn_groups={keys['mudd_ffn_groups']}: the model in {source.path} has FFNs of other widths; leave it "
         f"out{', and each gets a group of its own' if scanned else ''}."
@@ -122,7 +122,7 @@ def check_parameters(
   for path, value in parameters:
     expected = missing.pop(path, None)
     if expected is None:
-      raise ConfigError(f"{source} has {path}, for which this configuration has no place.")
+      raise ConfigError(f"{source} has {path}, which this configuration does not have.")
     if value.shape != expected.shape:
       raise ConfigError(
         f"{source}: {path} is {list(value.shape)}, and this configuration needs {list(expected.shape)}."

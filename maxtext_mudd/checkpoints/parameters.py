@@ -43,7 +43,8 @@ def check_path(path: str, config) -> None:
   """
   saved_shapes = shapes(path)
   if not saved_shapes:
-    raise ConfigError(f"{path} has no parameters, or is damaged; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP.")
+    advice = "name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
+    raise ConfigError(f"{path} has no parameters, or is damaged; {advice}")
   check(saved_shapes, model_config.parameter_shapes(config), path)
 
 

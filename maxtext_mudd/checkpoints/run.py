@@ -39,7 +39,7 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
   items = checkpoint / model_folder.ITEMS
   path = items if items.is_dir() else checkpoint
   if not path.is_dir():
-    raise ConfigError(f"{path}: there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP.")
+    raise ConfigError(f"{path}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP.")
   saved = orbax_folder.parameters(path)
   scanned = any(name.startswith("decoder/layers/") for name in saved)
   _check_layout(path, scanned, overrides.get("scan_layers", scanned))  # before other keys are checked against it

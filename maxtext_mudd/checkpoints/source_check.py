@@ -10,7 +10,7 @@ from maxtext_mudd.config.errors import ConfigError
 _EXPECTED = {
   "from-hf": "a Hugging Face folder with the files of a model",
   "from-fork": f"a folder with {authors_jax.FILE} or an Orbax tree",
-  "from-run": "a checkpoint, as OUTPUT/RUN/checkpoints/STEP",
+  "from-run": "a checkpoint, such as OUTPUT/RUN/checkpoints/STEP",
 }
 
 
@@ -41,5 +41,5 @@ def check(path: pathlib.Path, command: str) -> None:
     run = path.parent if path.name == "checkpoints" else path
     if command == "from-run" and (run / "checkpoints").is_dir():
       _, newest = train_state.find_checkpoint(run)
-      raise ConfigError(f"{path} is the folder of a run; name one of its checkpoints, as {newest}.")
+      raise ConfigError(f"{path} is the folder of a run; name one of its checkpoints, such as {newest}.")
     raise ConfigError(f"{path} holds no parameters; name {_EXPECTED[command]}.")

@@ -47,7 +47,7 @@ def staged(target: pathlib.Path) -> Iterator[pathlib.Path]:
         stage = partial / "staged"
         stage.mkdir()
         yield stage
-        interrupts.end()
+        interrupts.ignore_further()
         stage.rename(target)
       except KeyboardInterrupt:
         atexit.register(remove_at_exit)  # for files that threads write after the wait below

@@ -1,4 +1,7 @@
-"""What `make xpk` is asked for: its variables, held to the rules of XPK, Kubernetes and Cloud Storage."""
+"""Reads the variables of `make xpk` into a `Request`.
+
+`read` checks them by the rules of XPK, Kubernetes and Cloud Storage. It needs neither a network nor JAX.
+"""
 
 from collections.abc import Sequence
 import dataclasses
@@ -11,23 +14,27 @@ from maxtext_mudd.config import slices
 from maxtext_mudd.config.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-IN_IMAGE = "yaml"  # what the Dockerfile copies of a checkout that a run could name
+CONFIG_FOLDER = "yaml"  # the only folder of configuration files that the Dockerfile copies into the image
 NAME_LIMIT = 40
-YOUR_PROJECT, YOUR_ZONE = "your-project", "your-zone-a"  # stand in a dry run for what gcloud would tell
+PROJECT_PLACEHOLDER, ZONE_PLACEHOLDER = "your-project", "your-zone-a"  # in a dry run, instead of gcloud's
 
-_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-_BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[a-zA-Z0-9._=+-]+)*/?")
-_PART = r"[a-z0-9]+([._-]+[a-z0-9]+)*"
-_IMAGE = re.compile(rf"{_PART}(:[0-9]+)?(/{_PART})*(:[a-zA-Z0-9_][a-zA-Z0-9_.-]*)?(@sha256:[0-9a-f]{{64}})?")
-_PROJECT = re.compile(r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]")
-_ZONE = re.compile(r"[a-z]+-[a-z]+[0-9]*(-[a-z])?")
-_TAKEN = {
+_NAME_RULE = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_OUTPUT_RULE = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[a-zA-Z0-9._=+-]+)*/?")
+_IMAGE_PART = r"[a-z0-9]+([._-]+[a-z0-9]+)*"
+_IMAGE_RULE = re.compile(
+  rf"{_IMAGE_PART}(:[0-9]+)?(/{_IMAGE_PART})*(:[a-zA-Z0-9_][a-zA-Z0-9_.-]*)?(@sha256:[0-9a-f]{{64}})?"
+)
+_PROJECT_RULE = re.compile(r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]")
+_ZONE_RULE = re.compile(r"[a-z]+-[a-z]+[0-9]*(-[a-z])?")
+# Keys of MaxText that a variable sets.
+_VARIABLE_OF_KEY = {
   "run_name": "WORKLOAD",
   "base_output_directory": "OUTPUT",
   "compile_topology": "TPU_TYPE",
   "compile_topology_num_slices": "NUM_SLICES",
 }
-_FLAGS = {  # of `xpk workload create`
+# Flags of `xpk workload create` that a variable sets.
+_VARIABLE_OF_FLAG = {
   "--command": "CONFIG and ARGS",
   "--cluster": "CLUSTER",
   "--workload": "WORKLOAD",
@@ -44,7 +51,8 @@ _FLAGS = {  # of `xpk workload create`
   "--no-dry-run": "DRY_RUN",
   "--output-manifest-file": "MANIFEST",
 }
-_EXAMPLES = {
+# The required variables, each with an example.
+_REQUIRED = {
   "CONFIG": "yaml/mudd_405m.yml",
   "CLUSTER": "my-cluster",
   "TPU_TYPE": "v5p-16",
@@ -53,22 +61,22 @@ _EXAMPLES = {
   "OUTPUT": "gs://my-bucket/runs",
   "DOCKER_IMAGE": "gcr.io/my-project/maxtext-mudd:1",
 }
-_NAMES = (*_EXAMPLES, "ARGS", "XPK_ARGS", "MAX_RESTARTS", "PROJECT", "ZONE", "DRY_RUN", "MANIFEST", "XPK")
+_VARIABLES = (*_REQUIRED, "ARGS", "XPK_ARGS", "MAX_RESTARTS", "PROJECT", "ZONE", "DRY_RUN", "MANIFEST", "XPK")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A run on a cluster.
+  """A training run on a cluster.
 
   Attributes:
-    config: the model's file, as the container names it.
-    cluster, workload, tpu_type, num_slices, max_restarts, image, project, zone: as XPK takes them; an empty project or
-      zone is gcloud's.
-    output: folder of Cloud Storage, for MaxText's base_output_directory.
+    config: the path of the model's configuration file in the container.
+    cluster, workload, tpu_type, num_slices, max_restarts, image, project, zone: values for the flags of XPK. If the
+      project or the zone is empty, XPK takes it from gcloud.
+    output: a folder of Cloud Storage, for MaxText's base_output_directory.
     overrides: further arguments of MaxText/train.py.
     xpk_args: further arguments of `xpk workload create`.
     dry_run: whether to stop before the submission.
-    manifest: file that gets the manifest.
+    manifest: the file to write the manifest to.
   """
 
   config: str
@@ -91,97 +99,105 @@ def read(arguments: Sequence[str]) -> Request:
   """Reads NAME=value arguments, which are the variables of `make xpk`.
 
   Raises:
-    ConfigError: a value is missing, or one that XPK, Kubernetes or Cloud Storage would reject.
+    ConfigError: a value is missing, or XPK, Kubernetes or Cloud Storage would reject it.
   """
   for argument in arguments:
     if "=" not in argument:
       raise ConfigError(f"{argument} is not NAME=value, such as WORKLOAD=mudd-405m.")
-  given = dict(argument.split("=", 1) for argument in arguments)
-  for name in given:
-    if name not in _NAMES:
-      nearest = difflib.get_close_matches(name.upper(), _NAMES, n=1, cutoff=0.0)[0]
-      raise ConfigError(f"{name} is not a variable of make xpk; the nearest is {nearest}.")
-  for name, example in _EXAMPLES.items():
-    if not given.get(name):
-      raise ConfigError(f"{name} is not set; for example: make xpk {name}={example}")
-  for name in ("CLUSTER", "WORKLOAD"):
-    _check_name(name, given[name])
-  if (tpu_type := slices.of_xpk(given["TPU_TYPE"])) != given["TPU_TYPE"]:
-    raise ConfigError(f"TPU_TYPE={given['TPU_TYPE']} is MaxText's name for it; write XPK's, {tpu_type}.")
-  _check(given, "OUTPUT", _BUCKET, "is not a folder of Cloud Storage; write gs://BUCKET/FOLDER.")
-  _check(given, "DOCKER_IMAGE", _IMAGE, "is not an image; write REGISTRY/PROJECT/NAME:TAG, lower case but for TAG.")
-  _check(given, "PROJECT", _PROJECT, "is not the id of a Google Cloud project, such as my-project.")
-  _check(given, "ZONE", _ZONE, "is not a zone of Google Cloud, such as us-east5-a.")
-  dry_run = _switch("DRY_RUN", given.get("DRY_RUN", ""))
+  values = dict(argument.split("=", 1) for argument in arguments)
+  _check_variables(values)
+  dry_run = _switch("DRY_RUN", values.get("DRY_RUN", ""))
   if not dry_run:
-    check_image(given["DOCKER_IMAGE"])
+    check_image(values["DOCKER_IMAGE"])
   return Request(
-    config=in_image("CONFIG", given["CONFIG"]),
-    cluster=given["CLUSTER"],
-    workload=given["WORKLOAD"],
-    tpu_type=given["TPU_TYPE"],
-    num_slices=_number("NUM_SLICES", given["NUM_SLICES"], least=1),
-    output=given["OUTPUT"].rstrip("/"),
-    image=given["DOCKER_IMAGE"],
-    max_restarts=_number("MAX_RESTARTS", given.get("MAX_RESTARTS") or "0", least=0),
-    project=given.get("PROJECT", ""),
-    zone=given.get("ZONE", ""),
-    overrides=tuple(map(_override, _words("ARGS", given.get("ARGS", "")))),
-    xpk_args=tuple(map(_flag_of_xpk, _words("XPK_ARGS", given.get("XPK_ARGS", "")))),
+    config=path_in_image("CONFIG", values["CONFIG"]),
+    cluster=values["CLUSTER"],
+    workload=values["WORKLOAD"],
+    tpu_type=values["TPU_TYPE"],
+    num_slices=_number("NUM_SLICES", values["NUM_SLICES"], least=1),
+    output=values["OUTPUT"].rstrip("/"),
+    image=values["DOCKER_IMAGE"],
+    max_restarts=_number("MAX_RESTARTS", values.get("MAX_RESTARTS") or "0", least=0),
+    project=values.get("PROJECT", ""),
+    zone=values.get("ZONE", ""),
+    overrides=tuple(map(_override, _words("ARGS", values.get("ARGS", "")))),
+    xpk_args=tuple(map(_xpk_argument, _words("XPK_ARGS", values.get("XPK_ARGS", "")))),
     dry_run=dry_run,
-    manifest=pathlib.Path(given.get("MANIFEST") or f"build/xpk/{given['WORKLOAD']}.yml"),
+    manifest=pathlib.Path(values.get("MANIFEST") or f"build/xpk/{values['WORKLOAD']}.yml"),
   )
 
 
-def in_image(name: str, value: str) -> str:
-  """A configuration file by the name that it has in the image.
+def _check_variables(values: dict[str, str]) -> None:
+  """Checks the names of all variables, and the values that are a text. Raises ConfigError."""
+  for name in values:
+    if name not in _VARIABLES:
+      nearest = difflib.get_close_matches(name.upper(), _VARIABLES, n=1, cutoff=0.0)[0]
+      raise ConfigError(f"{name} is not a variable of make xpk; the nearest is {nearest}.")
+  for name, example in _REQUIRED.items():
+    if not values.get(name):
+      raise ConfigError(f"{name} is not set; for example: make xpk {name}={example}")
+  for name in ("CLUSTER", "WORKLOAD"):
+    _check_name(name, values[name])
+  if (tpu_type := slices.of_xpk(values["TPU_TYPE"])) != values["TPU_TYPE"]:
+    raise ConfigError(f"TPU_TYPE={values['TPU_TYPE']} is MaxText's name for it; write XPK's, {tpu_type}.")
+  for name, rule, reason in (
+    ("OUTPUT", _OUTPUT_RULE, "is not a folder of Cloud Storage; write gs://BUCKET/FOLDER."),
+    (
+      "DOCKER_IMAGE",
+      _IMAGE_RULE,
+      "is not an image; write REGISTRY/PROJECT/NAME:TAG, in lower case except for TAG.",
+    ),
+    ("PROJECT", _PROJECT_RULE, "is not the id of a Google Cloud project, such as my-project."),
+    ("ZONE", _ZONE_RULE, "is not a zone of Google Cloud, such as us-east5-a."),
+  ):
+    value = values.get(name, "")
+    if value and not rule.fullmatch(value):
+      raise ConfigError(f"{name}={value} {reason}")
+
+
+def path_in_image(name: str, value: str) -> str:
+  """The path that a configuration file of this checkout has in the image.
+
+  Args:
+    name: the variable that names the file, for errors.
+    value: the path of the file here.
 
   Raises:
-    ConfigError: it is no file, no YAML by its name, or not in the image.
+    ConfigError: there is no such file, its name does not end in .yml, or the image does not have it.
   """
   path = pathlib.Path(value).resolve()
   if path.suffix != ".yml":
     raise ConfigError(f"{name}={value}: a configuration file must end in .yml.")
   if not path.is_file():
-    raise ConfigError(f"{name}={value}: no such configuration file; see {IN_IMAGE}/ for those of this project.")
-  if not path.is_relative_to(ROOT / IN_IMAGE):
+    raise ConfigError(f"{name}={value}: no such configuration file; see {CONFIG_FOLDER}/ for those of this project.")
+  if not path.is_relative_to(ROOT / CONFIG_FOLDER):
     raise ConfigError(
-      f"{name}={value} is not in {IN_IMAGE}/, and the image holds no other configuration files; put it there."
+      f"{name}={value} is not in {CONFIG_FOLDER}/, and the image holds no other configuration files; put it there."
     )
   return path.relative_to(ROOT).as_posix()
 
 
 def _check_name(name: str, value: str) -> None:
-  """XPK's own rule (its `name_type`), which keeps names of Kubernetes objects and of the pods within their limits."""
+  """Checks a name by XPK's own rule (its `name_type`), which keeps the names of Kubernetes objects and pods valid."""
   if len(value) > NAME_LIMIT:
     raise ConfigError(f"{name}={value} has {len(value)} characters; XPK takes {NAME_LIMIT} at most.")
-  if not _NAME.fullmatch(value):
+  if not _NAME_RULE.fullmatch(value):
     raise ConfigError(
       f"{name}={value} is not a name that XPK takes: lower-case letters, digits and hyphens, "
       "with a letter first and no hyphen last."
     )
 
 
-def _check(given: dict[str, str], name: str, rule: re.Pattern, reason: str) -> None:
-  value = given.get(name, "")
-  if value and not rule.fullmatch(value):
-    raise ConfigError(f"{name}={value} {reason}")
-
-
 def check_image(image: str) -> None:
-  """Refuses the Makefile's own name where there is no image of that name.
-
-  Raises:
-    ConfigError.
-  """
-  if f"/{YOUR_PROJECT}/" in image:
+  """Raises ConfigError for default names of the Makefile without a project, or of a checkout with changes."""
+  if f"/{PROJECT_PLACEHOLDER}/" in image:
     raise ConfigError(
-      "PROJECT is not set and gcloud has none; set it, or name an image: DOCKER_IMAGE=REGISTRY/NAME:TAG"
+      "PROJECT is not set and gcloud has none; set it, or name an image: DOCKER_IMAGE=REGISTRY/NAME:TAG."
     )
   if image.endswith("-dirty"):
     raise ConfigError(
-      f"DOCKER_IMAGE={image}: this tree has changes that are in no commit, so no image is named after it; commit them "
-      "and run make image, or name an image yourself."
+      f"DOCKER_IMAGE={image}: this checkout has changes that are in no commit, so it has no image; commit them and run "
+      "make image, or name another image."
     )
 
 
@@ -198,12 +214,12 @@ def _switch(name: str, value: str) -> bool:
 
 
 def _words(name: str, value: str) -> list[str]:
-  """Arguments as a shell would split them, but for what would not reach the container as it is."""
+  """The arguments in a value, split as a shell does. Raises ConfigError for text that the container would not get."""
   if not value.isprintable():
     raise ConfigError(f"{name}={value!r} has line breaks or other control characters; write it on one line.")
   if "$" in value:
     raise ConfigError(
-      f"{name}={value} has a $, which Kubernetes reads as a variable of its own; write the value itself."
+      f"{name}={value} has a $, and Kubernetes would replace the variable after it; write the value of the variable."
     )
   try:
     return shlex.split(value)
@@ -211,11 +227,12 @@ def _words(name: str, value: str) -> list[str]:
     raise ConfigError(f"{name}={value} has quotes that do not match ({str(error).lower()}).") from None
 
 
-def _flag_of_xpk(argument: str) -> str:
+def _xpk_argument(argument: str) -> str:
+  """Returns an argument of XPK_ARGS. Raises ConfigError if XPK cannot be given it."""
   flag = argument.split("=", 1)[0]
-  if flag in _FLAGS:
-    raise ConfigError(f"XPK_ARGS: {argument} is set by {_FLAGS[flag]}; give it there.")
-  if flag.startswith("--use-pat") and "--use-pathways".startswith(flag):  # XPK takes abbreviations
+  if flag in _VARIABLE_OF_FLAG:
+    raise ConfigError(f"XPK_ARGS: {argument} is set by {_VARIABLE_OF_FLAG[flag]}; set it there.")
+  if flag.startswith("--use-pat") and "--use-pathways".startswith(flag):  # XPK takes abbreviated flags
     raise ConfigError(
       f"XPK_ARGS: {argument} does not work with xpk workload create: Pathways has a command of its own, which make xpk "
       "does not run; leave it out."
@@ -224,11 +241,12 @@ def _flag_of_xpk(argument: str) -> str:
 
 
 def _override(argument: str) -> str:
+  """Returns an argument of ARGS, with the path in the image if it is a file. Raises ConfigError."""
   key = argument.split("=", 1)[0]
-  if key in _TAKEN:
-    raise ConfigError(f"ARGS: {argument} is set by {_TAKEN[key]}; give it there.")
+  if key in _VARIABLE_OF_KEY:
+    raise ConfigError(f"ARGS: {argument} is set by {_VARIABLE_OF_KEY[key]}; set it there.")
   if "=" in argument:
     return argument
   if not argument.endswith(".yml"):
     raise ConfigError(f"ARGS: {argument} is not key=value, nor a configuration file, which ends in .yml.")
-  return in_image("ARGS", argument)
+  return path_in_image("ARGS", argument)

@@ -1,4 +1,4 @@
-"""The training run of a request, looked at on this machine: its keys, its mesh, and where its data is."""
+"""Checks on this machine the training run that a request would start: its keys, its mesh, and where its data are."""
 
 import contextlib
 import io
@@ -6,65 +6,72 @@ import logging
 import os
 
 from maxtext_mudd import plugin
-from maxtext_mudd.cluster.request import IN_IMAGE, ROOT, Request
+from maxtext_mudd.cluster.request import CONFIG_FOLDER, ROOT, Request
 from maxtext_mudd.config import files as config_files
 from maxtext_mudd.config import slices
 from maxtext_mudd.config.errors import ConfigError
-from maxtext_mudd.runs import sources
+from maxtext_mudd.runs import data_settings
 
-WORKDIR = "/app"  # of the image
-_LIKE = "v5p-8"  # stands for the TPU types that MaxText does not know by XPK's name
+WORKDIR = "/app"  # the working folder of the container
+_SUBSTITUTE_TPU_TYPE = "v5p-8"  # for reading a configuration if MaxText does not know the TPU type
 
 
 def check(request: Request) -> list[str]:
-  """Reads the configuration as the container will, for the slices that it will find there.
+  """Reads the configuration as the container will read it, for the slices of the request.
 
   Returns:
-    The paths that the run reads and the image does not hold: they must be mounted.
+    "key=path" for each path that the run reads and the image does not have, and that must therefore be mounted.
 
   Raises:
-    ConfigError: the run cannot work there.
+    ConfigError: the run cannot work on the cluster.
   """
   files = [request.config, *(word for word in request.overrides if "=" not in word)]
   for name in files:
-    _check_chain(name)
-  with contextlib.redirect_stdout(io.StringIO()):  # what MaxText says of modules that it does without
-    config, known = _read(request, files)
+    _check_base_files(name)
+  with contextlib.redirect_stdout(io.StringIO()):  # MaxText prints which optional modules are missing
+    config, has_mesh = _read(request, files)
   _check_hardware(config, request)
-  if known:
+  if has_mesh:
     from maxtext_mudd.config import devices
 
     devices.check_mesh(config)
     devices.check_batch(config)
-  return [path for key, value in sources.data_files(config) for path in _local(key, value, config)]
+  return [path for key, value in data_settings.file_keys(config) for path in _paths_to_mount(key, value, config)]
 
 
-def _check_chain(name: str) -> None:
+def _check_base_files(name: str) -> None:
+  """Raises ConfigError if a configuration file builds on a file that the image does not have."""
   for file in config_files.chain(str(ROOT / name)):
-    if not file.is_relative_to(ROOT / IN_IMAGE):
-      raise ConfigError(f"{name} builds on {file}, which is not in {IN_IMAGE}/ and so not in the image; put it there.")
+    if not file.is_relative_to(ROOT / CONFIG_FOLDER):
+      raise ConfigError(
+        f"{name} builds on {file}, which is not in {CONFIG_FOLDER}/ and so not in the image; put it there."
+      )
 
 
 def _read(request: Request, files: list[str]):
-  """The configuration, and whether MaxText knows the TPU type; if not, a configuration for another."""
+  """Reads the configuration, for a substitute if MaxText does not know the TPU type.
+
+  Returns:
+    The configuration, and whether it is for the TPU type of the request, so that its mesh can be checked.
+  """
   plugin.install()
   from maxtext.configs import pyconfig
   from maxtext.utils.accelerator_to_spec_map import UserFacingNameToSystemCharacteristics
 
   tpu_type = slices.of_maxtext(request.tpu_type)
-  known = tpu_type in UserFacingNameToSystemCharacteristics
+  is_known = tpu_type in UserFacingNameToSystemCharacteristics
   argv = [
     "",
     *(str(ROOT / name) for name in files),
     f"run_name={request.workload}",
     f"base_output_directory={request.output}",
-    f"compile_topology={tpu_type if known else _LIKE}",
+    f"compile_topology={tpu_type if is_known else _SUBSTITUTE_TPU_TYPE}",
     f"compile_topology_num_slices={request.num_slices}",
     *(word for word in request.overrides if "=" in word),
   ]
-  logging.disable(logging.ERROR)  # MaxText logs the error that is raised, too
+  logging.disable(logging.ERROR)  # MaxText also logs the error that it raises
   try:
-    return pyconfig.initialize_pydantic(argv), known
+    return pyconfig.initialize_pydantic(argv), is_known
   finally:
     logging.disable(logging.NOTSET)
 
@@ -79,14 +86,15 @@ def _check_hardware(config, request: Request) -> None:
     )
 
 
-def _local(key: str, value: str, config) -> list[str]:
+def _paths_to_mount(key: str, value: str, config) -> list[str]:
+  """The local paths that a key names, as "key=path". Raises ConfigError if it names none that can be read."""
   if key.startswith("hf") and not value:
     raise ConfigError(f"{key}='' names no data; set it to files, or to a pattern that matches files.")
-  patterns = [pattern for pattern, _ in sources.entries(key, value)]
-  remote = [pattern for pattern in patterns if sources.REMOTE in pattern]
+  patterns = [pattern for pattern, _ in data_settings.patterns(key, value)]
+  remote = [pattern for pattern in patterns if data_settings.is_remote(pattern)]
   if remote and key.startswith("grain") and config.grain_file_type == "mmap":
     raise ConfigError(
-      f"{key}={remote[0]}: Megatron maps are read from a file system; mount the bucket, as docs/cluster.md says, and "
+      f"{key}={remote[0]}: Megatron files are read from a file system; mount the bucket, as docs/cluster.md says, and "
       "name the path in the container."
     )
   return [f"{key}={os.path.join(WORKDIR, pattern)}" for pattern in patterns if pattern and pattern not in remote]

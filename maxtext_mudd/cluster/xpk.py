@@ -1,4 +1,7 @@
-"""The `xpk workload create` of a request: rehearsed as XPK's own dry run, which needs no network, then submitted."""
+"""Calls `xpk workload create` for a request.
+
+`rehearse` makes XPK's own dry run, which needs no network. `submit` submits the request.
+"""
 
 import os
 import pathlib
@@ -9,23 +12,23 @@ import tempfile
 
 import yaml
 
-from maxtext_mudd.cluster.request import YOUR_PROJECT, YOUR_ZONE, Request
+from maxtext_mudd.cluster.request import PROJECT_PLACEHOLDER, ZONE_PLACEHOLDER, Request
 from maxtext_mudd.config.errors import ConfigError
 
-# Both named, so that a TPU that does not start is an error: left to itself, JAX would train on the CPU.
+# With these platforms a TPU that does not start is an error. Without them JAX would train on the CPU.
 ENVIRONMENT = {"JAX_PLATFORMS": "tpu,cpu", "PYTHONUNBUFFERED": "1"}
 
 
 def training_command(request: Request) -> str:
-  """What the container runs, quoted for its shell."""
-  fixed = [f"run_name={request.workload}", f"base_output_directory={request.output}"]
-  return shlex.join(["python3", "MaxText/train.py", request.config, *fixed, *request.overrides])
+  """The command that the container runs, quoted for its shell."""
+  run = [f"run_name={request.workload}", f"base_output_directory={request.output}"]
+  return shlex.join(["python3", "MaxText/train.py", request.config, *run, *request.overrides])
 
 
 def arguments(request: Request, manifest: pathlib.Path, dry_run: bool) -> list[str]:
-  """Arguments of `xpk`. Those that the request sets come last, where XPK takes the last of two."""
-  project = request.project or (YOUR_PROJECT if dry_run else "")
-  zone = request.zone or (YOUR_ZONE if dry_run else "")
+  """The arguments of `xpk`. Those that the request sets come last, because XPK takes the last of two equal flags."""
+  project = request.project or (PROJECT_PLACEHOLDER if dry_run else "")
+  zone = request.zone or (ZONE_PLACEHOLDER if dry_run else "")
   return [
     "workload",
     "create",
@@ -46,65 +49,72 @@ def arguments(request: Request, manifest: pathlib.Path, dry_run: bool) -> list[s
 
 
 def rehearse(xpk: str, request: Request) -> str:
-  """The manifest that XPK makes of a request.
+  """Returns the manifest that XPK generates for a request.
+
+  Args:
+    xpk: the path of XPK's program.
 
   Raises:
-    ConfigError: XPK is not there, rejects an argument, or makes a manifest that is not the request's.
+    ConfigError: XPK is not installed, rejects an argument, or generates a manifest that changes the request.
   """
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder) / "manifest.yml"
     finished = _run(xpk, arguments(request, file, dry_run=True), capture_output=True, stdin=subprocess.DEVNULL)
     if finished.returncode or not file.is_file():
-      raise ConfigError(_reason(request, finished))
+      raise ConfigError(_rejection(request, finished))
     manifest = file.read_text()
   _check_manifest(manifest, request)
   return manifest
 
 
 def submit(xpk: str, request: Request) -> int:
-  """Submits, with XPK's own output and questions on the terminal; XPK's exit status."""
+  """Submits a request. XPK's own output and questions are on the terminal. Returns XPK's exit status."""
   return _run(xpk, arguments(request, request.manifest, dry_run=False)).returncode
 
 
 def _run(xpk: str, xpk_arguments: list[str], **options) -> subprocess.CompletedProcess:
   environment = dict(os.environ)
   if "--dry-run" in xpk_arguments:
-    environment["TELEMETRY_ENABLED"] = "false"  # XPK would tell its makers of a dry run, too
+    environment["TELEMETRY_ENABLED"] = "false"  # XPK would report a dry run to its developers, too
   try:
     return subprocess.run([xpk, *xpk_arguments], env=environment, text=True, check=False, **options)
   except OSError as error:
     raise ConfigError(f"XPK={xpk} cannot be run ({error.strerror}); make xpk installs it.") from None
 
 
-def _reason(request: Request, finished: subprocess.CompletedProcess) -> str:
-  """XPK's own reason, by the variable that it is about."""
+def _rejection(request: Request, finished: subprocess.CompletedProcess) -> str:
+  """A sentence with the variable that XPK rejects and XPK's own reason."""
   xpk_args = f"XPK_ARGS={shlex.join(request.xpk_args)}"
   if not finished.returncode:
     return f"{xpk_args} asks XPK for something other than a workload; leave it out."
-  refused = re.search(r"^xpk\b.*?: error: (?:argument (\S+): )?(.+)", finished.stderr, re.MULTILINE)
-  if not refused:
-    last = [*finished.stdout.splitlines(), *finished.stderr.splitlines(), "no output"]
-    said = next((line for line in reversed(last[:-1]) if line and "XPK failed" not in line), last[-1])
-    return f"xpk ended its dry run with status {finished.returncode}: {said.removeprefix('[XPK] ')}"
-  flag, reason = refused.groups()
+  error = re.search(r"^xpk\b.*?: error: (?:argument (\S+): )?(.+)", finished.stderr, re.MULTILINE)
+  if not error:
+    lines = [*finished.stdout.splitlines(), *finished.stderr.splitlines()]
+    last_line = next((line for line in reversed(lines) if line and "XPK failed" not in line), "no output")
+    return f"xpk ended its dry run with status {finished.returncode}: {last_line.removeprefix('[XPK] ')}"
+  flag, reason = error.groups()
   variables = {"--tpu-type": f"TPU_TYPE={request.tpu_type}", "--cluster": f"CLUSTER={request.cluster}"}
-  about = variables.get(flag, xpk_args)
+  variable = variables.get(flag, xpk_args)
   closest = re.fullmatch(r"invalid choice: .* \(closest matches: (.*)\)", reason)
   if closest:
-    return f"{about} is not one that XPK knows; the closest are {closest.group(1)}."
-  return f"XPK rejects {about}: {f'{flag}: ' if flag else ''}{reason}."
+    return f"{variable} is not one that XPK knows; the closest are {closest.group(1)}."
+  return f"XPK rejects {variable}: {f'{flag}: ' if flag else ''}{reason}."
 
 
 def _check_manifest(manifest: str, request: Request) -> None:
-  """XPK pastes what it is given into YAML as it is, so look at what came of it."""
+  """Raises ConfigError if the manifest does not run the request's command in its image.
+
+  XPK inserts its arguments into YAML without quoting them, so some characters change the manifest.
+  """
   try:
     job = yaml.safe_load(manifest)
     pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    main = pod["containers"][-1]
-    kept = main["image"] == request.image and f"({training_command(request)}) &" in main["command"][-1]
+    container = pod["containers"][-1]
+    command = container["command"][-1]
+    is_unchanged = container["image"] == request.image and f"({training_command(request)}) &" in command
   except (yaml.YAMLError, KeyError, IndexError, TypeError):
-    kept = False
-  if not kept:
-    given = {"ARGS": request.overrides, "XPK_ARGS": request.xpk_args}
-    said = " and ".join(f"{name}={shlex.join(words)}" for name, words in given.items() if words)
-    raise ConfigError(f"{said or 'The request'} does not come out as it is in XPK's manifest; look for quotes in it.")
+    is_unchanged = False
+  if not is_unchanged:
+    arguments_by_name = {"ARGS": request.overrides, "XPK_ARGS": request.xpk_args}
+    described = " and ".join(f"{name}={shlex.join(words)}" for name, words in arguments_by_name.items() if words)
+    raise ConfigError(f"{described or 'The request'} is changed in XPK's manifest; remove quotes from it.")

@@ -1,1 +1,1 @@
-"""What a model costs: exact counts, and the formulas of the paper."""
+"""Counts what a model costs in parameters, FLOPs and memory, exactly and by the formulas of the paper."""

@@ -1,28 +1,33 @@
-"""`python3 -m maxtext_mudd.complexity yaml/NAME.yml [key=value ...]`, or `--table 1`, `--table 6`, or `--list`.
+"""Prints what a model costs: parameters, FLOPs and activation memory, exactly and by the paper's formulas.
 
-Checks the files, the names of all keys, the values of the `mudd_*` keys and of the sizes, and whether MUDD connections
-work in a model of this size. Commands that train, compile or decode check MaxText's other keys, and the features that
-do not work with MUDD connections.
+    python3 -m maxtext_mudd.complexity yaml/NAME.yml [key=value ...]   costs of one model
+    python3 -m maxtext_mudd.complexity --table 1                       the paper's Table 1: parameters and FLOPs
+    python3 -m maxtext_mudd.complexity --table 6                       the paper's Table 6: activation memory
+    python3 -m maxtext_mudd.complexity --list                          the configuration files of this package
+
+It checks the files, the names of all keys, the values of the `mudd_*` keys and of the sizes, and whether MUDD
+connections work in a model of this size. The commands that train, compile or decode check MaxText's other keys, and
+refuse features that do not work with MUDD connections.
 """
 
 import contextlib
 import logging
 import sys
 
-from maxtext_mudd import assets, plugin, versions
+from maxtext_mudd import assets, blocks, plugin, versions
 from maxtext_mudd.complexity import counts, paper, sizes
 from maxtext_mudd.config import errors
-from maxtext_mudd.runs import early, usage
+from maxtext_mudd.runs import early_check, usage
 from maxtext_mudd.runs.launch import exit_with
 
-# Model, configuration, and the two ratios in percent as Table 1 prints them; there T = 4096.
+# Model, configuration, and the ratios of parameters and of FLOPs in percent, as Table 1 prints them for T = 4096.
 TABLE_1 = (
   ("1.4B", "mudd_1p4b", "0.22", "0.38"),
   ("1.34B", "mudd_deep_1p34b", "0.49", "0.8"),
   ("2.8B", "mudd_2p8b", "0.23", "0.4"),
   ("6.9B", "mudd_6p9b", "0.14", "0.26"),
 )
-# Model, configuration, and the extra memory in percent that Table 7 measured.
+# Model, configuration, and the extra memory in percent, as measured in Table 7.
 TABLE_6 = (
   ("405M", "mudd_405m", "29"),
   ("834M", "mudd_834m", "21"),
@@ -31,12 +36,13 @@ TABLE_6 = (
   ("6.9B", "mudd_6p9b", "17"),
 )
 USAGE = (
-  "name a configuration file, as in: python3 -m maxtext_mudd.complexity yaml/mudd_2p8b.yml (--list names them all); or "
-  "--table 1, --table 6"
+  "name a configuration file, as in: python3 -m maxtext_mudd.complexity yaml/mudd_2p8b.yml (--list names them all), or "
+  "pass --table 1 or --table 6."
 )
 
 
 def main(arguments: list[str]) -> None:
+  """Runs the command. Mistakes of the user end the process with one sentence and status 2."""
   if not arguments:
     exit_with(USAGE)
   if arguments[0] in ("-h", "--help"):
@@ -58,20 +64,34 @@ def main(arguments: list[str]) -> None:
 
 
 def read(arguments: list[str], **overrides):
-  """The sizes of a model; MaxText's whole configuration where these do not follow from files alone.
+  """Reads the sizes of a model.
+
+  Args:
+    arguments: configuration files and key=value arguments.
+    overrides: keys that override those of the arguments.
+
+  Returns:
+    `sizes.Sizes` or, if files and arguments alone do not determine the sizes, MaxText's whole configuration.
 
   Raises:
     errors.ConfigError: the configuration cannot work.
-    versions.UnknownMaxText: MaxText is missing, or another version is installed.
+    versions.UnknownMaxText: MaxText is missing, or its version is not a known one.
   """
   argv = ["", *arguments]
-  early.check(argv)
+  early_check.check(argv)
   with errors.one_sentence(sizes.Sizes):
-    model = sizes.read(argv, **overrides)
-  return model or _read_all(argv, overrides)
+    model_sizes = sizes.read(argv, **overrides)
+  config = model_sizes or _read_with_maxtext(argv, overrides)
+  block = config.decoder_block.value
+  if block not in blocks.DECODER_BLOCKS:
+    supported = ", ".join(blocks.DECODER_BLOCKS)
+    raise errors.ConfigError(
+      f"decoder_block={block} is not one whose costs this command counts; use one of {supported}."
+    )
+  return config
 
 
-def _read_all(argv: list[str], overrides: dict):
+def _read_with_maxtext(argv: list[str], overrides: dict):
   logging.disable(logging.WARNING)
   with contextlib.redirect_stdout(sys.stderr):  # MaxText's imports print
     plugin.install(plugin.Reading(on_error=lambda error: exit_with(str(error))))  # before MaxText prints a banner
@@ -81,15 +101,14 @@ def _read_all(argv: list[str], overrides: dict):
 
 
 def describe(config) -> list[tuple[str, ...]]:
-  """Exact counts beside the paper's formulas, which are those of MUDD: fully dense, four ways."""
-  extra, plain = counts.connection_parameters(config), counts.plain_parameters(config)
-  blocks, width = config.num_decoder_layers, config.emb_dim
-  layers = 12 * blocks * width**2
-  flops = counts.connection_flops(config) / counts.plain_flops(config)
-  memory = counts.extra_activations(config) / paper.plain_activations(config)
+  """Rows with exact counts, and beside them the paper's formulas, which are for MUDD with four dense ways."""
+  cost = counts.connections_cost(config)
+  plain, block_parameters = counts.plain_parameters(config), paper.block_parameters(config)
+  flops = cost.flops / counts.plain_flops(config)
+  memory = cost.activations / paper.plain_activations(config)
 
-  def formulas(ratio, equation, shorter):
-    return f"{percent(ratio(config))} ({equation}), {percent(ratio(config, rounded=True))} ({shorter})"
+  def both_formulas(ratio, equation, approximation):
+    return f"{percent(ratio(config))} ({equation}), {percent(ratio(config, approximate=True))} ({approximation})"
 
   return [
     (
@@ -97,75 +116,75 @@ def describe(config) -> list[tuple[str, ...]]:
       "exact",
       "paper's formula for MUDD",
     ),
-    ("parameters", f"{plain + extra:,}", ""),
+    ("parameters", f"{plain + cost.parameters:,}", ""),
     ("  without embeddings and connections", f"{counts.plain_parameters(config, embeddings=False):,}", ""),
-    ("  of the connections", f"{extra:,}", ""),
-    ("    over 12LD²", percent(extra / layers), ""),
+    ("  of the connections", f"{cost.parameters:,}", ""),
+    ("    over 12LD²", percent(cost.parameters / block_parameters), ""),
     (
-      "    of them W1 and W2, over 12LD²",
-      percent(counts.weight_parameters(config) / layers),
-      formulas(paper.parameter_ratio, "Eq. 13", "η/6"),
+      "    W1 and W2 alone, over 12LD²",
+      percent(cost.weight_parameters / block_parameters),
+      both_formulas(paper.parameter_ratio, "Eq. 13", "η/6"),
     ),
-    ("extra FLOPs", percent(flops), formulas(paper.flop_ratio, "Eq. 15", "η/(3+ρ/4)")),
-    ("extra activation memory, in arrays", percent(memory), f"{percent(paper.memory_ratio(config))} (Table 6)"),
+    ("extra FLOPs", percent(flops), both_formulas(paper.flop_ratio, "Eq. 15", "η/(3+ρ/4)")),
+    ("extra activation memory, counted in arrays", percent(memory), f"{percent(paper.memory_ratio(config))} (Table 6)"),
   ]
 
 
 def table_1() -> list[tuple[str, ...]]:
+  """Rows with the ratios of parameters and FLOPs: as Table 1 prints them, by formulas, and of the released models."""
   rows = [
     ("", "R_Δparams", "", "", "", "R_ΔFLOPs", "", "", ""),
     ("model", "Table 1", "η/6", "Eq. 13", "released", "Table 1", "η/(3+ρ/4)", "Eq. 15", "released"),
   ]
   for model, name, parameters, flops in TABLE_1:
     config = read([str(assets.CONFIGURATIONS / f"{name}.yml")], max_target_length=4096)
-    made = counts.weight_parameters(config) / (12 * config.num_decoder_layers * config.emb_dim**2)
+    cost = counts.connections_cost(config)
+    released = cost.weight_parameters / paper.block_parameters(config)
     rows.append(
       (
         model,
         f"{parameters}%",
-        percent(paper.parameter_ratio(config, rounded=True)),
+        percent(paper.parameter_ratio(config, approximate=True)),
         percent(paper.parameter_ratio(config)),
-        percent(made),
+        percent(released),
         f"{flops}%",
-        percent(paper.flop_ratio(config, rounded=True)),
+        percent(paper.flop_ratio(config, approximate=True)),
         percent(paper.flop_ratio(config)),
-        percent(counts.connection_flops(config) / counts.plain_flops(config)),
+        percent(cost.flops / counts.plain_flops(config)),
       )
     )
   return [
     *rows,
     ("",),
-    (
-      "T = 4096. Released: the models of yaml/, whose K is rounded up beyond the next multiple of 64 and whose last DA",
-    ),
-    ("is one stream with K four times as wide; mudd_hidden_round_to=0 leaves only the last DA apart from Eq. 13.",),
+    ("T = 4096. Released: the models of yaml/. Their K is rounded up beyond the next multiple of 64, and their last",),
+    ("DA is one stream with K four times as wide. With mudd_hidden_round_to=0 only the last DA differs from Eq. 13.",),
   ]
 
 
 def table_6() -> list[tuple[str, ...]]:
+  """Rows with the activation memory by the formulas of Table 6, by counting arrays, and as measured in Table 7."""
   rows = [("model", "TFM++", "DenseFormer", "MUDDFM", "DenseFormer", "MUDDFM", "counted", "Table 7")]
   for model, name, measured in TABLE_6:
     config = read([str(assets.CONFIGURATIONS / f"{name}.yml")])
-    plain, blocks = paper.plain_activations(config), config.num_decoder_layers
+    plain, layers = paper.plain_activations(config), config.num_decoder_layers
     rows.append(
       (
         model,
         f"{2 * plain:.0f}",
-        f"{2 * (plain + blocks):.0f}",
-        f"{2 * (plain + blocks + 3):.0f}",
+        f"{2 * (plain + layers):.0f}",
+        f"{2 * (plain + layers + 3):.0f}",
         percent(paper.memory_ratio(config, streams=0)),
         percent(paper.memory_ratio(config)),
-        percent(counts.extra_activations(config) / plain),
+        percent(counts.connections_cost(config).activations / plain),
         f"{measured}%",
       )
     )
   return [
     *rows,
     ("",),
-    (
-      "In bytes per B·T·D: TFM++ 2L + 34 + 6NT/D, DenseFormer 2L more, MUDDFM 2L + 6 more, N heads, T = 2048; then the",
-    ),
-    ("extra over TFM++ by the paper's formula, by counting arrays, and as the paper measured, parameters included.",),
+    ("The first three columns are bytes per B·T·D, for N heads and T = 2048: TFM++ has 2L + 34 + 6NT/D, DenseFormer",),
+    ("2L more, and MUDDFM 2L + 6 more. The others are the extra memory over that of TFM++: by the paper's formulas,",),
+    ("by counting arrays, and as the paper measured it, which includes the parameters.",),
   ]
 
 
@@ -174,11 +193,12 @@ def percent(ratio: float) -> str:
 
 
 def align(rows: list[tuple[str, ...]]) -> list[str]:
-  """Rows as text in columns; a row of one entry stands as it is."""
+  """Formats rows as lines with aligned columns. A row of one entry is a line by itself."""
   table = [row for row in rows if len(row) > 1]
-  widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+  widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
   return [
-    "  ".join(f"{entry:<{w}}" for entry, w in zip(row, widths)).rstrip() if len(row) > 1 else row[0] for row in rows
+    "  ".join(f"{entry:<{width}}" for entry, width in zip(row, widths)).rstrip() if len(row) > 1 else row[0]
+    for row in rows
   ]
 
 

@@ -1,4 +1,7 @@
-"""The keys that costs are counted from, read from configuration files without JAX or MaxText's modules."""
+"""Reads the sizes of a model, from which its costs are counted, without importing JAX or MaxText's modules.
+
+`read` returns None if only MaxText itself can tell the sizes.
+"""
 
 from collections.abc import Sequence
 import enum
@@ -9,16 +12,16 @@ from pydantic import PositiveInt, model_validator
 
 from maxtext_mudd import blocks
 from maxtext_mudd.config import files as config_files
-from maxtext_mudd.config.keys import MuddKeys
-from maxtext_mudd.runs import early
+from maxtext_mudd.config.keys import MuddKeys, check_sizes
+from maxtext_mudd.runs import early_check
 
-DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.ATTENTION_NORMS})
+DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.DECODER_BLOCKS})
 
 
 class Sizes(MuddKeys):
-  """What `counts`, `paper` and `topology` read of a configuration: MaxText's keys of the same names.
+  """The keys of a configuration that `counts`, `paper` and `topology` read. Names and values are those of MaxText.
 
-  MaxText's derived sizes are its base sizes, as with global_parameter_scale=1.
+  The sizes that MaxText derives equal its base sizes, because `read` accepts global_parameter_scale=1 only.
   """
 
   decoder_block: DecoderBlock
@@ -66,34 +69,32 @@ class Sizes(MuddKeys):
 
   @model_validator(mode="after")
   def _check_connections(self):
-    if self.mudd:
-      self._check_feed_forward()
-      self._check_sources()
+    check_sizes(self)
     return self
 
 
 def read(argv: Sequence[str], **overrides: Any) -> Sizes | None:
-  """The sizes of the model that a command line describes.
+  """Reads the sizes of the model that a command line describes.
 
   Args:
-    argv: as of `early.check`, which it has passed.
-    overrides: keys that go before those of the command line.
+    argv: arguments that `early_check.check` has accepted.
+    overrides: keys that override those of the command line.
 
   Returns:
-    None where MaxText derives sizes by more rules than these: by scaling, `model_name`, variables of the environment,
-    references between keys, a file of MaxText's besides base.yml, a decoder block that has no MUDD connections, or
-    experts of another width than base_mlp_dim.
+    The sizes, or None if MaxText derives them by further rules. These are scaling, `model_name`, environment variables,
+    references between keys, a base file of MaxText other than base.yml, a decoder block that has no MUDD connections,
+    and experts of another width than base_mlp_dim.
 
   Raises:
-    pydantic.ValidationError: a value is of another type, or MUDD connections do not work in a model of this size.
+    pydantic.ValidationError: a value has a wrong type, or MUDD connections do not work in a model of this size.
   """
   given = config_files.values(argv)
   stock = config_files.stock_file()
   values = omegaconf.OmegaConf.merge(omegaconf.OmegaConf.load(stock), given, overrides)
-  if given.get("base_config") not in (None, str(stock)) or early.is_changed_later(values):
+  if given.get("base_config") not in (None, str(stock)) or early_check.is_changed_by_maxtext(values):
     return None
-  keys = early.plain(values)
-  if keys["global_parameter_scale"] != 1 or keys["decoder_block"] not in blocks.ATTENTION_NORMS:
+  keys = early_check.constructor_values(values)
+  if keys["global_parameter_scale"] != 1 or keys["decoder_block"] not in blocks.DECODER_BLOCKS:
     return None
   if keys["num_experts"] != 1 and keys["base_moe_mlp_dim"] != keys["base_mlp_dim"]:
     return None

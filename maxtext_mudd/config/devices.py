@@ -1,4 +1,4 @@
-"""Whether a configuration fits the devices that it is for."""
+"""Checks a configuration against its devices: the mesh, the batch, and the memory of a step."""
 
 from collections.abc import Sequence
 import math
@@ -9,13 +9,13 @@ from maxtext.utils import max_utils, sharding
 
 from maxtext_mudd.config.errors import ConfigError
 
-# What compilers, and devices, say; the TPU compiler's sizes end in G, others' in GiB.
+# Messages of compilers and devices; the TPU compiler's sizes end in G, others' in GiB.
 _SIZE = r"([\d.]+ ?[KMGT]?(?:i?B|bytes)?)"
 _EXCEEDED = re.compile(rf"(?:Used {_SIZE} of {_SIZE} (?:\w+). )?Exceeded (?:\w+ )?capacity by {_SIZE}")
 _REQUIRED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)")
 _ALLOCATED = re.compile(rf"allocat\w+ {_SIZE}")
 _FREE = re.compile(rf"{_SIZE} free")
-_BATCHES = (  # sizes for a device, and what MaxText makes of them
+_BATCHES = (  # the key per device, and the fields that MaxText derives from it
   ("per_device_batch_size", "global_batch_size_to_load", "micro_batch_size_to_train_on"),
   ("eval_per_device_batch_size", "global_batch_size_to_load_eval", "micro_batch_size_to_eval_on"),
 )
@@ -36,7 +36,7 @@ def check_mesh(config) -> None:
 
 
 def check_batch(config) -> None:
-  """Raises ConfigError for batches of training that make no sequence, or that the mesh cannot divide."""
+  """Raises ConfigError for training batches of less than one sequence, or that the mesh cannot divide."""
   if _known_later(config):
     return
   mesh, length, devices = _mesh(config), config.max_target_length, config.num_target_devices
@@ -58,7 +58,7 @@ def check_batch(config) -> None:
 
 
 def batch_parts(config) -> int:
-  """Into how many parts the mesh divides a batch; one that is decoded has to be a multiple of it."""
+  """Number of parts into which the mesh divides a batch. The size of a decoded batch must be a multiple of it."""
   mesh = _mesh(config)
   (axes,) = _axes(config, mesh, ("activation_batch",))
   return math.prod(mesh.shape[axis] for axis in axes)
@@ -69,7 +69,7 @@ def _known_later(config) -> bool:
 
 
 def _mesh(config) -> jax.sharding.AbstractMesh:
-  """The mesh, with -1 filled in; its products have been checked."""
+  """The mesh, with sizes of -1 replaced by what they stand for. `check_mesh` has passed."""
   slices = max(config.num_slices, 1)
   devices = config.num_target_devices // slices
   sizes = max_utils.fill_unspecified_mesh_axes(list(config.ici_parallelism), devices, "ICI")
@@ -80,7 +80,7 @@ def _mesh(config) -> jax.sharding.AbstractMesh:
 
 
 def _axes(config, mesh: jax.sharding.AbstractMesh, names: Sequence[str]) -> list[tuple[str, ...]]:
-  """Of each dimension with these logical names, the axes that divide it."""
+  """The mesh axes that divide each dimension with these logical names."""
   spec = sharding.logical_to_mesh_axes(tuple(names), mesh, rules=config.logical_axis_rules)
   return [sharding.mesh_axes_for_dim(axes) for axes in spec]
 
@@ -142,7 +142,7 @@ def _check_product(config, prefix: str, target: int, unit: str, where: str) -> N
 
 
 def out_of_memory(error: Exception, config) -> str | None:
-  """One sentence if this is a compiler's or a device's refusal of a step that is too large."""
+  """The sentence for a step that needs more memory than the device has; None if the error is another one."""
   if not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
     return None
   message = " ".join(str(error).split())

@@ -11,7 +11,7 @@ import omegaconf
 import pydantic
 import yaml
 
-# What Orbax and TensorStore put behind their errors.
+# What Orbax and TensorStore append to their errors.
 _NOISE = re.compile(r"See full TensorStore details|<bound method|\[source locations=|\[tensorstore_spec=")
 
 
@@ -50,7 +50,7 @@ def one_sentence(config_class: type[pydantic.BaseModel]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reachable() -> Iterator[None]:
-  """Turns paths that the system does not even look up, as behind folders of others, into `ConfigError`s."""
+  """Turns the system's refusals to look up a path, such as one in another user's folder, into `ConfigError`s."""
   try:
     yield
   except OSError as error:
@@ -61,20 +61,24 @@ def reachable() -> Iterator[None]:
 
 
 def failed_in(error: BaseException, function: str) -> bool:
-  """Whether the error passed through this function of MaxText, which has no exceptions of its own to tell."""
+  """Whether the error passed through this function of MaxText, which raises no exceptions of its own types."""
   return any(frame.f_code.co_name == function for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def brief(error: Exception) -> str:
-  """What it is and says, in one short line, for the end of a sentence."""
-  says = _NOISE.split(_one_line(error), maxsplit=1)[0].rstrip(" .:([")
-  return f"{type(error).__name__}: {says[:200]}" if says else type(error).__name__
+  """Type and message of an error in one short line, for the end of a sentence."""
+  message = _NOISE.split(_one_line(error), maxsplit=1)[0].rstrip(" .:([")
+  return f"{type(error).__name__}: {message[:200]}" if message else type(error).__name__
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-  """The sentence for a key that is none of the known ones."""
-  nearest = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.0)
-  return f"{key} is not a configuration key; the nearest is {nearest[0]}."
+  """The sentence for a key that does not exist."""
+  return f"{key} is not a configuration key; the nearest is {nearest(key.lower(), known)}."
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """The known name that is most similar to `name`."""
+  return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def _first_sentence(error: pydantic.ValidationError) -> str:

@@ -1,4 +1,4 @@
-"""Which configuration files a command line names: one model, and any number of files whose keys override the model's.
+"""The configuration files of a command line: one model, and any number of files whose keys override the model's.
 
 A name is a path; if there is no such file, it is looked up among the files of this package (`assets.CONFIGURATIONS`),
 with or without `yaml/` before it. Nothing here imports JAX.
@@ -7,7 +7,6 @@ with or without `yaml/` before it. Nothing here imports JAX.
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import difflib
 import os
 import pathlib
 import tempfile
@@ -16,10 +15,11 @@ from typing import Any
 import omegaconf
 
 from maxtext_mudd import assets
+from maxtext_mudd.config import errors
 from maxtext_mudd.config.errors import ConfigError
 
 _BASE = "base_config"
-_ROOTS = ("base.yml", "mudd_base.yml")  # what gives keys their defaults and nothing else
+_ROOTS = ("base.yml", "mudd_base.yml")  # these set defaults of keys and nothing else
 _FOLDER = "yaml/"  # of a checkout
 
 
@@ -32,11 +32,11 @@ def packaged() -> list[str]:
 
 
 def split(argv: Sequence[str] | None) -> tuple[list[str] | None, dict[str, Any]]:
-  """Takes the files after the first out of the arguments, as `MaxText/train.py model.yml data/pile.yml steps=10`.
+  """Separates the files after the first from the other arguments: `model.yml data/pile.yml steps=10`.
 
   Returns:
-    The other arguments, and the values that the files set; a later file goes before an earlier one, and `key=value`
-    before all.
+    The other arguments, and the values that the files set; a later file overrides an earlier one, and `key=value`
+    overrides all files.
 
   Raises:
     ConfigError: an argument after the first is neither key=value nor a YAML file; a file does not exist, builds on a
@@ -59,20 +59,20 @@ def split(argv: Sequence[str] | None) -> tuple[list[str] | None, dict[str, Any]]
 
 
 def _further(name: str, after: str) -> dict[str, Any]:
-  """What a further file sets. Its chain is not followed, so it must hold nothing but the keys of this project."""
+  """The values that a file after the model's sets. Its `base_config` is not read, so that file must not be a model."""
   values = load(name)
   base = values.pop(_BASE, None)
   if "=" in after:
     raise ConfigError(f"{name} comes after {after}; name the model's file before all else.")
   if base and pathlib.Path(base).name not in _ROOTS:
     raise ConfigError(
-      f"{name} builds on {base}, so it is a model, and cannot be laid over {after}; name one model, before all else."
+      f"{name} builds on {base}, so it is a model, and cannot override {after}; name one model, before all else."
     )
   return values
 
 
 def load(name: str) -> dict[str, Any]:
-  """What one file says itself.
+  """The values that one file sets, without those of its `base_config`.
 
   Raises:
     ConfigError: there is no such file, or it does not map keys to values.
@@ -100,15 +100,15 @@ def find(name: str) -> pathlib.Path:
     if os.path.isfile(path):  # False, too, for names that the system does not take
       return path
   relative = os.path.basename(name) if os.path.isabs(name) else name.removeprefix(_FOLDER)
-  nearest = difflib.get_close_matches(relative, packaged(), n=1, cutoff=0.0)
+  nearest = errors.nearest(relative, packaged())
   raise ConfigError(
-    f"{name}: no such configuration file; the nearest of this package is {nearest[0]} (python3 -m maxtext_mudd.train "
+    f"{name}: no such configuration file; the nearest of this package is {nearest} (python3 -m maxtext_mudd.train "
     "--list names them all)."
   )
 
 
 def _in_package(name: str) -> Iterator[pathlib.Path]:
-  """Where it would be. Absolute names, and names that leave the folder, are not of the package."""
+  """The path of a name in this package's folder; none for absolute names, and for names that leave the folder."""
   path = pathlib.PurePath(name.removeprefix(_FOLDER))
   if not path.is_absolute() and ".." not in path.parts:
     yield assets.CONFIGURATIONS / path
@@ -126,8 +126,8 @@ def stock_file() -> pathlib.Path:
 
 
 def check(argv: Sequence[str] | None, overrides: dict) -> None:
-  """Refuses a first argument that MaxText would misread: it takes one that does not end in `.yml` for an override, and
-  trains its default model."""
+  """Refuses a first argument that does not end in `.yml`: MaxText would read it as an override, and train its default
+  model."""
   if name := model(argv, overrides):
     chain(name)
 
@@ -147,7 +147,7 @@ def model(argv: Sequence[str] | None, overrides: dict) -> str:
 
 
 def chain(name: str) -> list[pathlib.Path]:
-  """The files that a configuration is made of, without those of MaxText; the named one first.
+  """The files that set a configuration, without those of MaxText; the named one first.
 
   Raises:
     ConfigError: there is no such file, or the chain of `base_config` does not end in one of MaxText's own, which give
@@ -161,9 +161,9 @@ class _Chain:
   """A configuration file and those that it builds on by `base_config`.
 
   Attributes:
-    files: without MaxText's, the named one first.
-    root: MaxText's file at the end.
-    values: what the files set together; without the values of `root`.
+    files: the named file, then its `base_config` and so on, up to `root`.
+    root: MaxText's file at the end of the chain.
+    values: the values that `files` set together.
     is_stock: whether MaxText finds each file by itself.
   """
 
@@ -196,7 +196,7 @@ def _chain(name: str) -> _Chain:
 
 
 def values(argv: Sequence[str]) -> omegaconf.DictConfig:
-  """What a command line sets, by files and by key=value; without the values of MaxText's files.
+  """The values that a command line sets, by files and by key=value; without the values of MaxText's files.
 
   Raises:
     ConfigError: as `check` and `split`; and what OmegaConf raises for key=value that is not YAML.
@@ -210,11 +210,11 @@ def values(argv: Sequence[str]) -> omegaconf.DictConfig:
 
 @contextlib.contextmanager
 def for_maxtext(argv: Sequence[str] | None, overrides: dict) -> Iterator[list[str] | None]:
-  """The arguments with a model's file that MaxText finds, and whose `base_config` it finds.
+  """The arguments, with a model's file that MaxText finds and whose `base_config` it finds.
 
-  MaxText knows nothing of this package's folder. Where a chain leads there by a name alone, it is written to a
-  temporary file as one: as overrides, the same values would go before those of `model_name`, and be refused beside
-  variables of the environment.
+  MaxText does not search this package's folder. A chain of files that needs this folder is written to one temporary
+  file: as overrides, its values would override those of `model_name`, and MaxText would refuse them beside variables of
+  the environment.
 
   Raises:
     ConfigError: as `check`, or no temporary file can be written.

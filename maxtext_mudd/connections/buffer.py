@@ -2,20 +2,22 @@
 
 Differentiated as it stands, a loop over blocks keeps the buffer of every turn. But the history is append-only, so that
 the buffer after the last block serves for all of them. It reaches the backward pass of each block as a cotangent:
-`Buffer.mirror` is zero and nothing reads it in the forward pass; `close` sends the final buffer back as its "gradient".
+`Buffer.mirror` is zero and nothing reads it in the forward pass. `finish` returns the final buffer as its cotangent.
 Where sources are pre-normed, each block's own X_i is kept besides, as stock layers keep their input.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from maxtext_mudd import kernels
-from maxtext_mudd.kernels import Passes
+from maxtext_mudd.connections.base import Link
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +40,50 @@ class Buffer:
   newest: Float[Array, "B T D"] | None
   rematerialise: Callable | None = dataclasses.field(metadata={"static": True})
 
+  @classmethod
+  def start(
+    cls,
+    source: Float[Array, "B T D"],
+    newest: Float[Array, "B T D"] | None,
+    num_blocks: int,
+    sharding: NamedSharding | None,
+    rematerialise: Callable | None,
+  ) -> "Buffer":
+    """The buffer in front of the first block, `sharding` being that of one source."""
+    shape = (num_blocks + 1, *source.shape)
+    sources, mirror = jnp.zeros(shape, source.dtype).at[0].set(source), jnp.zeros(shape, source.dtype)
+    if sharding is not None:
+      sharding = NamedSharding(sharding.mesh, P(None, *sharding.spec))
+      sources, mirror = (jax.lax.with_sharding_constraint(x, sharding) for x in (sources, mirror))
+    return cls(sources, mirror, jnp.ones((), jnp.int32), newest, rematerialise)
+
+  @property
+  def output_shape(self) -> tuple[int, ...]:
+    return self.sources.shape[1:]
+
+  def through(self, link: Link, parameters: Any, state: Any, arguments: Any) -> tuple["Buffer", Any]:
+    """The buffer behind a block, and what else the block returned.
+
+    Args:
+      parameters: of the aggregate, state: of the block; they may hold the same arrays.
+    """
+    return _through_block(link, state, parameters, self, arguments)
+
+  def finish(self, link: Link | None, parameters: Any, sown: Any):
+    """(sums of the site behind the last block or None, X_L, `sown`).
+
+    Args:
+      sown: floating arrays that blocks left beside the buffer, such as the losses of routers. A loss has to read them
+        as they are returned, since their gradient is what hands the sources to the backward pass.
+    """
+    sources, (newest, sown) = _close(self.sources, self.mirror, (self.newest, sown))
+    output = sources[-1] if newest is None else newest
+    if link is None:
+      return None, output, sown
+    count = jnp.asarray(len(sources))
+    weights = link.weights(parameters, count, newest)
+    return kernels.differentiable(link.passes, kernels.Buffer(sources, count), weights), output, sown
+
 
 @jax.custom_vjp
 def _close(sources, mirror, others):
@@ -50,48 +96,20 @@ _close.defvjp(
 )
 
 
-def close(buffer: Buffer, sown: Any) -> tuple[Float[Array, "S B T D"], Float[Array, "B T D"] | None, Any]:
-  """`sources` and `newest` behind the last block, and what blocks left beside them: floating arrays, as losses of
-  routers. Whatever a loss reads of them comes from here, for this hands the sources to the backward pass."""
-  sources, (newest, sown) = _close(buffer.sources, buffer.mirror, (buffer.newest, sown))
-  return sources, newest, sown
-
-
-class Link(NamedTuple):
-  """One aggregate with the block that reads it; all static.
-
-  Attributes:
-    passes: how the aggregate runs.
-    weights: (own, count, newest) -> weights of all entries of the buffer; None: no block has an aggregate.
-    block: (state, count, sums, X_i, arguments) -> (source, output, anything else); a pure function.
-  """
-
-  passes: Passes
-  weights: Callable | None
-  block: Callable
-
-
-def through_block(link: Link, state: Any, own: Any, buffer: Buffer, arguments: Any) -> tuple[Buffer, Any]:
-  """An aggregate and the block that reads it. The sums are recomputed in the backward pass.
-
-  Args:
-    state: of the block, own: of the aggregate; they may hold the same arrays.
-
-  Returns:
-    the buffer with the block's output, and what else the block returned.
-  """
+def _through_block(link: Link, state: Any, parameters: Any, buffer: Buffer, arguments: Any) -> tuple[Buffer, Any]:
+  """An aggregate and the block that reads it. The sums are recomputed in the backward pass."""
   rematerialise, has_newest = buffer.rematerialise, buffer.newest is not None
 
-  def block_input(own, sources, count, newest):
+  def block_input(parameters, sources, count, newest):
     sources, sums = kernels.Buffer(sources, count), []
     if link.weights is not None:
-      sums = link.passes.forward(sources, link.weights(own, count, newest))
+      sums = link.passes.forward(sources, link.weights(parameters, count, newest))
     return sums, sources.newest if newest is None else newest
 
   # Traced here, during the model's call: quantization by interception, for one, is no longer active when the backward
   # pass is traced.
-  made = jax.eval_shape(block_input, own, buffer.sources, buffer.count, buffer.newest)
-  block, closed_over = jax.closure_convert(link.block, state, buffer.count, *made, arguments)
+  inputs = jax.eval_shape(block_input, parameters, buffer.sources, buffer.count, buffer.newest)
+  block, closed_over = jax.closure_convert(link.block, state, buffer.count, *inputs, arguments)
   pullback = _Pullback(rematerialise(block) if rematerialise else block)
 
   def append(sources, mirror, count, returned):
@@ -100,23 +118,24 @@ def through_block(link: Link, state: Any, own: Any, buffer: Buffer, arguments: A
     return (sources, mirror, output if has_newest else None), rest
 
   @jax.custom_vjp
-  def call(state, own, sources, mirror, count, newest, others):
-    made = block_input(own, sources, count, newest)
-    return append(sources, mirror, count, block(state, count, *made, *others))
+  def call(state, parameters, sources, mirror, count, newest, others):
+    inputs = block_input(parameters, sources, count, newest)
+    return append(sources, mirror, count, block(state, count, *inputs, *others))
 
-  def forward(state, own, sources, mirror, count, newest, others):
+  def forward(state, parameters, sources, mirror, count, newest, others):
     if rematerialise is None:
-      return call(state, own, sources, mirror, count, newest, others), (own, count, newest, (state, others))
-    made = block_input(own, sources, count, newest)
-    returned, residuals = pullback.forward(made, (state, count, *made, *others))
-    return append(sources, mirror, count, returned), (own, count, newest, residuals)
+      outputs = call(state, parameters, sources, mirror, count, newest, others)
+      return outputs, (parameters, count, newest, (state, others))
+    inputs = block_input(parameters, sources, count, newest)
+    returned, residuals = pullback.forward(inputs, (state, count, *inputs, *others))
+    return append(sources, mirror, count, returned), (parameters, count, newest, residuals)
 
   def backward(kept, cotangents):
-    own, count, newest, kept = kept
+    parameters, count, newest, kept = kept
     (totals, sources, to_output), to_rest = cotangents  # the mirror's cotangent is the final buffer
 
     def again():
-      return block_input(own, sources, count, newest)
+      return block_input(parameters, sources, count, newest)
 
     if rematerialise is None:
       state, others = kept
@@ -129,20 +148,20 @@ def through_block(link: Link, state: Any, own: Any, buffer: Buffer, arguments: A
     if not has_newest:
       reached = jax.lax.dynamic_index_in_dim(totals, count - 1, keepdims=False) + to_newest
       totals = jax.lax.dynamic_update_index_in_dim(totals, reached, count - 1, 0)
-    to_own = jax.tree.map(jnp.zeros_like, own)
+    to_parameters = jax.tree.map(jnp.zeros_like, parameters)
     if link.weights is not None:
-      weights, vjp = jax.vjp(lambda own, newest: link.weights(own, count, newest), own, newest)
-      made = link.passes.backward(kernels.Buffer(sources, count), weights, to_sums, totals=totals)
-      to_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), made.weights, weights)
-      to_own, through_weights = vjp(to_weights)
-      totals = made.sources
+      weights, vjp = jax.vjp(lambda parameters, newest: link.weights(parameters, count, newest), parameters, newest)
+      gradients = link.passes.backward(kernels.Buffer(sources, count), weights, to_sums, totals=totals)
+      to_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients.weights, weights)
+      to_parameters, through_weights = vjp(to_weights)
+      totals = gradients.sources
       to_newest = to_newest + through_weights if has_newest else None
     to_newest = to_newest if has_newest else None
-    return to_state, to_own, totals, sources, None, to_newest, tuple(to_others)
+    return to_state, to_parameters, totals, sources, None, to_newest, tuple(to_others)
 
   call.defvjp(forward, backward)
   others = (arguments, *closed_over)
-  carried, rest = call(state, own, buffer.sources, buffer.mirror, buffer.count, buffer.newest, others)
+  carried, rest = call(state, parameters, buffer.sources, buffer.mirror, buffer.count, buffer.newest, others)
   sources, mirror, newest = carried
   return dataclasses.replace(buffer, sources=sources, mirror=mirror, count=buffer.count + 1, newest=newest), rest
 
@@ -154,14 +173,14 @@ class _Pullback:
   def __init__(self, block: Callable):
     self.block = block
 
-  def forward(self, made, inputs):
+  def forward(self, recomputed, inputs):
     returned, vjp = jax.vjp(self.block, *inputs)
     residuals, self.tree = jax.tree.flatten(vjp)
-    made = jax.tree.leaves(made)
-    self.places = [next((k for k, x in enumerate(made) if x is residual), None) for residual in residuals]
+    recomputed = jax.tree.leaves(recomputed)
+    self.places = [next((k for k, x in enumerate(recomputed) if x is residual), None) for residual in residuals]
     return returned, [residual for residual, place in zip(residuals, self.places) if place is None]
 
-  def restore(self, kept, again: Callable):
-    made = jax.tree.leaves(again())
+  def restore(self, kept, recompute: Callable):
+    recomputed = jax.tree.leaves(recompute())
     kept = iter(kept)
-    return jax.tree.unflatten(self.tree, [next(kept) if place is None else made[place] for place in self.places])
+    return jax.tree.unflatten(self.tree, [next(kept) if place is None else recomputed[place] for place in self.places])

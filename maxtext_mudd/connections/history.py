@@ -33,10 +33,12 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+import numpy as np
 
-from maxtext_mudd.connections.mudd.topology import Aggregate, Topology
+from maxtext_mudd.connections.base import Link, Plan, Site
 from maxtext_mudd.kernels import HiddenLayer, Passes, Pending, WeightMLP, Weights, accumulation_dtype, map_columns
 
 AGGREGATES_PER_GROUP = 4  # the traffic of a step is within 3 % of that of the best number, for 24 to 42 blocks
@@ -62,10 +64,50 @@ class History:
   recomputed: list[Float[Array, "B T D"]] | None = None
   pending: list[Pending] = dataclasses.field(default_factory=list)
 
+  @classmethod
+  def start(cls, source: Float[Array, "B T D"], newest: Float[Array, "B T D"] | None, *_) -> "History":
+    """The history in front of the first block; what a buffer needs besides is not used."""
+    return cls((source,), newest)
+
   @property
   def output(self) -> Float[Array, "B T D"]:
     """X_i."""
     return self.sources[-1] if self.newest is None else self.newest
+
+  @property
+  def output_shape(self) -> tuple[int, ...]:
+    return self.output.shape
+
+  def through(self, link: Link, parameters: Any, state: Any, arguments: Any) -> tuple["History", Any]:
+    """The history behind a block, and what else the block returned.
+
+    Args:
+      parameters: of the aggregate, state: of the block; they may hold the same arrays.
+    """
+    number = len(self.sources)
+    if link.weights is None:
+      source, output, rest = link.block(state, number, None, self.output, arguments)
+      return self.append(source, output), rest
+    weights = link.weights(parameters, number, self.newest)
+    here = PlacedAggregate(place(link.plan, link.site.block), link.passes)
+
+    def block(state, sums, output, arguments):
+      return link.block(state, number, sums, output, arguments)
+
+    if link.recomputed:
+      return through_block(here, block, state, self, weights, arguments)
+    sums, behind = aggregate(here, self, weights)
+    source, output, rest = block(state, sums, self.output, arguments)
+    return behind.append(source, output), rest
+
+  def finish(self, link: Link | None, parameters: Any, sown: Any):
+    """(sums of the site behind the last block or None, X_L, `sown` as it is)."""
+    if link is None:
+      return None, self.output, sown
+    history = name_last(self)
+    weights = link.weights(parameters, len(self.sources), history.newest)
+    sums, _ = aggregate(PlacedAggregate(place(link.plan, link.site.block), link.passes), history, weights)
+    return sums, self.output, sown
 
   def append(self, source: Float[Array, "B T D"], output: Float[Array, "B T D"]) -> "History":
     newest = None if self.newest is None else output
@@ -86,7 +128,7 @@ class Place:
   """Where an aggregate stands among the others; sources by their number.
 
   Attributes:
-    aggregate: itself.
+    aggregate: its site.
     before: the aggregate below, if any.
     above: those above in its group, lowest first.
     is_lowest: whether it is the lowest of its group.
@@ -95,23 +137,23 @@ class Place:
     floor: the newest source of the group's lowest aggregate; sources below it are left to `push`.
   """
 
-  aggregate: Aggregate
-  before: Aggregate | None
-  above: tuple[Aggregate, ...]
+  aggregate: Site
+  before: Site | None
+  above: tuple[Site, ...]
   is_lowest: bool
   is_top: bool
   in_top_group: bool
   floor: int
 
 
-def place(topology: Topology, block: int) -> Place:
+def place(plan: Plan, block: int) -> Place:
   """The place of DA_block."""
-  blocks = sorted(topology.aggregates)
+  blocks = sorted(plan.sites)
   number = blocks.index(block)
   top = len(blocks) - 1
   last = top - (top - number) // AGGREGATES_PER_GROUP * AGGREGATES_PER_GROUP
   first = max(0, last - AGGREGATES_PER_GROUP + 1)
-  aggregate_at = topology.aggregates.get
+  aggregate_at = plan.sites.get
   return Place(
     aggregate=aggregate_at(block),
     before=aggregate_at(blocks[number - 1]) if number else None,
@@ -123,33 +165,33 @@ def place(topology: Topology, block: int) -> Place:
   )
 
 
-class Link(NamedTuple):
+class PlacedAggregate(NamedTuple):
   """An aggregate at its place, with the passes that run it; all static."""
 
   place: Place
   passes: Passes
 
 
-def aggregate(link: Link, history: History, weights: Weights) -> tuple[list[Float[Array, "B T D"]], History]:
+def aggregate(here: PlacedAggregate, history: History, weights: Weights) -> tuple[list[Float[Array, "B T D"]], History]:
   """The streams of one aggregate, and the history behind it."""
 
   @jax.custom_vjp
   def call(history, weights):
-    return _streams(link, history, weights), _behind(link, history, weights, recomputes=False)
+    return _streams(here, history, weights), _behind(here, history, weights, recomputes=False)
 
   def forward(history, weights):
     return call(history, weights), (_residuals(history), weights)
 
   def backward(inputs, cotangents):
     to_streams, to_history = cotangents
-    return _backward(link, *inputs, to_streams, to_history)
+    return _backward(here, *inputs, to_streams, to_history)
 
   call.defvjp(forward, backward)
   return call(history, weights)
 
 
 def through_block(
-  link: Link, block: Callable, state: Any, history: History, weights: Weights, arguments: Any
+  here: PlacedAggregate, block: Callable, state: Any, history: History, weights: Weights, arguments: Any
 ) -> tuple[History, Any]:
   """An aggregate and the block that reads it, both recomputed in the backward pass.
 
@@ -159,26 +201,29 @@ def through_block(
   Returns:
     the history with the block's output, and what else it returned.
   """
-  recomputes = not link.place.is_top
+  recomputes = not here.place.is_top
   # Traced here, during the model's call: quantization by interception, for one, is no longer active when the backward
   # pass is traced.
-  streams = jax.eval_shape(functools.partial(_streams, link), history, weights)
+  streams = jax.eval_shape(functools.partial(_streams, here), history, weights)
   block, closed_over = jax.closure_convert(block, state, streams, history.output, arguments)
 
   @jax.custom_vjp
   def call(state, history, weights, arguments, closed_over):
-    streams = _streams(link, history, weights)
+    streams = _streams(here, history, weights)
     source, output, rest = block(state, streams, history.output, arguments, *closed_over)
-    return _behind(link, history, weights, recomputes).append(source, output), rest
+    return _behind(here, history, weights, recomputes).append(source, output), rest
 
-  def forward(state, history, weights, arguments, closed_over):
+  def forward(*inputs):
+    state, history, weights, arguments, closed_over = custom_vjp_primal_tree_values(inputs)
     outputs = call(state, history, weights, arguments, closed_over)
     return outputs, (state, _residuals(history), weights, arguments, closed_over)
 
   def backward(inputs, cotangents):
     state, history, weights, arguments, closed_over = inputs
-    to_history, to_rest = cotangents
-    streams = to_history.recomputed if recomputes else _streams(link, history, weights)
+    # The aggregate above has no backward pass where a loss reads only what blocks returned besides, as routers' losses.
+    has_streams = recomputes and not isinstance(cotangents[0].recomputed[0], SymbolicZero)
+    to_history, to_rest = jax.tree.map(_instantiate, cotangents)
+    streams = to_history.recomputed if has_streams else _streams(here, history, weights)
     to_source, to_output = to_history.sources[-1], to_history.newest
     to_history = dataclasses.replace(to_history, sources=to_history.sources[:-1], newest=None)
 
@@ -188,11 +233,19 @@ def through_block(
 
     _, vjp = jax.vjp(outputs, state, streams, history.output, arguments, *closed_over)
     to_state, to_streams, to_newest, to_arguments, *to_closed_over = vjp((to_source, to_output, to_rest))
-    to_history, to_weights = _backward(link, history, weights, to_streams, to_history, to_newest)
+    to_history, to_weights = _backward(here, history, weights, to_streams, to_history, to_newest)
     return to_state, to_history, to_weights, to_arguments, to_closed_over
 
-  call.defvjp(forward, backward)
+  call.defvjp(forward, backward, symbolic_zeros=True)
   return call(state, history, weights, arguments, closed_over)
+
+
+def _instantiate(cotangent):
+  """An array for a cotangent that is known to be zero."""
+  if not isinstance(cotangent, SymbolicZero):
+    return cotangent
+  make = np.zeros if cotangent.dtype == jax.dtypes.float0 else jnp.zeros
+  return make(cotangent.shape, cotangent.dtype)
 
 
 def _residuals(history: History) -> History:
@@ -200,15 +253,15 @@ def _residuals(history: History) -> History:
   return dataclasses.replace(history, recomputed=None if history.recomputed is None else [], pending=[])
 
 
-def _streams(link: Link, history: History, weights: Weights) -> list[Float[Array, "B T D"]]:
-  return link.passes.forward([history.sources[j] for j in link.place.aggregate.sources], weights)
+def _streams(here: PlacedAggregate, history: History, weights: Weights) -> list[Float[Array, "B T D"]]:
+  return here.passes.forward([history.sources[j] for j in here.place.aggregate.sources], weights)
 
 
-def _behind(link: Link, history: History, weights: Weights, recomputes: bool) -> History:
+def _behind(here: PlacedAggregate, history: History, weights: Weights, recomputes: bool) -> History:
   """The history behind an aggregate: sources as they are, zeros for what comes back."""
-  place, like = link.place, history.output
+  place, like = here.place, history.output
 
-  def pending(ahead: Aggregate) -> Pending:
+  def pending(ahead: Site) -> Pending:
     wide = accumulation_dtype(like.dtype)
     a = jnp.zeros((ahead.ways, len(ahead.sources)), wide)
     weights = a
@@ -226,7 +279,7 @@ def _behind(link: Link, history: History, weights: Weights, recomputes: bool) ->
 
 
 def _backward(
-  link: Link, history: History, weights: Weights, to_streams, behind: History, to_newest=None
+  here: PlacedAggregate, history: History, weights: Weights, to_streams, behind: History, to_newest=None
 ) -> tuple[History, Weights]:
   """Cotangents of the history before an aggregate and of its weights.
 
@@ -235,31 +288,31 @@ def _backward(
     behind: cotangent of the history behind it.
     to_newest: what else is added to the gradient of X_i.
   """
-  place, passes = link
-  own = place.aggregate
-  read, recompute = own.sources, None
+  place, passes = here
+  site = place.aggregate
+  read, recompute = site.sources, None
   if history.recomputed is not None:
-    read = tuple(sorted({*own.sources, *place.before.sources}))
+    read = tuple(sorted({*site.sources, *place.before.sources}))
     recompute = _among(history.weights, place.before.sources, read)
-  near = tuple(j for j in own.sources if j >= place.floor)
+  near = tuple(j for j in site.sources if j >= place.floor)
   totals = list(behind.sources)
-  made = passes.backward(
+  gradients = passes.backward(
     [history.sources[j] for j in read],
-    _among(weights, own.sources, read),
+    _among(weights, site.sources, read),
     to_streams,
     near=tuple(read.index(j) for j in near),
     totals=None if place.is_top else [totals[j] for j in near],
     recompute=recompute,
     keep_hidden=True,
   )
-  for j, gradient in zip(near, made.sources):
+  for j, gradient in zip(near, gradients.sources):
     totals[j] = gradient
-  to_weights = map_columns(made.weights, lambda x: _columns(x, [read.index(j) for j in own.sources]))
+  to_weights = map_columns(gradients.weights, lambda x: _columns(x, [read.index(j) for j in site.sources]))
   leaves = [gradient.astype(x.dtype) for gradient, x in zip(*map(jax.tree.leaves, (to_weights, weights)))]
   to_weights = jax.tree.unflatten(jax.tree.structure(weights), leaves)  # with the `source` that it had
-  pending = [Pending(list(to_streams), _for_push(weights, made.hidden, to_streams[0].dtype)), *behind.pending]
+  pending = [Pending(list(to_streams), _for_push(weights, gradients.hidden, to_streams[0].dtype)), *behind.pending]
   if place.is_lowest:
-    _push(link, pending, totals)
+    _push(here, pending, totals)
     pending = []
   newest = None
   if history.newest is not None:
@@ -268,7 +321,7 @@ def _backward(
   elif to_newest is not None:
     totals[-1] = totals[-1] + to_newest
   zeros = jax.tree.map(jnp.zeros_like, history.weights)
-  return History(tuple(totals), newest, zeros, made.streams, pending), to_weights
+  return History(tuple(totals), newest, zeros, gradients.streams, pending), to_weights
 
 
 def _for_push(weights: Weights, hidden: Float[Array, "B T K"] | None, dtype) -> Weights:
@@ -279,32 +332,32 @@ def _for_push(weights: Weights, hidden: Float[Array, "B T K"] | None, dtype) -> 
   return weights.astype(wide)
 
 
-def _push(link: Link, pending: list[Pending], totals: list) -> None:
+def _push(here: PlacedAggregate, pending: list[Pending], totals: list) -> None:
   """Adds what the aggregates of a group send to the sources below it, to `totals` in place."""
-  place = link.place
+  place = here.place
   group = (place.aggregate, *place.above)
   far = tuple(sorted({j for member in group for j in member.sources if j < place.floor}))
   if not far:
     return
   pushed = [Pending(one.gradients, _among(one.weights, member.sources, far)) for member, one in zip(group, pending)]
-  sums = link.passes.push(pushed, None if place.in_top_group else [totals[j] for j in far], len(far))
+  sums = here.passes.push(pushed, None if place.in_top_group else [totals[j] for j in far], len(far))
   for j, total in zip(far, sums):
     totals[j] = total
 
 
-def _among(weights: Weights, own: Sequence[int], sources: Sequence[int]) -> Weights:
-  """Weights of the sources `own` as weights of `sources`: zero for those that are not its own, and without others."""
-  if tuple(own) == tuple(sources):
+def _among(weights: Weights, given: Sequence[int], sources: Sequence[int]) -> Weights:
+  """Weights of the sources `given` as weights of `sources`: zero for sources that have none, and without the others."""
+  if tuple(given) == tuple(sources):
     return weights
-  kept = [k for k, j in enumerate(own) if j in sources]
-  at = jnp.asarray([sources.index(own[k]) for k in kept], jnp.int32)
+  kept = [k for k, j in enumerate(given) if j in sources]
+  at = jnp.asarray([sources.index(given[k]) for k in kept], jnp.int32)
 
   def spread(x):
     return jnp.zeros((*x.shape[:-1], len(sources)), x.dtype).at[..., at].set(_columns(x, kept))
 
   weights = map_columns(weights, spread)
   if isinstance(weights, WeightMLP):
-    weights = dataclasses.replace(weights, source=sources.index(own[-1]))
+    weights = dataclasses.replace(weights, source=sources.index(given[-1]))
   return weights
 
 

@@ -1,1 +1,1 @@
-"""Evaluates a checkpoint on tasks of EleutherAI's lm-evaluation-harness, and on texts."""
+"""The command that evaluates a model on tasks of EleutherAI's lm-evaluation-harness, and on texts."""

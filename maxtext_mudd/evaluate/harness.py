@@ -1,6 +1,7 @@
-"""A model of MaxText as EleutherAI's lm-evaluation-harness sees one."""
+"""Lets EleutherAI's lm-evaluation-harness evaluate a model of MaxText (`MaxTextLM`), also on a text (`TextTask`)."""
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import logging
 
 import datasets
@@ -22,17 +23,26 @@ from maxtext_mudd.inference import forward, generation
 from maxtext_mudd.inference.tokens import Tokenizer
 
 _logger = logging.getLogger(__name__)
+# The keys of `generation_kwargs` in task files, under the names that the harness gives them, and the types of numbers.
 _GENERATION_KEYS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
-_NUMBERS = {"temperature": float, "top_p": float} | dict.fromkeys(
+_NUMBER_TYPES = {"temperature": float, "top_p": float} | dict.fromkeys(
   ("top_k", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), int
 )
 
 
 class MaxTextLM(TemplateLM):
-  """Log-likelihoods of targets after contexts, of whole texts, and what greedy decoding or sampling goes on with.
+  """A model that the harness can evaluate.
 
-  The harness splits texts into contexts and targets, and long texts into windows. Contexts that are too long lose their
-  beginning.
+  It computes log-likelihoods of targets after contexts and of whole texts, and continues texts by greedy decoding or
+  sampling. The harness splits texts into contexts and targets, and this class splits long texts into windows. A context
+  that is too long loses its beginning.
+
+  Attributes:
+    model, config: the model and its configuration.
+    text_tokenizer: encodes and decodes texts.
+    tokenizer: the Hugging Face tokenizer behind it, if any. The harness records its special tokens.
+    batch_size: the number of rows of a batch.
+    max_length: the context of the model, in tokens.
   """
 
   def __init__(
@@ -45,51 +55,55 @@ class MaxTextLM(TemplateLM):
   ):
     """
     Args:
-      model, config: as of `from_pretrained`.
-      batch_size: rows of a batch; the next multiple of what the mesh divides them into is taken.
+      model, config: what `from_pretrained` or `from_run` returns.
+      batch_size: the number of rows of a batch. It is rounded up to a multiple of the parts that the mesh divides a
+        batch into.
       before_batch: called before each batch; what it raises ends the evaluation.
     """
     super().__init__()
-    self.model, self.config, self.words = model, config, tokenizer
-    self.tokenizer = tokenizer.hugging_face  # the harness writes its special tokens down
-    rows = devices.batch_parts(config)
-    self.batch_size = -(-batch_size // rows) * rows
+    self.model, self.config, self.text_tokenizer = model, config, tokenizer
+    self.tokenizer = tokenizer.hugging_face
+    parts = devices.batch_parts(config)
+    self.batch_size = -(-batch_size // parts) * parts
     self.max_length, self._before_batch = config.max_target_length, before_batch
-    self._batches_drawn = 0
-    self._warned_of_spanning = False
+    self._last_seed = 0
+    self._has_warned_of_spanning = False
 
   @property
   def eot_token_id(self) -> int:
-    return self.words.prefix_id if self.words.eos_id is None else self.words.eos_id
+    """The token that ends a generated text: EOS or, if there is none, BOS."""
+    return self.text_tokenizer.prefix_id if self.text_tokenizer.eos_id is None else self.text_tokenizer.eos_id
 
   @property
   def prefix_token_id(self) -> int:
-    return self.words.prefix_id
+    """The token that stands for an empty context."""
+    return self.text_tokenizer.prefix_id
 
   def get_model_info(self) -> dict:
-    """What the harness writes down of the model."""
+    """What the harness records about the model."""
     sizes = [x.size for x in jax.tree.leaves(nnx.state(self.model, nnx.Param))]
     return {"model_num_parameters": sum(sizes), "model_dtype": str(self.config.dtype)}
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-    return self.words.encode(string, self.words.add_bos if add_special_tokens is None else add_special_tokens)
+    add_bos = self.text_tokenizer.add_bos if add_special_tokens is None else add_special_tokens
+    return self.text_tokenizer.encode(string, add_bos)
 
   def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokens of a context and of the target after it.
+    """Encodes a context and the target after it.
 
-    The harness encodes both together and takes as target what is beyond the context's number of tokens. Where a token
-    spans both, nothing may be left, which its model for PyTorch asserts against (its issue 1297). The target is encoded
-    alone then, as its pull request 4055 does.
+    The harness encodes both together, and takes as target the tokens after the number of tokens that the context alone
+    has. If a token spans context and target, none may be left. The harness's model for PyTorch fails then (its issue
+    1297). This method encodes the target alone then, as the harness's pull request 4055 does.
     """
     context_tokens, target = super()._encode_pair(context, continuation)
     if target:
       return context_tokens, target
-    spaces = context[len(context.rstrip()) :]  # which the harness moves to the target
+    spaces = context[len(context.rstrip()) :]  # the harness moves them to the target
     target = self.tok_encode(spaces + continuation, add_special_tokens=False)
-    if target and not self._warned_of_spanning:
-      self._warned_of_spanning = True
+    if target and not self._has_warned_of_spanning:
+      self._has_warned_of_spanning = True
       _logger.warning(
-        "the target %r after %r: one token spans both, so the target is encoded alone, here and wherever this is so.",
+        "the target %r after %r: one token spans both, so the target is encoded alone, here and in all similar cases.",
         continuation[:40],
         context[-40:],
       )
@@ -98,39 +112,49 @@ class MaxTextLM(TemplateLM):
   def _loglikelihood_tokens(
     self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_
   ) -> list[tuple[float, bool]]:
-    """Of each target after its context: the sum of log-probabilities, and whether each token is the most probable.
+    """Scores each target after its context.
 
     Args:
-      requests: texts, which are for messages; tokens of the context; tokens of the target. Where the context has none,
-        as one of white space, which the harness moves to the target, the prefix stands for it.
+      requests: for each, the two texts, which are used in errors only, the tokens of the context and those of the
+        target. A context without tokens, such as white space that the harness moves to the target, is replaced by the
+        prefix token.
+
+    Returns:
+      For each request the log-probability of the target, and whether each of its tokens is the most probable one.
 
     Raises:
-      ConfigError: a target has no tokens, or more than the context.
+      ConfigError: a target has no tokens, or more than the model's context.
     """
-    rows, targets = [], []
+    rows, target_lengths = [], []
     for texts, context, target in requests:
       if not 0 < len(target) <= self.max_length:
         raise ConfigError(
-          f"the target {texts[1][:40]!r} has {len(target)} tokens; it can have 1 to {self.max_length}, the context "
-          "(max_target_length)."
+          f"the target {texts[1][:40]!r} has {len(target)} tokens; it can have from 1 to max_target_length="
+          f"{self.max_length}."
         )
       context = context or [self.prefix_token_id]
       rows.append(np.asarray([*context, *target][-(self.max_length + 1) :], np.int32))
-      targets.append(len(target))
-    found = [(0.0, False)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))  # the longest first: memory runs out early
+      target_lengths.append(len(target))
+    results = [(0.0, False)] * len(rows)
+    # The longest come first, so that memory runs out at the start or never.
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     for start in tqdm.trange(0, len(order), self.batch_size, desc="log-likelihoods", disable=disable_tqdm):
       self._before_batch()
       batch = order[start : start + self.batch_size]
-      scores, greedy = self._score([rows[row] for row in batch])
+      scores, is_most_probable = self._score([rows[row] for row in batch])
       for number, row in enumerate(batch):
         end = len(rows[row]) - 1
-        own = slice(end - targets[row], end)
-        found[row] = (float(scores[number, own].sum(dtype=np.float64)), bool(greedy[number, own].all()))
-    return found
+        target = slice(end - target_lengths[row], end)
+        score = scores[number, target].sum(dtype=np.float64)
+        results[row] = (float(score), bool(is_most_probable[number, target].all()))
+    return results
 
   def _score(self, rows: Sequence[np.ndarray]) -> tuple[Float[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Log-probability of each token but the first of each row, and whether it is the most probable one."""
+    """The log-probability of each token after the first of each row, and whether it is the most probable one.
+
+    Args:
+      rows: the tokens of each row, the longest row first.
+    """
     length = min(generation.padded_length(len(rows[0]) - 1), self.max_length)
     tokens = np.zeros((self.batch_size, length + 1), np.int32)
     lengths = np.zeros((self.batch_size, 1), np.int32)
@@ -140,123 +164,153 @@ class MaxTextLM(TemplateLM):
     return jax.device_get(log_likelihoods(self.model, tokens[:, :-1], tokens[:, 1:], segment_ids))
 
   def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-    """Of whole texts: each token is predicted once, after as many tokens before it as a window has."""
-    windows, owners = [], []
+    """The log-probabilities of whole texts. Each token is predicted once, from the tokens before it in its window."""
+    windows, text_numbers = [], []
     for number, (text,) in enumerate(request.args for request in requests):
-      # The prefix stands where a BOS would.
+      # The prefix token takes the place of a BOS.
       tokens = self.tok_encode(text, add_special_tokens=False)
       for window in utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
         windows.append((("", text), *utils.make_disjoint_window(window)))
-        owners.append(number)
-    found = [0.0] * len(requests)
-    for number, (score, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
-      found[number] += score
-    return found
+        text_numbers.append(number)
+    scores = [0.0] * len(requests)
+    for number, (score, _) in zip(text_numbers, self._loglikelihood_tokens(windows, disable_tqdm)):
+      scores[number] += score
+    return scores
 
-  def check_generation(self, asked: dict) -> None:
-    """Raises ConfigError where `generation_kwargs` has a key that is not known, or a value that cannot be had."""
-    _Generation.of(asked, self.config)
+  def check_generation(self, generation_kwargs: dict) -> None:
+    """Raises ConfigError if a task's `generation_kwargs` has an unknown key, or a value that the model cannot take."""
+    _GenerationOptions.read(generation_kwargs, self.config)
 
   def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-    """What follows each context, up to the first stop sequence or EOS.
+    """Continues each context up to the first stop sequence or EOS.
 
     Raises:
-      ConfigError: as `check_generation`.
+      ConfigError: as for `check_generation`.
     """
-    chosen = [_Generation.of(request.args[1], self.config) for request in requests]
-    prompts = [self._prompt(request.args[0], each) for request, each in zip(requests, chosen)]
-    order = sorted(range(len(requests)), key=lambda row: (chosen[row].key, -len(prompts[row])))
+    options = [_GenerationOptions.read(request.args[1], self.config) for request in requests]
+    prompts = [self._prompt(request.args[0], each.max_new_tokens) for request, each in zip(requests, options)]
+    order = sorted(range(len(requests)), key=lambda row: (options[row].batch_key, -len(prompts[row])))
     batches = []
-    for row in order:  # of one kind each
-      if not batches or len(batches[-1]) == self.batch_size or chosen[batches[-1][0]].key != chosen[row].key:
+    for row in order:  # the rows of a batch have the same `batch_key`
+      if (
+        not batches
+        or len(batches[-1]) == self.batch_size
+        or options[batches[-1][0]].batch_key != options[row].batch_key
+      ):
         batches.append([])
       batches[-1].append(row)
-    found = [""] * len(requests)
+    texts = [""] * len(requests)
     for batch in tqdm.tqdm(batches, desc="generations", disable=disable_tqdm):
       self._before_batch()
-      for row, text in zip(batch, self._generate([prompts[row] for row in batch], chosen[batch[0]])):
-        found[row] = postprocess_generated_text(text, chosen[row].until, None)
-    return found
+      for row, text in zip(batch, self._generate([prompts[row] for row in batch], options[batch[0]])):
+        texts[row] = postprocess_generated_text(text, options[row].stop_texts, None)
+    return texts
 
-  def _prompt(self, context: str, chosen: "_Generation") -> list[int]:
-    tokens = self.tok_encode(context)[-(self.max_length - chosen.number) :]
+  def _prompt(self, context: str, max_new_tokens: int) -> list[int]:
+    """The last tokens of a context that leave room for the new ones."""
+    tokens = self.tok_encode(context)[-(self.max_length - max_new_tokens) :]
     return tokens or [self.prefix_token_id]
 
-  def _generate(self, prompts: list[list[int]], chosen: "_Generation") -> list[str]:
-    full = prompts + prompts[-1:] * (self.batch_size - len(prompts))  # one program for all batches
-    seed = self._batches_drawn = self._batches_drawn + 1
-    tokens = generation.decode(self.model, self.config, full, chosen.number, chosen.sampling, seed)
+  def _generate(self, prompts: list[list[int]], options: "_GenerationOptions") -> list[str]:
+    """The text that continues each prompt, up to EOS."""
+    padded = prompts + prompts[-1:] * (self.batch_size - len(prompts))  # so that one program serves all batches
+    seed = self._last_seed = self._last_seed + 1
+    rows = generation.decode(self.model, self.config, padded, options.max_new_tokens, options.sampling, seed)
     texts = []
-    for row, prompt in zip(tokens.tolist(), prompts):
-      made = row[len(prompt) : len(prompt) + chosen.number]
-      texts.append(self.words.decode(made[: made.index(self.eot_token_id)] if self.eot_token_id in made else made))
+    for row, prompt in zip(rows.tolist(), prompts):
+      new_tokens = row[len(prompt) : len(prompt) + options.max_new_tokens]
+      if self.eot_token_id in new_tokens:
+        new_tokens = new_tokens[: new_tokens.index(self.eot_token_id)]
+      texts.append(self.text_tokenizer.decode(new_tokens))
     return texts
 
 
-class _Generation:
-  """What a task's `generation_kwargs` ask for."""
+@dataclasses.dataclass(frozen=True)
+class _GenerationOptions:
+  """The `generation_kwargs` of a task.
 
-  def __init__(self, sampling: generation.Sampling, number: int, until: list[str]):
-    self.sampling, self.number, self.until = sampling, number, until
-    self.key = (sampling, number)  # requests with the same go together
+  Attributes:
+    sampling: how the next token is chosen.
+    max_new_tokens: the largest number of new tokens.
+    stop_texts: the texts that end the generation.
+  """
+
+  sampling: generation.Sampling
+  max_new_tokens: int
+  stop_texts: list[str]
+
+  @property
+  def batch_key(self) -> tuple:
+    """Requests whose keys are equal can be in the same batch."""
+    return self.sampling, self.max_new_tokens
 
   @classmethod
-  def of(cls, asked: dict, config) -> "_Generation":
-    """Raises ConfigError."""
+  def read(cls, generation_kwargs: dict, config) -> "_GenerationOptions":
+    """Raises ConfigError if a key is not known, or a value cannot be used."""
     try:
-      return cls._of(_with_numbers(asked), config)
+      return cls._read(_with_numbers(generation_kwargs), config)
     except ConfigError as error:
       raise ConfigError(f"generation_kwargs: {error}") from None
 
   @classmethod
-  def _of(cls, asked: dict, config) -> "_Generation":
-    temperature, top_k, top_p = asked.get("temperature", 1.0), asked.get("top_k", 0), asked.get("top_p", 1.0)
+  def _read(cls, kwargs: dict, config) -> "_GenerationOptions":
+    temperature = kwargs.get("temperature", 1.0)
     if not 0 <= temperature < np.inf:
       raise ConfigError(
-        f"temperature={temperature} is not 0 or more, and finite; 0 takes the most probable token each time."
+        f"temperature={temperature} is not a finite number of 0 or more; 0 takes the most probable token each time."
       )
-    keys = normalize_gen_kwargs(asked)
+    keys = normalize_gen_kwargs(kwargs)
     unknown = sorted(keys.keys() - _GENERATION_KEYS)
     if unknown:
-      raise ConfigError(f"{unknown[0]}={keys[unknown[0]]} is not known; {', '.join(sorted(_GENERATION_KEYS))} are.")
-    number, until = keys["max_gen_toks"], keys["until"]
-    if not 0 < number < config.max_target_length:
       raise ConfigError(
-        f"max_gen_toks={number} leaves no room for a prompt, or asks for nothing; set it from 1 to "
+        f"{unknown[0]}={keys[unknown[0]]} is not known; the known keys are {', '.join(sorted(_GENERATION_KEYS))}."
+      )
+    max_new_tokens, stop_texts = keys["max_gen_toks"], keys["until"]
+    if not 0 < max_new_tokens < config.max_target_length:
+      raise ConfigError(
+        f"max_gen_toks={max_new_tokens} leaves no room for a prompt, or asks for no tokens; set it from 1 to "
         f"{config.max_target_length - 1}, for max_target_length={config.max_target_length}."
       )
-    if not all(isinstance(text, str) for text in until):
-      raise ConfigError(f"until={until} is not a text, nor a list of texts.")
+    if not all(isinstance(text, str) for text in stop_texts):
+      raise ConfigError(f"until={stop_texts} is not a text, nor a list of texts.")
     if not isinstance(keys["do_sample"], bool):
       raise ConfigError(f"do_sample={keys['do_sample']!r} is neither true nor false.")
-    if not keys["do_sample"] or not temperature:
-      return cls(generation.Sampling(), number, until)
-    algorithm = {(False, False): "weighted", (True, False): "topk", (False, True): "nucleus"}.get(
-      (top_k != 0, top_p != 1), "composite"
+    sampling = generation.Sampling()
+    if keys["do_sample"] and temperature:
+      sampling = _sampling(temperature, kwargs.get("top_k", 0), kwargs.get("top_p", 1.0), config.vocab_size)
+    return cls(sampling, max_new_tokens, stop_texts)
+
+
+def _sampling(temperature: float, top_k: int, top_p: float, vocab_size: int) -> generation.Sampling:
+  """MaxText's sampling for the numbers of a task file, where 0 and 1 turn `top_k` and `top_p` off.
+
+  Raises:
+    ConfigError: MaxText cannot sample so.
+  """
+  algorithms = {(False, False): "weighted", (True, False): "topk", (False, True): "nucleus", (True, True): "composite"}
+  sampling = generation.Sampling(algorithms[top_k != 0, top_p != 1], top_k, top_p, temperature)
+  sampling.check(vocab_size)
+  if top_p < 1 and temperature != 1:
+    raise ConfigError(
+      f"top_p={top_p} with temperature={temperature}: MaxText applies top_p before the temperature, and task files "
+      "mean after it; set temperature=1, or leave top_p out."
     )
-    sampling = generation.Sampling(algorithm, top_k, top_p, temperature)
-    sampling.check(config.vocab_size)
-    if top_p < 1 and temperature != 1:
-      raise ConfigError(
-        f"top_p={top_p} with temperature={temperature}: MaxText cuts before the temperature, and task files mean after "
-        "it; set temperature=1, or leave top_p out."
-      )
-    return cls(sampling, number, until)
+  return sampling
 
 
-def _with_numbers(asked: dict) -> dict:
-  """What is set, with numbers for texts: YAML's 1e-6 is one. Raises ConfigError."""
-  found = {key: value for key, value in asked.items() if value is not None}
-  for key in found.keys() & _NUMBERS.keys():
-    kind, text = _NUMBERS[key], found[key]
+def _with_numbers(kwargs: dict) -> dict:
+  """The arguments that are not None, with numbers instead of texts: YAML reads 1e-6 as a text. Raises ConfigError."""
+  result = {key: value for key, value in kwargs.items() if value is not None}
+  for key in result.keys() & _NUMBER_TYPES.keys():
+    number_type, value = _NUMBER_TYPES[key], result[key]
     try:
-      found[key] = kind(text)
-      fits = found[key] == float(text)  # neither cut off, nor not a number
+      result[key] = number_type(value)
+      is_equal = result[key] == float(value)  # not for a fraction that `int` cuts off, nor for NaN
     except (TypeError, ValueError, OverflowError):
-      fits = False
-    if not fits:
-      raise ConfigError(f"{key}={text!r} is not a {'whole ' if kind is int else ''}number.")
-  return found
+      is_equal = False
+    if not is_equal:
+      raise ConfigError(f"{key}={value!r} is not a {'whole ' if number_type is int else ''}number.")
+  return result
 
 
 def log_likelihoods(
@@ -265,10 +319,15 @@ def log_likelihoods(
   targets: Int[np.ndarray, "B T"],
   segment_ids: Int[np.ndarray, "B T"],
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-  """Log-probability of each target after the tokens up to its place, in float32, and whether it is the most probable.
+  """Computes the log-probability of each target after the tokens up to its position.
 
   Args:
-    segment_ids: tokens attend to their own segment only. 0 is padding.
+    tokens: the input tokens.
+    targets: the token to score at each position.
+    segment_ids: the segment of each token. Tokens attend to their own segment only, and 0 is padding.
+
+  Returns:
+    The log-probabilities in float32, and whether each target is the most probable token.
   """
   return _log_likelihoods(model, *(jnp.asarray(x, jnp.int32) for x in (tokens, targets, segment_ids)))
 
@@ -277,23 +336,25 @@ def log_likelihoods(
 def _log_likelihoods(model, tokens, targets, segment_ids):
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
   logits = model(tokens, positions, segment_ids, enable_dropout=False).astype(jnp.float32)
-  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
+  target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return target_logits - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
 
 
 class TextTask(ConfigurableTask):
-  """A whole text as a task of the harness: its perplexity per token, and bits per byte."""
+  """A task of the harness that gives the perplexity per token and the bits per byte of a text."""
 
   def __init__(self, text: str, lm: MaxTextLM):
     """
     Args:
-      text: not empty.
+      text: the text, which is not empty.
+      lm: the model whose tokens are counted.
     """
     self._text = text
     tokens, size = len(lm.tok_encode(text, add_special_tokens=False)), len(text.encode())
 
-    def results(_, found):
-      return {"perplexity": (found[0], tokens), "bits_per_byte": (found[0], size)}
+    def process_results(_, log_likelihoods_of_document):
+      score = log_likelihoods_of_document[0]
+      return {"perplexity": (score, tokens), "bits_per_byte": (score, size)}
 
     aggregations = {"perplexity": "weighted_perplexity", "bits_per_byte": "bits_per_byte"}
     super().__init__(
@@ -304,9 +365,10 @@ class TextTask(ConfigurableTask):
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "text",
-        "process_results": results,
+        "process_results": process_results,
         "metric_list": [
-          {"metric": metric, "aggregation": x, "higher_is_better": False} for metric, x in aggregations.items()
+          {"metric": metric, "aggregation": aggregation, "higher_is_better": False}
+          for metric, aggregation in aggregations.items()
         ],
         "metadata": {"version": 1.0, "tokens": tokens, "bytes": size},
       }

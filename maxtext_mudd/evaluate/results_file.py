@@ -1,4 +1,7 @@
-"""The file with the results of an evaluation, by the harness's own writer: whole, or none."""
+"""Writes the results of an evaluation to a file with the harness's own writer. The file is complete, or not there.
+
+`check` tests before the evaluation that the file can be written, and `write` writes it afterwards.
+"""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -12,10 +15,13 @@ from maxtext_mudd.config.errors import ConfigError, brief
 
 
 def check(path: pathlib.Path) -> None:
-  """Raises ConfigError for a file that could not be written: its permissions do not tell, nor a full disk."""
+  """Raises ConfigError if the file cannot be written.
+
+  It writes to a temporary folder, because permissions alone do not tell, for example, that the disk is full.
+  """
   try:
-    with _stage(path) as stage:
-      (stage / "results.json").write_text("{}")
+    with _temporary_folder(path) as folder:
+      (folder / "results.json").write_text("{}")
   except OSError as error:
     raise _unwritable(path, brief(error)) from error
 
@@ -23,40 +29,42 @@ def check(path: pathlib.Path) -> None:
 def write(
   path: pathlib.Path, tracker, results: dict[str, Any], samples: dict[str, Any], last_check: Callable[[], None]
 ) -> None:
-  """Writes it.
+  """Writes the file.
 
   Args:
-    tracker: an `EvaluationTracker` of the harness, which has seen the evaluation.
-    results, samples: as the harness gives them.
-    last_check: called before the file gets its name; there is none where this raises.
+    path: the file to write.
+    tracker: the `EvaluationTracker` of the harness that followed the evaluation.
+    results: what the harness returned, without its samples.
+    samples: the samples of the results.
+    last_check: called when the file is complete and before it gets its name. If it raises, there is no file.
 
   Raises:
-    ConfigError: it cannot be written.
+    ConfigError: the file cannot be written.
   """
   try:
-    with _stage(path) as stage:
-      # The harness puts a date into the name, and tells its log alone what goes wrong.
-      tracker.output_path = str(stage / "results.json")
-      with _told(logging.getLogger(type(tracker).__module__)) as said:
+    with _temporary_folder(path) as folder:
+      # The harness adds a date to this name. It raises no error, but logs what goes wrong.
+      tracker.output_path = str(folder / "results.json")
+      with _captured(logging.getLogger(type(tracker).__module__)) as messages:
         tracker.save_results_aggregated(results, samples)
-      made = next(stage.iterdir(), None)
-      if made is None or not _is_json(made):
-        raise _unwritable(path, (said or ["the harness does not say why"])[-1])
+      file = next(folder.iterdir(), None)
+      if file is None or not _is_json(file):
+        raise _unwritable(path, (messages or ["the harness does not say why"])[-1])
       last_check()
-      made.rename(path)
+      file.rename(path)
   except OSError as error:
     raise _unwritable(path, brief(error)) from error
 
 
 @contextlib.contextmanager
-def _stage(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder beside a file, for what is to become it."""
-  with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as stage:
-    yield pathlib.Path(stage)
+def _temporary_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A temporary folder on the same disk as `path`, so that a file in it can be renamed to `path`."""
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    yield pathlib.Path(folder)
 
 
 def _unwritable(path: pathlib.Path, cause: str) -> ConfigError:
-  return ConfigError(f"--output={path} cannot be written ({cause}); name a file that can be.")
+  return ConfigError(f"--output={path} cannot be written ({cause}); name a file that can be written.")
 
 
 def _is_json(path: pathlib.Path) -> bool:
@@ -68,18 +76,18 @@ def _is_json(path: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _told(logger: logging.Logger) -> Iterator[list[str]]:
-  """What is logged meanwhile, which goes nowhere else."""
-  said, level = [], logger.level
+def _captured(logger: logging.Logger) -> Iterator[list[str]]:
+  """A context in which messages of the logger go to the yielded list and nowhere else."""
+  messages, level = [], logger.level
 
-  def note(record: logging.LogRecord) -> bool:
-    said.append(record.getMessage())
+  def capture(record: logging.LogRecord) -> bool:
+    messages.append(record.getMessage())
     return False
 
   logger.setLevel(logging.INFO)
-  logger.addFilter(note)
+  logger.addFilter(capture)
   try:
-    yield said
+    yield messages
   finally:
-    logger.removeFilter(note)
+    logger.removeFilter(capture)
     logger.setLevel(level)

@@ -1,1 +1,1 @@
-"""Trained models in Python: loading, logits, generation."""
+"""Uses a trained model in Python: loads it, computes logits, and generates tokens."""

@@ -1,4 +1,4 @@
-"""Functions of a model, compiled, which leave the model as it was."""
+"""Compiles functions of a model, such as its forward pass, so that a call does not change the model."""
 
 from collections.abc import Callable
 import functools
@@ -9,13 +9,13 @@ import jax
 
 
 def pure(function: Callable) -> Callable:
-  """The same of (model, *arrays), compiled once for each structure of the model and shapes of the arrays.
+  """A decorator that compiles a function of (model, *arrays), once for each structure of the model and array shapes.
 
-  `nnx.jit` would write back what layers sow, as the load balance losses of experts: the model would be another one
-  after each call, and be compiled again. What `function` changes in the model is lost.
+  Changes that `function` makes to the model are lost. `nnx.jit` would keep them: layers sow values, such as the load
+  balance losses of experts, so the model would change in each call and would be compiled again.
 
   Args:
-    function: of a model that has `mesh` and `config`, and of arrays; returns arrays.
+    function: takes a model that has `mesh` and `config`, and arrays. Returns arrays.
   """
 
   @jax.jit
@@ -25,7 +25,7 @@ def pure(function: Callable) -> Callable:
   @functools.wraps(function)
   def call(model, *arrays):
     with jax.set_mesh(model.mesh), logical_axis_rules(model.config.logical_axis_rules):
-      # The graph goes as a tree without leaves: as a static argument, all that is in a model would have to be hashable.
+      # The graph is passed as a tree without leaves. As a static argument, everything in it would have to be hashable.
       return compiled(*nnx.split(model), *arrays)
 
   return call

@@ -1,4 +1,10 @@
-"""Trained models in Python: from a folder to logits."""
+"""Loads a trained model in Python and computes its logits.
+
+    model, config = maxtext_mudd.from_pretrained("MUDDFormer-2.8B")
+    logits = maxtext_mudd.logits(model, tokens)  # tokens: [batch, length]
+
+`from_run` loads a checkpoint of a training run in the same way.
+"""
 
 import pathlib
 from typing import Any
@@ -14,7 +20,8 @@ from maxtext_mudd.config import errors
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.inference import forward
 
-# Beside the keys of a model. Matrix products of float32 are no less on TPUs and GPUs.
+# Keys that a folder with a model does not set. Without "highest", TPUs and GPUs would multiply float32 matrices in a
+# lower precision.
 DEFAULTS = {
   "run_name": "",
   "enable_checkpointing": False,
@@ -32,12 +39,12 @@ DEFAULTS = {
 
 @errors.reachable()
 def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
-  """A model with the parameters of a folder, on the devices of this process.
+  """Loads the model in a folder onto the devices of this process.
 
   Args:
-    folder: a Hugging Face folder of MUDDFormer or MUDDPythia, a folder of the authors' JAX code, or what `convert` made
-      of one.
-    config_overrides: MaxText's keys; by default everything is float32, and layers are not scanned.
+    folder: a Hugging Face folder of MUDDFormer or MUDDPythia, a folder of the authors' JAX code, or a folder that
+      `maxtext_mudd.convert` wrote.
+    config_overrides: MaxText's keys. By default everything is float32, and layers are not scanned.
 
   Returns:
     (model, config): an NNX `Transformer` and its `HyperParameters`.
@@ -47,53 +54,56 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   """
   plugin.install()
   from maxtext_mudd.checkpoints import model_config, model_folder, model_keys, parameters, tensors, tokenizers
-  from maxtext_mudd.checkpoints.authors_jax import models as fork
-  from maxtext_mudd.checkpoints.hugging_face import files as hf_files
-  from maxtext_mudd.checkpoints.hugging_face import models as hf
+  from maxtext_mudd.checkpoints.authors_jax import models as authors_jax
+  from maxtext_mudd.checkpoints.hugging_face import files as hugging_face_files
+  from maxtext_mudd.checkpoints.hugging_face import models as hugging_face
   from maxtext_mudd.config import devices
 
-  config_overrides = _as_written(config_overrides)
+  config_overrides = _with_dtype_names(config_overrides)
   if not pathlib.Path(folder).expanduser().is_dir():
     raise ConfigError(f"{folder} is not a folder; download or copy the model first, and name the folder that holds it.")
   folder = pathlib.Path(folder).expanduser().absolute()
   if model_folder.is_model_folder(folder):
-    free = {*DEFAULTS, *model_keys.FREE, "tokenizer_path", "tokenizer_type"} - {"scan_layers"}  # they lie in one layout
-    keys = model_config.with_overrides(DEFAULTS | model_folder.read_keys(folder), config_overrides, folder, free)
+    # scan_layers is not free: the checkpoint has the parameters of single or of scanned layers.
+    free_keys = {*DEFAULTS, *model_keys.FREE, "tokenizer_path", "tokenizer_type"} - {"scan_layers"}
+    keys = model_config.with_overrides(DEFAULTS | model_folder.read_keys(folder), config_overrides, folder, free_keys)
     config = model_config.build(keys | {"load_parameters_path": str(folder / model_folder.ITEMS)})
     devices.check_mesh(config)
     return parameters.load(config), config
-  if _is_of_a_run(folder):
+  if _is_checkpoint_of_run(folder):
     raise ConfigError(
       f"{folder} is a checkpoint without the keys of its model; name the folder that has {model_folder.CONFIG}, or "
-      "give the CONFIG.yml of its run to from_run."
+      "call from_run with the CONFIG.yml of its run."
     )
-  published = any((folder / name).exists() for name in hf_files.FILES)
-  kind = next((kind for kind in ((hf, fork) if published else (fork, hf)) if kind.is_folder(folder)), None)
-  if kind is None:
+  # A folder may look like both formats. Files that only Hugging Face has decide which is tried first.
+  has_hugging_face_file = any((folder / name).exists() for name in hugging_face_files.FILES)
+  modules = (hugging_face, authors_jax) if has_hugging_face_file else (authors_jax, hugging_face)
+  reader = next((module for module in modules if module.is_folder(folder)), None)
+  if reader is None:
     raise ConfigError(
-      f"{folder} holds no model: neither {model_folder.CONFIG}, {tensors.SINGLE} nor {fork.FILE} is there."
+      f"{folder} holds no model: it has none of {model_folder.CONFIG}, {tensors.SINGLE} and {authors_jax.FILE}."
     )
-  source = kind.Model(folder)
+  source = reader.Model(folder)
   defaults = DEFAULTS | tokenizers.keys(folder)
   config = model_config.build(model_folder.source_keys(source, defaults | config_overrides))
   devices.check_mesh(config)
-  return _model(config, source), config
+  return _load(config, source), config
 
 
 @errors.reachable()
 def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **config_overrides: Any):
-  """A model with the parameters of a training run, on the devices of this process, whatever mesh the run was on.
+  """Loads the model of a training run onto the devices of this process, whatever mesh the run was on.
 
   Args:
-    checkpoint: OUTPUT/RUN/checkpoints/STEP, or the tree in it.
-    config_file: the configuration that the run was started with.
-    config_overrides: keys that it was started with, too; by default everything is float32.
+    checkpoint: the folder OUTPUT/RUN/checkpoints/STEP, or the tree of parameters in it.
+    config_file: the configuration file that the run was started with.
+    config_overrides: the keys that the run was started with, and others. By default everything is float32.
 
   Returns:
-    (model, config): as of `from_pretrained`.
+    (model, config): as from `from_pretrained`.
 
   Raises:
-    ConfigError: the configuration cannot work, or the checkpoint is not of its model.
+    ConfigError: the configuration cannot work, or the checkpoint is of another model.
   """
   plugin.install()
   from maxtext.configs import pyconfig
@@ -105,34 +115,37 @@ def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **
   if "://" not in checkpoint:
     path = pathlib.Path(checkpoint).expanduser().absolute()
     if not path.is_dir():
-      raise ConfigError(f"{checkpoint}: there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP.")
+      raise ConfigError(
+        f"{checkpoint}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
+      )
     checkpoint = str(parameters.items_folder(str(path)))
-  own = {"scan_layers"}  # as the parameters lie there
-  keys = (
-    {key: x for key, x in DEFAULTS.items() if key not in own}
-    | model_config.local_keys()
-    | _as_written(config_overrides)
-  )
+  # Whether layers are scanned has to be as in the run, because the checkpoint has its layout.
+  defaults = {key: value for key, value in DEFAULTS.items() if key != "scan_layers"}
+  keys = defaults | model_config.local_keys() | _with_dtype_names(config_overrides)
   config = pyconfig.initialize(["", str(config_file)], **keys, load_parameters_path=checkpoint)
   devices.check_mesh(config)
   return parameters.load(config), config
 
 
-def _as_written(overrides: dict[str, Any]) -> dict[str, Any]:
-  """As in a configuration file: data types by name."""
+def _with_dtype_names(overrides: dict[str, Any]) -> dict[str, Any]:
+  """Replaces data types by their names, as a configuration file has them."""
   return {key: jnp.dtype(x).name if isinstance(x, (type, np.dtype)) else x for key, x in overrides.items()}
 
 
-def _is_of_a_run(folder: pathlib.Path) -> bool:
-  """Whether it is, or has, a tree that MaxText saved of a model with connections."""
+def _is_checkpoint_of_run(folder: pathlib.Path) -> bool:
+  """Whether the folder is, or has, a tree of parameters that MaxText saved of a model with connections."""
   from maxtext_mudd.checkpoints import parameters
 
   paths = (folder / "items", folder)
   return any("/connection/" in name for path in paths if path.is_dir() for name in parameters.shapes(str(path)))
 
 
-def _model(config, source):
-  """The model, each parameter put to its devices as soon as it is read."""
+def _load(config, source):
+  """Builds the model of a configuration, and places each parameter on its devices as soon as it is read.
+
+  Args:
+    source: the model in a folder, of another format than MaxText's.
+  """
   from maxtext.utils import maxtext_utils, model_creation_utils
 
   from maxtext_mudd.checkpoints import model_folder
@@ -148,8 +161,9 @@ def _model(config, source):
   for path, value in model_folder.check_parameters(config, source.parameters(config), source.path, place).items():
     variables[path].set_value(value)
   with jax.set_mesh(mesh):
-    others = jax.jit(lambda: nnx.split(create(), nnx.Param, ...)[2])()  # random states; no parameter is made for them
-  return nnx.merge(graph, params, others)
+    # The states of random numbers. JAX compiles the initial values of parameters away, because nothing uses them.
+    random_states = jax.jit(lambda: nnx.split(create(), nnx.Param, ...)[2])()
+  return nnx.merge(graph, params, random_states)
 
 
 def logits(
@@ -159,48 +173,54 @@ def logits(
   positions: Int[Array, "B T"] | None = None,
   segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T V"]:
-  """Logits of every token's successor, in float32.
+  """Computes, for every token, the logits of the next token, in float32.
 
   Args:
-    positions: 0 to T-1 in every row by default.
-    segment_ids: tokens attend to their own segment only; one by default. 0 is padding.
+    model: what `from_pretrained` or `from_run` returns first.
+    tokens: whole numbers from 0 to vocab_size - 1.
+    positions: the position of each token. By default they are 0 to T-1 in every row.
+    segment_ids: the segment of each token; tokens attend to their own segment only, and 0 is padding. By default a row
+      is one segment.
 
   Raises:
-    ValueError: tokens are no array [B,T] of whole numbers, longer than the context, or one is not in the vocabulary;
-      positions or segment_ids do not fit.
+    ValueError: `tokens` is not an array [B,T] of whole numbers, is longer than the context, or has a token that is not
+      in the vocabulary; or `positions` or `segment_ids` do not have the shape of `tokens`.
   """
   try:
     tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
   except ValueError as error:
-    raise ValueError("tokens are rows of different lengths; they have to be [batch, length].") from error
+    raise ValueError("tokens are rows of different lengths; pass an array [batch, length].") from error
   if not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise ValueError(f"tokens are {tokens.dtype}; they have to be whole numbers.")
+    raise ValueError(f"tokens are {tokens.dtype}; pass whole numbers.")
   if tokens.ndim != 2 or 0 in tokens.shape:
-    raise ValueError(f"tokens are {list(tokens.shape)}; they have to be [batch, length].")
+    raise ValueError(f"tokens are {list(tokens.shape)}; pass an array [batch, length].")
   if tokens.shape[1] > model.config.max_target_length:
     raise ValueError(
       f"tokens are {list(tokens.shape)}, longer than the context, max_target_length={model.config.max_target_length}."
     )
-  if not isinstance(tokens, jax.core.Tracer):  # whose values are not known; MaxText takes other tokens without a word
-    wrong = (tokens < 0) | (tokens >= model.config.vocab_size)
-    if wrong.any():
-      raise ValueError(f"tokens hold {tokens[wrong][0]}, and the model has vocab_size={model.config.vocab_size}.")
+  # MaxText would not refuse unknown tokens. The values of a tracer are not known.
+  if not isinstance(tokens, jax.core.Tracer):
+    is_unknown = (tokens < 0) | (tokens >= model.config.vocab_size)
+    if is_unknown.any():
+      raise ValueError(f"tokens hold {tokens[is_unknown][0]}, and the model has vocab_size={model.config.vocab_size}.")
   tokens = jnp.asarray(tokens, jnp.int32)
   if positions is None:
     positions = np.arange(tokens.shape[1], dtype=np.int32)
   if segment_ids is None:
     segment_ids = np.ones((), np.int32)
   positions, segment_ids = (
-    _fitting(name, x, tokens.shape) for name, x in (("positions", positions), ("segment_ids", segment_ids))
+    _broadcast(name, values, tokens.shape) for name, values in (("positions", positions), ("segment_ids", segment_ids))
   )
   return _logits(model, tokens, positions, segment_ids)
 
 
-def _fitting(name: str, values, shape: tuple[int, int]) -> Int[Array, "B T"]:
+def _broadcast(name: str, values, shape: tuple[int, int]) -> Int[Array, "B T"]:
+  """Broadcasts whole numbers [B,T], [T] or [] to the shape of the tokens. Raises ValueError, which uses `name`."""
   values = jnp.asarray(values)
   if not jnp.issubdtype(values.dtype, jnp.integer) or values.shape not in (shape, shape[1:], ()):
-    found = f"{values.dtype}{list(values.shape)}"
-    raise ValueError(f"{name} are {found}; they have to be whole numbers [batch, length], {list(shape)}.")
+    raise ValueError(
+      f"{name} are {values.dtype}{list(values.shape)}; pass whole numbers [batch, length], {list(shape)}."
+    )
   return jnp.broadcast_to(values.astype(jnp.int32), shape)
 
 

@@ -11,8 +11,9 @@ import zlib
 
 from flax import nnx
 import jax
-from maxtext.layers.attentions import Attention
 from maxtext.layers.embeddings import Embed
+
+from maxtext_mudd import blocks
 
 _RESIDUAL_WRITERS = ("out", "wo")
 _EXPERT_KERNELS = ("wi_0", "wi_1", "wo")
@@ -43,7 +44,8 @@ def initialise(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
   if is_stock(config):
     return
   root = jax.random.fold_in(rngs.params.key[...], zlib.crc32(b"mudd_init"))
-  unscaled = _attentions_without_scale(decoder)
+  # With `use_qk_norm`, MaxText leaves the factor out, also in blocks that ignore the key.
+  scales_query_kernel = blocks.spec(config).scales_query_kernel and not config.use_qk_norm
   state = nnx.state(decoder, nnx.Param)
   for path, param in nnx.to_flat_state(state):
     path = tuple(map(str, path))
@@ -56,21 +58,11 @@ def initialise(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
     if config.scan_layers and "layers" in path:
       copies *= value.shape[config.param_scan_axis]
     std = deviation(config, name, value.size // copies)
-    if name == "query" and path[:-2] in unscaled:
+    if name == "query" and scales_query_kernel:
       std /= math.sqrt(config.head_dim)
     key = jax.random.fold_in(root, zlib.crc32("/".join(path).encode()))
     param.set_value((std * jax.random.normal(key, value.shape)).astype(value.dtype))
   nnx.update(decoder, state)
-
-
-def _attentions_without_scale(decoder: nnx.Module) -> set[tuple[str, ...]]:
-  """Paths of attentions that do not divide scores by √head_dim: there MaxText starts the query kernel that much
-  smaller."""
-  return {
-    tuple(map(str, path))
-    for path, module in nnx.iter_modules(decoder)
-    if isinstance(module, Attention) and module.query_pre_attn_scalar in (None, 1.0) and not module.config.use_qk_norm
-  }
 
 
 class MuddEmbed(Embed):

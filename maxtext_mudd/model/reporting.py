@@ -5,9 +5,10 @@ import re
 
 import jax
 
+from maxtext_mudd import connections
+from maxtext_mudd.blocks import ffn_widths
 from maxtext_mudd.complexity import counts
 from maxtext_mudd.connections.metrics import PREFIX
-from maxtext_mudd.connections.mudd import topology
 
 _FORWARD_AND_BACKWARD = 3
 
@@ -19,7 +20,7 @@ def connection_tflops(config) -> float:
   if config.num_experts > 1:
     width *= config.num_experts_per_tok
   feed_forward = 2 * width * config.emb_dim * (len(config.mlp_activations) + 1)
-  return _FORWARD_AND_BACKWARD * tokens * (counts.connection_flops(config) + feed_forward) / 1e12
+  return _FORWARD_AND_BACKWARD * tokens * (counts.connections_cost(config).flops + feed_forward) / 1e12
 
 
 def with_connection_flops(stock):
@@ -61,6 +62,7 @@ def _by_aggregate(keys: list[str], value, config):
   elif "final_depth_aggregate" in keys:
     yield config.num_decoder_layers, value
   else:
-    own = topology.from_config(config)
+    plan = connections.plan(config)
     group = next((int(key.removeprefix("group_")) for key in keys if key.startswith("group_")), 0)
-    yield from ((block - 1, mean) for block, mean in zip(own.groups[group], value) if own.before(block))
+    blocks = ffn_widths.groups(config)[group]
+    yield from ((block - 1, mean) for block, mean in zip(blocks, value) if plan.before(block))

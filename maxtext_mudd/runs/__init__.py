@@ -1,1 +1,1 @@
-"""What a run of a launcher needs around MaxText: early checks, help, its data, its lock, its console, how it ends."""
+"""Training runs, apart from the model: checks before the start, the data, the console, the lock and how a run ends."""

@@ -1,43 +1,42 @@
-"""What the processes of a job of several hosts agree on, so that none waits for one that has ended."""
+"""Lets the processes of a job on several hosts end together, so that none waits for one that has ended."""
 
 from maxtext_mudd.config.errors import ConfigError
 
-MEETING_SECONDS = 60
+WAIT_SECONDS = 60
 
 
 def refuse_together(refusal: ConfigError | None) -> None:
-  """Raises on all hosts where one host refuses a run.
+  """Raises on all hosts if one host refuses the run. Every host calls this once, before it trains.
 
-  JAX lets a process that ends wait for the others, and aborts all of them after five minutes. Every host calls this
-  once, before it trains.
+  Without it, JAX lets a process that ends wait for the others, and aborts all of them after five minutes.
 
   Args:
-    refusal: what this host refuses the run for, if it does.
+    refusal: why this host refuses the run, or None.
 
   Raises:
-    ConfigError: `refusal`; or that of another host was raised there.
+    ConfigError: `refusal`, or, if another host refuses the run, a sentence that names its process.
   """
   import jax
   from jax.experimental import multihost_utils
   import numpy as np
 
-  refusing = np.atleast_1d(refusal is not None)
+  has_refused = np.atleast_1d(refusal is not None)
   if jax.process_count() > 1:
-    refusing = multihost_utils.process_allgather(refusing).reshape(-1)
+    has_refused = multihost_utils.process_allgather(has_refused).reshape(-1)
   if refusal:
     raise refusal
-  if refusing.any():
-    raise ConfigError(f"process {int(refusing.argmax())} of this job refuses the run; its log says why.")
+  if has_refused.any():
+    raise ConfigError(f"process {int(has_refused.argmax())} of this job refuses the run; its log says why.")
 
 
-def meet(what: str, seconds: float = MEETING_SECONDS) -> bool:
-  """Waits until all hosts are here; False if one does not come in time.
+def wait_for_all(barrier: str, seconds: float = WAIT_SECONDS) -> bool:
+  """Waits until all hosts have called this function; returns False if one of them does not in time.
 
-  Collectives would abort the job where a host is in another one, so this asks JAX's coordinator, which has no public
-  interface in JAX 0.11; Orbax waits for hosts in the same way.
+  A collective of JAX would abort the job if another host is in a different one. So this asks JAX's coordinator, which
+  has no public interface in JAX 0.11. Orbax waits for hosts in the same way.
 
   Args:
-    what: names the meeting; each name is used once.
+    barrier: a name that all hosts pass. Each name can be used once.
   """
   import jax
   from jax._src import distributed
@@ -45,7 +44,7 @@ def meet(what: str, seconds: float = MEETING_SECONDS) -> bool:
   if jax.process_count() == 1:
     return True
   try:
-    distributed.global_state.client.wait_at_barrier(f"maxtext-mudd-{what}", timeout_in_ms=int(1000 * seconds))
+    distributed.global_state.client.wait_at_barrier(f"maxtext-mudd-{barrier}", timeout_in_ms=int(1000 * seconds))
   except jax.errors.JaxRuntimeError:
     return False
   return True

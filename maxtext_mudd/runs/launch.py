@@ -1,4 +1,7 @@
-"""Runs a stock MaxText entry point with MUDD connections installed; what the launchers share."""
+"""Runs the `main` of a stock MaxText module with MUDD connections, and ends every known failure in one sentence.
+
+`launch` is what `train`, `train_compile` and `decode` call. `exit_with` and `read_overrides` serve all commands.
+"""
 
 from collections.abc import Callable, Sequence
 import gc
@@ -17,101 +20,118 @@ import yaml
 
 from maxtext_mudd import plugin, versions
 from maxtext_mudd.config import errors
-from maxtext_mudd.runs import console, early, ends, usage
+from maxtext_mudd.runs import console, early_check, end_of_data, usage
 
 
 def launch(entry_point: str, check: Callable | None = None, check_early: Callable | None = None) -> None:
-  """Runs the `main` of a stock MaxText module as its own script does.
+  """Runs the `main` of a stock MaxText module, as the module does when it is run as a script.
 
-  An unknown MaxText, a configuration that cannot work, and a checkpoint that cannot be restored end the process with
-  one sentence on stderr and status 2; nothing has been written then. So does a step that does not fit the device, which
-  only its compiler, or its first run, can tell. A run that saved and stopped because of a SIGTERM ends with 143, for
-  what starts it again, and a run whose data ended before its steps were done with 3; MaxText's own script ends with 0.
-  `--help` and `--list` are answered, and mistakes in keys and files, without importing JAX.
+  `--help` and `--list` are answered, and mistakes in keys and files refused, without importing JAX. The process exits
+  with these statuses. In the cases of 2 and 3 it prints one sentence to stderr:
+
+    2    The version of MaxText is unknown, the configuration cannot work, or a checkpoint cannot be restored. Nothing
+         has been written then. Or a step does not fit the device, which only its compiler or its first run can tell.
+    3    The training data ended before the steps of the run were done.
+    143  The run saved a checkpoint and stopped because of a SIGTERM, so that whatever sent it starts the run again.
+         MaxText's own script exits with 0.
 
   Args:
-    entry_point: name of the module.
-    check: called with the configuration as soon as it is read; raises ConfigError for what cannot work.
-    check_early: `check_settings` of `early.check`.
+    entry_point: the name of the module.
+    check: called with the configuration as soon as it is read; raises ConfigError if it cannot work.
+    check_early: the argument `check_settings` of `early_check.check`.
   """
   if len(sys.argv) < 2:
     exit_with(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine (see --help)")
   if text := usage.answer(entry_point.rpartition(".")[2], sys.argv[1:]):
     print(text)
     return
+  configs = []  # the configurations that MaxText reads
   try:
-    early.check(sys.argv, check_early)
-    of_epochs = ends.asks_for_epochs(sys.argv)
+    early_check.check(sys.argv, check_early)
+    num_epoch_is_set = end_of_data.sets_num_epoch(sys.argv)
+    _install_plugin(check, configs)
   except (errors.ConfigError, versions.UnknownMaxText) as error:
     exit_with(str(error))
-  seen = []
-  watch = ends.Watch()
-  absl_logging.get_absl_logger().addHandler(watch)
-
-  def read(config):
-    seen.append(config)
-    # `watch` reads what MaxText logs as information; the console is brief anyway.
-    absl_logging.set_verbosity(max(absl_logging.get_verbosity(), absl_logging.INFO))
-    _devices().check_mesh(config)
-    if check:
-      check(config)
-    console.configured(config)
-
-  try:
-    plugin.install(plugin.Reading(check=read, on_error=lambda error: exit_with(str(error))))
-  except versions.UnknownMaxText as error:
-    exit_with(str(error))
+  stop = end_of_data.StopRecorder()
+  absl_logging.get_absl_logger().addHandler(stop)
   try:
     app.run(importlib.import_module(entry_point).main)
-  except SystemExit as ended:  # as every run does that ends by itself
-    if watch.terminated and not ended.code:
+  except SystemExit as exiting:  # `app.run` raises it at the end of every run, also of a good one
+    if stop.terminated and not exiting.code:
       sys.exit(128 + signal.SIGTERM)
-    if end := ends.of_training_data(watch.error, of_epochs):
+    if end := end_of_data.handle_training_data_error(stop.error, num_epoch_is_set):
       exit_with(end.sentence, end.status)
     raise
   except (MemoryError, PermissionError):
     raise
   except KeyboardInterrupt:
-    newest = _newest_checkpoint(seen[-1]) if seen else None
+    newest = _newest_checkpoint(configs[-1]) if configs else None
     exit_with(f"interrupted; the same command resumes from {newest}." if newest else "interrupted.")
-  except errors.ConfigError as error:
-    exit_with(str(error))
   except Exception as error:
-    if errors.failed_in(error, "load_state_if_possible"):
-      exit_with(_unreadable_checkpoint(seen[-1], error))
-    if errors.failed_in(error, "validate_completed_steps"):
-      folder = pathlib.Path(seen[-1].checkpoint_dir)
-      exit_with(f"{folder}: this run has done its steps={seen[-1].steps}; set steps higher to go on.")
-    if end := ends.of_evaluation_data(error):
+    if end := _explained_end(error, configs):
       exit_with(end.sentence, end.status)
-    if seen and (sentence := _devices().out_of_memory(error, seen[-1])):
-      exit_with(sentence)
     raise
   finally:
-    absl_logging.get_absl_logger().removeHandler(watch)
-    watch.error = None  # its frames hold the data iterators
-    # MaxText's data iterators clean up when collected, and cannot any more once the interpreter shuts down.
+    absl_logging.get_absl_logger().removeHandler(stop)
+    stop.error = None  # its frames hold the data iterators
+    # MaxText's data iterators clean up when they are collected, and no longer can once the interpreter shuts down.
     gc.collect()
 
 
-def keys(arguments: Sequence[str]) -> dict[str, Any]:
-  """Of key=value arguments, read as MaxText reads them. Raises ConfigError."""
+def _install_plugin(check: Callable | None, configs: list) -> None:
+  """Installs the plugin so that each configuration that MaxText reads is checked and appended to `configs`."""
+
+  def check_config(config):
+    configs.append(config)
+    # `end_of_data.StopRecorder` needs messages of this level. A brief console shows few of them anyway.
+    absl_logging.set_verbosity(max(absl_logging.get_verbosity(), absl_logging.INFO))
+    _devices().check_mesh(config)
+    if check:
+      check(config)
+    console.start(config)
+
+  plugin.install(plugin.Reading(check=check_config, on_error=lambda error: exit_with(str(error))))
+
+
+def _explained_end(error: Exception, configs: list) -> end_of_data.RunEnd | None:
+  """The end of a run because of an exception; None if this package cannot explain the exception."""
+  if isinstance(error, errors.ConfigError):
+    return end_of_data.RunEnd(str(error), 2)
+  if errors.failed_in(error, "load_state_if_possible"):
+    return end_of_data.RunEnd(_unreadable_checkpoint(configs[-1], error), 2)
+  if errors.failed_in(error, "validate_completed_steps"):
+    folder = pathlib.Path(configs[-1].checkpoint_dir)
+    return end_of_data.RunEnd(
+      f"{folder}: this run has done its steps={configs[-1].steps}; set steps higher to continue it.", 2
+    )
+  if end := end_of_data.handle_evaluation_data_error(error):
+    return end
+  sentence = _devices().out_of_memory(error, configs[-1]) if configs else None
+  return end_of_data.RunEnd(sentence, 2) if sentence else None
+
+
+def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+  """The keys and values of key=value arguments, parsed as MaxText parses them.
+
+  Raises:
+    ConfigError: an argument is not key=value, or its value is not valid YAML.
+  """
   for argument in arguments:
     if "=" not in argument[1:]:
-      raise errors.ConfigError(f"{argument} is not key=value, as scan_layers=true is.")
+      raise errors.ConfigError(f"{argument} is not key=value; write it like scan_layers=true.")
     try:
       omegaconf.OmegaConf.from_dotlist([argument])
     except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException) as error:
       raise errors.ConfigError(
-        f"{argument} is not valid YAML behind the =; quote it ({errors.brief(error)})."
+        f"{argument} is not valid YAML after the =; quote it ({errors.brief(error)})."
       ) from error
   return omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(list(arguments)))
 
 
 def exit_with(sentence: str, status: int = 2) -> NoReturn:
-  """Ends the process with one sentence on stderr; status 2 is that of every mistake of a user."""
+  """Ends the process with one sentence on stderr. Every mistake of a user ends with status 2."""
   console.refuse(f"maxtext-mudd: {sentence}")
-  # Threads, coroutines and data iterators that are still ending have nothing more to say.
+  # Nothing that threads, coroutines and data iterators print while they end would help the user.
   logging.disable()
   warnings.simplefilter("ignore")
   sys.unraisablehook = lambda _: None
@@ -119,21 +139,24 @@ def exit_with(sentence: str, status: int = 2) -> NoReturn:
 
 
 def _devices():
-  """The module, which imports MaxText's: not before that is known to be the right one."""
+  """The module `config.devices`. It imports MaxText, so it is imported after the version of MaxText is checked."""
   from maxtext_mudd.config import devices
 
   return devices
 
 
 def _newest_checkpoint(config) -> pathlib.Path | None:
-  """Of a run that writes checkpoints to a local folder."""
+  """The newest checkpoint of a run that writes checkpoints to a local folder."""
   folder = pathlib.Path(config.checkpoint_dir or "none")
   steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
   return folder / str(max(steps)) if steps else None
 
 
 def _unreadable_checkpoint(config, error: Exception) -> str:
-  """Orbax raises the same errors for damage and for a model of another shape, so the sentence names both."""
+  """The sentence for a checkpoint that cannot be restored.
+
+  It names two causes, because Orbax raises the same errors for damage and for a model of another shape.
+  """
   cause = errors.brief(error)
   explicit = config.load_full_state_path or config.load_parameters_path
   if explicit:

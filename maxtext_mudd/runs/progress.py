@@ -1,4 +1,8 @@
-"""Reads MaxText's log messages of a training run, and says in one short line what a person wants to know of them."""
+"""Turns MaxText's log messages of a training run into the few short lines that the console shows.
+
+`Progress.line` takes one message and returns the line for it, or None: a step with its loss and speed, an evaluation,
+a saved or restored checkpoint, or the end of compilation.
+"""
 
 from collections.abc import Callable
 import math
@@ -7,19 +11,24 @@ import time
 
 from maxtext_mudd.assets import BYTE_TOKENIZER_FOLDER
 
-_LONGEST_SILENCE = 60.0  # seconds
+_MAX_SECONDS_WITHOUT_LINE = 60.0
 
 
 class Progress:
-  """How far a run has come.
+  """How many steps of a run are done, at what loss and speed.
 
   Attributes:
-    steps: number of steps that the run has when it is complete.
-    done: number of completed steps, those before a resumption included; None before the first one.
+    steps: the number of steps of the complete run.
+    done: the number of steps done so far, including those before the run resumed; None before the first message.
     status: loss, tokens per second and time left, for a progress bar.
   """
 
   def __init__(self, config, clock: Callable[[], float] = time.monotonic):
+    """
+    Args:
+      config: MaxText's configuration.
+      clock: returns the current time in seconds.
+    """
     self.steps = config.steps
     self.done: int | None = None
     self.status = ""
@@ -27,18 +36,18 @@ class Progress:
     self._devices = config.num_target_devices
     self._in_bits_per_byte = config.tokenizer_path == str(BYTE_TOKENIZER_FOLDER)
     self._clock = clock
-    self._start = self._spoken = clock()
-    self._first: tuple[int, float] | None = None  # number of completed steps, time
-    self._tokens = 0.0  # trained on since the last line of a step
+    self._start_time = self._last_line_time = clock()
+    self._first_step: tuple[int, float] | None = None  # the number of steps done at the first message, and its time
+    self._tokens = 0.0  # the tokens trained on since the last line of a step
     self._speed = ""
-    self._saved: set[str] = set()
+    self._saved_steps: set[str] = set()
 
   def line(self, message: str) -> str | None:
-    """The line for a message of MaxText or Orbax; None if the message is for the log file alone.
+    """The line for a message of MaxText or Orbax; None if the console does not show the message.
 
-    Steps are counted from 1 where MaxText numbers them from 0. A step has a line if it is the first or the last one, if
-    `log_period` divides its number, or if there was no line for a minute. Checkpoints keep MaxText's numbers, which
-    are the names of their folders.
+    Steps are counted from 1, while MaxText numbers them from 0. A step has a line if it is the first or the last one,
+    if `log_period` divides its number, or if there was no line of a step for a minute. Checkpoints keep MaxText's
+    numbers, which are the names of their folders.
     """
     if "completed step: " in message or "activation step: " in message:
       return self._step(message)
@@ -46,40 +55,44 @@ class Progress:
       return self._evaluation(message)
     if saved := re.search(r"^Saved a checkpoint at step (\d+)|Finished saving checkpoint .* to `.*/(\d+)`", message):
       step = saved[1] or saved[2]
-      if step not in self._saved:
-        self._saved.add(step)
+      if step not in self._saved_steps:
+        self._saved_steps.add(step)
         return f"saved checkpoints/{step}"
     elif resumed := re.match(r"restoring from this run's directory step (\d+)", message):
       return f"resuming from checkpoints/{resumed[1]}"
     elif compiled := re.match(r"\[train\] Total estimated memory size: ([\d.]+ GB)", message):
-      line = f"compiled after {_duration(self._clock() - self._start)}"
+      line = f"compiled after {_duration(self._clock() - self._start_time)}"
       return line if compiled[1] == "0.0 GB" else f"{line}; a train step takes about {compiled[1]} of memory"
     return None
 
   def end(self) -> str | None:
-    """The line for the end of a run that completed its steps."""
+    """The line for the end of a run; None if some steps are not done."""
     if self.done != self.steps:
       return None
-    return f"finished step {self.done}/{self.steps} after {_duration(self._clock() - self._start)}"
+    return f"finished step {self.done}/{self.steps} after {_duration(self._clock() - self._start_time)}"
 
   def _step(self, message: str) -> str | None:
     fields = dict(part.split(": ", 1) for part in message.split(", ") if ": " in part)
     number = fields.get("completed step") or fields["completed profiler activation/deactivation step"]
     now, self.done = self._clock(), int(number) + 1
-    if "Tokens/s/device" in fields and self._first:  # not while batches grow
+    # MaxText does not log this field while the batch size ramps up. The first step includes compilation.
+    if "Tokens/s/device" in fields and self._first_step:
       self._tokens += self._devices * float(fields["Tokens/s/device"]) * float(fields["seconds"])
-    self._first = self._first or (self.done, now)
-    first, since = self._first
+    self._first_step = self._first_step or (self.done, now)
+    first, first_time = self._first_step
+    seconds_without_line = now - self._last_line_time
     is_shown = (
-      self.done in (first, self.steps) or self.done % self._period == 0 or now - self._spoken >= _LONGEST_SILENCE
+      self.done in (first, self.steps)
+      or self.done % self._period == 0
+      or seconds_without_line >= _MAX_SECONDS_WITHOUT_LINE
     )
     if is_shown:
-      # By the clock: MaxText's own speed is of the time that it takes to hand a step over to the device.
-      self._speed = f"{self._tokens / (now - self._spoken):,.0f} tokens/s" if self._tokens else ""
-      self._tokens, self._spoken = 0.0, now
+      # MaxText's own speed only measures how long it takes to hand a step over to the device.
+      self._speed = f"{self._tokens / seconds_without_line:,.0f} tokens/s" if self._tokens else ""
+      self._tokens, self._last_line_time = 0.0, now
     parts = [f"loss {fields['loss']}", *([self._speed] if self._speed else [])]
     if self.done > first and self.done < self.steps:
-      parts.append(f"{_duration((now - since) / (self.done - first) * (self.steps - self.done))} left")
+      parts.append(f"{_duration((now - first_time) / (self.done - first) * (self.steps - self.done))} left")
     self.status = ", ".join(parts)
     return f"step {self.done:>{len(str(self.steps))}}/{self.steps}  " + "  ".join(parts) if is_shown else None
 
@@ -87,7 +100,7 @@ class Progress:
     fields = dict(part.split("=", 1) for part in message.split(", ") if "=" in part)
     done = int(re.search(r"\d+", message)[0]) + 1
     loss, perplexity = float(fields["loss"]), float(fields["perplexity"])
-    if math.isfinite(perplexity):  # both have three decimals, and this one more digits
+    if math.isfinite(perplexity):  # MaxText prints both with three decimals, so this one has more digits
       loss = math.log(perplexity)
     if self._in_bits_per_byte:
       return f"eval after step {done}: {loss / math.log(2):.3f} bits per byte"

@@ -1,4 +1,7 @@
-"""Values of MaxText's keys with which its trainer fails late, trains nothing, or cannot start: refused before."""
+"""Refuses values of MaxText's keys with which its trainer would fail late, train nothing, or not start.
+
+Each generator below yields pairs: whether a setting is unusable, and the sentence that refuses it.
+"""
 
 from collections.abc import Iterator
 import importlib.util
@@ -7,23 +10,23 @@ import pathlib
 
 from maxtext_mudd.config.errors import ConfigError
 
-_MACHINE = pathlib.Path("/sys/class/dmi/id/product_name")  # where google.auth looks, too
-_SEEDS = 2**32  # Grain's limit
+_PRODUCT_NAME = pathlib.Path("/sys/class/dmi/id/product_name")  # google.auth reads it to recognize Google's machines
+_SEED_LIMIT = 2**32  # Grain takes smaller seeds only
 
 
 def check(config) -> None:
   """Raises ConfigError for the first setting of a training run that cannot work."""
-  for is_on, sentence in (*_values(config), *_services(config)):
-    if is_on:
+  for is_unusable, sentence in (*_on_any_machine(config), *_without_google_cloud(config)):
+    if is_unusable:
       raise ConfigError(sentence)
 
 
-def _values(config) -> Iterator[tuple[bool, str]]:
-  """Settings that no machine can train with: whether each is on, and the sentence."""
+def _on_any_machine(config) -> Iterator[tuple[bool, str]]:
+  """Settings that no machine can train with."""
   for key, meaning, is_read in (
     ("steps", "a number of steps to train for", True),
     ("checkpoint_period", "a number of steps between checkpoints", config.enable_checkpointing),
-    ("log_period", "a number of steps between two flushes of what is logged", True),
+    ("log_period", "a number of steps between two flushes of the log", True),
     ("num_epoch", "a number of passes over the data", config.dataset_type.value != "synthetic"),
     ("profiler_steps", "a number of steps to profile", bool(config.profiler)),
   ):
@@ -36,8 +39,8 @@ def _values(config) -> Iterator[tuple[bool, str]]:
   )
   seed = config.data_shuffle_seed
   yield (
-    config.enable_data_shuffling and not 0 <= seed < _SEEDS,
-    f"data_shuffle_seed={seed} is not a seed that data can be shuffled with; set it to 0 or more, below {_SEEDS}.",
+    config.enable_data_shuffling and not 0 <= seed < _SEED_LIMIT,
+    f"data_shuffle_seed={seed} is not a seed that data can be shuffled with; set it to 0 or more, below {_SEED_LIMIT}.",
   )
   yield (
     config.use_dpo,
@@ -46,48 +49,50 @@ def _values(config) -> Iterator[tuple[bool, str]]:
   )
   yield (
     config.lora.enable_lora,
-    "lora.enable_lora=True does not work with pre-training, where MaxText adds no adapters to the model and so trains "
+    "lora.enable_lora=True does not work with pre-training: MaxText adds no adapters to the model there, and so trains "
     "and saves nothing; set lora.enable_lora=False.",
   )
 
 
-def _services(config) -> Iterator[tuple[bool, str]]:
-  """Settings that need Google Cloud: whether each is on and cannot work here, and the sentence."""
+def _without_google_cloud(config) -> Iterator[tuple[bool, str]]:
+  """Settings that need Google Cloud, on a machine that cannot reach it."""
   import jax
   from maxtext.common import gcloud_stub
 
   if jax.process_index():
-    return  # MaxText's first process alone speaks to Google Cloud
-  measures = importlib.util.find_spec("ml_goodput_measurement") is not None  # MaxText does without it
+    return  # only MaxText's first process sends anything to Google Cloud
+  # Without this module MaxText measures no goodput, and needs no credentials.
+  measures_goodput = importlib.util.find_spec("ml_goodput_measurement") is not None
   for key in ("enable_goodput_recording", "monitor_goodput"):
     yield (
-      getattr(config, key) and measures and not _may_have_credentials(),
+      getattr(config, key) and measures_goodput and not _may_have_credentials(),
       f"{key}=True needs Google Cloud's credentials, and this machine has none; run `gcloud auth application-default "
       f"login`, or set {key}=False.",
     )
-  uploads, output = config.gcs_metrics and not gcloud_stub.is_decoupled(), config.base_output_directory
+  output = config.base_output_directory
+  uploads_metrics = config.gcs_metrics and not gcloud_stub.is_decoupled()
   yield (
-    uploads and not output.startswith("gs://"),
-    f"gcs_metrics=True uploads to Cloud Storage, where base_output_directory={output} is not; set that to gs://BUCKET, "
-    "or set gcs_metrics=False.",
+    uploads_metrics and not output.startswith("gs://"),
+    f"gcs_metrics=True uploads to Cloud Storage, and base_output_directory={output} is not there; set it to "
+    "gs://BUCKET, or set gcs_metrics=False.",
   )
   yield (
-    uploads and not _may_have_credentials(),
+    uploads_metrics and not _may_have_credentials(),
     "gcs_metrics=True needs Google Cloud's credentials, and this machine has none; run `gcloud auth "
     "application-default login`, or set gcs_metrics=False.",
   )
 
 
 def _may_have_credentials() -> bool:
-  """Whether google.auth could find default credentials, by what can be seen without a network.
+  """Whether google.auth may find default credentials, decided without a network.
 
-  It looks at the file that GOOGLE_APPLICATION_CREDENTIALS names, then at the file that gcloud writes, and asks a server
-  on Google's machines, unless NO_GCE_CHECK=true. Pods of Kubernetes may be on these.
+  google.auth reads the file that GOOGLE_APPLICATION_CREDENTIALS names, then the file that gcloud writes. On Google's
+  machines, where pods of Kubernetes may run, it also asks a server, unless NO_GCE_CHECK=true.
   """
   environment = os.environ
   if "GOOGLE_APPLICATION_CREDENTIALS" in environment:
     return os.path.isfile(environment["GOOGLE_APPLICATION_CREDENTIALS"])
-  # Not Path.home, which raises for users without a home folder.
+  # Path.home would raise for users without a home folder.
   gcloud = pathlib.Path(environment.get("CLOUDSDK_CONFIG") or os.path.expanduser("~/.config/gcloud"))
   if (gcloud / "application_default_credentials.json").is_file():
     return True
@@ -95,4 +100,4 @@ def _may_have_credentials() -> bool:
     return False
   if any(name in environment for name in ("GCE_METADATA_HOST", "GCE_METADATA_ROOT", "KUBERNETES_SERVICE_HOST")):
     return True
-  return _MACHINE.is_file() and _MACHINE.read_text().startswith("Google")
+  return _PRODUCT_NAME.is_file() and _PRODUCT_NAME.read_text().startswith("Google")

@@ -1,4 +1,4 @@
-"""The lock of a training run on the folder that it writes."""
+"""Locks the folder of a training run, so that no second run writes to it at the same time."""
 
 import contextlib
 import datetime
@@ -15,30 +15,30 @@ NAME = "run.lock"  # in OUTPUT/RUN
 
 
 class RunLock(contextlib.AbstractContextManager):
-  """A context in which a training run may take its folder, which it leaves at the end.
+  """A context in which a training run can lock its folder by `take`. The end of the context releases the lock.
 
-  The kernel holds the lock for the process (flock), so a run that was killed does not block the next one. The text of
-  the file, which names process and host, is for messages alone. Nobody is refused where there are no such locks: in
-  remote output (gs://), and on file systems without them, such as some network file systems.
+  The kernel holds the lock for the process (flock), so a run that was killed does not block the next one. The file's
+  text names the process and the host, for messages only. Where there are no such locks, no run is refused: in remote
+  output (gs://), and on some network file systems.
   """
 
   def __init__(self):
     self._file: pathlib.Path | None = None
     self._lock: int | None = None
-    self._created: list[pathlib.Path] = []  # folders, the innermost first
+    self._created_folders: list[pathlib.Path] = []  # the innermost first
 
   def take(self, config) -> None:
-    """Takes the folder of a run for all processes of the job. Does nothing the second time.
+    """Locks the folder of a run for all processes of the job. Does nothing if it is called again.
 
     Raises:
-      ConfigError: another run writes to it, or it cannot be written.
+      ConfigError: another run writes to the folder, or the lock file cannot be written.
     """
     import jax
 
     if self._lock is not None or jax.process_index() or "://" in config.checkpoint_dir:
       return
     folder = pathlib.Path(config.checkpoint_dir).absolute().parent
-    self._created = [path for path in (folder, *folder.parents) if not path.exists()]
+    self._created_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     self._file = folder / NAME
     try:
       self._lock = locks.take(self._file, lambda text: _refusal(folder, text))
@@ -47,7 +47,7 @@ class RunLock(contextlib.AbstractContextManager):
         "host": socket.gethostname(),
         "started": datetime.datetime.now().isoformat(" ", "seconds"),
       }
-      if fcntl.fcntl(self._lock, fcntl.F_GETFL) & os.O_RDWR:  # else the file is another user's
+      if fcntl.fcntl(self._lock, fcntl.F_GETFL) & os.O_RDWR:  # otherwise the file is another user's and read-only
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, json.dumps(holder).encode(), 0)
     except OSError as error:
@@ -58,19 +58,20 @@ class RunLock(contextlib.AbstractContextManager):
   def __exit__(self, *_) -> None:
     if self._lock is None:
       return
-    with contextlib.suppress(PermissionError):  # the file of another user, in a folder like /tmp
+    with contextlib.suppress(PermissionError):  # in a folder like /tmp, the file can be another user's
       self._file.unlink(missing_ok=True)
     os.close(self._lock)
     self._lock = None
-    with contextlib.suppress(OSError):  # a folder that the run has written to
-      for path in self._created:
+    with contextlib.suppress(OSError):  # folders that are not empty stay
+      for path in self._created_folders:
         path.rmdir()
 
 
 def _refusal(folder: pathlib.Path, text: str) -> str:
+  """The sentence for a folder that is locked. `text` is that of the lock file."""
   try:
     holder = json.loads(text)
-    who = f"process {holder['process']} on {holder['host']} since {holder['started']}"
-  except (ValueError, KeyError, TypeError):  # its holder has not written it yet
-    who = "another process"
-  return f"{folder} is being written by {who}; wait for its end, or give this run another run_name."
+    writer = f"process {holder['process']} on {holder['host']} since {holder['started']}"
+  except (ValueError, KeyError, TypeError):  # the holder of the lock has not written the text yet
+    writer = "another process"
+  return f"{folder} is being written by {writer}; wait for its end, or give this run another run_name."

@@ -1,4 +1,4 @@
-"""What the launchers answer to `--help` and `--list`, without importing JAX or MaxText."""
+"""The texts that the launchers print for `--help` and `--list`, without importing JAX or MaxText."""
 
 from collections.abc import Mapping, Sequence
 import importlib.util
@@ -10,70 +10,71 @@ import textwrap
 from maxtext_mudd import assets
 from maxtext_mudd.config import files as config_files
 
-_RUN = {
-  "run_name": "name of the run's folder; a run of this name that exists is resumed",
+_RUN_KEYS = {
+  "run_name": "name of the run's folder; an existing run of this name is resumed",
   "base_output_directory": "folder of all runs, local or gs://",
 }
-_BATCH = {
-  "per_device_batch_size": "sequences of a step for each device; 0.5: one for two devices",
-  "max_target_length": "tokens of a sequence",
+_BATCH_KEYS = {
+  "per_device_batch_size": "sequences per step on each device; 0.5: one on two devices",
+  "max_target_length": "tokens in a sequence",
 }
-_DATA = {
-  "dataset_type": "grain, hf, tfds or synthetic; their keys:",
-  "grain_train_files": "grain: Parquet files, or a pair of Megatron's (grain_file_type=mmap)",
-  "hf_path": "hf: text, json, csv or parquet for local files, or a data set's name",
-  "hf_train_files": "hf: files, or a quoted pattern",
+_DATA_KEYS = {
+  "dataset_type": "grain, hf, tfds or synthetic",
+  "grain_train_files": "for grain: Parquet files, or a pair of Megatron files (grain_file_type=mmap)",
+  "hf_path": "for hf: text, json, csv or parquet for local files, or a data set's name",
+  "hf_train_files": "for hf: files, or a quoted pattern",
   "tokenizer_path": "folder or name of a tokenizer; maxtext_mudd/byte works offline",
 }
-_DEVICES = {
-  "hardware": "tpu, gpu or cpu; on a CPU with skip_jax_distributed_system=true",
+_DEVICE_KEYS = {
+  "hardware": "tpu, gpu or cpu; a CPU also needs skip_jax_distributed_system=true",
 }
-# By module: what the command does, and its main keys.
+# For each command: what it does, and its main keys with their meanings.
 COMMANDS = {
   "train": (
     "Trains a model, or resumes its run.",
-    _RUN
+    _RUN_KEYS
     | {
-      "steps": "length of the run",
-      "learning_rate": "at its peak",
+      "steps": "number of steps of the run",
+      "learning_rate": "peak of the learning rate",
       "checkpoint_period": "steps from one checkpoint to the next",
       "eval_interval": "steps from one evaluation to the next; -1: none",
       "load_parameters_path": "checkpoint whose parameters a new run starts from",
     }
-    | _BATCH
-    | _DATA
-    | _DEVICES,
+    | _BATCH_KEYS
+    | _DATA_KEYS
+    | _DEVICE_KEYS,
   ),
   "train_compile": (
-    "Compiles the train step of a model for TPUs that are not here.",
+    "Compiles the train step of a model for TPUs that this machine does not have.",
     {
       "compile_topology": "what to compile for, such as v5p-8",
       "compile_topology_num_slices": "number of slices",
       "remat_policy": "what the backward pass recomputes: full, minimal, ...",
-      "scan_layers": "true: compile one layer for all",
+      "scan_layers": "true: compile one layer and scan over all",
     }
-    | _BATCH,
+    | _BATCH_KEYS,
   ),
   "decode": (
     "Continues a prompt.",
     {
       "load_parameters_path": "checkpoint: OUTPUT/RUN/checkpoints/STEP, or what `convert` wrote",
       "prompt": "the text to continue",
-      "max_prefill_predict_length": "tokens that a prompt may have",
-      "max_target_length": "tokens of prompt and continuation",
+      "max_prefill_predict_length": "largest number of tokens of the prompt",
+      "max_target_length": "number of tokens of prompt and continuation",
       "decode_sampling_strategy": "greedy, weighted, nucleus, topk or composite",
       "tokenizer_path": "folder or name of the model's tokenizer",
     }
-    | _DEVICES,
+    | _DEVICE_KEYS,
   ),
 }
 
 
 def answer(command: str, arguments: Sequence[str]) -> str:
-  """The text that a command prints instead of running; empty where the arguments ask for none.
+  """The text that a command prints instead of running; empty if the arguments contain neither --help nor --list.
 
   Args:
     command: a key of `COMMANDS`.
+    arguments: the arguments of the command line, without the program.
   """
   if {"-h", "--help"} & set(arguments):
     return _help(command, *COMMANDS[command])
@@ -81,14 +82,14 @@ def answer(command: str, arguments: Sequence[str]) -> str:
 
 
 def listing() -> str:
-  """The configuration files of this package, one a line: its name, and the first sentence of its comment."""
+  """The configuration files of this package. Each line has a name and the first sentence of the file's comment."""
   names = config_files.packaged()
   width = max(map(len, names), default=0)
   return "\n".join(f"{name:<{width}}  {_first_sentence(assets.CONFIGURATIONS / name)}".rstrip() for name in names)
 
 
 def _first_sentence(file: pathlib.Path) -> str:
-  """Of the comment that a file begins with."""
+  """The first sentence of the comment that a file begins with."""
   lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines())
   comment = " ".join(line.removeprefix("#").strip() for line in lines)
   return re.match(r"(.*?(?<!Fig)\.(?= |$)|.*)", comment)[0]
@@ -99,12 +100,12 @@ def _help(command: str, purpose: str, keys: Mapping[str, str]) -> str:
   rows = [f"  {key + '=':<{width}}  {meaning}" for key, meaning in keys.items()]
   maxtext = importlib.util.find_spec("maxtext")
   stock = pathlib.Path(maxtext.origin).parent / "configs" / "base.yml" if maxtext else "base.yml of MaxText"
-  rest = textwrap.dedent(f"""
+  default_files = textwrap.dedent(f"""
     All keys, with their defaults:
       mudd_*    {assets.CONFIGURATIONS / "mudd_base.yml"}
       MaxText   {stock}
   """)
-  head = textwrap.dedent(f"""\
+  usage = textwrap.dedent(f"""\
     usage: python3 -m maxtext_mudd.{command} MODEL.yml [FURTHER.yml ...] [key=value ...]
 
     {purpose}
@@ -117,4 +118,4 @@ def _help(command: str, purpose: str, keys: Mapping[str, str]) -> str:
 
     Main keys:
   """)
-  return head + "\n".join(rows) + "\n" + rest.rstrip()
+  return usage + "\n".join(rows) + "\n" + default_files.rstrip()

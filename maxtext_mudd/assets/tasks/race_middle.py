@@ -1,20 +1,23 @@
-"""The rows of RACE as the harness's `race` reads them: the last question of an article is asked, the others are shown
-with their answers."""
+"""Groups the rows of RACE-M by article, as the harness's task `race` expects them.
+
+That task asks the last question of an article, and shows the others with their answers.
+"""
 
 import datasets
 
 
 def by_article(rows: datasets.Dataset) -> datasets.Dataset:
-  """One document per article, in the order of the rows.
+  """Returns one document per article, in the order of the rows.
 
   Args:
-    rows: one per question: article, question, options, answer.
+    rows: one row per question, with the columns article, question, options and answer.
 
   Returns:
-    `article`, and `problems`, the questions as Python writes a list of dicts.
+    The column `article`, and the column `problems`: the questions, as Python prints a list of dicts.
   """
-  articles = {}
+  problems_by_article = {}
   for row in rows:
     problem = {key: row[key] for key in ("question", "answer", "options")}
-    articles.setdefault(row["article"], []).append(problem)
-  return datasets.Dataset.from_dict({"article": list(articles), "problems": list(map(str, articles.values()))})
+    problems_by_article.setdefault(row["article"], []).append(problem)
+  problems = [str(problems) for problems in problems_by_article.values()]
+  return datasets.Dataset.from_dict({"article": list(problems_by_article), "problems": problems})

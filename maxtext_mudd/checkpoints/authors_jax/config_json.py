@@ -11,7 +11,7 @@ import pathlib
 import re
 from typing import Any
 
-from maxtext_mudd.checkpoints import ffn_widths
+from maxtext_mudd.checkpoints import released_ffn
 from maxtext_mudd.config.errors import ConfigError
 
 CONFIG = "config.json"
@@ -161,11 +161,11 @@ def _ffn(model: _Model, num_blocks: int) -> tuple[int, bool]:
   kernels = [f"decoder/layers_{i}/mlp/wi_0/kernel" for i in range(num_blocks)]
   if "mlp_dim" in model.fields:
     base_width, shapes = model.number("mlp_dim"), [model.shapes.get(name, ()) for name in kernels]
-    reallocated = ffn_widths.is_reallocated(base_width, [x[1] if len(x) == 2 else None for x in shapes])
+    reallocated = released_ffn.is_reallocated(base_width, [x[1] if len(x) == 2 else None for x in shapes])
     return base_width, model.flag("dynamic_mlp_dim", reallocated)
   widths = tuple(model.shape(name, 2)[1] for name in kernels)
   base_width, reallocated = sum(widths) // num_blocks, len(set(widths)) > 1
-  if widths != ffn_widths.for_blocks(base_width, num_blocks, reallocated):
+  if widths != released_ffn.for_blocks(base_width, num_blocks, reallocated):
     raise ConfigError(
       f"{model.folder}: FFN widths {', '.join(map(str, widths))} do not follow from re-allocating their mean, "
       f"{base_width}; write mlp_dim to {CONFIG}."

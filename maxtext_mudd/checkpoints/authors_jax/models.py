@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from maxtext_mudd.checkpoints import ffn_widths, layout, model_config, model_folder, orbax_folder, tensors
+from maxtext_mudd.checkpoints import layout, model_config, model_folder, orbax_folder, released_ffn, tensors
 from maxtext_mudd.checkpoints.authors_jax import config_json
 from maxtext_mudd.checkpoints.hugging_face import models as hf
 from maxtext_mudd.config.errors import ConfigError
@@ -49,7 +49,7 @@ class Model:
     config = path / config_json.CONFIG
     fields = hf.read_fields(config) if config.exists() else {}
     self.keys = config_json.keys({name: x.shape for name, x in self._tensors.items()}, fields, path)
-    self.ffn_widths = ffn_widths.from_keys(self.keys)
+    self.ffn_widths = released_ffn.from_keys(self.keys)
     self.size = sum(x.size for x in self._tensors.values())
 
   def parameters(self, config, progress: Callable[[int], None] = lambda size: None) -> Iterator[tuple[str, np.ndarray]]:

@@ -9,11 +9,11 @@ import enum
 import math
 from typing import Any
 
-from maxtext_mudd.blocks import SCALED_QUERY_KERNELS
-from maxtext_mudd.checkpoints import ffn_widths
+from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks import spec as block_spec
+from maxtext_mudd.checkpoints import released_ffn
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.config.mudd_config import MuddConfig
-from maxtext_mudd.connections.mudd import topology
 
 _COMMON_KEYS = {
   "mudd": True,
@@ -130,7 +130,7 @@ def keys(fields: Mapping[str, Any], block_widths: Sequence[int | None], file: st
   blocks = model_keys["base_num_decoder_layers"]
   if len(block_widths) != blocks:
     raise ConfigError(f"{file}: n_layer={blocks}, and the weights have {len(block_widths)} layers.")
-  model_keys["mudd_ffn_reallocation"] = ffn_widths.is_reallocated(model_keys["base_mlp_dim"], block_widths)
+  model_keys["mudd_ffn_reallocation"] = released_ffn.is_reallocated(model_keys["base_mlp_dim"], block_widths)
   return model_keys
 
 
@@ -187,15 +187,18 @@ def fields(config, original: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_supported(config, name: str, model_fields: Mapping[str, Any]) -> None:
   """Raises ConfigError unless the authors' code computes the configuration's model from these fields."""
-  widths = topology.from_config(config).ffn_widths
+  widths = ffn_widths.of_config(config)
   released = _unstated_keys() | keys(model_fields, widths, "this model") | _implied_keys(config)
-  if config.decoder_block.value in SCALED_QUERY_KERNELS:  # the block differs by a factor only, which `names` applies
-    released |= {"decoder_block": config.decoder_block.value, "use_qk_norm": False}
+  block = block_spec(config)
+  if block.is_released:  # the block differs at most by a factor, which `names` applies
+    released["decoder_block"] = config.decoder_block.value
+    if not block.takes_qk_norm:
+      released["use_qk_norm"] = False
   for key, value in released.items():
     configured = _plain(getattr(config, key))
     if configured != value:
       raise ConfigError(f"{key}={configured} is not in the authors' {name}, which has {key}={value}.")
-  if widths != ffn_widths.for_blocks(config.mlp_dim, config.num_decoder_layers, True):
+  if widths != released_ffn.for_blocks(config.mlp_dim, config.num_decoder_layers, True):
     raise ConfigError(
       f"FFN widths {', '.join(map(str, widths))} are not in the authors' {name}, which re-allocates {config.mlp_dim} "
       "by its rule."

@@ -16,11 +16,11 @@ import numpy as np
 import tqdm
 
 from maxtext_mudd.checkpoints import (
-  ffn_widths,
   layout,
   model_config,
   model_folder,
   orbax_folder,
+  released_ffn,
   tensors,
   tokenizers,
 )
@@ -58,7 +58,7 @@ class Model:
     self.fields = read_fields(path / CONFIG)
     self._tensors = hf_files.open_folder(path)
     self.keys = config_json.keys(self.fields, _ffn_widths(self._tensors), str(path / CONFIG))
-    self.ffn_widths = ffn_widths.from_keys(self.keys)
+    self.ffn_widths = released_ffn.from_keys(self.keys)
     self.size = sum(tensor.size for tensor in self._tensors.values())
     self.dtypes = {name: tensor.dtype.name for name, tensor in self._tensors.items()}
 

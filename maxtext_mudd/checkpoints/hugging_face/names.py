@@ -11,9 +11,10 @@ import dataclasses
 
 import numpy as np
 
-from maxtext_mudd.blocks import ATTENTION_NORMS, FEED_FORWARD_NORMS, SCALED_QUERY_KERNELS
-from maxtext_mudd.connections.mudd import topology
-from maxtext_mudd.connections.mudd.topology import Aggregate
+from maxtext_mudd import connections
+from maxtext_mudd.blocks import BlockSpec, ffn_widths
+from maxtext_mudd.blocks import spec as block_spec
+from maxtext_mudd.connections.base import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,67 +50,60 @@ class Name:
 
 def names(config) -> Iterator[Name]:
   """All tensors of the model that the configuration describes, which has single layers."""
-  model, width = topology.from_config(config), config.emb_dim
-  is_pythia = config.mudd_decoder_layer == "pythia"
+  sites, block, width = connections.plan(config).sites, block_spec(config), config.emb_dim
   vocabulary = (config.vocab_size, width)
   yield Name("tok_embeddings.weight", "token_embedder/embedding", vocabulary, vocabulary)
-  for i, ffn_width in enumerate(model.ffn_widths):
+  for i, ffn_width in enumerate(ffn_widths.of_config(config)):
     if i > 0:
-      yield from _aggregate(i - 1, f"decoder/layers_{i}/connection/depth_aggregate", model.aggregates[i], width)
-    yield from _attention(config, i, is_pythia)
-    yield from _feed_forward(config, i, ffn_width, is_pythia)
-  last = model.num_blocks - 1
-  path = f"decoder/layers_{last}/connection/final_depth_aggregate"
-  yield from _aggregate(last, path, model.aggregates[last + 1], width)
-  yield from _norm("norm", "decoder/decoder_norm", width, is_pythia)
+      yield from _aggregate(i - 1, f"decoder/layers_{i}/connection/depth_aggregate", sites[i], width)
+    yield from _attention(config, block, i)
+    yield from _feed_forward(config, block, i, ffn_width)
+  path = f"decoder/layers_{i}/connection/final_depth_aggregate"
+  yield from _aggregate(i, path, sites[i + 1], width)
+  yield from _norm("norm", "decoder/decoder_norm", width, block.has_biases)
   yield from _linear("output", "decoder/logits_dense", (width,), (config.vocab_size,), bias=False)
 
 
-def _attention(config, i: int, is_pythia: bool) -> Iterator[Name]:
-  block, width = config.decoder_block.value, config.emb_dim
+def _attention(config, block: BlockSpec, i: int) -> Iterator[Name]:
+  width, bias = config.emb_dim, block.has_biases
   path, tensor = f"decoder/layers_{i}", f"layers.{i}"
-  norm_path = f"{path}/{ATTENTION_NORMS[block]}"
+  norm_path = f"{path}/{block.attention_norm}"
   if i == 0:
-    yield from _norm(f"{tensor}.attention_norm", norm_path, width, is_pythia)
+    yield from _norm(f"{tensor}.attention_norm", norm_path, width, bias)
   else:
     for c, stream in enumerate("qkv"):
-      yield from _norm(f"{tensor}.attention_norms.{c}", f"{norm_path}/{stream}", width, is_pythia)
-  query_factor = config.head_dim**0.5 if block in SCALED_QUERY_KERNELS else 1.0
-  for letter, name, heads, factor in (
+      yield from _norm(f"{tensor}.attention_norms.{c}", f"{norm_path}/{stream}", width, bias)
+  query_factor = config.head_dim**0.5 if block.scales_query_kernel else 1.0
+  for letter, name, num_heads, factor in (
     ("q", "query", config.num_query_heads, query_factor),
     ("k", "key", config.num_kv_heads, 1.0),
     ("v", "value", config.num_kv_heads, 1.0),
   ):
-    yield from _linear(
-      f"{tensor}.attention.w{letter}",
-      f"{path}/self_attention/{name}",
-      (width,),
-      (heads, config.head_dim),
-      bias=is_pythia,
-      factor=factor,
-    )
+    heads = (num_heads, config.head_dim)
+    kernel_path = f"{path}/self_attention/{name}"
+    yield from _linear(f"{tensor}.attention.w{letter}", kernel_path, (width,), heads, bias=bias, factor=factor)
   heads = (config.num_query_heads, config.head_dim)
-  yield from _linear(f"{tensor}.attention.wo", f"{path}/self_attention/out", heads, (width,), bias=is_pythia)
+  yield from _linear(f"{tensor}.attention.wo", f"{path}/self_attention/out", heads, (width,), bias=bias)
   if config.use_qk_norm:
     for letter, name in (("q", "query"), ("k", "key")):
       norm_path = f"{path}/self_attention/{name}_norm"
       yield from _norm(f"{tensor}.attention.{letter}_norm", norm_path, config.head_dim, bias=False)
 
 
-def _feed_forward(config, i: int, ffn_width: int, is_pythia: bool) -> Iterator[Name]:
-  width = config.emb_dim
-  norm = "pre_mlp_norm" if is_pythia else FEED_FORWARD_NORMS[config.decoder_block.value]
-  yield from _norm(f"layers.{i}.ffn_norm", f"decoder/layers_{i}/{norm}", width, is_pythia)
+def _feed_forward(config, block: BlockSpec, i: int, ffn_width: int) -> Iterator[Name]:
+  width, bias = config.emb_dim, block.has_biases
+  is_gated = len(config.mlp_activations) > 1
+  yield from _norm(f"layers.{i}.ffn_norm", f"decoder/layers_{i}/{block.feed_forward_norm}", width, bias)
   tensor, path = f"layers.{i}.feed_forward", f"decoder/layers_{i}/mlp"
-  first = "wi" if is_pythia else "wi_0"
-  yield from _linear(f"{tensor}.w1", f"{path}/{first}", (width,), (ffn_width,), bias=is_pythia)
-  if not is_pythia:
-    yield from _linear(f"{tensor}.w3", f"{path}/wi_1", (width,), (ffn_width,), bias=False)
-  yield from _linear(f"{tensor}.w2", f"{path}/wo", (ffn_width,), (width,), bias=is_pythia)
+  first = "wi_0" if is_gated else "wi"
+  yield from _linear(f"{tensor}.w1", f"{path}/{first}", (width,), (ffn_width,), bias=bias)
+  if is_gated:
+    yield from _linear(f"{tensor}.w3", f"{path}/wi_1", (width,), (ffn_width,), bias=bias)
+  yield from _linear(f"{tensor}.w2", f"{path}/wo", (ffn_width,), (width,), bias=bias)
 
 
-def _aggregate(number: int, path: str, aggregate: Aggregate, width: int) -> Iterator[Name]:
-  ways, sources, hidden = aggregate.ways, len(aggregate.sources), aggregate.hidden
+def _aggregate(number: int, path: str, site: Site, width: int) -> Iterator[Name]:
+  ways, sources, hidden = site.ways, len(site.sources), site.hidden
   if hidden:
     yield Name(f"dynamic_dense.{number}.w1.weight", f"{path}/w1", (hidden, width), (width, hidden), True)
     w2 = (hidden, ways, sources)

@@ -1,1 +1,44 @@
-"""Hyper-Connections: several residual streams."""
+"""Hyper-Connections (Zhu et al., arXiv 2409.19606): several residual streams, mixed before each sublayer."""
+
+from maxtext_mudd.connections.base import Cost, Plan
+from maxtext_mudd.connections.hyper_connections import keys
+
+
+class HyperConnections:
+  """`depth_connection: hyper_connections`, with `mudd_expansion_rate` streams."""
+
+  Keys = keys.HyperConnectionKeys
+  reads = "sublayer"
+  depth_axes = {}  # noqa: RUF012
+
+  @classmethod
+  def check_sizes(cls, config) -> None:
+    """Any sizes will do."""
+
+  @classmethod
+  def refusals(cls, config):
+    return keys.refusals(config)
+
+  @classmethod
+  def plan(cls, config) -> Plan:
+    return Plan(config.num_decoder_layers)
+
+  @classmethod
+  def cost(cls, config) -> Cost:
+    """Of two sublayers a block: α, β and the norm's scale; what makes them, the mix and the write; n-1 more streams
+    into each block but the first, and in the block under way."""
+    n, width, sublayers = config.mudd_expansion_rate, config.emb_dim, 2 * config.num_decoder_layers
+    static = n * (n + 1) + n if config.mudd_static else 0
+    dynamic = width * (n + 3) + 2 if config.mudd_dynamic else 0
+    weights = 2 * n * (n + 2) * width if config.mudd_dynamic else 0
+    return Cost(
+      parameters=sublayers * (static + dynamic),
+      flops=sublayers * (weights + 2 * n * (n + 1) * width + 2 * n * width),
+      activations=config.num_decoder_layers * (n - 1),
+    )
+
+  @classmethod
+  def build(cls, config, blocks, mesh, rngs, *, starts, finishes):
+    from maxtext_mudd.connections.hyper_connections.connection import HyperConnection
+
+    return HyperConnection(config, blocks, rngs, starts=starts, finishes=finishes)

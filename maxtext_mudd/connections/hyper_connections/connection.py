@@ -8,19 +8,21 @@ For the sublayer with function F, streams H [n,D] and its number s from 0 (atten
   M = αᵀH;  H' = M[1:] + β ⊗ F(M[0])
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
+import operator
 from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from maxtext.layers.normalizations import RMSNorm
 from maxtext.models.gpt3 import Gpt3LayerNorm
 
-from maxtext_mudd.blocks import ATTENTION_NORMS, FEED_FORWARD_NORMS
-from maxtext_mudd.connections.mudd.topology import Topology
+from maxtext_mudd.blocks import spec as block_spec
+from maxtext_mudd.blocks.classes import change_class
+from maxtext_mudd.connections.connection import PlainConnection
 from maxtext_mudd.connections.norms import rms_norm
 from maxtext_mudd.kernels import accumulation_dtype, mix
 
@@ -30,9 +32,15 @@ DYNAMIC_SCALE_INIT = 0.01
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HyperStreams:
-  """H: n residual streams, one [B,T,D] array each, never stacked. Not a tuple: stock layers unpack tuples."""
+  """What flows between blocks. Not a tuple: stock layers unpack tuples.
+
+  Attributes:
+    streams: H, n residual streams, one [B,T,D] array each, never stacked.
+    sublayer: number of the sublayer that reads them next, from 0.
+  """
 
   streams: tuple[Float[Array, "B T D"], ...]
+  sublayer: Int[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -57,17 +65,17 @@ class SublayerInput:
 
 
 class HyperRMSNorm(RMSNorm):
-  """The stock norm of a sublayer, reading M[0]."""
+  """RMSNorm, applied to M[0]."""
 
-  def __call__(self, x, **kwargs):
-    return super().__call__(x.read if isinstance(x, SublayerInput) else x, **kwargs)
+  def __call__(self, x: SublayerInput, **kwargs):
+    return super().__call__(x.read, **kwargs)
 
 
 class HyperGpt3LayerNorm(Gpt3LayerNorm):
-  """The same for gpt3."""
+  """GPT-3's LayerNorm, applied to M[0]."""
 
-  def __call__(self, x, **kwargs):
-    return super().__call__(x.read if isinstance(x, SublayerInput) else x, **kwargs)
+  def __call__(self, x: SublayerInput, **kwargs):
+    return super().__call__(x.read, **kwargs)
 
 
 _READING = {RMSNorm: HyperRMSNorm, Gpt3LayerNorm: HyperGpt3LayerNorm}
@@ -83,10 +91,9 @@ class SublayerConnection(nnx.Module):
 
   def __init__(self, config, sublayer: int, rngs: nnx.Rngs):
     self.config = config
-    self.sublayer = sublayer
     n, dtype = config.mudd_expansion_rate, config.weight_dtype
     if config.mudd_static:
-      self.static_alpha = nnx.Param(self._initial_alpha(dtype), out_sharding=(None, None))
+      self.static_alpha = nnx.Param(self._initial_alpha(sublayer, dtype), out_sharding=(None, None))
       self.static_beta = nnx.Param(jnp.ones((n,), dtype), out_sharding=(None,))
     if config.mudd_dynamic:
       self.norm = rms_norm(config, rngs)
@@ -96,15 +103,16 @@ class SublayerConnection(nnx.Module):
       self.alpha_scale = nnx.Param(scale, out_sharding=(None,))
       self.beta_scale = nnx.Param(scale, out_sharding=(None,))
 
-  def _initial_alpha(self, dtype) -> Float[Array, "n n+1"]:
+  def _initial_alpha(self, sublayer: int | Int[Array, ""], dtype) -> Float[Array, "n n+1"]:
     n = self.config.mudd_expansion_rate
-    return jnp.concatenate([jnp.eye(n, dtype=dtype)[:, self.sublayer % n, None], jnp.eye(n, dtype=dtype)], axis=1)
+    first = (jnp.arange(n) == sublayer % n).astype(dtype)
+    return jnp.concatenate([first[:, None], jnp.eye(n, dtype=dtype)], axis=1)
 
-  def weights(self, streams) -> tuple[list[Float[Array, "B T n+1"]], list[Float[Array, "B T 1"]]]:
+  def weights(self, hyper: HyperStreams) -> tuple[list[Float[Array, "B T n+1"]], list[Float[Array, "B T 1"]]]:
     """Rows of α and entries of β, one per stream, in at least float32."""
-    config = self.config
+    config, streams = self.config, hyper.streams
     wide = accumulation_dtype(streams[0].dtype)
-    static_alpha, static_beta = self._initial_alpha(wide), jnp.ones((len(streams),), wide)
+    static_alpha, static_beta = self._initial_alpha(hyper.sublayer, wide), jnp.ones((len(streams),), wide)
     if config.mudd_static:
       static_alpha, static_beta = self.static_alpha[...].astype(wide), self.static_beta[...].astype(wide)
     rows = [static_alpha[i] for i in range(len(streams))]
@@ -121,53 +129,47 @@ class SublayerConnection(nnx.Module):
     """M of these streams; `after` takes the HyperStreams that the sublayer's output makes."""
     streams = hyper.streams
     with jax.default_matmul_precision(self.config.matmul_precision.value):
-      alpha, beta = self.weights(streams)
+      alpha, beta = self.weights(hyper)
     wide = alpha[0].dtype
     # In plain JAX: XLA can fuse this with the writes before it, which are n times as many bytes as a sublayer's output.
     mixed = mix(streams, jnp.stack(alpha, axis=-1), implementation="xla")
 
     def write(carried, output):
       added = (m.astype(wide) + b * output.astype(wide) for m, b in zip(carried, beta))
-      return after(HyperStreams(tuple(x.astype(output.dtype) for x in added)))
+      return after(HyperStreams(tuple(x.astype(output.dtype) for x in added), hyper.sublayer + 1))
 
     return SublayerInput(mixed[0], tuple(mixed[1:]), write)
 
 
-class HyperConnection(nnx.Module):
-  """Hyper-connections of one block: one before attention, one before the FFN."""
+class HyperConnection(PlainConnection):
+  """Hyper-connections of one block: one before attention, one before the FFN. Where layers are scanned, those of all
+  blocks of a stack: which one it is, the streams know."""
 
-  carry = HyperStreams
-
-  recomputed = False
-
-  def __init__(self, config, topology: Topology, block: int, mesh: jax.sharding.Mesh, rngs: nnx.Rngs):
+  def __init__(self, config, blocks: Sequence[int], rngs: nnx.Rngs, *, starts: bool, finishes: bool):
+    super().__init__(blocks, starts=starts, finishes=finishes)
     self.config = config
-    self.is_last = block == topology.num_blocks
-    self.attention = SublayerConnection(config, 2 * (block - 1), rngs)
-    self.feed_forward = SublayerConnection(config, 2 * (block - 1) + 1, rngs)
+    if blocks:
+      first = 2 * (blocks[0] - 1)
+      self.attention = SublayerConnection(config, first, rngs)
+      self.feed_forward = SublayerConnection(config, first + 1, rngs)
 
   def fit(self, layer: nnx.Module) -> None:
-    """The two norms keep their parameters and places; only their classes become the reading ones."""
-    block = self.config.decoder_block.value
-    for path in (ATTENTION_NORMS[block], FEED_FORWARD_NORMS[block]):
-      norm = layer
-      for name in path.split("."):
-        norm = getattr(norm, name)
-      norm.__class__ = _READING[type(norm)]
+    """Makes the norms before attention and before the feed-forward block of the layer read M[0]."""
+    block = block_spec(self.config)
+    for path in (block.attention_norm, block.feed_forward_norm):
+      norm = operator.attrgetter(path)(layer)
+      change_class(norm, _READING[type(norm)])
 
-  def start(self, embedding: Float[Array, "B T D"]) -> HyperStreams:
-    return HyperStreams((embedding,) * self.config.mudd_expansion_rate)
+  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> HyperStreams:
+    return HyperStreams((embedding,) * self.config.mudd_expansion_rate, jnp.zeros((), jnp.int32))
 
-  def read(self, hyper: HyperStreams) -> tuple[SublayerInput, HyperStreams]:
-    return self.attention(hyper, after=lambda written: self.feed_forward(written, after=lambda last: last)), hyper
+  def read(self, hyper: HyperStreams) -> SublayerInput:
+    return self.attention(hyper, after=lambda between: self.feed_forward(between, after=lambda last: last))
 
-  def write(self, hyper: HyperStreams, output: HyperStreams) -> HyperStreams:
-    return output
-
-  def finish(self, hyper: HyperStreams) -> Float[Array, "B T D"]:
-    """The sum of the streams, over n: the final norm takes the factor away again, and without it the norm's epsilon
-    would weigh less than in the plain Transformer that the model starts as. Equal streams give their value exactly."""
+  def finish(self, hyper: HyperStreams, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+    """The sum of the streams, over n. The final norm removes the factor again; without it the norm's epsilon would
+    weigh less than in the plain Transformer that the model starts as. Equal streams give their value exactly."""
     first, *others = hyper.streams
     wide = accumulation_dtype(first.dtype)
     excess = sum((h.astype(wide) - first.astype(wide) for h in others), jnp.zeros((), wide))
-    return (first.astype(wide) + excess / len(hyper.streams)).astype(first.dtype)
+    return (first.astype(wide) + excess / len(hyper.streams)).astype(first.dtype), sown

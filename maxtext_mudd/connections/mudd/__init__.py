@@ -1,1 +1,39 @@
-"""MUDD, DenseFormer and DDFormer: weights of all earlier block outputs."""
+"""MUDD connections, and their simpler relatives DenseFormer (one way, static) and DDFormer (one way, dynamic)."""
+
+from maxtext_mudd.connections.base import Cost, HistoryFamily, Plan
+from maxtext_mudd.connections.mudd import cost, keys, sites
+
+
+class Dense(HistoryFamily):
+  """`depth_connection: dense`: weights of all earlier block outputs, static or made from the newest one."""
+
+  Keys = keys.DenseKeys
+  depth_axes = {"w1": (None, "hidden"), "w2": ("hidden", None, "sources"), "a": (None, "sources")}  # noqa: RUF012
+
+  @classmethod
+  def check_sizes(cls, config) -> None:
+    keys.check_sizes(config)
+
+  @classmethod
+  def refusals(cls, config):
+    return keys.refusals(config)
+
+  @classmethod
+  def plan(cls, config) -> Plan:
+    return sites.plan(config)
+
+  @classmethod
+  def cost(cls, config) -> Cost:
+    return cost.cost(config)
+
+  @classmethod
+  def aggregate(cls, config, site, mesh, rngs):
+    from maxtext_mudd.connections.mudd.aggregate import DepthAggregate
+
+    return DepthAggregate(config, site, mesh, rngs)
+
+  @classmethod
+  def source_norm(cls, config, rngs):
+    from maxtext_mudd.connections.norms import rms_norm
+
+    return rms_norm(config, rngs) if config.mudd_pre_norm else None

@@ -1,0 +1,48 @@
+"""Initial values of embeddings and kernels."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from maxtext_mudd.blocks import DECODER_BLOCKS
+from maxtext_mudd.keys import KeyGroup, Refusal, key
+
+
+class InitialisationKeys(KeyGroup):
+  """Keys of `model.initializers`."""
+
+  mudd_init: Literal["stock", "xavier_normal", "normal", "pythia"] = key(
+    "stock", "Initial embeddings and kernels: as in MaxText, or by a rule. Also without connections."
+  )
+  mudd_init_std: float = key(
+    0.006,
+    "Standard deviation of mudd_init=normal.",
+    needs={"mudd_init": ("normal",)},
+    gt=0,
+    allow_inf_nan=False,
+  )
+
+
+def refusals(config) -> Iterator[Refusal]:
+  """What the rules of `mudd_init` do not work with. `config` is a `MuddConfig`."""
+  if config.mudd_init == "stock":
+    return
+  rule, block = f"mudd_init={config.mudd_init}", config.decoder_block.value
+  yield Refusal(
+    block not in DECODER_BLOCKS,
+    f"decoder_block={block!r}",
+    rule,
+    f"its rules are for {', '.join(DECODER_BLOCKS)}; use one of these, or mudd_init=stock",
+  )
+  interval = config.inhomogeneous_layer_cycle_interval
+  yield Refusal(
+    interval > 1,
+    f"inhomogeneous_layer_cycle_interval={interval}",
+    rule,
+    "its rules are for layers that are alike; set it to 1, or mudd_init=stock",
+  )
+  yield Refusal(
+    config.mtp_num_layers > 0,
+    f"mtp_num_layers={config.mtp_num_layers}",
+    rule,
+    "MaxText initialises the layers of MTP by its own rule; set it to 0, or mudd_init=stock",
+  )

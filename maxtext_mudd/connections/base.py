@@ -1,0 +1,265 @@
+"""What a family of depth connections is. Imports neither JAX nor MaxText: command lines are checked before these are.
+
+A family is a class that is never instantiated by itself: `Family` lists what it has to answer. There are two kinds:
+
+- Families that mix the outputs of earlier blocks derive from `HistoryFamily` and bring a module that makes the weights
+  (`Aggregate`). What flows between blocks is `history.History`, or `buffer.Buffer` where layers are scanned.
+- Families in which something else flows between blocks, such as n residual streams, bring a `Connection` of their own.
+
+Blocks count from 1, as in the paper: source 0 is the embedding, source i the output of block i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+  from flax import nnx
+  import jax
+  from jaxtyping import Array, Float
+
+  from maxtext_mudd.kernels import Passes, Weights
+  from maxtext_mudd.keys import Refusal
+
+STREAMS = "qkvr"  # query, key, value and residual stream, in the order of the paper and of the released code
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+  """One place where the outputs of earlier blocks are mixed: a depth-wise aggregate (DA) of the paper.
+
+  Attributes:
+    block: the block it follows, i of DA_i; the output of this block is its newest source.
+    sources: the sources it mixes, oldest first, the newest last.
+    streams: the streams it makes, a subset of "qkvr"; "x" for one stream that serves as all four.
+    hidden: K, the hidden width of the weight MLP; 0 where the weights are static only.
+  """
+
+  block: int
+  sources: tuple[int, ...]
+  streams: str
+  hidden: int = 0
+
+  @property
+  def ways(self) -> int:
+    """C, the number of streams."""
+    return len(self.streams)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Where a family reads in a model.
+
+  Attributes:
+    num_blocks: L.
+    sites: the site behind block i, by i; a block without one passes its output on to all streams.
+    first_block_has_own_norms: whether block 1, whose streams are all the embedding, has LN_q, LN_k and LN_v.
+  """
+
+  num_blocks: int
+  sites: Mapping[int, Site] = dataclasses.field(default_factory=dict)
+  first_block_has_own_norms: bool = False
+
+  def before(self, block: int) -> Site | None:
+    """The site that feeds `block`; None where the block reads the newest output as it is."""
+    return self.sites.get(block - 1)
+
+  def has_own_norms(self, block: int) -> bool:
+    """Whether a block has LN_q, LN_k and LN_v in place of one attention norm."""
+    site = self.before(block)
+    return (site is not None and site.streams != "x") or (block == 1 and self.first_block_has_own_norms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What connections add to the plain model.
+
+  Attributes:
+    parameters: all parameters that the plain model has not.
+    weight_parameters: those among them that Eq. 13 of the paper counts (W1 and W2); 0 for families without them.
+    flops: forward FLOPs per token.
+    activations: arrays [B,T,D] that are kept at the peak beyond those of the plain model (Appendix E).
+  """
+
+  parameters: int = 0
+  weight_parameters: int = 0
+  flops: int = 0
+  activations: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+  """A site with the block that reads it, as carries take them. All of it is static.
+
+  Attributes:
+    plan: of the model.
+    site: the one in front of the block; None: the block reads the newest output, and `weights` is None.
+    passes: how the aggregate runs.
+    weights: (parameters of the aggregate, number of the block, newest source or None) -> weights of the sources.
+    block: (state of the block, number of the block, sums or None, X_i, arguments) -> (source, output, anything else), a
+      pure function; None behind the last block.
+    recomputed: whether the block is recomputed in the backward pass.
+  """
+
+  plan: Plan
+  site: Site | None
+  passes: Passes
+  weights: Callable | None
+  block: Callable | None
+  recomputed: bool
+
+
+class Family(Protocol):
+  """The interface of a family; all methods are class methods.
+
+  Attributes:
+    Keys: group of configuration keys, with their checks; `MuddConfig` inherits it.
+    reads: whether a block has one input of the family, or each of its two sublayers has one.
+    depth_axes: names of the axes of its parameters that depend on the site, by the last name of a parameter's path:
+      "sources" (one entry for each source of the site), "hidden" (K entries), None (any other axis). Parameters of
+      scanned layers are padded along these axes to one shape.
+  """
+
+  Keys: ClassVar[type[BaseModel]]
+  reads: ClassVar[Literal["block", "sublayer"]]
+  depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]]
+
+  def check_sizes(self, config) -> None:
+    """Raises ValueError, in one sentence, for keys that do not fit the sizes of the model."""
+
+  def refusals(self, config) -> Iterable[Refusal]:
+    """What the family does not work with; `config` is a whole `MuddConfig`."""
+
+  def plan(self, config) -> Plan:
+    """Where it reads, from a configuration with sizes."""
+
+  def cost(self, config) -> Cost:
+    """What it adds to the plain model of these sizes."""
+
+  def build(
+    self, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, rngs: nnx.Rngs, *, starts: bool, finishes: bool
+  ) -> Connection:
+    """The connection of one block, or of all blocks of a scanned stack.
+
+    Args:
+      blocks: their numbers; none where the connection only starts and finishes, as in front of scanned stacks.
+      starts: whether `Connection.start` is called on it.
+      finishes: whether `Connection.finish` is called on it.
+    """
+
+
+class Connection(Protocol):
+  """The part of a family that lives in one block or in one scanned stack: an `nnx.Module`.
+
+  The decoder calls `start` on the embedding, `through` for each block, and `finish` behind the last one. Between them
+  flows a carry, which may be any pytree but a tuple, since MaxText's layers unpack tuples.
+
+  Attributes:
+    blocks: numbers of the blocks.
+    starts, finishes: as given to `Family.build`.
+    rematerialises: whether `through` decides by itself what is kept for the backward pass of scanned layers; otherwise
+      MaxText's loop recomputes blocks by the policy.
+  """
+
+  blocks: tuple[int, ...]
+  starts: bool
+  finishes: bool
+  rematerialises: bool
+
+  def fit(self, layer: nnx.Module) -> None:
+    """Makes the stock layer read what `read` returns."""
+
+  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> Any:
+    """The carry in front of the first block.
+
+    Args:
+      rematerialise: `jax.checkpoint` with a policy, for what `through` differentiates; None: blocks are recomputed.
+    """
+
+  def through(self, block: Callable, state: Any, carry: Any, arguments: Any) -> tuple[Any, Any]:
+    """The carry behind a block, and what else the block returned.
+
+    Args:
+      block: (state, *inputs, arguments) -> (what `write` returns, output, anything else), a pure function that calls
+        `read(*inputs)` and `write(output)` of the connection in the layer that `state` makes.
+    """
+
+  def read(self, *inputs) -> Any:
+    """The input of the block from what `through` gives."""
+
+  def write(self, output: Any) -> Any:
+    """What of the block's output goes into the carry."""
+
+  def finish(self, carry: Any, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+    """The hidden state behind the last block.
+
+    Args:
+      sown: floating arrays that scanned blocks left beside the carry, which a loss may read.
+
+    Returns:
+      the hidden state, and `sown` as losses have to read it.
+    """
+
+
+class Aggregate(Protocol):
+  """The module of a `HistoryFamily` at one site.
+
+  Attributes:
+    keeps_newest: whether weights that are one at the newest source and zero elsewhere make every stream X_i.
+  """
+
+  keeps_newest: bool
+
+  def weights(self, newest: Float[Array, "B T D"] | None, column: int | Array) -> Weights:
+    """What `kernels.mix` takes, for the sources of the site.
+
+    Args:
+      newest: X_i; None: it is the newest source.
+      column: of the newest source among the sources; where layers are scanned, it is known at run time only.
+    """
+
+  def streams(self, sums: list[Float[Array, "B T D"]], output: Float[Array, "B T D"]) -> list[Float[Array, "B T D"]]:
+    """The streams of the site, from the sums of Eq. 5 and X_i."""
+
+
+class NoKeys(BaseModel):
+  """The keys of a family that has none."""
+
+
+class HistoryFamily:
+  """A family that mixes the outputs of earlier blocks. A subclass brings `plan`, `cost`, and an `Aggregate`.
+
+  The subclass may be the `Aggregate` itself, an `nnx.Module` that is built from (config, site, mesh, rngs).
+  """
+
+  Keys = NoKeys
+  reads = "block"
+  depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+
+  @classmethod
+  def check_sizes(cls, config) -> None:
+    """Any sizes will do."""
+
+  @classmethod
+  def refusals(cls, config) -> Iterable[Refusal]:
+    return ()
+
+  @classmethod
+  def aggregate(cls, config, site: Site, mesh: jax.sharding.Mesh, rngs: nnx.Rngs) -> Aggregate:
+    """The module at one site; where layers are scanned, at a site that is padded to hold those of all blocks."""
+    return cls(config, site, mesh, rngs)
+
+  @classmethod
+  def source_norm(cls, config, rngs: nnx.Rngs) -> nnx.Module | None:
+    """The norm of every source before it is mixed; None: sources are mixed as they are."""
+    return None
+
+  @classmethod
+  def build(cls, config, blocks, mesh, rngs, *, starts, finishes) -> Connection:
+    from maxtext_mudd.connections.connection import HistoryConnection
+
+    return HistoryConnection(cls, config, blocks, mesh, rngs, starts=starts, finishes=finishes)

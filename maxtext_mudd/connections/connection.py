@@ -1,0 +1,196 @@
+"""The connections of blocks: the plain residual one, and that of families that mix the outputs of earlier blocks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from maxtext_mudd import kernels
+from maxtext_mudd.blocks import spec as block_spec
+from maxtext_mudd.blocks.streams import Streams, decouple
+from maxtext_mudd.connections import layout, metrics
+from maxtext_mudd.connections.base import Aggregate, HistoryFamily, Link, Site
+from maxtext_mudd.connections.buffer import Buffer
+from maxtext_mudd.connections.history import History
+from maxtext_mudd.connections.mesh import passes, source_sharding
+
+
+class PlainConnection(nnx.Module):
+  """The residual connection: the carry is the output of the last block. Base class of families with another carry."""
+
+  rematerialises = False
+
+  def __init__(self, blocks: Sequence[int], *, starts: bool, finishes: bool):
+    self.blocks = tuple(blocks)
+    self.starts = starts
+    self.finishes = finishes
+
+  def fit(self, layer: nnx.Module) -> None:
+    """A stock layer reads one array as it is."""
+
+  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None):
+    return embedding
+
+  def through(self, block: Callable, state: Any, carry: Any, arguments: Any) -> tuple[Any, Any]:
+    carry, _, rest = block(state, carry, arguments)
+    return carry, rest
+
+  def read(self, carry):
+    return carry
+
+  def write(self, output):
+    return output
+
+  def finish(self, carry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+    return carry, sown
+
+
+class HistoryConnection(PlainConnection):
+  """The connection of a `HistoryFamily`: an aggregate in front of the block, and one behind the last block.
+
+  The carry is the history alone. Under rematerialisation a block keeps X_0..X_i, which exist once, and its streams are
+  recomputed in the backward pass (memory in Table 6 of the paper). A custom policy that keeps `decoder_layer_input`
+  keeps the streams of every block.
+
+  Where layers are scanned, all blocks of a stack share one module. Its parameters are padded (`layout`), and the number
+  of the block is known at run time only.
+  """
+
+  rematerialises = True
+
+  def __init__(
+    self,
+    family: type[HistoryFamily],
+    config,
+    blocks: Sequence[int],
+    mesh: jax.sharding.Mesh,
+    rngs: nnx.Rngs,
+    *,
+    starts: bool,
+    finishes: bool,
+  ):
+    super().__init__(blocks, starts=starts, finishes=finishes)
+    self.config = config
+    self.mesh = mesh
+    self.plan = plan = family.plan(config)
+    self.carry = Buffer if config.scan_layers else History
+    if starts:
+      self.embedding_norm = family.source_norm(config, rngs)
+    if blocks:
+      self.table = layout.table(plan, blocks, padded=config.scan_layers)
+      self.output_norm = family.source_norm(config, rngs)
+      site = self.table.padded
+      self.depth_aggregate = family.aggregate(config, site, mesh, rngs) if site else None
+    if finishes:
+      self.final_site = plan.sites.get(plan.num_blocks)
+      final = self.final_site
+      self.final_depth_aggregate = family.aggregate(config, final, mesh, rngs) if final else None
+
+  def fit(self, layer: nnx.Module) -> None:
+    if any(self.table.own_norms):
+      decouple(layer, block_spec(self.config).attention_norm)
+
+  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> History | Buffer:
+    norm = self.embedding_norm
+    source, newest = (embedding, None) if norm is None else (norm(embedding), embedding)
+    sharding = source_sharding(self.config, self.mesh, source.shape)
+    return self.carry.start(source, newest, self.plan.num_blocks, sharding, rematerialise)
+
+  def through(self, block: Callable, state: Any, carry: History | Buffer, arguments: Any):
+    """`block` reads (number of the block, sums of Eq. 5 or None, X_i)."""
+    link, parameters = self._link(carry, self.depth_aggregate, self.table.padded, self._weights, block)
+    return carry.through(link, parameters, state, arguments)
+
+  def read(self, number, sums, output: Float[Array, "B T D"]) -> Streams | Float[Array, "B T D"]:
+    """The input of a block: four streams, or one array where they are all the same.
+
+    Args:
+      number: of the block; an array where layers are scanned.
+      sums: of Eq. 5, one for each stream of the site; None where no block has a site.
+      output: X_i.
+    """
+    table, module, streams = self.table, self.depth_aggregate, {"x": output}
+    if module is not None:
+      streams = dict(zip(table.padded.streams, module.streams(sums, output)))
+      if not all(table.connected) and not module.keeps_newest:
+        connected = _at(table.connected, table, number)
+        streams = {stream: jnp.where(connected, x, output) for stream, x in streams.items()}
+      if self.config.record_internal_nn_metrics:
+        weights = self._weights(module, number, output)
+        metrics.sow(module, output, weights, streams, column=self._newest_column(number))
+    if "x" in streams and not any(table.own_norms):
+      return streams["x"]
+    choose = None
+    if not all(table.own_norms):
+      has_own = _at(table.own_norms, table, number)
+
+      def choose(parameter, of_q):
+        return jnp.where(has_own, parameter, of_q)
+
+    return Streams(*(streams.get(stream, streams.get("x", output)) for stream in "qkvr"), choose)
+
+  def write(self, output: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """What later sites mix."""
+    return output if self.output_norm is None else self.output_norm(output)
+
+  def finish(self, carry: History | Buffer, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+    module, site = self.final_depth_aggregate, self.final_site
+    if module is None:
+      return carry.finish(None, None, sown)[1:]
+    link, parameters = self._link(carry, module, site, self._final_weights)
+    sums, output, sown = carry.finish(link, parameters, sown)
+    (hidden,) = streams = module.streams(sums, output)
+    if self.config.record_internal_nn_metrics:
+      named = dict(zip(site.streams, streams))
+      metrics.sow(module, output, module.weights(output, len(site.sources) - 1), named, column=-1)
+    return hidden, sown
+
+  def _link(self, carry, module: Aggregate | None, site: Site | None, weights: Callable, block: Callable | None = None):
+    """The static part of an aggregate with the block that reads it, and the aggregate's parameters."""
+    runs = passes(self.config, self.mesh, carry.output_shape)
+    recomputed = self.config.remat_policy == "full"
+    if module is None:
+      return Link(self.plan, None, runs, None, block, recomputed), None
+    graphdef, parameters = nnx.split(module)
+
+    def from_parameters(parameters, number, newest) -> kernels.Weights:
+      return weights(nnx.merge(graphdef, parameters), number, newest)
+
+    return Link(self.plan, site, runs, from_parameters, block, recomputed), parameters
+
+  def _newest_column(self, number):
+    return number - 1 if self.config.scan_layers else len(self.table.padded.sources) - 1
+
+  def _weights(self, module: Aggregate, number, newest: Float[Array, "B T D"] | None) -> kernels.Weights:
+    """Weights of the sources in the carry that a block's site may see: of all entries of a buffer, and without a site
+    of the newest source alone."""
+    table, column = self.table, self._newest_column(number)
+    weights = module.weights(newest, column)
+    if not self.config.scan_layers:
+      return weights
+    visible = self._fill(_at(table.visible, table, number))
+    weights = kernels.map_columns(weights, lambda x: jnp.where(visible, self._fill(x), 0))
+    if not all(table.connected) and module.keeps_newest:
+      connected, is_newest = _at(table.connected, table, number), jnp.arange(len(visible)) == column
+      weights = kernels.replace_static(weights, lambda a: jnp.where(connected, a, is_newest.astype(a.dtype)))
+    return weights
+
+  def _final_weights(self, module: Aggregate, number, newest: Float[Array, "B T D"] | None) -> kernels.Weights:
+    sources = self.final_site.sources
+    weights = module.weights(newest, len(sources) - 1)
+    if not self.config.scan_layers:
+      return weights
+    at, entries = jnp.asarray(sources), self.plan.num_blocks + 1
+    return kernels.map_columns(weights, lambda x: jnp.zeros((*x.shape[:-1], entries), x.dtype).at[..., at].set(x))
+
+  def _fill(self, x: Array) -> Array:
+    """Padded with zeros to all entries of a buffer."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.plan.num_blocks + 1 - x.shape[-1])])
+
+
+def _at(by_block: Sequence, table: layout.Table, number) -> Array:
+  """The entry of the block with this number."""
+  return jnp.asarray(by_block)[number - table.blocks[0]]

@@ -1,0 +1,163 @@
+"""Parameters of scanned layers beside those of single ones.
+
+All blocks of a scanned stack have parameters of one shape. Along the axes that `Family.depth_axes` names, those of a
+site are padded with zeros: sources count from X_0 on, whichever a site sees, and hidden widths are filled up at their
+end. Padding has a gradient of zero and stays zero in training. So does every parameter that exists only in another
+block of the stack, such as LN_k of the first block.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+from flax import nnx
+import jax.numpy as jnp
+import numpy as np
+
+from maxtext_mudd import connections
+from maxtext_mudd.blocks import spec as block_spec
+from maxtext_mudd.connections.base import Plan, Site
+
+AGGREGATE = "depth_aggregate"  # names of the modules in a connection, and so in the paths of parameters
+FINAL_AGGREGATE = "final_depth_aggregate"
+EMBEDDING_NORM = "embedding_norm"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """What holds for each block of a stack, or for a single block.
+
+  Attributes:
+    blocks: numbers of the blocks.
+    sites: the site in front of each.
+    padded: one site that holds those of all blocks; for a single block, its own. None where there are none.
+    own_norms: by block, whether it has LN_q, LN_k and LN_v.
+  """
+
+  blocks: tuple[int, ...]
+  sites: tuple[Site | None, ...]
+  padded: Site | None
+  own_norms: tuple[bool, ...]
+
+  @property
+  def connected(self) -> tuple[bool, ...]:
+    """By block, whether a site stands in front."""
+    return tuple(site is not None for site in self.sites)
+
+  @property
+  def visible(self) -> tuple[tuple[bool, ...], ...]:
+    """By block and source X_0, X_1, ..., whether its site sees the source."""
+    return tuple(tuple(site is not None and j in site.sources for j in range(self.blocks[-1])) for site in self.sites)
+
+
+def table(plan: Plan, blocks: Sequence[int], *, padded: bool) -> Table:
+  """The table of some blocks.
+
+  Args:
+    padded: whether the parameters are those of a scanned stack.
+  """
+  sites = tuple(plan.before(block) for block in blocks)
+  there = [site for site in sites if site]
+  site = there[0] if there else None
+  if there and padded:
+    sources = tuple(range(blocks[-1]))
+    site = Site(blocks[-1] - 1, sources, there[0].streams, max(other.hidden for other in there))
+  return Table(tuple(blocks), sites, site, tuple(map(plan.has_own_norms, blocks)))
+
+
+def exists(config, table: Table, path: tuple[str, ...]) -> np.ndarray | None:
+  """Which entries of a parameter exist.
+
+  Args:
+    path: of the parameter in its layer.
+
+  Returns:
+    [L, ...]: blocks first, axes that do not matter of size 1, or left out at the end; None: all entries exist.
+  """
+  norm = block_spec(config).attention_norm
+  if norm in path and path[path.index(norm) + 1] in ("k", "v"):
+    return np.array(table.own_norms)
+  if AGGREGATE not in path:
+    return None
+  axes = _axes(config, path)
+  mask = np.array(table.connected).reshape(-1, *(1 for _ in axes))
+  for number, name in enumerate(axes):
+    if name:
+      padded = _size(table.padded, name)
+      by_block = np.stack([np.isin(np.arange(padded), _positions(site, name)) for site in table.sites])
+      mask = mask & by_block.reshape(len(by_block), *(padded if k == number else 1 for k in range(len(axes))))
+  return mask
+
+
+def pad(config, path: tuple[str, ...], value, site: Site | None, padded: Site | None):
+  """The parameter of a single block as a scanned stack has it. Takes and returns NumPy or JAX arrays."""
+  xp = value.__array_namespace__()
+  for axis, name in _depth_axes(config, path):
+    filled = xp.concat([value, xp.zeros_like(xp.take(value, xp.asarray([0]), axis=axis))], axis=axis)
+    at = np.full(_size(padded, name), value.shape[axis])  # of the zeros
+    at[_positions(site, name)] = np.arange(value.shape[axis])
+    value = xp.take(filled, xp.asarray(at), axis=axis)
+  return value
+
+
+def trim(config, path: tuple[str, ...], value, site: Site | None):
+  """The parameter of a single block, from one entry of a scanned stack: `pad` backwards."""
+  xp = value.__array_namespace__()
+  for axis, name in _depth_axes(config, path):
+    value = xp.take(value, xp.asarray(_positions(site, name)), axis=axis)
+  return value
+
+
+def initialise(layers: nnx.Module, singles: Sequence[nnx.Module], config) -> None:
+  """Gives the connection of new scanned layers the values that it has in single layers, and sets to zero what does not
+  exist in a block.
+
+  Args:
+    singles: the connection of each block by itself.
+  """
+  plan, blocks = connections.plan(config), layers.connection.blocks
+  whole = table(plan, blocks, padded=True)
+  sites = [table(plan, [block], padded=True).padded for block in blocks]
+  of_singles = [_by_path(nnx.state(single, nnx.Param)) for single in singles]
+  state = nnx.state(layers, nnx.Param)
+  for path, parameter in nnx.to_flat_state(state):
+    path = tuple(map(str, path))
+    value = jnp.moveaxis(parameter.get_value(), _scan_axis(config, parameter.get_value()), 0)
+    if path[0] == "connection":
+      by_block = [values.get(path[1:]) for values in of_singles]  # None: the block has no site
+      by_block = [
+        jnp.zeros_like(value[0]) if x is None else pad(config, path, x, site, whole.padded)
+        for x, site in zip(by_block, sites)
+      ]
+      value = jnp.stack(by_block)
+    mask = exists(config, whole, path)
+    if mask is not None:
+      value = jnp.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
+    parameter.set_value(jnp.moveaxis(value, 0, _scan_axis(config, value)))
+  nnx.update(layers, state)
+
+
+def _scan_axis(config, stacked) -> int:
+  return min(config.param_scan_axis, stacked.ndim - 1)
+
+
+def _by_path(state: nnx.State) -> dict[tuple[str, ...], jnp.ndarray]:
+  return {tuple(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(state)}
+
+
+def _axes(config, path: tuple[str, ...]) -> tuple[str | None, ...]:
+  return connections.family(config).depth_axes.get(path[-1], ())
+
+
+def _depth_axes(config, path: tuple[str, ...]) -> list[tuple[int, str]]:
+  return [(axis, name) for axis, name in enumerate(_axes(config, path)) if name and AGGREGATE in path]
+
+
+def _positions(site: Site | None, name: str) -> list[int]:
+  """Where the entries of a site lie along a padded axis."""
+  if site is None:
+    return []
+  return list(site.sources) if name == "sources" else list(range(site.hidden))
+
+
+def _size(padded: Site, name: str) -> int:
+  return len(padded.sources) if name == "sources" else padded.hidden

@@ -1,0 +1,46 @@
+"""What the aggregates of MUDD add to the plain model: exact counts. Pure Python."""
+
+from maxtext_mudd import blocks
+from maxtext_mudd.connections.base import Cost
+from maxtext_mudd.connections.mudd import sites
+
+
+def cost(config) -> Cost:
+  """Counts for a configuration."""
+  plan = sites.plan(config)
+  decoupled = sum(plan.has_own_norms(block) for block in range(1, plan.num_blocks + 1))
+  weights = sum(site.hidden * (config.emb_dim + site.ways * len(site.sources)) for site in plan.sites.values())
+  return Cost(
+    parameters=weights + _other_parameters(config, plan) + 2 * blocks.norm_parameters(config) * decoupled,
+    weight_parameters=weights,
+    flops=sum(_flops(site, config.emb_dim) for site in plan.sites.values()),
+    activations=_activations(config, plan),
+  )
+
+
+def _other_parameters(config, plan) -> int:
+  """Static weights and the scales of norms."""
+  width, total = config.emb_dim, 0
+  for site in plan.sites.values():
+    if config.mudd_static:
+      total += site.ways * len(site.sources)
+    if config.mudd_dynamic and config.mudd_weight_norm_scale:
+      total += width
+    if config.mudd_post_norm:
+      total += width * sum(stream == "x" or stream in config.mudd_post_norm_streams for stream in site.streams)
+  return total + ((plan.num_blocks + 1) * width if config.mudd_pre_norm else 0)
+
+
+def _flops(site, width: int) -> int:
+  """Forward FLOPs per token of one DA: W1, W2, and the sum over sources (Appendix C)."""
+  weights = site.ways * len(site.sources)
+  return 2 * width * weights + 2 * site.hidden * (width + weights)
+
+
+def _activations(config, plan) -> int:
+  """Gradients of the sources that are mixed, the streams of one block, and the normed sources where there is a
+  pre-norm."""
+  seen = {source for site in plan.sites.values() for source in site.sources}
+  streams = max((site.ways for site in plan.sites.values()), default=1)
+  normed = plan.num_blocks if config.mudd_pre_norm else 0
+  return max(len(seen) - 1, 0) + streams - 1 + normed

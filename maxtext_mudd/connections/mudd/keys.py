@@ -1,0 +1,122 @@
+"""The keys of the dense family (MUDD, DenseFormer, DDFormer), and what they do not work with.
+
+Imports neither JAX nor MaxText, so that a command line is checked before these are imported.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import model_validator
+
+from maxtext_mudd.connections.base import STREAMS
+from maxtext_mudd.connections.mudd import sites
+from maxtext_mudd.connections.weight_keys import WeightKeys
+from maxtext_mudd.keys import Refusal, key
+
+_DENSE = {"mudd": (True,), "depth_connection": ("dense",)}
+_WEIGHT_MLP = {**_DENSE, "mudd_dynamic": (True,)}
+
+
+class DenseKeys(WeightKeys):
+  """Keys that `depth_connection=dense` alone reads."""
+
+  mudd_ways: Literal[1, 4] = key(4, "C: 4 for separate q, k, v and residual streams, 1 for one input.", needs=_DENSE)
+  mudd_dense_streams: str = key("qkvr", "Streams that are aggregated; the others take X_i. Needs 4 ways.", needs=_DENSE)
+  mudd_hidden_expansion: float = key(1.0, "Factor on K = C·N.", needs=_WEIGHT_MLP, gt=0, allow_inf_nan=False)
+  mudd_last_hidden_expansion: float = key(
+    4.0, "Factor on K = C·N of the last DA.", needs=_WEIGHT_MLP, gt=0, allow_inf_nan=False
+  )
+  mudd_hidden_round_to: int = key(64, "K becomes (K // n + 1) * n, as released; 0: K exactly.", needs=_WEIGHT_MLP, ge=0)
+  mudd_activation: Literal["gelu", "gelu_tanh"] = key("gelu", "Activation between W1 and W2.", needs=_WEIGHT_MLP)
+  mudd_weight_norm_scale: bool = key(False, "Learned scale in the norm before W1.", needs=_WEIGHT_MLP)
+  mudd_source_dilation: int = key(1, "k: a DA sees every k-th block output (Fig. 9).", needs=_DENSE, ge=1)
+  mudd_block_period: int = key(1, "p: a DA follows every p-th block (Fig. 9).", needs=_DENSE, ge=1)
+  mudd_depth_start: float = key(
+    0.0, "DAs stand only after blocks beyond this share of the depth; 0: after all.", needs=_DENSE, ge=0, lt=1
+  )
+  mudd_window: int = key(0, "n: a DA sees the last n block outputs and the embedding; 0: all.", needs=_DENSE, ge=0)
+  mudd_pre_norm: bool = key(False, "RMSNorm on every source (Eq. 10).", needs=_DENSE)
+  mudd_post_norm: bool = key(False, "RMSNorm on the sum, and X_i added to every stream (Eq. 10).", needs=_DENSE)
+  mudd_post_norm_streams: str = key(
+    "r",
+    "Streams with a post-norm: r as released, qkvr as in Eq. 10.",
+    needs={**_DENSE, "mudd_post_norm": (True,)},
+  )
+  mudd_first_block_norms: Literal["shared", "separate"] = key(
+    "shared", "Attention norms of block 1, whose streams are equal: one, or LN_q, LN_k and LN_v.", needs=_DENSE
+  )
+  mudd_kernel: Literal["auto", "xla", "pallas", "pallas_interpret"] = key(
+    "auto", "Depth-wise aggregation: fused on TPU (pallas) and plain elsewhere (xla), or as named.", needs=_DENSE
+  )
+
+  @model_validator(mode="after")
+  def _check_streams(self):
+    for name in ("mudd_dense_streams", "mudd_post_norm_streams"):
+      streams = getattr(self, name)
+      if not streams or len(set(streams)) < len(streams) or set(streams) - set(STREAMS):
+        raise ValueError(f"{name}={streams!r} must be some of the letters q, k, v and r, each at most once.")
+    if self.mudd_ways == 1 and self.mudd_dense_streams != STREAMS:
+      raise ValueError(
+        f"mudd_dense_streams={self.mudd_dense_streams!r} needs mudd_ways=4; with one way all streams are the same."
+      )
+    return self
+
+
+def check_sizes(config) -> None:
+  """Raises ValueError for aggregates that the model's sizes leave without sources or weights, or for a model without
+  aggregates.
+
+  Args:
+    config: has `DenseKeys` and MaxText's `num_decoder_layers` and `mlp_dim`.
+  """
+  num_blocks = config.num_decoder_layers
+  if config.mudd_block_period > num_blocks:
+    raise ValueError(
+      f"mudd_block_period={config.mudd_block_period} places no DA in a model of {num_blocks} blocks; use at most "
+      f"{num_blocks}."
+    )
+  if config.mudd_source_dilation > 1 and 0 < config.mudd_window <= config.mudd_source_dilation:
+    raise ValueError(
+      f"mudd_window={config.mudd_window} with mudd_source_dilation={config.mudd_source_dilation} leaves a DA without "
+      f"sources besides its own block; use mudd_window=0 or at least {config.mudd_source_dilation + 1}."
+    )
+  if config.mudd_source_dilation > num_blocks:
+    raise ValueError(
+      f"mudd_source_dilation={config.mudd_source_dilation} leaves every DA without sources besides its own block in a "
+      f"model of {num_blocks} blocks; use at most {num_blocks}."
+    )
+  aggregates = sites.plan(config).sites.values()
+  if not aggregates and config.mudd_depth_start:
+    raise ValueError(
+      f"mudd_depth_start={config.mudd_depth_start} leaves no DA in a model of {num_blocks} blocks "
+      f"(mudd_block_period={config.mudd_block_period}); lower it."
+    )
+  if not aggregates:
+    raise ValueError(
+      f"mudd_dense_streams={config.mudd_dense_streams!r} leaves no DA: the only one follows the last block, and makes "
+      "the residual stream; add r."
+    )
+  if config.mudd_dynamic and not all(aggregate.hidden for aggregate in aggregates):
+    raise ValueError(
+      f"mudd_hidden_expansion={config.mudd_hidden_expansion} (mudd_last_hidden_expansion="
+      f"{config.mudd_last_hidden_expansion}) makes a weight MLP of width 0; raise it, or set mudd_dynamic=False."
+    )
+
+
+def refusals(config) -> Iterator[Refusal]:
+  """What the family does not work with. `config` is a `MuddConfig`."""
+  from maxtext_mudd.kernels import DTYPES  # imports JAX
+
+  kernel, dtype = f"mudd_kernel={config.mudd_kernel}", config.dtype.value
+  yield Refusal(
+    config.mudd_kernel == "pallas" and config.hardware != "tpu",
+    f"hardware={config.hardware}",
+    kernel,
+    "it is compiled for TPUs; use mudd_kernel=auto",
+  )
+  yield Refusal(
+    config.mudd_kernel.startswith("pallas") and dtype not in DTYPES,
+    f"dtype={dtype}",
+    kernel,
+    f"it takes {' or '.join(DTYPES)}; use one of these, or mudd_kernel=xla",
+  )

@@ -1,0 +1,43 @@
+"""Where MUDD's aggregates stand and which sources each one sees. Pure Python."""
+
+from maxtext_mudd.connections.base import STREAMS, Plan, Site
+
+
+def visible_sources(block: int, *, dilation: int, window: int) -> tuple[int, ...]:
+  """Sources of DA_block: every `dilation`-th output, counted back from the newest, of the last `window` blocks (0: of
+  all) and the embedding (paper, section on sparse variants; DenseFormer for the meaning of k)."""
+  every_kth = (j for j in range(block + 1) if (block - j) % dilation == 0)
+  return tuple(j for j in every_kth if window == 0 or j == 0 or j > block - window)
+
+
+def hidden_width(ways: int, sources: int, *, expansion: float, round_to: int) -> int:
+  """K = C·N·expansion. Released rule: rounded up to the next multiple of `round_to`, exact multiples too; 0: exact."""
+  width = int(ways * sources * expansion)
+  return (width // round_to + 1) * round_to if round_to else width
+
+
+def plan(config) -> Plan:
+  """A DA after every `mudd_block_period`-th block beyond `mudd_depth_start` of the depth. The last one makes the
+  residual stream only."""
+  num_blocks, sites = config.num_decoder_layers, {}
+  for block in range(config.mudd_block_period, num_blocks + 1, config.mudd_block_period):
+    if block <= config.mudd_depth_start * num_blocks:
+      continue
+    is_last = block == num_blocks
+    streams = _streams(config, is_last)
+    if not streams:
+      continue
+    sources = visible_sources(block, dilation=config.mudd_source_dilation, window=config.mudd_window)
+    hidden = 0
+    if config.mudd_dynamic:
+      expansion = config.mudd_last_hidden_expansion if is_last else config.mudd_hidden_expansion
+      hidden = hidden_width(len(streams), len(sources), expansion=expansion, round_to=config.mudd_hidden_round_to)
+    sites[block] = Site(block, sources, streams, hidden)
+  return Plan(num_blocks, sites, first_block_has_own_norms=config.mudd_first_block_norms == "separate")
+
+
+def _streams(config, is_last: bool) -> str:
+  if config.mudd_ways == 1:
+    return "x"
+  dense = config.mudd_dense_streams
+  return "".join(stream for stream in STREAMS if stream in dense and (stream == "r" or not is_last))

@@ -1,0 +1,111 @@
+"""What `BLOCKS` says of each decoder block, against the layers that MaxText builds; nothing is compiled."""
+
+import functools
+import math
+import operator
+
+from flax import nnx
+import jax
+from maxtext.layers.attentions import Attention
+from maxtext.layers.linears import DenseGeneral
+from maxtext.utils import maxtext_utils
+import pytest
+
+from maxtext_mudd import blocks
+from maxtext_mudd.blocks.classes import change_class
+from maxtext_mudd.checkpoints.hugging_face import names
+from maxtext_mudd.complexity import counts
+from tests import models
+
+KEYS = {
+  "mixtral": {"num_experts": 4, "num_experts_per_tok": 2, "base_moe_mlp_dim": 64},
+  "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "base_moe_mlp_dim": 64},
+  "gpt3": {"mlp_activations": ["gelu"], "trainable_position_size": 16},
+  "pythia": {"decoder_block": "gpt3", "mudd_decoder_layer": "pythia", "mlp_activations": ["gelu"]},
+}
+
+
+def config_of(block, **overrides):
+  return models.config(**({"decoder_block": block} | KEYS.get(block, {}) | overrides))
+
+
+@functools.cache
+def abstract(block, **overrides) -> nnx.Module:
+  """The model with shapes for arrays."""
+  config = config_of(block, **overrides)
+  mesh = maxtext_utils.get_mesh_from_config(config)
+  with jax.set_mesh(mesh):
+    return nnx.merge(*jax.eval_shape(lambda: nnx.split(models.construct(config, mesh))))
+
+
+def shapes(block, **overrides) -> dict[str, tuple[int, ...]]:
+  found = models.parameters(abstract(block, **overrides))
+  return {path: value.get_value().shape for path, value in found.items()}
+
+
+@pytest.mark.parametrize("block", blocks.BLOCKS)
+def test_spec(block):
+  config = config_of(block)
+  spec = blocks.spec(config)
+  assert spec is blocks.BLOCKS[block]
+  layer = abstract(block).decoder.layers_0
+  norms = [operator.attrgetter(path)(layer) for path in (spec.attention_norm, spec.feed_forward_norm)]
+  assert norms[0] is not norms[1]
+  for norm in norms:
+    assert norm.scale.get_value().shape == (config.emb_dim,)
+  projections = [x for _, x in nnx.iter_modules(layer) if isinstance(x, DenseGeneral)]
+  assert len(projections) >= 4
+  for module in (*norms, *projections):
+    assert (getattr(module, "bias", None) is not None) == spec.has_biases
+  attention = layer.self_attention
+  assert spec.takes_chunked_prefill == isinstance(attention, Attention)
+  assert spec.is_rotary == hasattr(attention, "rotary_embedding")
+  scales_kernel = isinstance(attention, Attention) and attention.query_pre_attn_scalar is None
+  assert spec.scales_query_kernel == scales_kernel
+
+
+@pytest.mark.parametrize("block", blocks.BLOCKS)
+@pytest.mark.parametrize("key", ["attention_bias", "use_qk_norm"])
+def test_keys_that_add_parameters(block, key):
+  """Only the blocks that take a key have more parameters with it, and `counts` has the same number of them."""
+  found, stock = shapes(block, **{key: True}), shapes(block)
+  spec = blocks.BLOCKS[block]
+  takes = {"attention_bias": spec.takes_attention_bias, "use_qk_norm": spec.takes_qk_norm}[key]
+  assert (found.keys() != stock.keys()) == takes
+  assert counts.parameters(config_of(block, **{key: True})) == sum(map(math.prod, found.values()))
+
+
+RELEASED = [name for name, spec in blocks.BLOCKS.items() if spec.is_released or name == "pythia"]
+
+
+@pytest.mark.parametrize("block", RELEASED)
+def test_released_blocks_have_the_parameters_of_the_released_models(block):
+  keys = {"mudd": True, "use_qk_norm": blocks.BLOCKS[block].takes_qk_norm}
+  found = {name.path: name.shape for name in names.names(config_of(block, **keys))}
+  assert found == shapes(block, **keys)
+
+
+def test_other_blocks():
+  with pytest.raises(ValueError, match=r"decoder_block='gemma2' is not supported; supported are llama2, .*, gpt3\.$"):
+    blocks.spec(models.config(decoder_block="gemma2"))
+
+
+def test_change_class():
+  class Double(nnx.Linear):
+    def __call__(self, x):
+      return 2 * super().__call__(x)
+
+  class WithState(nnx.Linear):
+    def __init__(self, *args, **kwargs):
+      super().__init__(*args, **kwargs)
+      self.factor = 2
+
+  linear = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  x = jax.numpy.ones((1, 2))
+  before, state = linear(x), nnx.state(linear)
+  for unfit in (WithState, nnx.LayerNorm):
+    with pytest.raises(TypeError, match=f"{unfit.__name__} cannot replace the class Linear of a module"):
+      change_class(linear, unfit)
+  change_class(linear, Double)
+  assert (linear(x) == 2 * before).all()
+  assert nnx.state(linear) == state

@@ -1,0 +1,175 @@
+"""A family of connections defined in this file alone: it trains single, scanned and sharded, converts and counts."""
+
+import json
+import os
+import subprocess
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxtext_mudd import connections, plugin
+from maxtext_mudd.checkpoints import layout
+from maxtext_mudd.complexity import counts
+from maxtext_mudd.connections.base import Cost, HistoryFamily, Plan, Site
+from tests import models, runs, steps, train_on_mesh
+
+NAME = "last_two"
+KEYS = {"mudd": True, "depth_connection": NAME, "base_num_decoder_layers": 4}
+# Of the largest entry. Single and scanned layers differ by float32 rounding; the errors seen are below 8e-7.
+TOLERANCE = 4e-6
+
+
+class LastTwo(HistoryFamily, nnx.Module):
+  """Static weights of the last two block outputs, from (0, 1) on."""
+
+  depth_axes = {"a": (None, "sources")}  # noqa: RUF012
+  keeps_newest = True
+
+  @classmethod
+  def plan(cls, config) -> Plan:
+    blocks = range(1, config.num_decoder_layers + 1)
+    return Plan(config.num_decoder_layers, {block: Site(block, (block - 1, block), "x") for block in blocks})
+
+  @classmethod
+  def cost(cls, config) -> Cost:
+    blocks = config.num_decoder_layers
+    return Cost(parameters=2 * blocks, flops=2 * 2 * config.emb_dim * blocks, activations=blocks)
+
+  def __init__(self, config, site, mesh, rngs):
+    a = jnp.zeros((1, len(site.sources)), config.weight_dtype).at[:, -1].set(1)
+    self.a = nnx.Param(a, out_sharding=(None, None))
+
+  def weights(self, newest, column):
+    return self.a[...]
+
+  def streams(self, sums, output):
+    return list(sums)
+
+
+connections.register(NAME, LastTwo)
+
+
+def loss_and_gradients(cfg, values):
+  model = models.build(cfg)
+  models.set_parameters(model, values)
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  data = models.batch(cfg)
+  weight = np.random.default_rng(1).standard_normal(cfg.vocab_size)
+
+  @jax.jit
+  def run(params):
+    def loss(params):
+      logits = models.logits(nnx.merge(graph, params, rest, copy=True), data)
+      return (logits * weight).mean(), logits
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  (_, logits), gradients = run(params)
+  by_path = {"/".join(map(str, path)): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(gradients)}
+  return np.asarray(logits), by_path
+
+
+@pytest.fixture(scope="module")
+def single():
+  cfg = models.config(**KEYS)
+  values = models.randomise(models.build(cfg))
+  return cfg, values, *loss_and_gradients(cfg, values)
+
+
+def close(found, expected, what=""):
+  np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max(), rtol=0, err_msg=what)
+
+
+def test_single_layers_compute_the_sums(single):
+  """MaxText's own layers, one by one, each on a·[X_{i-1}, X_i]."""
+  cfg, values, logits, _ = single
+  stock = models.build(models.config(base_num_decoder_layers=4))
+  models.set_parameters(stock, {path: x for path, x in values.items() if "connection" not in path})
+  data = models.batch(cfg)
+  xs = [stock.token_embedder(data["inputs"], model_mode="train")]
+  decoder = stock.decoder
+  for i in range(4):
+    x, _ = getattr(decoder, f"layers_{i}")(xs[-1], data["inputs_segmentation"], data["inputs_position"], True, "train")
+    name = "depth_aggregate" if i < 3 else "final_depth_aggregate"
+    a = values[f"decoder/layers_{min(i + 1, 3)}/connection/{name}/a"][0]
+    previous = xs[-1] if i == 0 else outputs[-1]
+    outputs = [xs[0]] if i == 0 else outputs
+    outputs = [*outputs, x]
+    xs.append(a[0] * previous + a[1] * x)
+  found = decoder.apply_output_head(stock.token_embedder, xs[-1], True, "train")
+  close(logits, np.asarray(found))
+
+
+def test_scanned_layers_are_the_same(single):
+  _, values, logits, gradients = single
+  scanned = models.config(**KEYS, scan_layers=True)
+  stacked = layout.stack(values, scanned)
+  back = layout.unstack(stacked, scanned)
+  assert back.keys() == values.keys()
+  assert all(np.array_equal(back[path], x) for path, x in values.items())
+  found_logits, found = loss_and_gradients(scanned, stacked)
+  close(found_logits, logits)
+  found = layout.unstack(found, scanned)
+  for path, x in gradients.items():
+    assert np.abs(x).max() > 0, path
+    close(found[path], x, path)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_new_model_is_the_plain_transformer(scan):
+  cfg = models.config(**KEYS, scan_layers=scan)
+  stock = models.config(base_num_decoder_layers=4, scan_layers=scan)
+  logits = (models.jitted_logits(models.build(x), models.batch(cfg)) for x in (cfg, stock))
+  np.testing.assert_allclose(*logits, atol=2e-6)
+
+
+def test_its_cost_is_counted(single):
+  cfg, values, *_ = single
+  assert counts.parameters(cfg) == sum(x.size for x in values.values())
+
+
+def test_a_scanned_model_trains():
+  cfg = models.config(**KEYS, scan_layers=True, learning_rate=0.01, warmup_steps_fraction=0.0)
+  step, state = steps.prepare(cfg)
+  losses = []
+  for _ in range(4):
+    state, metrics = step(state, models.batch(cfg))
+    losses.append(float(metrics["scalar"]["learning/loss"]))
+  assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one():
+  # Not Adam, which makes full steps of gradients that are nothing but rounding.
+  keys = KEYS | {"opt_type": "sgd", "learning_rate": 0.01, "warmup_steps_fraction": 0.0, "max_target_length": 32}
+  losses = []
+  for devices, mesh in (
+    (1, {"per_device_batch_size": 8}),
+    (8, {"per_device_batch_size": 1, "ici_fsdp_parallelism": 8}),
+  ):
+    finished = subprocess.run(
+      [sys.executable, "-m", "tests.test_family", json.dumps(keys | mesh)],
+      cwd=runs.ROOT,
+      env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+      capture_output=True,
+      text=True,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    losses.append(json.loads(finished.stdout.splitlines()[-1])["losses"])
+  np.testing.assert_allclose(*losses, rtol=5e-5)  # rounding grows with the steps, to 1.2e-5 at the fifth
+  assert len(set(losses[0])) == len(losses[0])
+
+
+def test_a_name_is_registered_once():
+  connections.register(NAME, LastTwo)
+  with pytest.raises(ValueError, match="depth_connection=dense is a family already"):
+    connections.register("dense", LastTwo)
+
+
+if __name__ == "__main__":
+  plugin.install()
+  train_on_mesh.main(json.loads(sys.argv[1]))

@@ -1,0 +1,153 @@
+"""Models of runs: `from-run`, its tokenizers, and the keys that go with a model."""
+
+import pathlib
+import re
+import shutil
+import types
+
+from flax import traverse_util
+import maxtext
+from maxtext.configs import pyconfig
+from maxtext.configs.types import MaxTextConfig, TokenizerType
+from maxtext.input_pipeline import tokenizer
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+
+from maxtext_mudd import convert
+from maxtext_mudd.checkpoints import model_config, model_folder, model_keys, run, tokenizers
+from maxtext_mudd.config.errors import ConfigError
+from tests import runs
+from tests.published import BYTES
+
+
+def saved_run(path: pathlib.Path, *keys: str) -> pathlib.Path:
+  """A checkpoint of a run of tests/run.yml as MaxText saves it, less the moments."""
+  config = pyconfig.initialize(["", runs.RUN_YML, *keys], **model_config.local_keys())
+  random = np.random.default_rng(0)
+  values = {
+    tuple(name.split("/")): random.standard_normal(x.shape).astype(x.dtype)
+    for name, x in model_config.parameter_shapes(config).items()
+  }
+  tree = {"params": {"params": traverse_util.unflatten_dict(values)}}
+  ocp.PyTreeCheckpointer().save(path / "items", tree)
+  return path
+
+
+def from_run(path: pathlib.Path, target: pathlib.Path, *keys: str) -> None:
+  convert.main(["from-run", "--checkpoint", str(path), "--maxtext-dir", str(target), runs.RUN_YML, *keys])
+
+
+ONE_FILE = pathlib.Path(maxtext.__path__[0]) / "assets" / "tokenizers" / "tokenizer.default"
+
+
+def test_a_run_of_bfloat16(tmp_path):
+  """With a tokenizer of SentencePiece, which goes along wherever the folder goes."""
+  keys = ("weight_dtype=bfloat16", "tokenizer_type=sentencepiece", f"tokenizer_path={ONE_FILE}")
+  made, moved = tmp_path / "m", tmp_path / "moved"
+  from_run(saved_run(tmp_path / "run", *keys), made, *keys)
+  own = yaml.safe_load((made / "model.yml").read_text())
+  assert own["weight_dtype"] == "bfloat16"
+  assert own["tokenizer_path"] == str(made / "tokenizer" / ONE_FILE.name)
+  made.rename(moved)
+  config = model_config.build(model_folder.read_keys(moved) | model_config.local_keys())
+  assert config.weight_dtype == "bfloat16"
+  assert config.tokenizer_type.value == "sentencepiece"
+  words = tokenizer.build_tokenizer(config.tokenizer_path, "sentencepiece", False, False, "")
+  assert pathlib.Path(config.tokenizer_path).parent == moved / "tokenizer"
+  assert words.decode(words.encode("MUDD")) == "MUDD"
+
+
+def with_tokenizer(path, kind):
+  return types.SimpleNamespace(tokenizer_path=str(path), tokenizer_type=TokenizerType(kind))
+
+
+def test_tokenizers_of_runs(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path("vocab.txt").write_text("a")  # of something else
+  pathlib.Path("words").write_text("YQ== 0")
+  target = tmp_path / "tokenizer"
+  for path, kind, expected, files in (
+    ("", "sentencepiece", {}, 0),
+    ("words", "sentencepiece", {"tokenizer_path": f"{target}/words", "tokenizer_type": "sentencepiece"}, 1),
+    ("words", "tiktoken", {"tokenizer_path": f"{target}/words.tiktoken", "tokenizer_type": "tiktoken"}, 1),
+    ("an/other", "huggingface", {}, 0),
+    ("words", "huggingface", {"tokenizer_path": f"{tmp_path}/words"}, 0),
+    (
+      BYTES,
+      "huggingface",
+      {"tokenizer_path": str(target), "tokenizer_type": "huggingface"},
+      len(list(BYTES.iterdir())),
+    ),
+  ):
+    config = with_tokenizer(path, kind)
+    assert tokenizers.run_keys(config, target) == expected
+    tokenizers.copy_run_tokenizer(config, target)
+    assert len(list(target.iterdir()) if target.exists() else []) == files
+    shutil.rmtree(target, ignore_errors=True)
+
+
+def keys_of_run(*keys: str) -> dict:
+  return run._keys(pyconfig.initialize(["", runs.RUN_YML, *keys], **model_config.local_keys()))
+
+
+def test_a_run_s_keys_are_its_model_s():
+  """None that makes its function is left out, whatever group of MaxText's it is in, and none of the run is in it."""
+  given = {
+    "routed_score_func": "sigmoid",
+    "routed_scaling_factor": 2.5,
+    "moba": True,
+    "moba_chunk_size": 8,
+    "moba_topk": 2,
+    "capacity_factor": 1.5,
+    "sparse_matmul": False,
+    "megablox": False,
+    "mlp_activations_limit": 7.0,
+    "num_experts": 4,
+    "base_moe_mlp_dim": 64,
+    "decoder_block": "qwen3_moe",
+    "attention_type": "local_sliding",
+    "sliding_window_size": 16,
+    "load_balance_loss_weight": 0.01,
+    "scan_layers": True,
+    "param_scan_axis": 0,
+  }
+  of_run = ("steps=7", "learning_rate=0.1", "per_device_batch_size=1", "remat_policy=full", "opt_type=adamw")
+  words = {key: f"{x}".lower() if isinstance(x, bool) else x for key, x in given.items()}
+  found = keys_of_run(*(f"{key}={x}" for key, x in words.items()), "mudd_ffn_reallocation=false", *of_run)
+  assert {key: found.get(key) for key in given} == given
+  assert not {x.split("=")[0] for x in of_run} & found.keys()
+  again = model_config.build(found | model_config.local_keys())
+  assert {key: model_keys.plain(getattr(again, key)) for key in found} == found
+  assert {"routed_score_func", "moba", "moba_topk", "capacity_factor"} <= model_keys.FUNCTION
+  keys = {key: x for key, x in found.items() if key != "routed_score_func"}
+  with pytest.raises(
+    ConfigError, match="routed_score_func=sigmoid: the model in m has routed_score_func=; leave it out"
+  ):
+    model_config.with_overrides(keys, {"routed_score_func": "sigmoid"}, pathlib.Path("m"))
+
+
+OF_MACHINES = re.compile(
+  r"(eval_)?(local_)?sa_.*|(ici|dcn)_.*|.*pipeline.*|.*splash.*|lti_.*|cost_.*|experimental_sa_.*"
+)
+OF_RUNS = """
+  ar_cache_axis_order attention attn_module_name check_vma compute_axis_order context_parallel_load_balance
+  context_parallel_strategy context_sharding custom_mesh_and_rule dataset_type debug_sharding
+  dense_fsdp_use_two_stage_all_gather dq_reduction_steps dropout_rate dtype emb_dim enable_dp_attention enable_dropout
+  hf_access_token logical_axis_rules matmul_precision max_prefill_predict_length max_segments_per_seq
+  micro_batch_size_to_train_on mlp_dim model_call_mode model_name moe_mlp_dim num_decoder_layers num_kv_heads
+  num_query_heads packing parameter_memory_host_offload per_device_batch_size prefill_cache_axis_order
+  record_internal_nn_metrics remat_policy reshape_q scan_layers_per_stage shard_mode tensors_on_device
+  tensors_to_offload ulysses_context_sharding use_chunked_prefill use_max_logit_estimate
+"""
+
+
+def test_keys_that_a_model_s_folder_does_not_have():
+  """Of those that MaxText's layers read, which do not go with a model; a new one has to be judged."""
+  root = pathlib.Path(maxtext.__path__[0])
+  read = set()
+  for file in (*root.glob("layers/*.py"), *root.glob("models/*.py")):
+    read |= set(re.findall(r"\b(?:config|cfg)\.(\w+)", file.read_text()))
+  left = {key for key in read & MaxTextConfig.model_fields.keys() - model_keys.KEYS if not OF_MACHINES.fullmatch(key)}
+  assert left == set(OF_RUNS.split())

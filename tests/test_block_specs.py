@@ -14,7 +14,7 @@ import pytest
 from maxtext_mudd import blocks
 from maxtext_mudd.blocks.classes import change_class
 from maxtext_mudd.checkpoints.hugging_face import names
-from maxtext_mudd.complexity import counts
+from maxtext_mudd.model import counts
 from tests import models
 
 KEYS = {

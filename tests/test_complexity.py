@@ -7,7 +7,8 @@ import pytest
 
 from maxtext_mudd import plugin
 from maxtext_mudd.complexity import __main__ as command
-from maxtext_mudd.complexity import counts, paper
+from maxtext_mudd.complexity import paper
+from maxtext_mudd.model import counts
 from tests import models, runs
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from maxtext_mudd import connections, plugin
 from maxtext_mudd.checkpoints import layout
-from maxtext_mudd.complexity import counts
 from maxtext_mudd.connections.base import Cost, HistoryFamily, Plan, Site
+from maxtext_mudd.model import counts
 from tests import models, runs, steps, train_on_mesh
 
 NAME = "last_two"

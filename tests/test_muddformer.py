@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from maxtext_mudd import muddformer
-from maxtext_mudd.complexity import counts, sizes
+from maxtext_mudd.complexity import sizes
+from maxtext_mudd.model import counts
 from maxtext_mudd.muddformer import Config
 from tests import models, runs
 from tests.parameters import from_jax, from_pytorch, to_muddformer

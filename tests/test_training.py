@@ -12,7 +12,7 @@ import pytest
 import scipy.special
 
 from maxtext_mudd import kernels
-from maxtext_mudd.complexity import counts
+from maxtext_mudd.model import counts
 from tests import models, steps
 from tests.blocks import MOE
 from tests.steps import POLICIES, value_and_gradients

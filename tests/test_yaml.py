@@ -11,8 +11,9 @@ from maxtext.utils import maxtext_utils
 import numpy as np
 import pytest
 
-from maxtext_mudd.complexity import counts, sizes
+from maxtext_mudd.complexity import sizes
 from maxtext_mudd.config import files as config_files
+from maxtext_mudd.model import counts
 from tests import models, runs, shrink, steps
 
 FOLDER = runs.ROOT / "yaml"

@@ -15,8 +15,9 @@ import logging
 import sys
 
 from maxtext_mudd import assets, blocks, plugin, versions
-from maxtext_mudd.complexity import counts, paper, sizes
+from maxtext_mudd.complexity import paper, sizes
 from maxtext_mudd.config import errors
+from maxtext_mudd.model import counts
 from maxtext_mudd.runs import early_check, usage
 from maxtext_mudd.runs.launch import exit_with
 

@@ -7,8 +7,8 @@ import jax
 
 from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths
-from maxtext_mudd.complexity import counts
 from maxtext_mudd.connections.metrics import PREFIX
+from maxtext_mudd.model import counts
 
 _FORWARD_AND_BACKWARD = 3
 

@@ -57,9 +57,9 @@ def keys_of(scan: bool, mudd: bool, overrides: dict) -> dict:
   """The keys that a row sets on top of its file. Stock rows leave out the overrides that only connections read."""
   keys = {"scan_layers": scan, **overrides}
   if not mudd:
-    import contenders  # late, because it imports MaxText
+    import compared_models  # late, because it imports MaxText
 
-    return contenders.stock_keys(keys)
+    return compared_models.stock_keys(keys)
   return SCANNED_KEYS | keys if scan and _reallocated(overrides) else keys
 
 

@@ -105,15 +105,15 @@ def configurations(options) -> tuple:
   Raises:
     ConfigError: one of them cannot work, or they cannot be compared.
   """
-  import contenders
+  import compared_models
 
-  baseline = options.baseline or contenders.plain_model(options.config)
+  baseline = options.baseline or compared_models.plain_model(options.config)
   given = {x.split("=", 1)[0] for x in options.overrides}
   serving = [f"{key}={value}" for key, value in SERVING_KEYS.items() if key not in given]
   overrides = [*serving, "per_device_batch_size=1", *options.overrides]
-  config = contenders.read(options.config, overrides, {})
-  stock = contenders.read_stock(baseline, overrides, {})
-  contenders.check_pair(stock, config, (baseline, options.config), derived=not options.baseline)
+  config = compared_models.read(options.config, overrides, {})
+  stock = compared_models.read_stock(baseline, overrides, {})
+  compared_models.check_pair(stock, config, (baseline, options.config), derived=not options.baseline)
   return stock, config
 
 
@@ -230,7 +230,7 @@ def run(options) -> None:
   batches = check_options(options)
   with contextlib.redirect_stdout(sys.stderr):  # MaxText prints to stdout, which is for results
     plugin.install()
-    import contenders
+    import compared_models
     import decoders
     import jax
 
@@ -247,9 +247,9 @@ def run(options) -> None:
     for batch in batches:
       if batch % jax.device_count():
         raise ConfigError(f"--batch {batch} is not a multiple of the {jax.device_count()} devices here; use one.")
-    about["baseline"] = options.baseline or contenders.plain_model(options.config)
+    about["baseline"] = options.baseline or compared_models.plain_model(options.config)
     jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's decode does
-    different_keys = contenders.different_keys(stock_config, config)
+    different_keys = compared_models.different_keys(stock_config, config)
     names = [pathlib.Path(name).stem for name in (about["baseline"], options.config)]
     pair = []
     try:

@@ -94,12 +94,12 @@ class Comparison:
 
   def configurations(self, keys: dict):
     """The configurations of the baseline and of the other model, with the keys of a variant."""
-    import contenders
+    import compared_models
 
     overrides = self.options.overrides
-    config = contenders.read(self.yaml, overrides, keys)
-    stock = contenders.read_stock(self.stock_yaml, overrides, keys)
-    contenders.check_pair(stock, config, (self.stock_yaml, self.yaml), derived=not self.options.baseline)
+    config = compared_models.read(self.yaml, overrides, keys)
+    stock = compared_models.read_stock(self.stock_yaml, overrides, keys)
+    compared_models.check_pair(stock, config, (self.stock_yaml, self.yaml), derived=not self.options.baseline)
     return stock, config
 
   def measure(self, name: str, keys: dict, deadline: float) -> dict:
@@ -113,7 +113,7 @@ class Comparison:
     Raises:
       ConfigError: one of the two models cannot work, or does not fit the device.
     """
-    import contenders
+    import compared_models
     import train_steps
 
     stock_config, config = self.configurations(keys)
@@ -121,7 +121,7 @@ class Comparison:
     train_steps.set_up(config)
     if self.stock is None or self.stock.config.get_keys() != stock_config.get_keys():
       self.free()
-      shared = [f"{key}={value}" for key, value in contenders.stock_keys(keys).items()]
+      shared = [f"{key}={value}" for key, value in compared_models.stock_keys(keys).items()]
       stock = self.compile(" ".join([_stem(self.stock_yaml), *shared]), stock_config)
       train_steps.check_fit(stock, 0, limit)
       stock.load()
@@ -142,7 +142,7 @@ class Comparison:
       return {
         "model": name,
         "refused": None,
-        "differs_from_stock": contenders.different_keys(stock_config, config),
+        "differs_from_stock": compared_models.different_keys(stock_config, config),
         "steps_per_round": steps,
         "stock": measured(self.stock, [x for x, _ in seconds], self.device),
         "mudd": measured(model, [x for _, x in seconds], self.device),
@@ -206,13 +206,13 @@ def measure_all(options, variants: dict[str, dict]) -> list[dict]:
   Raises:
     ConfigError: the configuration itself or its baseline cannot work here.
   """
-  import contenders
+  import compared_models
 
   start = time.monotonic()
-  comparison = Comparison(options, (options.baseline or contenders.plain_model(options.config), options.config))
+  comparison = Comparison(options, (options.baseline or compared_models.plain_model(options.config), options.config))
   record.say(f"baseline: {comparison.stock_yaml}")
   # Variants with the same baseline follow each other, so that it is compiled once.
-  by_baseline = sorted(variants.items(), key=lambda item: sorted(contenders.stock_keys(item[1]).items()))
+  by_baseline = sorted(variants.items(), key=lambda item: sorted(compared_models.stock_keys(item[1]).items()))
   rows, pending = [], {"": {}} | dict(by_baseline)
   try:
     for i, (variant, keys) in enumerate(pending.items()):
@@ -301,16 +301,16 @@ def run(options) -> None:
   check_options(options)
   with contextlib.redirect_stdout(sys.stderr):  # MaxText prints to stdout, which is for results
     plugin.install()
-    import contenders
+    import compared_models
     import jax
 
-    variants = {x: contenders.variant_keys(x) for x in options.variants.split(",") if x}
+    variants = {x: compared_models.variant_keys(x) for x in options.variants.split(",") if x}
     device = chips.describe(jax.devices())
     about = record.facts(device, label="device", packages=("jax", "jaxlib", "maxtext"))
     if options.note:
       about["note"] = options.note
     rows = measure_all(options, variants)
-    about["baseline"] = options.baseline or contenders.plain_model(options.config)
+    about["baseline"] = options.baseline or compared_models.plain_model(options.config)
   body = text(rows, options, device)
   print(body)
   place = record.write(options.output or record.default_name("throughput", options.config, device), about, body, rows)

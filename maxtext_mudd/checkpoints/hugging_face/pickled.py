@@ -1,4 +1,4 @@
-"""Reads tensors from PyTorch's own `.bin` files, which needs PyTorch."""
+"""Reads tensors from PyTorch's `.bin` files; PyTorch has to be installed."""
 
 import pathlib
 import zipfile

@@ -198,5 +198,5 @@ def test_status_of_the_process(tmp_path):
 
 def test_as_a_library_the_same_sentence_is_raised():
   with pytest.raises(ConfigError) as error:
-    models.config(mudd=True, depth_connection="hyper_connections", scan_layers=True)
-  assert str(error.value).startswith("scan_layers=True does not work with depth_connection=hyper_connections")
+    models.config(mudd=True, depth_connection="hyper_connections", enable_dropout=True, dropout_rate=0.1)
+  assert str(error.value).startswith("dropout_rate=0.1 does not work with depth_connection=hyper_connections")

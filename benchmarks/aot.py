@@ -1,10 +1,10 @@
-"""Compiles the paper's models for their pods: seconds, and memory against that of the chip. No TPU is needed.
+"""Compiles the paper's models for their pods, and tells how long that takes and how much of a chip's memory they need.
 
     python benchmarks/aot.py --models 405m,2p8b --output 2026-11-22-aot
 
-Each row is MaxText's train step of one configuration of yaml/, with the batch of that file, compiled ahead of time on
-this host for all chips of the topology. `stock` is the plain model of the same size, run by MaxText as it is
-published. Nothing runs.
+Each row is the train step of one configuration in yaml/, with the batch size of that file, compiled ahead of time on
+this host for all chips of a topology. Rows named `stock` are the plain model of the same size in MaxText without
+connections. No TPU is needed, and nothing is run.
 """
 
 import argparse
@@ -13,16 +13,16 @@ import sys
 
 import compiled_step
 import record
-from tpu_schedule import NotUnderstood
+from record import MeasurementError
 
 from maxtext_mudd import versions
 
-# Where the paper's batch is what yaml/ says, and a v6e-8.
+# Topologies by model: the one for which the file in yaml/ has the paper's batch; for 405M also a v6e-8.
 MODELS = {"405m": ("v5p-16", "v6e-8"), "1p4b": ("v5p-32",), "2p8b": ("v5p-128",), "6p9b": ("v5p-128",)}
-UNSCANNED = ("405m",)
-# Where layers with re-allocated FFNs are scanned, if not given.
-SCANNED = {"mudd_ffn_groups": 2, "mudd_ffn_parts": 2}
-CHIP_GB = {"v5p": 95.74, "v6e": 31.25}  # what the compiler gives a program, in GiB as it says them
+ALSO_SINGLE = ("405m",)  # models that are compiled with single layers, too
+# Default keys of MUDD models whose layers are scanned and whose FFNs are re-allocated.
+SCANNED_KEYS = {"mudd_ffn_groups": 2, "mudd_ffn_parts": 2}
+CHIP_GIB = {"v5p": 95.74, "v6e": 31.25}  # memory that the compiler lets a program use
 COLUMNS = [
   "model",
   "topology",
@@ -36,43 +36,43 @@ COLUMNS = [
 ]
 COLUMNS += ["both, of the chip"]
 NOTES = """
-Of one chip. {widths}
-Arguments: parameters, moments and data; they are updated in place. Temporaries: the most memory held beside them, by
-the compiler's own account, with outputs that do not take the place of arguments. To stock: of the row above it.
-Compile seconds are of this host and vary with what else it does. Nothing ran on a TPU.
+Memory is that of one chip. {widths}
+Arguments: parameters, moments and data; they are updated in place. Temporaries: the most memory held beside them, as
+the compiler states it, and outputs that do not replace arguments. To stock: over the value of the stock row above.
+Compile seconds were measured on this host and depend on its other load. Nothing ran on a TPU.
 """
-_OFF = ("false", "no", "off", "f", "n", "0")  # as configurations read it
+_FALSE = ("false", "no", "off", "f", "n", "0")  # what MaxText reads as false
 
 
 def cases(models: list[str]):
   """(model, topology, whether scanned, whether MUDD) of each row."""
   for model in models:
     for topology in MODELS[model]:
-      for scan in (True, False) if model in UNSCANNED else (True,):
+      for scan in (True, False) if model in ALSO_SINGLE else (True,):
         for mudd in (False, True):
           yield model, topology, scan, mudd
 
 
 def keys_of(scan: bool, mudd: bool, overrides: dict) -> dict:
-  """What a row sets beside its file: of `overrides`, a stock row what stock reads."""
+  """The keys that a row sets on top of its file. Stock rows leave out the overrides that only connections read."""
   keys = {"scan_layers": scan, **overrides}
   if not mudd:
-    import contenders  # and MaxText
+    import compared_models  # late, because it imports MaxText
 
-    return contenders.of_stock(keys)
-  return SCANNED | keys if scan and _reallocated(overrides) else keys
+    return compared_models.stock_keys(keys)
+  return SCANNED_KEYS | keys if scan and _reallocated(overrides) else keys
 
 
 def _reallocated(overrides: dict) -> bool:
-  return str(overrides.get("mudd_ffn_reallocation", True)).lower() not in _OFF
+  return str(overrides.get("mudd_ffn_reallocation", True)).lower() not in _FALSE
 
 
 def widths(overrides: dict) -> str:
-  """What the FFNs of MUDD rows are, for the note below the table."""
+  """A sentence about the FFNs of MUDD rows, for the notes below the table."""
   scanned, single = ({"mudd_ffn_groups": 0, "mudd_ffn_parts": 1} | keys_of(x, True, overrides) for x in (True, False))
 
   def named(keys):
-    return ", ".join(f"{key}={keys[key]}" for key in SCANNED)
+    return ", ".join(f"{key}={keys[key]}" for key in SCANNED_KEYS)
 
   if not _reallocated(overrides):
     return f"No FFN is re-allocated (mudd_ffn_reallocation=false, mudd_ffn_parts={scanned['mudd_ffn_parts']})."
@@ -82,8 +82,9 @@ def widths(overrides: dict) -> str:
   )
 
 
-def measure(model: str, topology: str, scan: bool, mudd: bool, keys: dict) -> dict:
-  keys = keys_of(scan, mudd, keys)
+def measure(model: str, topology: str, scan: bool, mudd: bool, overrides: dict) -> dict:
+  """Compiles one row."""
+  keys = keys_of(scan, mudd, overrides)
   yaml = f"yaml/{'mudd' if mudd else 'transformer_pp'}_{model}.yml"
   row = {"model": model, "yaml": yaml, "topology": topology, "scan_layers": scan, "mudd": mudd}
   try:
@@ -101,10 +102,12 @@ def measure(model: str, topology: str, scan: bool, mudd: bool, keys: dict) -> di
 
 
 def cells(row: dict, stock: dict | None) -> list[str]:
+  """The cells of a row in the table. `stock` is the stock row to compare it with."""
+
   def ratio(key):
     return f"{row[key] / stock[key]:.2f}" if row["mudd"] and stock and key in stock else "-"
 
-  chip = CHIP_GB[row["topology"].split("-")[0]] * 2**30
+  chip = CHIP_GIB[row["topology"].split("-")[0]] * 2**30
   case = [row["topology"], "scanned" if row["scan_layers"] else "single", "MUDD" if row["mudd"] else "stock"]
   if "does_not_fit" in row:
     return [row["model"], *case, *["-"] * 5, "does not fit"]
@@ -148,7 +151,7 @@ def main() -> int:
       row = record.in_own_process(
         __file__, " ".join(map(str, case)), [json.dumps([*case, keys])], compiled_step.INIT_ARGS
       )
-    except NotUnderstood as error:
+    except MeasurementError as error:
       print(error, file=sys.stderr, flush=True)
       failed, stock = True, None
       continue
@@ -158,8 +161,8 @@ def main() -> int:
       print(row["does_not_fit"], file=sys.stderr, flush=True)
     lines.append(cells(row, stock))
     print(record.table(COLUMNS, lines[-1:]).splitlines()[-1], flush=True)
-  small = [f"- {row['model']} on {row['topology']}: {row['does_not_fit']}\n" for row in rows if "does_not_fit" in row]
-  notes = NOTES.format(widths=widths(keys)) + "".join(["\n", *small] if small else [])
+  refused = [f"- {row['model']} on {row['topology']}: {row['does_not_fit']}\n" for row in rows if "does_not_fit" in row]
+  notes = NOTES.format(widths=widths(keys)) + "".join(["\n", *refused] if refused else [])
   print(notes)
   if options.output:
     record.write(options.output, about, record.table(COLUMNS, lines) + notes, rows)

@@ -1,10 +1,10 @@
-"""What a device is, and the peak that MFU is a share of."""
+"""Facts about JAX devices: their name, memory, and the peak speed that MFU is a share of."""
 
 import os
 import platform
 
-# Dense bfloat16 TFLOP/s by JAX's device_kind, as the makers state them. Of a form that is not here, MFU is not known:
-# those for PCIe are slower.
+# Dense bfloat16 TFLOP/s by JAX's device_kind, as the manufacturers state them. MFU is unknown for other kinds, even for
+# other forms of the same chip: the PCIe forms are slower.
 PEAK_TFLOPS = {
   "NVIDIA H200": 989.0,
   "NVIDIA H100 80GB HBM3": 989.0,
@@ -21,12 +21,12 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(kind: str, dtype: str) -> float | None:
-  """None where it is not known, or the model does not compute in bfloat16."""
+  """Peak TFLOP/s of a device; None if it is unknown or the model does not compute in bfloat16."""
   return PEAK_TFLOPS.get(kind) if dtype == "bfloat16" else None
 
 
 def memory_bytes(device) -> int | None:
-  """What programs can have of it; of a CPU, the machine's memory, shared by its devices."""
+  """Bytes of memory that programs can use on a device; for a CPU device, its share of the machine's memory."""
   limit = (device.memory_stats() or {}).get("bytes_limit")
   if limit is None and device.platform == "cpu":
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // device.client.device_count()
@@ -34,11 +34,12 @@ def memory_bytes(device) -> int | None:
 
 
 def peak_bytes(device) -> int | None:
-  """The most that this process has held on it so far, by the device's own account."""
+  """The most bytes that this process has held on a device so far, as the device reports them; None if it does not."""
   return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def describe(devices) -> str:
+  """The devices in words, for tables."""
   first = devices[0]
   if first.platform != "cpu":
     return f"{len(devices)} × {first.device_kind}"

@@ -1,28 +1,37 @@
-"""MaxText's train step, compiled ahead of time for a TPU topology: no TPU is needed, only libtpu."""
+"""Compiles MaxText's train step ahead of time for a TPU topology. No TPU is needed, only libtpu."""
 
 import time
 
-from tpu_schedule import NotUnderstood
+from record import MeasurementError
 
-ALWAYS = {
+FIXED_KEYS = {
   "enable_checkpointing": False,
   "log_config": False,
   "run_name": "compiled_step",
   "skip_jax_distributed_system": True,
   "compile_topology_num_slices": 1,
 }
-INIT_ARGS = "--xla_tpu_spmd_rng_bit_generator_unsafe=true"  # as train_compile sets it
+INIT_ARGS = "--xla_tpu_spmd_rng_bit_generator_unsafe=true"  # MaxText's train_compile sets this flag
 
 
 class DoesNotFit(Exception):
-  """The compiler's refusal of a step that is larger than the chip's memory, in one sentence."""
+  """The step needs more memory than the chip has; one sentence."""
 
 
 def compile_step(yaml: str, topology: str, keys: dict):
-  """(the configuration, the compiled step, seconds), as train_compile makes it, which keeps neither.
+  """Compiles the train step as MaxText's train_compile does, which does not return what it compiled.
+
+  Args:
+    yaml: configuration file.
+    topology: TPU topology by MaxText's name, such as v5p-8.
+    keys: keys on top of the file.
+
+  Returns:
+    (configuration, compiled step, seconds that compiling took).
 
   Raises:
-    DoesNotFit.
+    DoesNotFit: the step needs more memory than the chip has.
+    MeasurementError: there is no such topology.
   """
   import jax
 
@@ -36,9 +45,11 @@ def compile_step(yaml: str, topology: str, keys: dict):
 
   chips = accelerator_to_spec_map.UserFacingNameToSystemCharacteristics.get(topology)
   if chips is None or chips.platform != "tpu":
-    raise NotUnderstood(f"the topology {topology!r} does not exist; use a TPU's of MaxText, such as v5p-8 or v6e-8.")
+    raise MeasurementError(
+      f"the topology {topology!r} does not exist; use one of MaxText's for TPUs, such as v5p-8 or v6e-8."
+    )
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")
-  config = pyconfig.initialize(["", yaml], compile_topology=topology, **ALWAYS, **keys)
+  config = pyconfig.initialize(["", yaml], compile_topology=topology, **FIXED_KEYS, **keys)
   mesh = train_compile.get_topology_mesh(config)
   args, kwargs, state, _, model = train_compile.get_shaped_inputs(mesh, config)
   params, state = sharding.maybe_update_params_sharding_with_opt(config, state)

@@ -1,9 +1,9 @@
-"""Decoding speed with MUDD connections and without, measured in turn in one run, on whatever devices are here.
+"""Measures decoding speed with MUDD connections and without, in turn in one run, on the devices of this machine.
 
     python benchmarks/decode_speed.py --config yaml/mudd_2p8b.yml --batch 1,8 --prompt 128 --new 64
 
-Both models have random weights, bfloat16 unless `weight_dtype` says otherwise, and go on with the same random prompts
-as `maxtext_mudd.generate` does. Writes NAME.md and NAME.json to benchmarks/results/.
+Both models have random weights, bfloat16 unless `weight_dtype` is given, and continue the same random prompts as
+`maxtext_mudd.generate` does. The tool writes NAME.md and NAME.json to benchmarks/results/.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import pathlib
 import sys
 import time
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; JAX takes three quarters by itself
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # share of a GPU's memory; JAX's default is 0.75
 
 import chips
 import paired
@@ -24,8 +24,8 @@ import record
 from maxtext_mudd import plugin, versions
 from maxtext_mudd.config.errors import ConfigError
 
-SERVED = {"weight_dtype": "bfloat16"}  # as models are served; training keeps float32
-TIMED = ("prefill", "step")  # what is timed
+SERVING_KEYS = {"weight_dtype": "bfloat16"}  # as models are served; training keeps float32
+PHASES = ("prefill", "step")
 COLUMNS = [
   "model",
   "batch",
@@ -39,15 +39,16 @@ COLUMNS = [
 ]
 COLUMNS += ["prefill ratio", "quartiles", "step ratio", "quartiles", "extremes", "rounds"]
 NOTES = """
-Each pair of rows was measured in turn, a prompt of {prompt} tokens and {new} new ones for each of the batch at a time,
-the order reversed every other round, after {warmup} such round(s) of each that do not count. Prefill: one prompt, with
-its first token. Step: one more token for the whole batch, greedy, the mean over the {steps} steps after the first
-token, {how}; tokens/s follows from it. Times are medians over rounds. Ratios: the speed of the
-second over the first, by round; the median over rounds, its quartiles and, of steps, extremes. The goal for steps is
-{goal:.0f}%; the paper's are 88 to 94%. "again": the plain model against itself, which shows how far two alike come
-apart here. Parameters (in {weight_dtype}, computed with in {dtype}) and KV cache are of all devices. Peak is the first
-device's own account, of this process until then, with both models held; n/a where it gives none. Compile: making the
-engine, and the first round.
+The two models of each pair of rows were measured in turn; every other round the order was reversed. In a round each
+model continued a batch of prompts: a prompt of {prompt} tokens and {new} new ones each. {warmup} round(s) of each model
+were made before and do not count. Prefill: time of one prompt and its first token. Step: time of one more token for the
+whole batch, decoded greedily, as the mean over the {steps} steps after the first token, {how};
+tokens/s follows from it. Times are medians over rounds. Ratios: the speed of the second model over that of the first in
+each round, as the median over rounds with quartiles and, for steps, extremes. The goal for steps is {goal:.0f}%; the
+paper reports 88 to 94%. Rows named "again" compare the plain model with itself, which shows how far the ratio of equal
+models is from 100% on this machine. Parameters (in {weight_dtype}, computed with in {dtype}) and KV cache are those of
+all devices. Peak: the most memory that this process had held on the first device until then, with both models there, as
+the device reports it; n/a if it does not. Compile: time to build the engine, and the first round.
 """
 GOAL = 95.0
 
@@ -55,27 +56,27 @@ GOAL = 95.0
 def parse(arguments: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", required=True, help="a model with connections")
-  parser.add_argument("--baseline", help="a plain model; by default the one that --config builds on")
+  parser.add_argument("--baseline", help="a plain model; default: the one that --config builds on")
   parser.add_argument("--batch", default="1,8", help="prompts at a time, a pair for each; default: %(default)s")
   parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt; default: %(default)s")
-  parser.add_argument("--new", type=int, default=64, help="tokens after it; default: %(default)s")
+  parser.add_argument("--new", type=int, default=64, help="new tokens for each prompt; default: %(default)s")
   parser.add_argument("--calls", action="store_true", help="call the engine for each step, as servers do")
-  parser.add_argument("--rounds", type=int, default=10, help="of each pair; default: %(default)s")
-  parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count; default: %(default)s")
+  parser.add_argument("--rounds", type=int, default=10, help="rounds of each pair; default: %(default)s")
+  parser.add_argument("--warmup", type=int, default=2, help="rounds before those that count; default: %(default)s")
   parser.add_argument(
     "--time-limit",
     type=float,
     default=540,
-    help="seconds for all: fewer rounds, and no pair begun after it; no compilation is cut short; default: %(default)s",
+    help="seconds for everything; later rounds and pairs are left out; default: %(default)s",
   )
-  parser.add_argument("--output", help="name of the results; by default made of date, model and device")
+  parser.add_argument("--output", help="name of the results; default: date, model and device")
   parser.add_argument("--note", help="a sentence to keep with the results")
-  parser.add_argument("overrides", nargs="*", metavar="key=value", help="MaxText's, for both models alike")
+  parser.add_argument("overrides", nargs="*", metavar="key=value", help="MaxText's keys, for both models")
   return parser.parse_intermixed_args(arguments)
 
 
 def check_options(options) -> list[int]:
-  """The batches.
+  """Checks the options; returns the batch sizes.
 
   Raises:
     ConfigError: an option cannot work.
@@ -90,7 +91,7 @@ def check_options(options) -> list[int]:
     raise ConfigError(f"--batch is {options.batch!r}; give numbers above 0, as in 1,8.")
   for key in ("per_device_batch_size", "load_parameters_path"):
     if any(x.startswith(f"{key}=") for x in options.overrides):
-      instead = "--batch says how many prompts go on at a time" if "batch" in key else "weights are random here"
+      instead = "--batch gives the number of prompts" if "batch" in key else "weights are random here"
       raise ConfigError(f"{key}: {instead}; leave it out.")
   return [int(x) for x in batches]
 
@@ -99,25 +100,28 @@ def check_options(options) -> list[int]:
 
 
 def configurations(options) -> tuple:
-  """(stock, the other).
+  """The configurations of the plain model and of the one with connections.
 
   Raises:
-    ConfigError: one of them cannot work, or they do not belong together.
+    ConfigError: one of them cannot work, or they cannot be compared.
   """
-  import contenders
+  import compared_models
 
-  baseline = options.baseline or contenders.plain_model(options.config)
+  baseline = options.baseline or compared_models.plain_model(options.config)
   given = {x.split("=", 1)[0] for x in options.overrides}
-  overrides = [*(f"{key}={value}" for key, value in SERVED.items() if key not in given), "per_device_batch_size=1"]
-  overrides += options.overrides
-  config = contenders.read(options.config, overrides, {})
-  stock = contenders.read_stock(baseline, overrides, {})
-  contenders.check_pair(stock, config, (baseline, options.config), derived=not options.baseline)
+  serving = [f"{key}={value}" for key, value in SERVING_KEYS.items() if key not in given]
+  overrides = [*serving, "per_device_batch_size=1", *options.overrides]
+  config = compared_models.read(options.config, overrides, {})
+  stock = compared_models.read_stock(baseline, overrides, {})
+  compared_models.check_pair(stock, config, (baseline, options.config), derived=not options.baseline)
   return stock, config
 
 
 def measure_all(options, batches: list[int], decoders: tuple, device) -> list[dict]:
-  """For each batch a row of the pair, and one of the plain model against itself.
+  """Measures, for each batch size, the pair of models, and the plain model against itself; returns a row for each.
+
+  Args:
+    decoders: the plain model and the one with connections.
 
   Raises:
     ConfigError: a model does not fit.
@@ -128,7 +132,7 @@ def measure_all(options, batches: list[int], decoders: tuple, device) -> list[di
   for i, (batch, second) in enumerate(pending):
     now = time.monotonic()
     if rows and now > end:
-      record.say(f"batch {batch}: --time-limit {options.time_limit:g} s was reached before it.")
+      record.say(f"batch {batch} is left out: --time-limit {options.time_limit:g} s has been reached.")
       break
     if second is other:
       for decoder in decoders:
@@ -144,11 +148,11 @@ def measure_all(options, batches: list[int], decoders: tuple, device) -> list[di
 
 
 def measured(first, second, batch: int, seconds: list[tuple], device) -> dict:
-  """One row of the results, from the seconds of both by round."""
+  """One row of the results, from the seconds of both models in each round."""
   ratio = {}
-  for what in TIMED:
-    ratios = paired.speed_ratios([(getattr(a, what), getattr(b, what)) for a, b in seconds])
-    ratio[what] = {"by_round": ratios, **dataclasses.asdict(paired.Spread.of(ratios))}
+  for phase in PHASES:
+    ratios = paired.speed_ratios([(getattr(a, phase), getattr(b, phase)) for a, b in seconds])
+    ratio[phase] = {"by_round": ratios, **dataclasses.asdict(paired.Spread.of(ratios))}
   names = (first.name, f"{second.name}, again" if second is first else second.name)
   return {
     "batch": batch,
@@ -161,13 +165,15 @@ def measured(first, second, batch: int, seconds: list[tuple], device) -> dict:
 
 
 def figures(decoder, name: str, batch: int, seconds: list) -> dict:
-  """Those of one model from its seconds by round."""
-  found = {"name": name}
-  for what in TIMED:
-    by_round = [getattr(x, what) for x in seconds]
-    found |= {f"{what}_seconds_by_round": by_round, f"{what}_seconds": paired.Spread.of(by_round).median}
-  return found | {
-    "tokens_per_second": batch / found["step_seconds"],
+  """The figures of one model, from its seconds in each round."""
+  times = {}
+  for phase in PHASES:
+    by_round = [getattr(x, phase) for x in seconds]
+    times |= {f"{phase}_seconds_by_round": by_round, f"{phase}_seconds": paired.Spread.of(by_round).median}
+  return {
+    "name": name,
+    **times,
+    "tokens_per_second": batch / times["step_seconds"],
     "parameter_bytes": decoder.parameter_bytes,
     "cache_bytes": decoder.cache_bytes,
     "compile_seconds": decoder.compile_seconds,
@@ -178,48 +184,53 @@ def figures(decoder, name: str, batch: int, seconds: list) -> dict:
 
 
 def cells(row: dict) -> list[list[str]]:
-  """The lines of a pair in the table."""
+  """The lines of a pair in the table; one line where the plain model is compared with itself."""
   spread = []
-  for what in TIMED:
-    one = row["ratio"][what]
-    spread += [f"{100 * one['median']:.1f}%", f"{100 * one['lower_quartile']:.1f}..{100 * one['upper_quartile']:.1f}"]
-  last = row["ratio"]["step"]
-  spread += [f"{100 * last['min']:.1f}..{100 * last['max']:.1f}", str(len(last["by_round"]))]
+  for phase in PHASES:
+    ratio = row["ratio"][phase]
+    quartiles = f"{100 * ratio['lower_quartile']:.1f}..{100 * ratio['upper_quartile']:.1f}"
+    spread += [f"{100 * ratio['median']:.1f}%", quartiles]
+  steps = row["ratio"]["step"]
+  spread += [f"{100 * steps['min']:.1f}..{100 * steps['max']:.1f}", str(len(steps["by_round"]))]
   peak = record.gigabytes(row["device_peak_bytes"])
   lines = [_line(row["stock"], row["batch"], "", [""] * 6), _line(row["other"], row["batch"], peak, spread)]
   return lines[1:] if row["is_control"] else lines
 
 
-def _line(one: dict, batch: int, peak: str, spread: list[str]) -> list[str]:
+def _line(model: dict, batch: int, peak: str, spread: list[str]) -> list[str]:
   return [
-    one["name"],
+    model["name"],
     str(batch),
-    f"{1000 * one['prefill_seconds']:.2f}",
-    f"{1000 * one['step_seconds']:.3f}",
-    f"{one['tokens_per_second']:,.1f}",
-    record.gigabytes(one["parameter_bytes"]),
-    record.gigabytes(one["cache_bytes"]),
+    f"{1000 * model['prefill_seconds']:.2f}",
+    f"{1000 * model['step_seconds']:.3f}",
+    f"{model['tokens_per_second']:,.1f}",
+    record.gigabytes(model["parameter_bytes"]),
+    record.gigabytes(model["cache_bytes"]),
     peak,
-    f"{one['compile_seconds']:.1f}",
+    f"{model['compile_seconds']:.1f}",
     *spread,
   ]
 
 
 def text(rows: list[dict], options, config, device: str) -> str:
-  """The body of the markdown."""
+  """The body of the .md file."""
   lines = record.table(COLUMNS, [line for row in rows for line in cells(row)])
   dtypes = {key: str(getattr(config, key).name) for key in ("weight_dtype", "dtype")}
-  how = "each a call of the engine from Python" if options.calls else "which run as one program"
+  how = "each of which is a call of the engine from Python" if options.calls else "which run as one program"
   notes = NOTES.format(**vars(options), **dtypes, steps=options.new - 1, how=how, goal=GOAL)
   return record.caution(device) + lines + notes
 
 
 def run(options) -> None:
-  """Measures, prints and saves."""
+  """Measures, and writes the results.
+
+  Raises:
+    ConfigError: an option or a configuration cannot work, or a model does not fit.
+  """
   batches = check_options(options)
-  with contextlib.redirect_stdout(sys.stderr):  # MaxText prints
+  with contextlib.redirect_stdout(sys.stderr):  # MaxText prints to stdout, which is for results
     plugin.install()
-    import contenders
+    import compared_models
     import decoders
     import jax
 
@@ -235,21 +246,21 @@ def run(options) -> None:
       )
     for batch in batches:
       if batch % jax.device_count():
-        raise ConfigError(f"--batch {batch}: it is no multiple of the {jax.device_count()} devices here; use one.")
-    about["baseline"] = options.baseline or contenders.plain_model(options.config)
+        raise ConfigError(f"--batch {batch} is not a multiple of the {jax.device_count()} devices here; use one.")
+    about["baseline"] = options.baseline or compared_models.plain_model(options.config)
     jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's decode does
-    differ = contenders.different_keys(stock_config, config)
+    different_keys = compared_models.different_keys(stock_config, config)
     names = [pathlib.Path(name).stem for name in (about["baseline"], options.config)]
     pair = []
     try:
-      for name, one in zip(names, (stock_config, config)):
-        record.say(f"{name}: making random weights")
-        pair.append(decoders.Decoder(name, one))
+      for name, model_config in zip(names, (stock_config, config)):
+        record.say(f"{name}: creating random weights")
+        pair.append(decoders.Decoder(name, model_config))
       rows = measure_all(options, batches, tuple(pair), jax.devices()[0])
     finally:
       for decoder in pair:
         decoder.free()
-    rows = [row | {"differs_from_stock": differ} for row in rows]
+    rows = [row | {"differs_from_stock": different_keys} for row in rows]
   body = text(rows, options, config, device)
   print(body)
   place = record.write(options.output or record.default_name("decode", options.config, device), about, body, rows)
@@ -266,5 +277,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  logging.disable(logging.WARNING)  # MaxText's
+  logging.disable(logging.WARNING)  # MaxText's logs
   sys.exit(main(sys.argv[1:]))

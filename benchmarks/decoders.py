@@ -1,4 +1,4 @@
-"""One model with random weights, and its prompts gone on with as `maxtext_mudd.generate` does, timed."""
+"""Times a model with random weights that continues prompts as `maxtext_mudd.generate` does."""
 
 import time
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from maxtext_mudd.inference import generation
 
 
 class Seconds(NamedTuple):
-  """Of the prefill of one prompt, and of a step that makes one more token of each."""
+  """Seconds of the prefill of one prompt, and of a step that adds one token to every prompt."""
 
   prefill: float
   step: float
@@ -23,29 +23,34 @@ class Decoder:
   """One model of a comparison.
 
   Attributes:
-    name, config: of the model.
-    parameter_bytes: of all devices.
-    cache_bytes: of the decode state of the last `prepare`, of all devices.
-    compile_seconds: of the last `prepare`: making the engine, and the first tokens of all prompts.
+    name: name of the model.
+    config: configuration of the model.
+    parameter_bytes: bytes of the parameters on all devices.
+    cache_bytes: bytes of the KV cache on all devices, after the last `prepare`.
+    compile_seconds: seconds that the last `prepare` took to build the engine and to run once.
   """
 
   def __init__(self, name: str, config):
-    """Makes the weights on the devices, as MaxText starts them.
+    """Creates the weights on the devices, with MaxText's initial values.
 
     Raises:
       ConfigError: they do not fit.
     """
     self.name, self.config = name, config
-    make = model_creation_utils.from_pretrained  # nothing is loaded where load_parameters_path is empty
-    self._model = self._fitting(lambda: make(config, maxtext_utils.get_mesh_from_config(config)))
+    create = model_creation_utils.from_pretrained  # it loads nothing if load_parameters_path is empty
+    self._model = self._checked(lambda: create(config, maxtext_utils.get_mesh_from_config(config)))
     self._params = nnx.state(self._model, nnx.Param)
     self.parameter_bytes = _bytes(self._params)
 
   def prepare(self, batch: int, prompt: int, new: int, warmup: int, calls: bool) -> None:
-    """Compiles for these sizes, and makes so many continuations that do not count.
+    """Compiles for these sizes, and runs a few times.
 
     Args:
-      calls: the engine is called for each step; otherwise all steps are one program.
+      batch: number of prompts.
+      prompt: tokens of a prompt.
+      new: new tokens for each prompt.
+      warmup: number of runs.
+      calls: whether the engine is called for each step; otherwise all steps are one program.
 
     Raises:
       ConfigError: the device runs out of memory.
@@ -56,19 +61,19 @@ class Decoder:
     keys = jax.random.split(jax.random.PRNGKey(0), batch + new - 1)
     self._keys, self._step_keys = list(keys[:batch]), list(keys[batch:]) if calls else keys[batch:]
     start = time.monotonic()
-    self._engine = self._fitting(lambda: generation.engine_for(self._model, self.config, batch, prompt, new))
+    self._engine = self._checked(lambda: generation.engine_for(self._model, self.config, batch, prompt, new))
     self.run()
     self.compile_seconds = time.monotonic() - start
     for _ in range(warmup - 1):
       self.run()
 
   def run(self) -> Seconds:
-    """All prompts gone on with; prefill is the mean over prompts, one after the other.
+    """Continues all prompts. The seconds of prefill are the mean over the prompts.
 
     Raises:
       ConfigError: the device runs out of memory.
     """
-    return self._fitting(self._run)
+    return self._checked(self._run)
 
   def _run(self) -> Seconds:
     state = jax.block_until_ready(self._engine.init_decode_state())
@@ -85,7 +90,7 @@ class Decoder:
     start = time.monotonic()
     if self._calls:
       chosen = self._sampling._asdict()
-      for key in keys:  # each an array by now
+      for key in keys:  # a list of arrays; see `prepare`
         state, _ = self._engine.generate(self._params, state, rng=key, **chosen)
     else:
       state = generation.generate_steps(self._engine, self._params, state, keys, self._sampling)
@@ -93,13 +98,13 @@ class Decoder:
     return Seconds(prefill / len(self._prompts), (time.monotonic() - start) / len(keys))
 
   def free(self) -> None:
-    """Gives its memory back; it cannot run again."""
+    """Frees the memory of the model, which cannot run any more."""
     for array in jax.tree.leaves(self._params):
       array.delete()
     self._model = self._engine = None
 
-  def _fitting(self, function):
-    """`function()`, a device out of memory said in one sentence."""
+  def _checked(self, function):
+    """Calls a function; turns a device's lack of memory into a ConfigError."""
     try:
       return function()
     except jax.errors.JaxRuntimeError as error:

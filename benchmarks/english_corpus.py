@@ -1,13 +1,15 @@
-"""Builds about 100 MB of English text from Debian packages: `python benchmarks/english_corpus.py data/english`.
+"""Builds a corpus of about 100 MB of English text from Debian packages.
 
-The text is a dictionary, the glosses of WordNet, dictionaries of computing, the sources of the Linux kernel's
-documentation and a few books and quotations, all under free licences. Packages are downloaded and unpacked without
-root. Nothing of the text is committed: `packages.json`, beside the corpus, records the names and versions, from which
-the same corpus can be built again.
+    python benchmarks/english_corpus.py data/english
 
-Files above DOCUMENT_BYTES are cut at blank lines into documents of about that size. A paragraph that has occurred
-before, in any document, is dropped. Whole documents go to train or eval by a hash of their names. Rows are those of
-`maxtext_mudd.corpus`: at most 255 bytes of one document.
+The text consists of a dictionary, the glosses of WordNet, dictionaries of computing, the sources of the Linux kernel's
+documentation, and a few books and quotations, all under free licences. Packages are downloaded and unpacked without
+root. The text is not in this repository: `packages.json`, beside the corpus, records the names and versions of the
+packages, so that the same corpus can be built again.
+
+Files above DOCUMENT_BYTES are split at blank lines into documents of about that size. A paragraph that has occurred
+before, in any document, is dropped. Whole documents go to train or eval by a hash of their names. A row holds at most
+255 bytes of one document, as in `maxtext_mudd.corpus`.
 """
 
 from collections.abc import Iterator
@@ -37,7 +39,7 @@ class Source:
 
   Attributes:
     package: its name.
-    files: pattern of paths below the package's root.
+    files: pattern of the paths of its text files, from the package's root.
   """
 
   package: str
@@ -57,7 +59,7 @@ SOURCES = (
 
 
 class NotAvailable(Exception):
-  """The packages cannot be had; one sentence that says why and what would work."""
+  """The packages cannot be downloaded; one sentence that says why and what would work."""
 
 
 def fetch(folder: pathlib.Path) -> dict[str, str]:
@@ -93,7 +95,7 @@ def fetch(folder: pathlib.Path) -> dict[str, str]:
 
 
 class _Text(html.parser.HTMLParser):
-  """The text of an HTML page, a blank line where a block begins."""
+  """Extracts the text of an HTML page, with a blank line where a block begins."""
 
   _BLOCKS = frozenset({"p", "div", "br", "li", "h1", "h2", "h3", "h4", "blockquote", "tr"})
   _UNREAD = frozenset({"script", "style", "head"})
@@ -116,7 +118,7 @@ class _Text(html.parser.HTMLParser):
 
 
 def text_of(path: pathlib.Path) -> str:
-  """The text of a file of a package; bytes that are not UTF-8 become U+FFFD."""
+  """The text of a file; bytes that are not UTF-8 become U+FFFD."""
   data = path.read_bytes()
   if path.suffix in (".gz", ".dz"):
     data = gzip.decompress(data)
@@ -129,12 +131,12 @@ def text_of(path: pathlib.Path) -> str:
 
 
 def documents(folder: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
-  """(name, paragraphs) of every document of the unpacked packages, in a fixed order."""
+  """The documents of the unpacked packages, in a fixed order, as (name, paragraphs)."""
   for source in SOURCES:
     root = folder / source.package
     for path in sorted(root.glob(source.files)):
       if path.suffix in (".dat", ".u8") or not path.is_file() or path.is_symlink():
-        continue  # indices of fortunes
+        continue  # .dat and .u8 are indices of the fortunes
       name, number, size, paragraphs = f"{source.package}/{path.relative_to(root)}", 0, 0, []
       for paragraph in re.split(r"\n\s*\n", text_of(path)):
         paragraphs.append(paragraph.strip("\n"))
@@ -146,7 +148,11 @@ def documents(folder: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def distinct(paragraphs: list[str], seen: set[bytes]) -> Iterator[str]:
-  """The paragraphs that are valid text and have not been seen; `seen` holds digests of those that have."""
+  """The paragraphs that are valid text and have not occurred before.
+
+  Args:
+    seen: digests of the paragraphs that have occurred; those of the new ones are added.
+  """
   for paragraph in paragraphs:
     if not paragraph.strip() or "\ufffd" in paragraph or "\0" in paragraph:
       continue

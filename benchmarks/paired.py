@@ -1,4 +1,7 @@
-"""Two programs timed in turn, so that what slows the machine slows both, and their ratio keeps still."""
+"""Times two programs in turn and compares them round by round.
+
+What slows the machine for a while slows both, so their ratio is steadier than either time.
+"""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -10,7 +13,7 @@ MIN_ROUNDS = 2  # one in each order
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-  """The median of some values, and where they lie."""
+  """Median, quartiles and extremes of some values."""
 
   median: float
   lower_quartile: float
@@ -31,11 +34,20 @@ def alternate(
   deadline: float = float("inf"),
   clock: Callable[[], float] = time.monotonic,
 ) -> list[tuple[float, float]]:
-  """What `first` and `second` return in each round: first, second; second, first; and so on.
+  """Calls `first` and `second` in turn: first, second; second, first; and so on.
 
-  Ends before a round that would, by the last one, end after `deadline` of `clock`, but not before MIN_ROUNDS.
+  Args:
+    first: returns a time.
+    second: returns a time.
+    rounds: the most rounds.
+    deadline: time of `clock` after which no round should end, judged by the duration of the round before. MIN_ROUNDS
+      rounds are made nevertheless.
+    clock: tells the time.
+
+  Returns:
+    What (first, second) returned in each round.
   """
-  found, took = [], 0.0
+  results, took = [], 0.0
   for i in range(rounds):
     start = clock()
     if i >= MIN_ROUNDS and start + took > deadline:
@@ -46,11 +58,11 @@ def alternate(
     else:
       a = first()
       b = second()
-    found.append((a, b))
+    results.append((a, b))
     took = clock() - start
-  return found
+  return results
 
 
 def speed_ratios(seconds: Sequence[tuple[float, float]]) -> list[float]:
-  """How fast the second is, as a share of the first, by round."""
+  """The speed of the second program over that of the first, for each round."""
   return [first / second for first, second in seconds]

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, and results files that say how they were made."""
+"""Runs measurements in processes of their own, and writes results files that state how they were made."""
 
 from collections.abc import Sequence
 import datetime
@@ -13,38 +13,56 @@ import shutil
 import subprocess
 import sys
 
-from tpu_schedule import NotUnderstood
-
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-# No device is opened.
+# The environment of a process that compiles for TPUs and opens no device.
 COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
+class MeasurementError(ValueError):
+  """A measurement that could not be made, or a compiler's output that could not be read; one sentence."""
+
+
 def in_own_process(script: str, name: str, arguments: list[str], init_args: str = "") -> dict:
-  """The JSON that `script _one ARGUMENTS` prints last. libtpu reads its flags once, when it is loaded."""
+  """Runs `script _one ARGUMENTS` and returns the JSON that it prints last.
+
+  A process of its own is needed because libtpu reads its flags only once, when it is loaded.
+
+  Args:
+    name: what is measured, for messages.
+    init_args: flags of libtpu.
+
+  Raises:
+    MeasurementError: the process failed.
+  """
   environment = os.environ | COMPILE_ONLY | {"LIBTPU_INIT_ARGS": init_args}
   command = [sys.executable, script, "_one", *arguments]
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
   if done.returncode:
-    raise NotUnderstood(f"{name}: {error_line(done.stderr)}")
+    raise MeasurementError(f"{name}: {error_line(done.stderr)}")
   return json.loads(done.stdout.splitlines()[-1])
 
 
 def error_line(trace: str) -> str:
-  """What an exception says, of a whole trace."""
+  """The message of the exception at the end of a traceback."""
   lines = [x for x in trace.splitlines() if x.strip()]
-  named = [x.partition(": ")[2] for x in lines if re.match(r"[\w.]+(Error|NotUnderstood): ", x)]
-  return (named or lines or ["the compilation ended without a word."])[-1]
+  messages = [x.partition(": ")[2] for x in lines if re.match(r"[\w.]+Error: ", x)]
+  return (messages or lines or ["the process failed and printed nothing."])[-1]
 
 
 def facts(
   hardware: str, label: str = "chips", packages: Sequence[str] = ("jax", "jaxlib", "libtpu", "maxtext")
 ) -> dict[str, str]:
-  """What a result depends on; taken before measuring."""
+  """What a result depends on: command, date, hardware, commit and versions. To be called before measuring.
+
+  Args:
+    hardware: the hardware in words.
+    label: what the hardware is called in the results.
+    packages: packages whose versions are stated.
+  """
   script = pathlib.Path(sys.argv[0]).resolve().relative_to(ROOT)
   arguments = list(sys.argv[1:])
-  if "--keep" in arguments:  # a folder of this machine, which changes nothing in the result
+  if "--keep" in arguments:  # a folder of this machine, which has no influence on the result
     at = arguments.index("--keep")
     del arguments[at : at + 2]
   return {
@@ -57,7 +75,7 @@ def facts(
 
 
 def commit() -> str:
-  """Of the maxtext_mudd that is imported, and whether it has been changed since."""
+  """The commit of the maxtext_mudd that is imported, and whether its files have been changed since."""
   folder = pathlib.Path(importlib.util.find_spec("maxtext_mudd").origin).parents[1]
   if not shutil.which("git"):
     return "unknown"
@@ -70,11 +88,21 @@ def commit() -> str:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
+  """A Markdown table."""
   return "".join("| " + " | ".join(line) + " |\n" for line in (columns, ["---"] * len(columns), *rows))
 
 
 def write(name: str, about: dict[str, str], text: str, rows: list[dict]) -> pathlib.Path:
-  """results/NAME.md and results/NAME.json, or beside each other where NAME is a path; the two without their endings."""
+  """Writes results/NAME.md and results/NAME.json, or PATH.md and PATH.json if the name is a path.
+
+  Args:
+    about: what `facts` returned.
+    text: the body of the .md file.
+    rows: the rows of the .json file.
+
+  Returns:
+    The path of both files without their endings.
+  """
   place = pathlib.Path(name).absolute() if len(pathlib.Path(name).parts) > 1 else RESULTS / name
   place.parent.mkdir(parents=True, exist_ok=True)
   head = "".join(f"- {key}: {f'`{value}`' if key == 'command' else value}\n" for key, value in about.items())
@@ -84,14 +112,14 @@ def write(name: str, about: dict[str, str], text: str, rows: list[dict]) -> path
 
 
 def default_name(what: str, config: str, device: str) -> str:
-  """Of results: date, measurement, model and device."""
+  """The default name of results: date, measurement, model and device."""
   short = "cpu" if device.startswith("CPU") else "-".join(device.lower().replace("×", "x").split())
   model = pathlib.Path(config).stem.replace("_", "-")
   return f"{datetime.date.today().isoformat()}-{what}-{model}-{short}"
 
 
 def caution(device: str) -> str:
-  """What stands above figures of a CPU."""
+  """The warning above figures of a CPU; empty for other devices."""
   if not device.startswith("CPU"):
     return ""
   return "**Measured on a CPU.** It shows that the tool works, and nothing about an accelerator or the paper.\n\n"
@@ -102,4 +130,5 @@ def gigabytes(size: int | None) -> str:
 
 
 def say(line: str) -> None:
+  """Prints progress to stderr; stdout is for results."""
   print(line, file=sys.stderr, flush=True)

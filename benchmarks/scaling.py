@@ -1,15 +1,17 @@
-"""Fits loss against compute for a plain and a connected model, and says how much compute the connections are worth.
+"""Fits loss against compute for plain and connected models of several sizes, and computes the compute multiplier.
 
     python benchmarks/scaling.py --study yaml/study/size.yml --plain plain_64,plain_96,plain_128 \\
       --connected mudd_64,mudd_96,mudd_128
 
-Loss is modelled as L = a·C^(-b), a straight line in logarithms, with one exponent b for both kinds of model: their
-lines are parallel, as in the paper's Fig. 3, and the compute multiplier is one number, the factor by which the plain
-model's compute must grow to reach the connected one's loss. C is training compute by MaxText's count of the FLOPs of a
-step on one device, connections included, times the steps; so all runs need the same number of devices. The interval
-comes from drawing the seeds again with replacement. Results count that were recorded with the study's present keys.
+The compute multiplier is the factor by which the compute of the plain model must grow to reach the loss of the
+connected one. Loss is modelled as L = a·C^(-b), a straight line in logarithms, with one exponent b for both kinds of
+model. Their lines are therefore parallel, as in the paper's Fig. 3, and the multiplier is one number.
 
-Writes NAME.md and NAME.png to benchmarks/results/.
+C is training compute: MaxText's count of the FLOPs of a step on one device, connections included, times the number of
+steps. All runs need the same number of devices. The interval of the multiplier is a bootstrap over seeds. Only results
+with the study's present keys are used.
+
+The tool writes NAME.md and NAME.png to benchmarks/results/.
 """
 
 import argparse
@@ -23,12 +25,13 @@ import sys
 import numpy as np
 import record
 import study
+import study_plan
 import study_report
 
 from maxtext_mudd.config.errors import ConfigError
 
-FEW = 5  # seeds; a bootstrap over n seeds has a variance of (n-1)/n of the true one, and tails that are too short
-DRAWS = 2000  # bootstrap samples; the interval's ends move by less than a tenth of its width between seeds of the draw
+FEW = 5  # seeds; with fewer, a bootstrap interval is too narrow: it has (n-1)/n of the true variance, and short tails
+DRAWS = 2000  # bootstrap samples: the interval's ends vary by less than a tenth of its width with the random seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,10 @@ class Point:
   """One trained model.
 
   Attributes:
-    compute: of its training, in FLOPs of one device.
-    loss: held out, in the unit of the study.
+    size: name of the model.
+    seed: its seed.
+    compute: training compute, in FLOPs of one device.
+    loss: held-out loss, in the unit of the study.
   """
 
   size: str
@@ -48,10 +53,12 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """L = a·C^(-exponent), with one exponent and a factor for each kind.
+  """L = a·C^(-exponent), with one exponent for both kinds of model.
 
   Attributes:
-    multiplier: compute of the plain model over that of the connected one, at equal loss.
+    plain: a of the plain models.
+    connected: a of the connected models.
+    exponent: the exponent.
   """
 
   plain: float
@@ -60,10 +67,12 @@ class Fit:
 
   @property
   def multiplier(self) -> float:
-    with np.errstate(over="ignore"):  # infinite where the exponent is almost zero, as in a few draws of seeds
+    """Compute of the plain model over that of the connected one, at equal loss."""
+    with np.errstate(over="ignore"):  # infinite if the exponent is almost zero, as in a few bootstrap samples
       return float(np.float64(self.plain / self.connected) ** (1 / self.exponent))
 
   def loss(self, compute, kind: str):
+    """The loss of a kind of model, "plain" or "connected", by the fit."""
     return getattr(self, kind) * np.asarray(compute) ** -self.exponent
 
 
@@ -91,9 +100,11 @@ class Interval:
   """A 95% bootstrap interval of the compute multiplier.
 
   Attributes:
+    low: lower end.
+    high: upper end.
     seeds: number of seeds that the samples were drawn from.
     draws: number of samples.
-    skipped: number of the samples that have no fit, and so no part in the interval.
+    skipped: number of samples without a fit, which are left out.
   """
 
   low: float
@@ -103,16 +114,16 @@ class Interval:
   skipped: int
 
   def __str__(self) -> str:
-    text = f"95% interval {self.low:.2f} to {self.high:.2f}, from drawing {self.seeds} seed(s) again with replacement"
+    text = f"95% interval {self.low:.2f} to {self.high:.2f}, by a bootstrap over {self.seeds} seed(s)"
     if self.seeds < FEW:
       text += f"; with fewer than {FEW} seeds it is narrower than a true 95% interval"
     if self.skipped:
-      text += f"; {self.skipped} of {self.draws} draws have no fit and are left out"
+      text += f"; {self.skipped} of {self.draws} samples have no fit and are left out"
     return text
 
 
 def interval(plain: Sequence[Point], connected: Sequence[Point], draws: int = DRAWS) -> Interval:
-  """The interval from drawing the seeds that both kinds share again with replacement.
+  """The bootstrap interval over the seeds that both kinds of model share.
 
   Raises:
     ConfigError: no seed is shared, or more than half of the samples have no fit.
@@ -125,20 +136,20 @@ def interval(plain: Sequence[Point], connected: Sequence[Point], draws: int = DR
   for _ in range(draws):
     drawn = random.choice(seeds, len(seeds))
     samples = [[point for seed in drawn for point in points if point.seed == seed] for points in (plain, connected)]
-    with contextlib.suppress(ConfigError):  # in this sample loss does not fall with compute, or sizes are missing
+    with contextlib.suppress(ConfigError):  # this sample has too few sizes, or loss does not fall with compute
       multipliers.append(fit(*samples).multiplier)
   skipped = draws - len(multipliers)
   if skipped > draws / 2:
     raise ConfigError(
-      f"{skipped} of {draws} draws of seeds have no fit, so there is no interval; train more seeds, or sizes that "
+      f"{skipped} of {draws} bootstrap samples have no fit, so there is no interval; train more seeds, or sizes that "
       "differ more in compute."
     )
   low, high = np.quantile(multipliers, (0.025, 0.975), method="nearest")  # interpolation with infinity gives NaN
   return Interval(float(low), float(high), len(seeds), draws, skipped)
 
 
-def points(cells: Sequence[study.Cell], results: study.Results, models: Sequence[str]) -> list[Point]:
-  """The finished runs of some models; of several learning rates, the one with the lowest mean loss of each model.
+def points(cells: Sequence[study_plan.Cell], results: study.Results, models: Sequence[str]) -> list[Point]:
+  """The finished runs of some models. Of several learning rates, the one with the lowest mean loss counts.
 
   Raises:
     ConfigError: one of the models is not in the study, or has no finished run.
@@ -160,6 +171,7 @@ def points(cells: Sequence[study.Cell], results: study.Results, models: Sequence
 
 
 def draw(plain: list[Point], connected: list[Point], fitted: Fit, unit: str, path: pathlib.Path) -> None:
+  """Draws the points and the fitted lines."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -182,15 +194,15 @@ def main(arguments: list[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--study", required=True, type=pathlib.Path, help="yaml/study/NAME.yml")
   parser.add_argument("--results", type=pathlib.Path, help="default: benchmarks/results/study-NAME.jsonl")
-  parser.add_argument("--plain", required=True, help="names of the plain models, by commas")
-  parser.add_argument("--connected", required=True, help="names of the connected models, by commas")
+  parser.add_argument("--plain", required=True, help="names of the plain models, comma-separated")
+  parser.add_argument("--connected", required=True, help="names of the connected models, comma-separated")
   parser.add_argument("--output", help="name of the results; default: scaling-NAME")
   options = parser.parse_args(arguments)
   try:
-    plan, results = study.read(options.study), study.results_of(options.study, options.results)
+    plan, results = study_plan.read(options.study), study.results_of(options.study, options.results)
     if not results.path.is_file():
       raise ConfigError(f"{results.path}: there is no such file; name one that benchmarks/study.py wrote.")
-    cells = study.cells(plan, options.study.parent, results.ratios())
+    cells = study_plan.cells(plan, options.study.parent, results.ratios())
     plain, connected = (points(cells, results, names.split(",")) for names in (options.plain, options.connected))
     fitted, bounds = fit(plain, connected), interval(plain, connected)
   except ConfigError as error:

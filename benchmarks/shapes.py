@@ -1,4 +1,4 @@
-"""Aggregates of the paper's models, by name: what tests check and benchmarks compile."""
+"""Shapes of depth-wise aggregates in the paper's models, by name, for tests and benchmarks."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ from maxtext_mudd.connections.mudd import sites
 
 
 class Shape(NamedTuple):
-  """A model's last aggregate, which mixes the most sources.
+  """The shape of a model's last aggregate, which mixes the most sources.
 
   Attributes:
     layers: L; the sources are the L block outputs and the embedding.
     width: D.
-    pre_norm: whether sources are normed, so that the weights are made from X_i, which is none of them.
+    pre_norm: whether sources are normed. The weights are then computed from X_i before the norm, which is no source.
   """
 
   layers: int
@@ -33,5 +33,5 @@ PAPER = {  # Tables 2 and 8, App. D
 
 
 def hidden_width(ways: int, sources: int) -> int:
-  """K of an aggregate, by the rule that configurations have by default."""
+  """K of an aggregate, by the default rule of configurations."""
   return sites.hidden_width(ways, sources, expansion=1, round_to=64)

@@ -1,16 +1,16 @@
-"""Runs a study: models trained on the same data from the same seeds, one run after another, and a report of them.
+"""Runs a study: trains several models on the same data from the same seeds, one run after another, to compare them.
 
-    python benchmarks/study.py yaml/study/table_5.yml              # runs what is not done yet
-    python benchmarks/study.py yaml/study/table_5.yml --status     # says what is
-    python benchmarks/study.py yaml/study/table_5.yml --report     # writes the report of what is
-    python benchmarks/study.py yaml/study/table_5_405m.yml --submit # prints the commands for a cluster
+    python benchmarks/study.py yaml/study/table_5.yml               # run the cells that have no result yet
+    python benchmarks/study.py yaml/study/table_5.yml --status      # print how far each cell is
+    python benchmarks/study.py yaml/study/table_5.yml --report      # write a report of the results so far
+    python benchmarks/study.py yaml/study/table_5_405m.yml --submit # print the commands for a cluster
 
-A cell is one model with one seed and one learning rate, trained by this project's launcher. Cells of one seed read the
-same rows in the same order and start from the same values of the parameters that they share. When a cell ends, its
-result is appended to `results/study-NAME.jsonl`; a later start, on this machine or on another, runs the cells that are
-not in there. A cell that was killed resumes from its last checkpoint, which lies in --work.
+A cell is one run of MaxText/train.py: one model with one seed and one learning rate (`study_plan.py`). When a cell
+ends, its result is appended to `results/study-NAME.jsonl`. A later call, on this machine or on another, runs the cells
+that have no result there. A cell that was killed resumes from its last checkpoint, which is in --work.
 
-A run whose loss is not finite ends, and that is its result. Any other failure ends the study with the launcher's words.
+A run whose loss is not finite ends, and counts as a result. After any other failure the study ends with the error of
+that run.
 """
 
 import argparse
@@ -18,249 +18,61 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import json
 import math
 import os
 import pathlib
 import platform
-import re
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
-from typing import Literal
 
 import paired
-import pydantic
 import record
-import yaml
+import study_plan
+from study_plan import Cell, Study
 
-from maxtext_mudd.cluster.request import NAME_LIMIT
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.interrupts import Interrupts
 
 LAUNCHER = record.ROOT / "MaxText" / "train.py"
-EVALUATIONS = 4  # in a run, beside the one before the first step
-
-
-class Model(pydantic.BaseModel):
-  """One model of a study.
-
-  Attributes:
-    config: its configuration file, beside the study's file; default: the study's.
-    keys: what it sets on top.
-    against: the model that it is compared with; default: the study's baseline.
-    paper: the perplexity that the paper reports for it.
-    same_time_as: a model; this one trains for as many steps as take the time of that one's steps, by `--time`. It
-      needs `tokens` above 0.
-    tokens: of a run on one device; default: the study's.
-  """
-
-  model_config = pydantic.ConfigDict(extra="forbid")
-  config: str = ""
-  keys: dict[str, bool | int | float | str] = {}
-  against: str = ""
-  paper: float | None = pydantic.Field(None, gt=1)
-  same_time_as: str = ""
-  tokens: int = pydantic.Field(0, ge=0)
-
-
-class Study(pydantic.BaseModel):
-  """The plan of a study, as its file states it.
-
-  Attributes:
-    config: configuration file of all models, beside the study's file.
-    tokens: of one run on one device, rounded to whole steps; n devices train on n times as many. 0: as many steps as
-      `config` says.
-    unit: of losses; bits per byte needs a tokenizer whose tokens are bytes.
-    seeds: of parameters and of data.
-    baseline: the model that others are compared with.
-    keys: what all models set on top of `config`.
-  """
-
-  model_config = pydantic.ConfigDict(extra="forbid")
-  config: str
-  tokens: int = pydantic.Field(ge=0)
-  unit: Literal["bits per byte", "nats per token"] = "bits per byte"
-  seeds: list[int] = pydantic.Field(min_length=1)
-  learning_rates: list[float] = pydantic.Field(min_length=1)
-  baseline: str
-  keys: dict[str, bool | int | float | str] = {}
-  models: dict[str, Model]
-
-  @pydantic.model_validator(mode="after")
-  def _check_names(self):
-    named = [("baseline", self.baseline)]
-    for name, model in self.models.items():
-      named += [(f"models.{name}.{key}", getattr(model, key)) for key in ("against", "same_time_as")]
-    for key, name in named:
-      if name and name not in self.models:
-        raise ValueError(f"{key}={name}: there is no such model; the models are {', '.join(self.models)}")
-    for name, model in self.models.items():
-      if model.same_time_as and not (model.tokens or self.tokens):
-        raise ValueError(f"models.{name}.same_time_as changes the tokens of a run; set tokens above 0")
-      if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise ValueError(f"models.{name}: a name is lower-case letters, digits and underscores, with a letter first")
-    for key, values in (("seeds", self.seeds), ("learning_rates", self.learning_rates)):
-      if len(set(values)) != len(values):
-        raise ValueError(f"{key}={values} names one of them twice; name each once")
-    return self
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-  """One run of a study.
-
-  Attributes:
-    config: path of its configuration file.
-    keys: what it sets on the command line.
-    unit: of its losses.
-    steps: that it trains for.
-    fingerprint: 16 hexadecimal digits of a hash of the configuration file and the keys, as both were when the cell was
-      planned. A result counts only for the fingerprint that it was recorded with.
-  """
-
-  model: str
-  seed: int
-  learning_rate: float
-  config: pathlib.Path
-  keys: dict
-  unit: str
-  steps: int
-  fingerprint: str
-
-  @property
-  def name(self) -> str:
-    """Its name in results and messages."""
-    return f"{self.model}-lr{self.learning_rate:g}-seed{self.seed}"
-
-  @property
-  def run_name(self) -> str:
-    """Its name as a folder in --work and as a workload of a cluster: the digits of the fingerprint keep a changed cell
-    from reading the events and checkpoints of its earlier form."""
-    readable = re.sub("[^a-z0-9]+", "-", self.name.lower())[: NAME_LIMIT - 9].rstrip("-")
-    return f"{readable}-{self.fingerprint[:8]}"
-
-
-def read(path: pathlib.Path) -> Study:
-  """The plan in a file.
-
-  Raises:
-    ConfigError: it cannot be read, a key is not known, or a value cannot work.
-  """
-  try:
-    values = yaml.safe_load(path.read_text())
-  except OSError as error:
-    raise ConfigError(f"{path} cannot be read ({error.strerror}); name a study, as yaml/study/table_5.yml.") from error
-  except (yaml.YAMLError, UnicodeDecodeError) as error:
-    raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-  if not isinstance(values, dict):
-    raise ConfigError(f"{path}: a study maps keys to values, as in `tokens: 2_000_000`.")
-  try:
-    study = Study(**values)
-  except pydantic.ValidationError as error:
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    key = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-      message = f"is not a key of studies; those are {', '.join(Study.model_fields)}"
-    raise ConfigError(f"{path}: {key + ': ' if key else ''}{message}.") from None
-  for config in (study.config, *(model.config for model in study.models.values())):
-    if config and not (path.parent / config).is_file():
-      raise ConfigError(f"{path}: config: {config}: there is no such file beside it.")
-  return study
-
-
-def merged_values(config: pathlib.Path) -> dict:
-  """What a configuration file and those that it builds on set, less defaults: MaxText's own, and mudd_base.yml."""
-  values = yaml.safe_load(config.read_text()) or {}
-  base = config.parent / values.pop("base_config", "")
-  is_model = base.is_file() and base.name != "mudd_base.yml"
-  return (merged_values(base) if is_model else {}) | values
-
-
-def fingerprint(values: dict, keys: dict) -> str:
-  """The fingerprint of a cell whose configuration file sets `values` and whose command line sets `keys`."""
-  return hashlib.sha256(json.dumps([values, keys], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def cells(study: Study, folder: pathlib.Path, ratios: dict[str, float]) -> list[Cell]:
-  """All runs of a study, seed by seed, so that early results are of whole comparisons.
-
-  Args:
-    folder: of the study's file.
-    ratios: step time of a model over that of the one it is compared with, for those that others name in
-      `same_time_as`; runs whose ratio is not known are left out.
-
-  Raises:
-    ConfigError: two runs would write to one folder.
-  """
-  planned = {}
-  for seed in study.seeds:
-    for rate in study.learning_rates:
-      for name, model in study.models.items():
-        if model.same_time_as and model.same_time_as not in ratios:
-          continue
-        config = (folder / (model.config or study.config)).resolve()
-        values, keys = merged_values(config), study.keys | model.keys
-        tokens = (model.tokens or study.tokens) * ratios.get(model.same_time_as, 1)
-        keys |= _steps(tokens, values | keys) if tokens else {}
-        keys |= {"learning_rate": rate, "init_weights_seed": seed, "data_shuffle_seed": seed}
-        steps = (values | keys)["steps"]
-        cell = Cell(name, seed, rate, config, keys, study.unit, steps, fingerprint(values, keys))
-        if other := planned.get(cell.run_name):
-          raise ConfigError(
-            f"models.{other.model} and models.{name} are trained in the same way, and the folder of both would be "
-            f"{cell.run_name}; rename one so that the names differ in their first characters."
-          )
-        planned[cell.run_name] = cell
-  return list(planned.values())
-
-
-def _steps(tokens: float, values: dict) -> dict[str, int]:
-  """The length of a run on one device: MaxText's batch size is for each device, so that n devices train on n·tokens.
-
-  MaxText evaluates after steps 0, interval, 2·interval, ..., and so after the last one.
-  """
-  rows = values["per_device_batch_size"] * values.get("gradient_accumulation_steps", 1)
-  tokens_per_step = rows * values["max_target_length"]
-  interval = max(round(tokens / tokens_per_step / EVALUATIONS), 1)
-  return {"steps": EVALUATIONS * interval + 1, "eval_interval": interval}
 
 
 class Results:
-  """Results of a study, one JSON object a line; only ever appended to."""
+  """The results of a study: a file with one JSON object a line, to which rows are appended."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
 
   def rows(self) -> list[dict]:
-    """All of them; a last line that a killed process left unfinished is not one."""
+    """All rows. A last line that a killed process left unfinished is ignored."""
     lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
   def append(self, row: dict) -> None:
+    """Appends a row, after removing a last line that a killed process left unfinished."""
     self.path.parent.mkdir(parents=True, exist_ok=True)
     with self.path.open("a+b") as file:
       size = file.seek(0, os.SEEK_END)
       file.seek(0)
-      whole = file.read().rfind(b"\n") + 1
-      if whole != size:
-        file.truncate(whole)
+      end_of_rows = file.read().rfind(b"\n") + 1
+      if end_of_rows != size:
+        file.truncate(end_of_rows)
       file.write((json.dumps(row) + "\n").encode())
       file.flush()
       os.fsync(file.fileno())
 
   def of(self, cell: Cell) -> dict | None:
+    """The result of a cell; None if there is none."""
     for row in self.rows():
       if row["kind"] == "cell" and row["cell"] == cell.name and row["fingerprint"] == cell.fingerprint:
         return row
     return None
 
   def ratios(self) -> dict[str, float]:
-    """The newest step-time ratio of each model that was timed."""
+    """The latest step-time ratio of each model that was timed."""
     return {row["model"]: row["ratio"]["median"] for row in self.rows() if row["kind"] == "timing"}
 
 
@@ -270,7 +82,7 @@ def results_of(study_file: pathlib.Path, path: pathlib.Path | None = None) -> Re
 
 
 def command(cell: Cell, work: pathlib.Path) -> list[str]:
-  """The launcher's command for a cell."""
+  """The command that trains a cell."""
   keys = {"run_name": cell.run_name, "base_output_directory": str(work), **cell.keys}
   return [sys.executable, str(LAUNCHER), str(cell.config), *(f"{key}={_written(x)}" for key, x in keys.items())]
 
@@ -280,43 +92,44 @@ def _written(value) -> str:
 
 
 def run(cell: Cell, work: pathlib.Path) -> dict:
-  """Trains a cell to its end, from its last checkpoint if it has one; its result.
+  """Trains a cell to its end, from its last checkpoint if it has one, and returns its result.
 
   Raises:
-    ConfigError: the launcher failed, for another reason than a loss that is not finite; or the configuration file is
-      not the one that the cell was planned with.
+    ConfigError: the run failed for another reason than a loss that is not finite, or the configuration file has changed
+      since the cell was planned.
   """
-  if fingerprint(merged_values(cell.config), cell.keys) != cell.fingerprint:
+  if study_plan.fingerprint(study_plan.merged_values(cell.config), cell.keys) != cell.fingerprint:
     raise ConfigError(f"{cell.config} has changed since the study started; start the study again.")
   folder = work / cell.run_name
   folder.mkdir(parents=True, exist_ok=True)
-  if is_done(row := result(cell, folder), cell):  # killed between its last step and its result
+  if is_done(row := result(cell, folder), cell):  # it was killed after its last step, before its result was written
     return row
   with Interrupts(), (folder / "launcher.txt").open("a") as log:
     process = subprocess.Popen(command(cell, work), cwd=record.ROOT, stdout=log, stderr=subprocess.STDOUT)
     try:
       status = process.wait()
-    except KeyboardInterrupt:  # the launcher saves a checkpoint before it ends
+    except KeyboardInterrupt:  # the run saves a checkpoint before it ends
       process.terminate()
       process.wait()
       raise
   row = result(cell, folder)
   if not is_done(row, cell):
     lines = (folder / "launcher.txt").read_text(errors="replace").splitlines()
-    said = next((line for line in reversed(lines) if line.startswith("maxtext-mudd: ")), f"see {folder}/launcher.txt")
-    raise ConfigError(f"{cell.name}: the launcher ended with status {status}: {said.removeprefix('maxtext-mudd: ')}")
+    error = next((line for line in reversed(lines) if line.startswith("maxtext-mudd: ")), f"see {folder}/launcher.txt")
+    raise ConfigError(f"{cell.name}: the run ended with status {status}: {error.removeprefix('maxtext-mudd: ')}")
   return row
 
 
 def is_done(row: dict, cell: Cell) -> bool:
-  """Whether this is the result of a whole run, or of one that died."""
+  """Whether this is the result of a run that ended, by its last step or by a loss that is not finite."""
   return bool(row["dead"]) or cell.steps - 1 in row.get("held_out", {})
 
 
 def result(cell: Cell, folder: pathlib.Path) -> dict:
-  """What is kept of a cell, from the TensorBoard events of its run; of one that ended before its first step, little.
+  """The result of a cell so far, from the TensorBoard events of its run.
 
-  `dead` says why a run is one, or is None: MaxText ends a run whose loss is not finite.
+  `dead` is the reason if the run ended early, as MaxText ends runs whose loss is not finite; else None. It is the only
+  entry if there are no events yet.
   """
   from maxtext_mudd import report
 
@@ -324,11 +137,11 @@ def result(cell: Cell, folder: pathlib.Path) -> dict:
   if not scalars.get(report.TRAIN_LOSS):
     return {"dead": None}
   losses = dict(sorted(scalars[report.TRAIN_LOSS].items()))
-  wrong = next((step for step, loss in losses.items() if not math.isfinite(loss)), None)
+  not_finite = next((step for step, loss in losses.items() if not math.isfinite(loss)), None)
   scale = math.log(2) if cell.unit == "bits per byte" else 1
   speeds = sorted(scalars[report.SPEED].values())
   tflops, seconds = scalars["perf/per_device_tflops_per_sec"], scalars["perf/step_time_seconds"]
-  steady = sorted(tflops[step] * seconds[step] for step in tflops.keys() & seconds.keys())
+  step_tflops = sorted(tflops[step] * seconds[step] for step in tflops.keys() & seconds.keys())
   return {
     "kind": "cell",
     "cell": cell.name,
@@ -337,23 +150,23 @@ def result(cell: Cell, folder: pathlib.Path) -> dict:
     "seed": cell.seed,
     "learning_rate": cell.learning_rate,
     "keys": cell.keys,
-    "dead": None if wrong is None else f"the loss of step {wrong} is not finite",
+    "dead": None if not_finite is None else f"the loss of step {not_finite} is not finite",
     "steps_done": max(losses) + 1,
     "held_out": {step: _finite(x / scale) for step, x in sorted(scalars.get(report.EVAL_LOSS, {}).items())},
     "train": _thinned({step: x / scale for step, x in losses.items()}),
     "largest_gradient_norm": _finite(max(scalars["learning/raw_grad_norm"].values())),
     "tokens_per_second": speeds[len(speeds) // 2],
-    "tflops_per_step": steady[len(steady) // 2],
+    "tflops_per_step": step_tflops[len(step_tflops) // 2],
     "median_step_seconds": statistics.median(seconds.values()),
     "parameters": int(report.read_texts(folder)["num_model_parameters"]),
   }
 
 
 def _thinned(losses: dict[int, float], width: int = 10) -> dict[int, float]:
-  """Means over blocks of `width` steps, by the last step of each block.
+  """The mean loss of each block of `width` steps, by the last step of the block.
 
-  A killed process can lose the events of its last few steps. The blocks of all runs of a length end at the same steps
-  nevertheless, so that their curves can be compared.
+  A killed process can lose the events of its last few steps. Blocks end at the same steps nevertheless, so that the
+  curves of different runs can be compared.
   """
   blocks = collections.defaultdict(list)
   for step, loss in losses.items():
@@ -362,12 +175,12 @@ def _thinned(losses: dict[int, float], width: int = 10) -> dict[int, float]:
 
 
 def _finite(x: float) -> float | None:
-  """JSON has no other numbers."""
+  """The number, or None if it is not finite: JSON has no such numbers."""
   return round(x, 6) if math.isfinite(x) else None
 
 
 def machine() -> dict:
-  """What a result was measured on."""
+  """The machine and the commit that a result was measured on."""
   cpu = platform.processor() or platform.machine()
   with contextlib.suppress(OSError):
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -376,28 +189,28 @@ def machine() -> dict:
 
 
 def status_lines(study: Study, folder: pathlib.Path, results: Results, work: pathlib.Path) -> list[str]:
-  """One line a cell: done, with its loss; how far it is; or not begun."""
+  """One line for each cell: its loss, how far it is, or that it has not begun."""
   lines = []
-  for cell in cells(study, folder, results.ratios()):
+  for cell in study_plan.cells(study, folder, results.ratios()):
     row = results.of(cell)
     saved = [int(x.name) for x in (work / cell.run_name / "checkpoints").glob("*") if x.name.isdigit()]
     if row and row["dead"]:
-      what = f"dead after {row['steps_done']} of {cell.steps} steps: {row['dead']}"
+      state = f"ended early, after {row['steps_done']} of {cell.steps} steps: {row['dead']}"
     elif row:
-      what = f"done: {list(row['held_out'].values())[-1]:.4f} {study.unit}"
+      state = f"done: {list(row['held_out'].values())[-1]:.4f} {study.unit}"
     elif saved:
-      what = f"step {max(saved) + 1} of {cell.steps}"
+      state = f"step {max(saved) + 1} of {cell.steps}"
     else:
-      what = "not begun"
-    lines.append(f"{cell.name:<44} {what}")
+      state = "not begun"
+    lines.append(f"{cell.name:<44} {state}")
   untimed = {x.same_time_as for x in study.models.values() if x.same_time_as} - results.ratios().keys()
   lines += [f"models with same_time_as: {name} wait for --time" for name in sorted(untimed)]
   return lines
 
 
 def run_all(study: Study, folder: pathlib.Path, results: Results, work: pathlib.Path, most: int | None) -> None:
-  """Runs the cells without a result, at most `most` of them, and appends each result as soon as it is there."""
-  waiting = [cell for cell in cells(study, folder, results.ratios()) if results.of(cell) is None][:most]
+  """Runs the cells without a result, at most `most` of them, and appends each result as soon as its run ends."""
+  waiting = [cell for cell in study_plan.cells(study, folder, results.ratios()) if results.of(cell) is None][:most]
   for number, cell in enumerate(waiting, 1):
     record.say(f"{cell.name}: {number} of {len(waiting)}")
     row = run(cell, work) | machine() | {"date": datetime.date.today().isoformat()}
@@ -407,33 +220,33 @@ def run_all(study: Study, folder: pathlib.Path, results: Results, work: pathlib.
 
 
 def collect(study: Study, folder: pathlib.Path, results: Results, work: pathlib.Path) -> None:
-  """Appends the results of runs that ended elsewhere, as workloads of a cluster.
+  """Appends the results of runs that ended on other machines, such as the workloads of a cluster.
 
   Args:
-    work: a copy of their OUTPUT; the folder of a run in it has the name of the run's WORKLOAD.
+    work: a copy of their OUTPUT, in which the folder of a run has the name of its WORKLOAD.
   """
-  elsewhere = {"cpu": "elsewhere", "cores": None, "commit": "unknown"}  # events of a run do not say
-  for cell in cells(study, folder, results.ratios()):
+  elsewhere = {"cpu": "elsewhere", "cores": None, "commit": "unknown"}  # the events of a run do not state them
+  for cell in study_plan.cells(study, folder, results.ratios()):
     if results.of(cell) is None and is_done(row := result(cell, work / cell.run_name), cell):
       results.append(row | elsewhere | {"date": datetime.date.today().isoformat()})
       record.say(f"{cell.name}: {row['dead'] or list(row['held_out'].values())[-1]}")
 
 
 def submissions(study: Study, folder: pathlib.Path, results: Results) -> list[str]:
-  """`make xpk` lines of the cells without a result; CLUSTER, TPU_TYPE, NUM_SLICES and OUTPUT are the user's to set.
+  """The `make xpk` lines of the cells without a result. The user adds CLUSTER, TPU_TYPE, NUM_SLICES and OUTPUT.
 
   Raises:
-    ConfigError: the study counts tokens, and the number of devices that would share them is not known here.
+    ConfigError: the study states the length of runs in tokens of one device, and the number of devices is not known.
   """
   lengths = {"tokens": study.tokens} | {f"models.{name}.tokens": model.tokens for name, model in study.models.items()}
   for key, tokens in lengths.items():
     if tokens:
       raise ConfigError(
-        f"{key}={tokens} is for one device, and a run on a cluster trains on that many for each of its devices; set "
-        "tokens: 0, and steps in the configuration."
+        f"{key}={tokens} is for one device, and a run on a cluster would train on that many for each of its devices; "
+        "set tokens: 0, and steps in the configuration."
       )
   lines = []
-  for cell in cells(study, folder, results.ratios()):
+  for cell in study_plan.cells(study, folder, results.ratios()):
     if results.of(cell) is None:
       arguments = shlex.join(f"{key}={_written(x)}" for key, x in cell.keys.items())
       config = os.path.relpath(cell.config, record.ROOT)
@@ -442,9 +255,9 @@ def submissions(study: Study, folder: pathlib.Path, results: Results) -> list[st
 
 
 def time_all(study: Study, folder: pathlib.Path, results: Results, rounds: int) -> None:
-  """Times each model that others name in `same_time_as` against the one that it is compared with, and appends the
-  ratios of their step times."""
-  by_model = {cell.model: cell for cell in reversed(cells(study, folder, {}))}
+  """Measures the step time of each model that others name in `same_time_as`, relative to the model that it is compared
+  with, and appends the ratios."""
+  by_model = {cell.model: cell for cell in reversed(study_plan.cells(study, folder, {}))}
   for name in sorted({model.same_time_as for model in study.models.values() if model.same_time_as}):
     against = study.models[name].against or study.baseline
     seconds = step_seconds(by_model[against], by_model[name], rounds)
@@ -455,7 +268,7 @@ def time_all(study: Study, folder: pathlib.Path, results: Results, rounds: int) 
 
 
 def step_seconds(first: Cell, second: Cell, rounds: int) -> list[tuple[float, float]]:
-  """Seconds of a train step of each, measured in turn in this process on random tokens."""
+  """Seconds of a train step of two cells in each round, measured in turn in this process on random tokens."""
   from maxtext.configs import pyconfig
   import train_steps
 
@@ -478,16 +291,16 @@ def step_seconds(first: Cell, second: Cell, rounds: int) -> list[tuple[float, fl
 def parse(arguments: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("study", type=pathlib.Path, help="yaml/study/NAME.yml")
-  what = parser.add_mutually_exclusive_group()
-  what.add_argument("--status", action="store_true", help="one line a cell, and end")
-  what.add_argument("--report", action="store_true", help="write results/study-NAME.md and .png, and end")
-  what.add_argument("--submit", action="store_true", help="print a make xpk line for each cell not done, and end")
-  what.add_argument(
-    "--collect", action="store_true", help="take the results of a cluster's runs from --work, a copy of OUTPUT, and end"
+  action = parser.add_mutually_exclusive_group()
+  action.add_argument("--status", action="store_true", help="print one line for each cell")
+  action.add_argument("--report", action="store_true", help="write results/study-NAME.md and .png")
+  action.add_argument("--submit", action="store_true", help="print a make xpk line for each cell without a result")
+  action.add_argument(
+    "--collect", action="store_true", help="read the results of a cluster's runs from --work, a copy of OUTPUT"
   )
-  what.add_argument("--time", action="store_true", help="time the models that same_time_as names, and end")
-  parser.add_argument("--cells", type=int, help="run at most this many; default: all")
-  parser.add_argument("--rounds", type=int, default=10, help="of --time; default: %(default)s")
+  action.add_argument("--time", action="store_true", help="measure step times of models that same_time_as names")
+  parser.add_argument("--cells", type=int, help="the most cells to run; default: all")
+  parser.add_argument("--rounds", type=int, default=10, help="rounds of --time; default: %(default)s")
   parser.add_argument("--work", type=pathlib.Path, help="folder of the runs; default: runs/study/NAME")
   parser.add_argument("--results", type=pathlib.Path, help="default: benchmarks/results/study-NAME.jsonl")
   return parser.parse_args(arguments)
@@ -496,7 +309,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
   options = parse(arguments)
   try:
-    study, folder, name = read(options.study), options.study.parent, options.study.stem
+    study, folder, name = study_plan.read(options.study), options.study.parent, options.study.stem
     results = results_of(options.study, options.results)
     work = (options.work or record.ROOT / "runs" / "study" / name).absolute()
     if options.status:
@@ -504,7 +317,7 @@ def main(arguments: list[str]) -> None:
     elif options.report:
       import study_report
 
-      print(study_report.write(study, cells(study, folder, results.ratios()), results, options.study))
+      print(study_report.write(study, study_plan.cells(study, folder, results.ratios()), results, options.study))
     elif options.submit:
       print("\n".join(submissions(study, folder, results)))
     elif options.collect:
@@ -516,7 +329,7 @@ def main(arguments: list[str]) -> None:
   except ConfigError as error:
     sys.exit(f"maxtext-mudd: {error}")
   except KeyboardInterrupt:
-    sys.exit("maxtext-mudd: interrupted; the next start resumes.")
+    sys.exit("maxtext-mudd: interrupted; the same command resumes.")
 
 
 if __name__ == "__main__":

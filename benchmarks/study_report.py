@@ -1,4 +1,7 @@
-"""The report of a study: means, paired differences, their intervals, and a picture."""
+"""Writes the report of a study: mean losses, paired differences with their intervals, and a picture.
+
+`python benchmarks/study.py STUDY.yml --report` calls it.
+"""
 
 import collections
 import dataclasses
@@ -12,7 +15,7 @@ import scipy.stats
 
 from maxtext_mudd.config.errors import ConfigError
 
-FAR = 1.2  # a final loss above this many times the median of a study's is that of a run that diverged
+FAR = 1.2  # a run has diverged if its final loss is above this many times the median of the study
 COLUMNS = [
   "difference",
   "95% interval",
@@ -23,12 +26,13 @@ COLUMNS = [
   "dead",
 ]
 NOTES = """
-Held-out loss: in {unit}, after the last step, the mean over seeds and its standard error. Difference: to `{baseline}`
-or the model in brackets, by seed, since runs of one seed read the same rows and start from the same values; its mean,
-the 95% interval of the mean by Student's t, and the deviation of single differences. Paper: the difference of the
-logarithms of Table 5's perplexities, at 405M parameters on the Pile; a token there is about four bytes. Tokens/s: the
-median step of each run, on the machines that the results name, which need not be alike. Dead: runs whose loss was not
-finite, or ended above {far} times the median of the study; they count in no mean.
+Held-out loss: loss in {unit} after the last step, as the mean over seeds with its standard error. Difference: loss
+minus that of `{baseline}`, or of the model in brackets, with the same seed; runs of one seed read the same rows and
+start from the same values. The table has the mean of the differences, the 95% interval of the mean by Student's t, and
+the standard deviation of single differences. Paper: the difference of the logarithms of Table 5's perplexities, at 405M
+parameters on the Pile, where a token is about four bytes. Tokens/s: that of the median step of each run, as the median
+over runs; the machines above may differ in speed. Dead: runs whose loss was not finite, or ended above {far} times the
+median of the study; no mean includes them.
 
 Rankings of models this small need not be those of large ones.
 """
@@ -36,11 +40,12 @@ Rankings of models this small need not be those of large ones.
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Paired differences of one model to another, in the unit of the study.
+  """Paired differences of the losses of two models, in the unit of the study.
 
   Attributes:
-    mean, deviation: of the differences, over seeds.
-    half_width: of the 95% interval of the mean; infinite for one seed.
+    mean: mean over seeds.
+    deviation: standard deviation over seeds.
+    half_width: half the width of the 95% interval of the mean; infinite for one seed.
   """
 
   mean: float
@@ -57,18 +62,22 @@ class Difference:
 
   @property
   def resolved(self) -> bool:
+    """Whether the interval excludes zero."""
     return abs(self.mean) > self.half_width
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """One model at one learning rate.
+  """The results of one model at one learning rate.
 
   Attributes:
-    losses: final held-out loss by seed, of the runs that are not dead.
+    model: name of the model.
+    learning_rate: the learning rate.
+    rows: results of its runs.
+    losses: final held-out loss of each run that is not dead, by seed.
     dead: seeds of the dead runs.
     against: name of the model that it is compared with; empty for the baseline.
-    difference: to that model; None where no seed has both.
+    difference: difference to that model; None if no seed has both.
   """
 
   model: str
@@ -81,7 +90,7 @@ class Summary:
 
 
 def final(row: dict) -> float | None:
-  """Held-out loss after the last step; None where that is not finite."""
+  """Held-out loss after the last step; None if it is not finite."""
   return list(row["held_out"].values())[-1] if row["held_out"] and not row["dead"] else None
 
 
@@ -91,13 +100,13 @@ def summarise(study, cells, results) -> list[Summary]:
   for cell in cells:
     if row := results.of(cell):
       rows[cell.learning_rate, cell.model].append(row)
-  finals = [x for found in rows.values() for x in map(final, found) if x is not None]
+  finals = [x for model_rows in rows.values() for x in map(final, model_rows) if x is not None]
   limit = FAR * statistics.median(finals) if finals else math.inf
   losses, dead = {}, {}
-  for key, found in rows.items():
-    last = {row["seed"]: final(row) for row in found}
-    losses[key] = {seed: x for seed, x in last.items() if x is not None and x <= limit}
-    dead[key] = [seed for seed in last if seed not in losses[key]]
+  for key, model_rows in rows.items():
+    by_seed = {row["seed"]: final(row) for row in model_rows}
+    losses[key] = {seed: x for seed, x in by_seed.items() if x is not None and x <= limit}
+    dead[key] = [seed for seed in by_seed if seed not in losses[key]]
   summaries = []
   for rate in study.learning_rates:
     for name, model in study.models.items():
@@ -142,28 +151,31 @@ def _row(study, summary: Summary) -> list[str]:
 
 
 def sentences(summaries: list[Summary], missing: int) -> list[str]:
-  """What the figures say and what they do not."""
+  """Sentences below the table: missing runs, differences that may be noise, and the size of the noise."""
   lines = []
   if missing:
-    lines.append(f"**Not complete**: {missing} of the study's runs are not in here.")
+    lines.append(f"**Not complete**: {missing} of the study's runs have no result yet.")
   compared = [x for x in summaries if x.difference]
-  within = [f"`{x.model}` at {x.learning_rate:g}" for x in compared if not x.difference.resolved]
-  if within:
-    lines.append(f"The noise hides the sign of the difference for {', '.join(within)}.")
+  unresolved = [f"`{x.model}` at {x.learning_rate:g}" for x in compared if not x.difference.resolved]
+  if unresolved:
+    lines.append(
+      "The sign of the difference is uncertain (its 95% interval includes zero, or there is only one seed) for "
+      f"{', '.join(unresolved)}."
+    )
   deviations = [x.difference.deviation for x in compared if math.isfinite(x.difference.deviation)]
   means = sorted(x.difference.mean for x in compared)
   if deviations and len(means) > 1:
     step = statistics.median(b - a for a, b in itertools.pairwise(means))
     lines.append(
-      f"Deviation of the paired differences: {statistics.median(deviations):.4f} (median over models); the median step "
-      f"from one difference to the next: {step:.4f}."
+      f"The standard deviation of the paired differences is {statistics.median(deviations):.4f} (median over models); "
+      f"two models that follow each other in the order of mean differences are {step:.4f} apart (median)."
     )
   return lines
 
 
 def draw(study, summaries: list[Summary], path: pathlib.Path) -> None:
-  """Training loss, and its paired difference to the baseline, over steps: means over seeds, and bands from the lowest
-  to the highest seed."""
+  """Draws training loss over steps, and its paired difference to the baseline: the mean over seeds, with a band from
+  the lowest to the highest seed."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -178,16 +190,18 @@ def draw(study, summaries: list[Summary], path: pathlib.Path) -> None:
   }
   colors = pyplot.get_cmap("tab20")
   for number, summary in enumerate(summaries):
-    mine = curves[summary.model, summary.learning_rate]
+    by_seed = curves[summary.model, summary.learning_rate]
     other = curves.get((summary.against or study.baseline, summary.learning_rate), {})
     label = summary.model if len(study.learning_rates) == 1 else f"{summary.model}, {summary.learning_rate:g}"
     style = {"color": colors(number % 20), "label": label}
-    _band(left, list(mine.values()), **style)
+    _band(left, list(by_seed.values()), **style)
     if summary.against:
-      paired = [
-        {s: x - other[seed][s] for s, x in c.items() if s in other[seed]} for seed, c in mine.items() if seed in other
+      differences = [
+        {step: loss - other[seed][step] for step, loss in curve.items() if step in other[seed]}
+        for seed, curve in by_seed.items()
+        if seed in other
       ]
-      _band(right, paired, **style)
+      _band(right, differences, **style)
   losses = [x for by_seed in curves.values() for curve in by_seed.values() for x in curve.values()]
   if losses:
     left.set_ylim(0.97 * min(losses), sorted(losses)[int(0.9 * (len(losses) - 1))])
@@ -202,6 +216,7 @@ def draw(study, summaries: list[Summary], path: pathlib.Path) -> None:
 
 
 def _band(axes, curves: list[dict[int, float]], **style) -> None:
+  """Draws the mean of several curves and the band between their extremes, at the steps that all have."""
   steps = sorted(set.intersection(*map(set, curves))) if curves else []
   if not steps:
     return
@@ -211,7 +226,11 @@ def _band(axes, curves: list[dict[int, float]], **style) -> None:
 
 
 def write(study, cells, results, file: pathlib.Path) -> str:
-  """Writes NAME.md and NAME.png beside the results; the Markdown."""
+  """Writes NAME.md and NAME.png beside the results; returns the text of NAME.md.
+
+  Raises:
+    ConfigError: there are no results.
+  """
   summaries = summarise(study, cells, results)
   if not summaries:
     raise ConfigError(f"{results.path} has no results of this study; run its cells first.")

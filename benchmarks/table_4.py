@@ -1,21 +1,21 @@
-"""The speed of MUDD models as a share of their plain models', beside the paper's Table 4, as a picture.
+"""Draws the speed of MUDD models, relative to their plain models, beside the paper's Table 4.
 
     python benchmarks/table_4.py results/A.json results/B.json PICTURE.png
 
-draws several results of throughput.py in one.
+puts several results of throughput.py into one picture.
 """
 
 import json
 import pathlib
 import sys
 
-# MUDDFormer over Transformer++ in training, percent. The last is of the sparse variant whose 1×1 has 89.8.
+# Training speed of MUDDFormer over Transformer++, in percent. The last is the sparse 2×2 variant of the first.
 PAPER = {"1.3B": 89.8, "2.8B": 84.0, "6.9B": 95.6, "2×2": 97.8}
-PAPER_LABEL = "the paper's: Table 4 and its sparse 2×2, TPU v5p-128, no custom kernel"
+PAPER_LABEL = "paper, Table 4 and sparse 2×2: TPU v5p-128, no custom kernel"
 
 
 def draw(results: list[dict], path: pathlib.Path) -> None:
-  """One picture of what throughput.py measured; `results` as it writes them."""
+  """Draws a picture of results, which are what throughput.py wrote as JSON."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -28,10 +28,11 @@ def draw(results: list[dict], path: pathlib.Path) -> None:
   axes.plot(range(len(PAPER)), PAPER.values(), "D", color="dimgray", markerfacecolor="none", label=PAPER_LABEL)
   for device, color in zip(devices, ("tab:orange", "tab:blue", "tab:green", "tab:red")):
     points = [(x, row["ratio"]) for x, (result, row) in enumerate(measured, len(PAPER)) if result["device"] == device]
-    at = [x for x, _ in points]
-    axes.vlines(at, *spans(points, "min", "max"), color=color, linewidth=1)
-    axes.vlines(at, *spans(points, "lower_quartile", "upper_quartile"), color=color, linewidth=5, alpha=0.4)
-    axes.plot(at, *spans(points, "median"), "o", color=color, label=f"measured: {device}; median, quartiles, extremes")
+    xs, ratios = [x for x, _ in points], [ratio for _, ratio in points]
+    axes.vlines(xs, *percent(ratios, "min", "max"), color=color, linewidth=1)
+    axes.vlines(xs, *percent(ratios, "lower_quartile", "upper_quartile"), color=color, linewidth=5, alpha=0.4)
+    label = f"measured: {device}; median, quartiles, extremes"
+    axes.plot(xs, *percent(ratios, "median"), "o", color=color, label=label)
   for x, value in enumerate([*PAPER.values(), *(100 * row["ratio"]["median"] for _, row in measured)]):
     axes.annotate(f"{value:.1f}", (x, value), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
   axes.axhline(100, color="black", linewidth=0.8)
@@ -46,25 +47,26 @@ def draw(results: list[dict], path: pathlib.Path) -> None:
   pyplot.close(figure)
 
 
-def spans(points: list[tuple[int, dict]], *keys: str) -> list[list[float]]:
-  """Percent, by key."""
-  return [[100 * ratio[key] for _, ratio in points] for key in keys]
+def percent(ratios: list[dict], *keys: str) -> list[list[float]]:
+  """The values of each key, in percent."""
+  return [[100 * ratio[key] for ratio in ratios] for key in keys]
 
 
 def warning(devices: list[str]) -> str:
+  """A second line of the title if one of the devices is a CPU."""
   if any(device.startswith("CPU") for device in devices):
-    return "\nCPU: no accelerator ran, and nothing here is comparable with the paper's figures"
+    return "\nmeasured on a CPU, not on an accelerator: not comparable with the paper's figures"
   return ""
 
 
 def main(arguments: list[str]) -> int:
   *files, picture = arguments or [""]
   if not files or not picture.endswith(".png"):
-    print("table_4: name results of throughput.py (.json), and a .png to draw.", file=sys.stderr)
+    print("table_4: name results of throughput.py (.json), and a .png to write.", file=sys.stderr)
     return 2
   missing = [name for name in files if not pathlib.Path(name).is_file()]
   if missing:
-    print(f"table_4: {missing[0]}: no such file; name a result of throughput.py.", file=sys.stderr)
+    print(f"table_4: {missing[0]}: there is no such file; name a result of throughput.py.", file=sys.stderr)
     return 2
   draw([json.loads(pathlib.Path(name).read_text()) for name in files], pathlib.Path(picture))
   return 0

@@ -1,9 +1,9 @@
-"""Training speed with MUDD connections and without, measured in turn in one run, on whatever devices are here.
+"""Measures training speed with MUDD connections and without, in turn in one run, on the devices of this machine.
 
     python benchmarks/throughput.py --config yaml/mudd_tiny.yml --variants 2x2,trimmed per_device_batch_size=4
 
-Both models train on the same synthetic batch. Each variant is paired with the baseline anew; two models at most are on
-the device at a time. Writes NAME.md, NAME.json and NAME.png to benchmarks/results/.
+All models train on the same synthetic batch. Each variant is measured together with the baseline, so that at most two
+models are on the device at a time. The tool writes NAME.md, NAME.json and NAME.png to benchmarks/results/.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; JAX takes three quarters by itself
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # share of a GPU's memory; JAX's default is 0.75
 
 import chips
 import paired
@@ -29,39 +29,40 @@ from maxtext_mudd.config.errors import ConfigError
 COLUMNS = ["model", "step, ms", "tokens/s/device", "TFLOP/s", "MFU", "arguments GB", "temporaries GB", "peak GB"]
 COLUMNS += ["compile, s", "speed ratio", "quartiles", "extremes", "rounds"]
 NOTES = """
-Each pair of rows was measured in turn, {steps} step(s) at a time, the order reversed every other round, after {warmup}
-step(s) of each that do not count. Speed ratio: tokens/s of the second over the first, by round; the median over rounds,
-its quartiles and extremes. Step: the median over rounds; tokens/s, TFLOP/s and MFU follow from it. TFLOP/s counts what
-the model needs, as MaxText does, with the connections; nothing that is computed again. MFU is of the device's dense
-bfloat16 peak, n/a where that is unknown or the model computes in another type. Arguments (state and batch) and
-temporaries of one device are the compiler's account. Peak is the device's own, of this process until then: with both
-models held, and never falling from one pair to the next; n/a where it gives none. Compile: tracing and compiling,
-nothing cached.
+The two models of each pair of rows were measured in turn, {steps} step(s) of each in a round; every other round the
+order was reversed. {warmup} step(s) of each model were made before and do not count. Speed ratio: tokens/s of the
+second model over that of the first in each round, as the median over rounds with quartiles and extremes. Step: time of
+a step, median over rounds; tokens/s, TFLOP/s and MFU follow from it. TFLOP/s counts the operations that the model
+needs, by MaxText's formula, connections included and rematerialisation excluded. MFU is the share of the device's dense
+bfloat16 peak; n/a if that is unknown or the model computes in another dtype. Arguments (state and batch) and
+temporaries are those of one device, as the compiler states them. Peak: the most memory that this process had held on
+the device until then, as the device reports it, so it never falls from one pair to the next; n/a if it does not report
+it. Compile: time to trace and compile, without a cache.
 """
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", required=True, help="a model with connections")
-  parser.add_argument("--baseline", help="a plain model; by default the one that --config builds on")
+  parser.add_argument("--baseline", help="a plain model; default: the one that --config builds on")
   parser.add_argument("--variants", default="", help="some of xla,pallas,scanned,unscanned,2x2,trimmed")
-  parser.add_argument("--rounds", type=int, default=10, help="of each pair; default: %(default)s")
-  parser.add_argument("--steps", type=int, default=5, help="of each model in a round; default: %(default)s")
-  parser.add_argument("--warmup", type=int, default=3, help="steps that do not count; default: %(default)s")
+  parser.add_argument("--rounds", type=int, default=10, help="rounds of each pair; default: %(default)s")
+  parser.add_argument("--steps", type=int, default=5, help="steps of each model in a round; default: %(default)s")
+  parser.add_argument("--warmup", type=int, default=3, help="steps before those that count; default: %(default)s")
   parser.add_argument(
     "--time-limit",
     type=float,
     default=540,
-    help="seconds for all: fewer rounds, and no pair begun after it; no compilation is cut short; default: %(default)s",
+    help="seconds for everything; later rounds and pairs are left out; default: %(default)s",
   )
-  parser.add_argument("--output", help="name of the results; by default made of date, model and device")
+  parser.add_argument("--output", help="name of the results; default: date, model and device")
   parser.add_argument("--note", help="a sentence to keep with the results")
-  parser.add_argument("overrides", nargs="*", metavar="key=value", help="MaxText's, for all models alike")
+  parser.add_argument("overrides", nargs="*", metavar="key=value", help="MaxText's keys, for all models")
   return parser.parse_intermixed_args(arguments)
 
 
 def check_options(options) -> None:
-  """Raises ConfigError for an option that cannot work."""
+  """Checks the options. Raises ConfigError for one that cannot work."""
   for name, least in (("rounds", paired.MIN_ROUNDS), ("steps", 1), ("warmup", 1)):
     if getattr(options, name) < least:
       raise ConfigError(f"--{name} is {getattr(options, name)}; at least {least} is needed.")
@@ -73,7 +74,16 @@ def check_options(options) -> None:
 
 
 class Comparison:
-  """One run of this tool: a baseline, kept while pairs share it, and one model beside it at a time."""
+  """Measures models against their baseline. The baseline stays on the device while models share it.
+
+  Attributes:
+    options: the command's options.
+    stock_yaml: configuration file of the baseline.
+    yaml: configuration file of the model with connections.
+    device: the first device.
+    stock: the train step of the present baseline; None: there is none.
+    batch: the batch of all steps.
+  """
 
   def __init__(self, options, names: tuple[str, str]):
     import jax
@@ -83,22 +93,27 @@ class Comparison:
     self.stock = self.batch = None
 
   def configurations(self, keys: dict):
-    """(stock, the other) with the keys of a variant."""
-    import contenders
+    """The configurations of the baseline and of the other model, with the keys of a variant."""
+    import compared_models
 
     overrides = self.options.overrides
-    config = contenders.read(self.yaml, overrides, keys)
-    stock = contenders.read_stock(self.stock_yaml, overrides, keys)
-    contenders.check_pair(stock, config, (self.stock_yaml, self.yaml), derived=not self.options.baseline)
+    config = compared_models.read(self.yaml, overrides, keys)
+    stock = compared_models.read_stock(self.stock_yaml, overrides, keys)
+    compared_models.check_pair(stock, config, (self.stock_yaml, self.yaml), derived=not self.options.baseline)
     return stock, config
 
   def measure(self, name: str, keys: dict, deadline: float) -> dict:
-    """One row of the results, with the keys of a variant.
+    """Measures one variant against the baseline; returns a row of the results.
+
+    Args:
+      name: name of the variant, for tables and messages.
+      keys: keys of the variant.
+      deadline: when the last round should end.
 
     Raises:
-      ConfigError: one of the two cannot work, or does not fit the device.
+      ConfigError: one of the two models cannot work, or does not fit the device.
     """
-    import contenders
+    import compared_models
     import train_steps
 
     stock_config, config = self.configurations(keys)
@@ -106,7 +121,7 @@ class Comparison:
     train_steps.set_up(config)
     if self.stock is None or self.stock.config.get_keys() != stock_config.get_keys():
       self.free()
-      shared = [f"{key}={value}" for key, value in contenders.of_stock(keys).items()]
+      shared = [f"{key}={value}" for key, value in compared_models.stock_keys(keys).items()]
       stock = self.compile(" ".join([_stem(self.stock_yaml), *shared]), stock_config)
       train_steps.check_fit(stock, 0, limit)
       stock.load()
@@ -127,7 +142,7 @@ class Comparison:
       return {
         "model": name,
         "refused": None,
-        "differs_from_stock": contenders.different_keys(stock_config, config),
+        "differs_from_stock": compared_models.different_keys(stock_config, config),
         "steps_per_round": steps,
         "stock": measured(self.stock, [x for x, _ in seconds], self.device),
         "mudd": measured(model, [x for _, x in seconds], self.device),
@@ -135,12 +150,13 @@ class Comparison:
         "ratio": {"by_round": ratios, **dataclasses.asdict(paired.Spread.of(ratios))},
       }
     except ConfigError:
-      self.free()  # a step that failed has taken its state
+      self.free()  # a step that fails has consumed its state
       raise
     finally:
       model.free()
 
   def compile(self, name: str, config):
+    """Compiles the train step of a model."""
     import train_steps
 
     record.say(f"{name}: compiling")
@@ -149,13 +165,14 @@ class Comparison:
     return step
 
   def free(self) -> None:
+    """Frees the memory of the baseline."""
     if self.stock is not None:
       self.stock.free()
     self.stock = None
 
 
 def measured(step, seconds: list[float], device) -> dict:
-  """The figures of one model from its seconds per step, by round."""
+  """The figures of one model, from its seconds per step in each round."""
   from maxtext.utils import maxtext_utils
 
   spread = paired.Spread.of(seconds)
@@ -179,31 +196,36 @@ def measured(step, seconds: list[float], device) -> dict:
 
 
 def measure_all(options, variants: dict[str, dict]) -> list[dict]:
-  """A row for the configuration and for each variant; a variant that is refused has its reason in its row.
+  """Measures the configuration and each variant; returns a row for each.
+
+  The row of a variant that could not be measured has the reason in it.
+
+  Args:
+    variants: keys of each variant, by name.
 
   Raises:
-    ConfigError: the configuration itself, or its baseline, cannot work here.
+    ConfigError: the configuration itself or its baseline cannot work here.
   """
-  import contenders
+  import compared_models
 
   start = time.monotonic()
-  comparison = Comparison(options, (options.baseline or contenders.plain_model(options.config), options.config))
+  comparison = Comparison(options, (options.baseline or compared_models.plain_model(options.config), options.config))
   record.say(f"baseline: {comparison.stock_yaml}")
-  # Those that share a baseline in a row, so that it is compiled once.
-  alike = sorted(variants.items(), key=lambda item: sorted(contenders.of_stock(item[1]).items()))
-  rows, pending = [], {"": {}} | dict(alike)
+  # Variants with the same baseline follow each other, so that it is compiled once.
+  by_baseline = sorted(variants.items(), key=lambda item: sorted(compared_models.stock_keys(item[1]).items()))
+  rows, pending = [], {"": {}} | dict(by_baseline)
   try:
     for i, (variant, keys) in enumerate(pending.items()):
       name = f"{_stem(options.config)} {variant}".strip()
       now, end = time.monotonic(), start + options.time_limit
       try:
         if now > end:
-          raise ConfigError(f"--time-limit {options.time_limit:g} s was reached before it.")
+          raise ConfigError(f"it is left out: --time-limit {options.time_limit:g} s has been reached.")
         rows.append(comparison.measure(name, keys, deadline=now + (end - now) / (len(pending) - i)))
       except Exception as error:
         if not variant:
           raise
-        if not isinstance(error, ConfigError):  # what has been measured is kept
+        if not isinstance(error, ConfigError):  # go on, to keep what has been measured
           traceback.print_exc()
           comparison.free()
         record.say(f"{name}: {error}")
@@ -229,29 +251,29 @@ def cells(row: dict) -> list[list[str]]:
   ]
   peak = record.gigabytes(row["device_peak_bytes"])
   return [
-    [*_figures(row["stock"]), "", *_compiled(row["stock"]), "", "", "", ""],
-    [*_figures(row["mudd"]), peak, *_compiled(row["mudd"]), *spread],
+    [*_figures(row["stock"]), "", _compile_seconds(row["stock"]), "", "", "", ""],
+    [*_figures(row["mudd"]), peak, _compile_seconds(row["mudd"]), *spread],
   ]
 
 
-def _figures(one: dict) -> list[str]:
+def _figures(model: dict) -> list[str]:
   return [
-    one["name"],
-    f"{1000 * one['step_seconds']:.1f}",
-    f"{one['tokens_per_second']:,.0f}",
-    f"{one['tflops_per_second']:.3g}",
-    f"{100 * one['mfu']:.1f}%" if one["mfu"] else "n/a",
-    record.gigabytes(one["argument_bytes"]),
-    record.gigabytes(one["temporary_bytes"]),
+    model["name"],
+    f"{1000 * model['step_seconds']:.1f}",
+    f"{model['tokens_per_second']:,.0f}",
+    f"{model['tflops_per_second']:.3g}",
+    f"{100 * model['mfu']:.1f}%" if model["mfu"] else "n/a",
+    record.gigabytes(model["argument_bytes"]),
+    record.gigabytes(model["temporary_bytes"]),
   ]
 
 
-def _compiled(one: dict) -> list[str]:
-  return [f"{one['compile_seconds']:.1f}"]
+def _compile_seconds(model: dict) -> str:
+  return f"{model['compile_seconds']:.1f}"
 
 
 def text(rows: list[dict], options, device: str) -> str:
-  """The body of the markdown."""
+  """The body of the .md file."""
   lines = record.table(COLUMNS, [line for row in rows for line in cells(row)])
   refused = "".join(f"- {row['model']}: {row['refused']}\n" for row in rows if row["refused"])
   return (
@@ -260,6 +282,7 @@ def text(rows: list[dict], options, device: str) -> str:
 
 
 def _reason(error: Exception) -> str:
+  """Why a variant could not be measured."""
   if isinstance(error, ConfigError):
     return str(error)
   return f"it failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -270,20 +293,24 @@ def _stem(name: str) -> str:
 
 
 def run(options) -> None:
-  """Measures, prints and saves."""
+  """Measures, and writes the results.
+
+  Raises:
+    ConfigError: an option or a configuration cannot work.
+  """
   check_options(options)
-  with contextlib.redirect_stdout(sys.stderr):  # MaxText prints
+  with contextlib.redirect_stdout(sys.stderr):  # MaxText prints to stdout, which is for results
     plugin.install()
-    import contenders
+    import compared_models
     import jax
 
-    variants = {x: contenders.variant_keys(x) for x in options.variants.split(",") if x}
+    variants = {x: compared_models.variant_keys(x) for x in options.variants.split(",") if x}
     device = chips.describe(jax.devices())
     about = record.facts(device, label="device", packages=("jax", "jaxlib", "maxtext"))
     if options.note:
       about["note"] = options.note
     rows = measure_all(options, variants)
-    about["baseline"] = options.baseline or contenders.plain_model(options.config)
+    about["baseline"] = options.baseline or compared_models.plain_model(options.config)
   body = text(rows, options, device)
   print(body)
   place = record.write(options.output or record.default_name("throughput", options.config, device), about, body, rows)
@@ -301,5 +328,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  logging.disable(logging.WARNING)  # MaxText's
+  logging.disable(logging.WARNING)  # MaxText's logs
   sys.exit(main(sys.argv[1:]))

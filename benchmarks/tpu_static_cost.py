@@ -1,11 +1,11 @@
-"""What depth-wise aggregation costs on TPUs, from compiling it for them: no TPU is needed, only libtpu.
+"""Compiles one depth-wise aggregate for TPUs and derives a lower bound of its time. No TPU is needed, only libtpu.
 
     python benchmarks/tpu_static_cost.py --chips v5p,v6e --shapes 2p8b --implementations pallas --weights mlp,array
 
-Each row is one compilation. Its bracket is the larger of two times that it cannot beat: HBM bytes over bandwidth, and
-the cycles that each core is scheduled for over the clock. Bytes are those of the compiled program, with every copy
-around a kernel; `cost_analysis` is kept beside them in the JSON, but it sees into no kernel, and counts what stays in
-VMEM. Cycles are the compiler's own schedule, weighted by its loops. Nothing runs: the bandwidth achieved is unknown.
+Each row is one compilation. Its lower bound, called bracket, is the larger of two times: HBM bytes over bandwidth, and
+the scheduled cycles of each core over the clock. Bytes are those of the compiled program, with every copy around a
+kernel. The JSON also has those of XLA's `cost_analysis`, which ignores what kernels move and counts what stays in VMEM.
+Cycles are those of the compiler's schedule, weighted by its loops. Nothing runs, so the achieved bandwidth is unknown.
 """
 
 import argparse
@@ -20,48 +20,58 @@ import sys
 import tempfile
 
 import record
+from record import MeasurementError
 import shapes
+import tpu_hlo
 import tpu_schedule
-from tpu_schedule import NotUnderstood
 
 from maxtext_mudd import versions
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One JAX device of a kind: `cores` share its memory and its bandwidth. Inferred figures are named in `inferred`."""
+  """One JAX device of a kind of TPU.
+
+  Attributes:
+    topology: topology to compile for.
+    cores: number of cores, which share the memory of the device.
+    gigahertz: clock.
+    gigabytes: bandwidth of its memory in GB/s.
+    inferred: which of these figures are inferred and not published.
+  """
 
   topology: str
   cores: int
   gigahertz: float
-  gigabytes: float  # per second
+  gigabytes: float
   inferred: str = ""
 
 
-# The TPU7x has two dies, each a device of its own with half of 7380 GB/s; its clock is what the ratio of its bf16 peak
-# (2307 TFLOP/s, two cores) to a v6e's (918, one core) makes of the v6e's, with the MXUs that the schedules show alike.
+# A TPU7x has two dies. Each is a JAX device with half of the chip's 7380 GB/s. Its clock is inferred from the v6e's by
+# the ratio of the bfloat16 peaks (2307 TFLOP/s of two cores, 918 of one), since the schedules show equal MXUs.
 CHIPS = {
   "v5e": Chip("v5e:2x2", 1, 1.5, 819),
   "v5p": Chip("v5p:2x2x1", 2, 1.75, 2765),
   "v6e": Chip("v6e:2x2x1", 1, 1.75, 1640, "clock"),
   "tpu7x": Chip("tpu7x:2x2x1", 1, 2.2, 3690, "clock, and bandwidth as half a chip's"),
 }
-LISTS = {  # the options that take several names, and the names
+LISTS = {  # the options that take several names, with the names that they take
   "chips": CHIPS,
   "shapes": shapes.PAPER,
   "implementations": ("xla", "pallas"),
   "weights": ("mlp", "array"),
   "directions": ("forward", "backward"),
 }
-DEFAULTS = {"weights": "mlp"}  # of the others, all
-MOST_UNSCHEDULED = 0.01  # of the bytes may belong to instructions without a schedule, or no cycles are given
+DEFAULTS = {"weights": "mlp"}  # the default of other options is all names
+MOST_UNSCHEDULED = 0.01  # no cycles are given if instructions without a schedule move a larger share of the bytes
 
 
 # ---------------------------------------------------------------- bytes of a Pallas kernel
 
 
 def pallas_calls(jaxpr):
-  from jax._src import core  # no public walk over nested jaxprs
+  """All equations of a jaxpr that call a Pallas kernel."""
+  from jax._src import core  # JAX has no public function that walks over nested jaxprs
 
   for equation in jaxpr.eqns:
     if equation.primitive.name == "pallas_call":
@@ -72,19 +82,19 @@ def pallas_calls(jaxpr):
 
 
 def kernel_bytes(equation, cores: int) -> int:
-  """HBM bytes of one kernel: a block is moved whenever its index differs from that of the step before."""
+  """HBM bytes of one kernel: a block is copied whenever its index differs from the index in the step before."""
   import jax
   import jax.numpy as jnp
   import numpy as np
 
   mapping = equation.params["grid_mapping"]
   if mapping.num_index_operands:
-    raise NotUnderstood("The kernel's blocks depend on prefetched scalars; their bytes cannot be counted here.")
+    raise MeasurementError("The kernel's blocks depend on prefetched scalars; their bytes cannot be counted here.")
   steps = np.stack(np.unravel_index(np.arange(math.prod(mapping.grid)), mapping.grid)).astype(np.int32)
   total = 0
   for block in mapping.block_mappings:
     whole = block.array_aval
-    if re.search("<(any|hbm)>", str(block.transformed_block_aval)):  # moved by the kernel itself: once, it is assumed
+    if re.search("<(any|hbm)>", str(block.transformed_block_aval)):  # the kernel copies it itself: assumed to be once
       total += math.prod(whole.shape) * whole.dtype.itemsize
       continue
     sizes = np.array([getattr(x, "block_size", x if isinstance(x, int) else 1) for x in block.block_shape])
@@ -94,24 +104,24 @@ def kernel_bytes(equation, cores: int) -> int:
     )
     starts = np.stack([np.asarray(x) for x in indices], axis=1) * sizes
     moved = np.minimum(sizes, np.array(whole.shape) - starts).prod(1)
-    fresh = np.ones(len(starts), bool)
-    fresh[1:] = (starts[1:] != starts[:-1]).any(1)
-    fresh[:: -(-len(starts) // cores)] = True  # each core begins afresh
-    total += int(moved[fresh].sum()) * whole.dtype.itemsize
+    is_copied = np.ones(len(starts), bool)
+    is_copied[1:] = (starts[1:] != starts[:-1]).any(1)
+    is_copied[:: -(-len(starts) // cores)] = True  # the first step of each core
+    total += int(moved[is_copied].sum()) * whole.dtype.itemsize
   return total
 
 
 def kernel_loops(jaxpr) -> set[int]:
-  """Trips of the loops as the kernel was written; the dump's must be among them."""
+  """The trips of all loops in the source of a kernel. Those in its schedule must be among them."""
   from jax._src import core
 
-  found = set()
+  trips = set()
   for equation in jaxpr.eqns:
     if equation.primitive.name == "scan":
-      found.add(equation.params["length"] // equation.params["unroll"])
+      trips.add(equation.params["length"] // equation.params["unroll"])
     for inner in core.jaxprs_in_params(equation.params):
-      found |= kernel_loops(inner)
-  return found
+      trips |= kernel_loops(inner)
+  return trips
 
 
 # ---------------------------------------------------------------- one compilation
@@ -119,6 +129,8 @@ def kernel_loops(jaxpr) -> set[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
+  """One row of the table: what is compiled, and for which chip."""
+
   chip: str
   shape: str
   implementation: str
@@ -133,7 +145,7 @@ class Case:
 
 
 def compile_case(case: Case):
-  """(the traced program, the compiled one) of one direction; backward is the vjp, whose residuals are the inputs."""
+  """The traced and the compiled program. The backward one is the VJP, whose residuals are the inputs."""
   import jax
   from jax.experimental import topologies
   import jax.numpy as jnp
@@ -143,10 +155,10 @@ def compile_case(case: Case):
 
   topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[case.chip].topology)
   mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
-  one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
   def array(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
 
   row = array(case.batch, case.length, case.width)
   if case.weights == "mlp":
@@ -169,7 +181,7 @@ def compile_case(case: Case):
 
 
 def floor_bytes(case: Case) -> int:
-  """Every input read once and every output written once, in bfloat16."""
+  """HBM bytes if every input is read once and every output is written once, in bfloat16."""
   tokens, columns = case.batch * case.length, case.ways * case.sources
   row = tokens * case.width
   weights = tokens * columns if case.weights == "array" else case.width * case.hidden + columns * (case.hidden + 1)
@@ -178,11 +190,11 @@ def floor_bytes(case: Case) -> int:
 
 
 def measure(case: Case, folder: pathlib.Path) -> dict:
-  """One row of the table."""
+  """Compiles one case; `folder` has the compiler's dumps."""
   chip = CHIPS[case.chip]
   traced, compiled = compile_case(case)
-  program = tpu_schedule.computations(compiled.as_text())
-  sizes = tpu_schedule.hlo_bytes(program)
+  program = tpu_hlo.computations(compiled.as_text())
+  sizes = tpu_hlo.hlo_bytes(program)
   kernels = read_kernels(program, traced.jaxpr.jaxpr, folder, chip)
   sizes.update({name: kernel["hbm_bytes"] for name, kernel in kernels.items()})
   hbm = sum(sizes.values())
@@ -191,7 +203,7 @@ def measure(case: Case, folder: pathlib.Path) -> dict:
   for x in program[""]:
     schedule = kernels.get(x.name) or schedules.of(x)
     cycles += schedule["cycles"] if schedule else 0
-    unscheduled += sizes[x.name] if not schedule and x.opcode not in tpu_schedule.DMA else 0
+    unscheduled += sizes[x.name] if not schedule and x.opcode not in tpu_hlo.DMA else 0
   if unscheduled > MOST_UNSCHEDULED * hbm:
     cycles = None
   large = [x for x in program[""] if sizes[x.name] > hbm / 100]
@@ -202,7 +214,7 @@ def measure(case: Case, folder: pathlib.Path) -> dict:
     "around_kernel_bytes": hbm - sum(x["hbm_bytes"] for x in kernels.values()),
     "analysed_bytes": compiled.cost_analysis().get("bytes accessed"),
     "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-    "vmem_bytes": max(map(tpu_schedule.vmem_bytes, program[""])),
+    "vmem_bytes": max(map(tpu_hlo.vmem_bytes, program[""])),
     "cycles": cycles,
     "unscheduled_bytes": unscheduled,
     "cores": None if None in cores else min(cores),
@@ -217,29 +229,33 @@ def measure(case: Case, folder: pathlib.Path) -> dict:
 
 
 def read_kernels(program, jaxpr, folder: pathlib.Path, chip: Chip) -> dict[str, dict]:
-  """The Pallas kernels of a program: what their schedules say, held against the kernels as they were traced."""
+  """The figures of each Pallas kernel of a program, by name, from its schedule.
+
+  Raises:
+    MeasurementError: the schedule does not agree with the traced kernel.
+  """
   equations = {x.params["name"]: x for x in pallas_calls(jaxpr)}
-  found = {}
+  kernels = {}
   for x in program[""]:
-    if tpu_schedule.KERNEL not in x.line:
+    if tpu_hlo.KERNEL not in x.line:
       continue
     equation = next((e for name, e in equations.items() if name in x.name), None)
     if equation is None:
-      raise NotUnderstood(f"The kernel {x.name} of the HLO was not found in the traced program.")
+      raise MeasurementError(f"The kernel {x.name} of the HLO was not found in the traced program.")
     schedule = tpu_schedule.read(folder, x.name)
-    written = kernel_loops(equation.params["jaxpr"])
-    strange = [y.trips for y in schedule.loops if not y.is_grid and y.trips not in written]
-    if strange:
-      raise NotUnderstood(f"{x.name} loops {strange} times by its schedule; as written, {sorted(written)} times.")
+    traced = kernel_loops(equation.params["jaxpr"])
+    unknown = [y.trips for y in schedule.loops if not y.is_grid and y.trips not in traced]
+    if unknown:
+      raise MeasurementError(f"{x.name} loops {unknown} times in its schedule, but {sorted(traced)} times as traced.")
     grid = equation.params["grid_mapping"].grid
     cores = kernel_cores(schedule, grid, chip)
-    more = {"grid": grid, "cores": cores, "hbm_bytes": kernel_bytes(equation, cores or 1)}
-    found[x.name] = describe(schedule) | more
-  return found
+    others = {"grid": grid, "cores": cores, "hbm_bytes": kernel_bytes(equation, cores or 1)}
+    kernels[x.name] = describe(schedule) | others
+  return kernels
 
 
 def kernel_cores(schedule, grid: tuple[int, ...], chip: Chip) -> int | None:
-  """How many cores share a kernel: its grid over that of one core. None where the compiler does not show it."""
+  """How many cores share a kernel: its grid steps over those of one core. None if the compiler does not show it."""
   if chip.cores == 1:
     return 1
   if not schedule.grid:
@@ -248,14 +264,15 @@ def kernel_cores(schedule, grid: tuple[int, ...], chip: Chip) -> int | None:
   return cores if cores == 1 or (cores == chip.cores and schedule.names_core) else None
 
 
-def fusion_cores(x: tpu_schedule.Instruction, chip: Chip) -> int | None:
-  """As XLA notes it with a fusion of its own; of copies it notes nothing."""
+def fusion_cores(x: tpu_hlo.Instruction, chip: Chip) -> int | None:
+  """How many cores share a fusion, by XLA's note on it. None if there is no note, as for copies."""
   if chip.cores == 1:
     return 1
   return chip.cores if re.search(r'"megacore_split_dim":"\d+"', x.line) else None
 
 
-def describe(schedule) -> dict:
+def describe(schedule: tpu_schedule.Schedule) -> dict:
+  """The figures of a schedule, for the results."""
   inner = schedule.inner
   counted = schedule.counted(inner) if inner else {}
   return {
@@ -291,19 +308,20 @@ COLUMNS = (
 COLUMNS += ("slots, %", "HBM µs", "cycles µs", "bound by", "bracket / floor")
 SHOWN = {"MATMUL": "matmul", "MATPUSH": "push", "VALU": "VALU", "VLOAD": "load", "VSTORE": "store", "XLU": "XLU"}
 NOTES = f"""
-Units: HBM bytes in arrays of [B,T,D], every instruction around the kernel included; what a kernel moves by DMAs of its
-own counts once. HBM / floor: 1 where each input is read once and each output written once. VMEM: the most that one
-kernel or fusion holds. Cycles: of one core, weighted by loops, latencies included; "-" where instructions without a
-schedule move more than {MOST_UNSCHEDULED:.0%} of the bytes. Cores: those that share each large instruction, by the grid
-that the schedule gives one core or by XLA's note; "?" where the compiler does not show it. Spills: vector registers
-stored to VMEM plus those loaded back, in every trip through the kernel's inner loop.
-Slots taken, of all cycles: {", ".join(SHOWN.values())}.
+Units: HBM bytes in arrays of [B,T,D]. Every instruction around the kernel counts; what a kernel copies by its own DMAs
+counts once. HBM / floor: 1 where each input is read once and each output written once. VMEM: the most that one kernel
+or fusion holds. Cycles: those of one core, weighted by loops, with latencies; "-" where instructions without a schedule
+move more than {MOST_UNSCHEDULED:.0%} of the bytes. Cores: how many share each large instruction, by the grid in the
+schedule of one core or by XLA's note; "?" where the compiler does not show it. Spills: vector registers stored to VMEM
+plus those loaded back, in every trip through the kernel's inner loop.
+Slots: the share of all cycles in which a slot is taken, for {", ".join(SHOWN.values())}.
 Bracket: the larger of HBM time and cycle time, here over the floor's time. Nothing ran on a TPU.
 Inferred: {"; ".join(f"{name}, {x.inferred}" for name, x in CHIPS.items() if x.inferred)}.
 """
 
 
 def cells(row: dict) -> list[str]:
+  """The cells of a row in the table."""
   kernel = max(row["kernels"], key=lambda k: k["cycles"], default=None)
   unit = 2 * row["batch"] * row["length"] * row["width"]
   return [
@@ -349,7 +367,7 @@ def main() -> int:
     try:
       rows.append(in_own_process(case, options.keep))
       print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-    except NotUnderstood as error:
+    except MeasurementError as error:
       print(error, file=sys.stderr, flush=True)
       failed = True
   print(NOTES)
@@ -359,6 +377,7 @@ def main() -> int:
 
 
 def refusal(options) -> str | None:
+  """A sentence about an option that cannot work; None if all can."""
   for key, known in LISTS.items():
     for name in getattr(options, key).split(","):
       if name not in known:
@@ -368,11 +387,12 @@ def refusal(options) -> str | None:
     if value is not None and value < 1:
       return f"--{name} is {value}; at least 1 is needed."
   if options.keep and options.keep.exists():
-    return f"--keep {options.keep} is there already; name a new folder."
+    return f"--keep {options.keep} exists already; name a new folder."
   return versions.missing_libtpu()
 
 
 def cases(options):
+  """All combinations of the options, as `Case`s."""
   chips, names, *others = (getattr(options, key).split(",") for key in LISTS)
   for name, chip, implementation, weights, direction in itertools.product(names, chips, *others):
     shape = shapes.PAPER[name]
@@ -383,6 +403,7 @@ def cases(options):
 
 
 def in_own_process(case: Case, keep: pathlib.Path | None) -> dict:
+  """`measure` in a process of its own, whose compiler dumps go to `keep` or to a temporary folder."""
   name = "-".join((case.chip, case.shape, case.implementation, case.weights, case.direction))
   with tempfile.TemporaryDirectory() as scratch:
     folder = (keep or pathlib.Path(scratch)).absolute() / name

@@ -1,11 +1,11 @@
-"""HBM bytes of a whole compiled train step, beyond those of stock MaxText: no TPU is needed, only libtpu.
+"""Counts the HBM bytes of a whole compiled train step, with connections and without. No TPU is needed, only libtpu.
 
     python benchmarks/tpu_step_traffic.py --layers 4 --which stock,xla,fused
 
 Each row is MaxText's train step, compiled ahead of time for a topology: `stock` is the model without MUDD connections,
-`xla` has them by mudd_kernel=xla, `fused` by mudd_kernel=auto. No FFN is re-allocated, so that only the connections
-differ. Nothing runs. Bytes are those of the final HLO of one chip, and so the compiler's word on what it left to move:
-what stays in VMEM is not counted, what is copied into it is counted once.
+`xla` has them with mudd_kernel=xla, `fused` with mudd_kernel=auto. No FFN is re-allocated, so that only the connections
+differ. Nothing runs. Bytes are counted in the final HLO of one chip. Arrays that stay in VMEM do not count; a copy into
+VMEM counts once.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import sys
 
 import compiled_step
 import record
-import tpu_schedule
-from tpu_schedule import NotUnderstood
+from record import MeasurementError
+import tpu_hlo
 
 from maxtext_mudd import versions
 
@@ -27,12 +27,17 @@ FORMS = {
   "fused": {"mudd_kernel": "auto"},
 }
 COMMON = {"mudd_ffn_reallocation": False, "remat_policy": "full", "scan_layers": False}
-OURS = "depth_aggregate_"
+KERNEL_PREFIX = "depth_aggregate_"  # of the names of the fused kernels
 PASSES = ("forward", "backward", "push")
 
 
 def measure(form: str, yaml: str, topology: str, keys: dict, keep: str | None) -> dict:
-  """One row of the table."""
+  """Compiles one row of the table.
+
+  Args:
+    form: one of FORMS.
+    keep: a folder to write the HLO to.
+  """
   config, compiled, seconds = compiled_step.compile_step(yaml, topology, COMMON | keys | FORMS[form])
   hlo = compiled.as_text()
   if keep:
@@ -51,12 +56,12 @@ def measure(form: str, yaml: str, topology: str, keys: dict, keep: str | None) -
 
 
 def step_bytes(hlo: str) -> dict:
-  """HBM bytes of one chip: all, by Pallas kernel (with the number of calls), and by opcode of all else."""
-  program = tpu_schedule.computations(hlo)
+  """HBM bytes of one chip: in all, by Pallas kernel (with the number of calls), and by opcode for the rest."""
+  program = tpu_hlo.computations(hlo)
   instructions = {x.name: x for part in program.values() for x in part}
   kernels, calls, opcodes = collections.Counter(), collections.Counter(), collections.Counter()
-  for name, size in tpu_schedule.hlo_bytes(program, kernels=True).items():
-    if tpu_schedule.KERNEL in instructions[name].line:
+  for name, size in tpu_hlo.hlo_bytes(program, kernels=True).items():
+    if tpu_hlo.KERNEL in instructions[name].line:
       kernel = name.rstrip(".0123456789")
       kernels[kernel] += size
       calls[kernel] += 1
@@ -71,20 +76,22 @@ def step_bytes(hlo: str) -> dict:
 COLUMNS = ["code", "L", "compile, s", "HBM GB", "units", "beyond stock", "temporaries GB", "units"]
 COLUMNS += [*PASSES, "all else"]
 NOTES = """
-Of one chip and one step. Units: HBM bytes in arrays of [B,T,D] in bfloat16, with B per device. Temporaries: the most
-memory held beside the arguments, by the compiler's own account. Forward, backward, push: units moved by the fused
-kernels; all else: by the rest of the step, attention included.
-Counted: each instruction reads its operands and writes its results, padding to tiles included, loops weighted. An
-array that a kernel updates in place is read once and written once. What stays in VMEM is not counted, and a copy into
-it or out of it counts once. Collectives read their operand and write their result, on this chip; links are not
-counted. Kernels are taken to move each array once, which attention does not, and fusions to read all of an operand of
-which they may use a slice; both hold for stock as well. Nothing ran on a TPU.
+All figures are those of one chip and one step. Units: HBM bytes in arrays of [B,T,D] in bfloat16, with B per device.
+Temporaries: the most memory held beside the arguments, as the compiler states it. Forward, backward, push: units moved
+by the fused kernels. All else: units moved by the rest of the step, attention included.
+Each instruction counts as reading its operands and writing its results, with the padding of tiles, times the trips of
+the loops around it. An array that a kernel updates in place is read once and written once. Arrays that stay in VMEM do
+not count; a copy into or out of VMEM counts once. Collectives read their operand and write their result on this chip;
+traffic between chips does not count. Kernels count as moving each array once, although attention moves some more often;
+fusions count as reading a whole operand, although they may use a slice of it. Both hold for stock as well. Nothing ran
+on a TPU.
 """
 
 
 def cells(row: dict, stock: dict | None) -> list[str]:
+  """The cells of a row in the table. `stock` is the stock row to compare it with."""
   unit = row["unit_bytes"]
-  ours = {x: row["kernel_bytes"].get(OURS + x, 0) for x in PASSES}
+  pass_bytes = {x: row["kernel_bytes"].get(KERNEL_PREFIX + x, 0) for x in PASSES}
   return [
     row["form"],
     str(row["layers"]),
@@ -94,8 +101,8 @@ def cells(row: dict, stock: dict | None) -> list[str]:
     f"{(row['hbm_bytes'] - stock['hbm_bytes']) / unit:.0f}" if stock else "-",
     f"{row['temporary_bytes'] / 1e9:.2f}",
     f"{row['temporary_bytes'] / unit:.1f}",
-    *(f"{size / unit:.0f}" if size else "-" for size in ours.values()),
-    f"{(row['hbm_bytes'] - sum(ours.values())) / unit:.0f}",
+    *(f"{size / unit:.0f}" if size else "-" for size in pass_bytes.values()),
+    f"{(row['hbm_bytes'] - sum(pass_bytes.values())) / unit:.0f}",
   ]
 
 
@@ -104,15 +111,15 @@ def stock_of(rows: list[dict]) -> dict | None:
 
 
 def by_kind(rows: list[dict]) -> str:
-  """Units by kind of instruction: where the difference to stock lies."""
-  kinds = {}
+  """A table of units by kind of instruction, which shows where the difference to stock comes from."""
+  units = {}
   for i, row in enumerate(rows):
     for name, size in [*row["kernel_bytes"].items(), *row["opcode_bytes"].items()]:
       calls = row["kernel_calls"].get(name)
-      kinds.setdefault(name, ["-"] * len(rows))[i] = f"{size / row['unit_bytes']:.0f}" + (
+      units.setdefault(name, ["-"] * len(rows))[i] = f"{size / row['unit_bytes']:.0f}" + (
         f" in {calls}" if calls else ""
       )
-  shown = {x: line for x, line in kinds.items() if any(cell[:1] not in "-0" for cell in line)}
+  shown = {x: line for x, line in units.items() if any(cell[:1] not in "-0" for cell in line)}
   return record.table(["units (in calls)", *(x["form"] for x in rows)], [[x, *line] for x, line in shown.items()])
 
 
@@ -145,7 +152,7 @@ def main() -> int:
     try:
       rows.append(record.in_own_process(__file__, form, [json.dumps([form, *case])], compiled_step.INIT_ARGS))
       print(record.table(COLUMNS, [cells(rows[-1], stock_of(rows))]).splitlines()[-1], flush=True)
-    except NotUnderstood as error:
+    except MeasurementError as error:
       print(error, file=sys.stderr, flush=True)
       failed = True
   text = record.table(COLUMNS, [cells(x, stock_of(rows)) for x in rows]) + NOTES + "\n" + by_kind(rows)
@@ -156,6 +163,7 @@ def main() -> int:
 
 
 def refusal(options) -> str | None:
+  """A sentence about an option that cannot work; None if all can."""
   for name in options.which.split(","):
     if name not in FORMS:
       return f"--which has {name!r}; use some of {', '.join(FORMS)}."

@@ -1,4 +1,4 @@
-"""MaxText's train step of one configuration: compiled ahead of time, then run on a state of its own."""
+"""Compiles MaxText's train step of a configuration ahead of time, and runs it."""
 
 import time
 
@@ -15,7 +15,7 @@ from maxtext_mudd.config.errors import ConfigError
 
 
 def set_up(config) -> None:
-  """What MaxText's trainer sets for a whole process."""
+  """Sets what MaxText's trainer sets for a whole process."""
   train_utils.validate_train_config(config)
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")
   jax.config.update("jax_use_shardy_partitioner", config.shardy)
@@ -23,7 +23,7 @@ def set_up(config) -> None:
 
 
 def make_batch(config):
-  """The batch that MaxText's synthetic data repeats, on the devices."""
+  """The batch that MaxText's synthetic data set repeats, on the devices."""
   iterator, _ = create_data_iterator(config, maxtext_utils.get_mesh_from_config(config))
   return jax.block_until_ready(next(iterator))
 
@@ -32,18 +32,20 @@ class TrainStep:
   """One model of a comparison.
 
   Attributes:
-    name, config: of the model.
-    compile_seconds: tracing and compiling its step, nothing cached.
-    argument_bytes: of a device: state and batch; what the model holds between steps.
-    temporary_bytes: of a device: what a step holds beside them at most, by the compiler's account, with those outputs
-      that do not take the place of arguments.
+    name: name of the model.
+    config: configuration of the model.
+    state: train state, after `load`.
+    compile_seconds: time to trace and compile the step, without a cache.
+    argument_bytes: bytes of state and batch on one device, which are held between steps.
+    temporary_bytes: the most bytes that a step holds on one device beside its arguments, as the compiler states them,
+      with the outputs that do not replace arguments.
   """
 
   def __init__(self, name: str, config):
-    """Compiles; makes no arrays.
+    """Compiles the step; creates no arrays.
 
     Raises:
-      ConfigError: the compiler says that it does not fit.
+      ConfigError: the compiler reports that the step does not fit the device.
     """
     self.name, self.config, self.state = name, config, None
     self._mesh = maxtext_utils.get_mesh_from_config(config)
@@ -56,22 +58,22 @@ class TrainStep:
 
     self._make_state = make_state
     start = time.monotonic()
-    self._compiled = _fitting(self, self._compile)
+    self._compiled = _checked(self, self._compile)
     self.compile_seconds = time.monotonic() - start
     memory = self._compiled.memory_analysis()
     self.argument_bytes = memory.argument_size_in_bytes
     self.temporary_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
   def _compile(self):
-    """As MaxText's train loop does."""
+    """Compiles as MaxText's train loop does."""
     config, mesh = self.config, self._mesh
     state, _, shardings = maxtext_utils.get_abstract_state(config, mesh, self._make_state, True)
     with logical_axis_rules(config.logical_axis_rules):
       graph = nnx.graphdef(nnx.eval_shape(self._make_state))
-    of_params, shardings = sharding.maybe_update_params_sharding_with_opt(config, shardings)
+    param_shardings, shardings = sharding.maybe_update_params_sharding_with_opt(config, shardings)
     data_sharding = sharding.get_input_data_sharding(config, mesh)
     step = train_utils.jit_train_step(
-      config, graph, state, shardings, data_sharding, train.train_step, of_params, mesh=mesh
+      config, graph, state, shardings, data_sharding, train.train_step, param_shardings, mesh=mesh
     )
     batch = maxtext_utils.get_shaped_batch(config, batch_sharding=data_sharding)
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
@@ -80,20 +82,20 @@ class TrainStep:
     return lowered.compile(compiler_options=max_utils.parse_libtpu_flags_to_dict(config.compile_xla_flags))
 
   def load(self) -> None:
-    """Makes the state of step 0, on the devices.
+    """Creates the state of step 0 on the devices.
 
     Raises:
       ConfigError: it does not fit.
     """
 
-    def make():
+    def create():
       state, *_ = maxtext_utils.setup_training_state(None, self.config, self._mesh, None, self._make_state)
       return jax.block_until_ready(jax.device_put(state, self._shardings))
 
-    self.state = _fitting(self, make)
+    self.state = _checked(self, create)
 
   def run(self, batch, steps: int) -> float:
-    """Seconds per step of some steps in a row; the state goes on.
+    """Runs some steps, which advance the state; returns the seconds of one step.
 
     Raises:
       ConfigError: the device runs out of memory.
@@ -106,23 +108,23 @@ class TrainStep:
       return jax.block_until_ready((self.state, metrics))
 
     start = time.monotonic()
-    _, self.metrics = _fitting(self, advance)
+    _, self.metrics = _checked(self, advance)
     return (time.monotonic() - start) / steps
 
   def loss(self) -> float:
-    """Of the last step that has run."""
+    """The loss of the last step."""
     return float(self.metrics["scalar"]["learning/loss"])
 
   def free(self) -> None:
-    """Gives its memory back; it cannot run again."""
+    """Frees the memory of the step, which cannot run any more."""
     for array in jax.tree.leaves(self.state):
       if not array.is_deleted():
         array.delete()
     self.state = self._compiled = None
 
 
-def _fitting(step: TrainStep, function):
-  """`function()`, a device out of memory said in one sentence."""
+def _checked(step: TrainStep, function):
+  """Calls a function; turns a device's lack of memory into a ConfigError."""
   try:
     return function()
   except jax.errors.JaxRuntimeError as error:
@@ -133,7 +135,15 @@ def _fitting(step: TrainStep, function):
 
 
 def check_fit(step: TrainStep, held_bytes: int, limit: int | None) -> None:
-  """Raises ConfigError where a step, beside `held_bytes` of another model, needs more than the device has, if known."""
+  """Checks that a step fits the device.
+
+  Args:
+    held_bytes: bytes that another model holds on the device.
+    limit: bytes of the device; None if they are not known.
+
+  Raises:
+    ConfigError: it does not fit.
+  """
   needed = step.argument_bytes + step.temporary_bytes + held_bytes
   if limit is not None and needed > limit:
     beside = f", and {held_bytes / 1e9:.1f} GB of the baseline beside it" if held_bytes else ""

@@ -126,36 +126,35 @@ def _check_keys(args: argparse.Namespace) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> str:
-  from maxtext_mudd.checkpoints import kinds
+  from maxtext_mudd.checkpoints import source_check
   from maxtext_mudd.checkpoints.hugging_face import models
 
-  kinds.check(pathlib.Path(args.hf_dir), "from-hf")
+  source_check.check(pathlib.Path(args.hf_dir), "from-hf")
   return _to_maxtext(models.from_hf, args.hf_dir, args)
 
 
 def _from_fork(args: argparse.Namespace) -> str:
-  from maxtext_mudd.checkpoints import kinds
+  from maxtext_mudd.checkpoints import source_check
   from maxtext_mudd.checkpoints.authors_jax import models
 
-  kinds.check(pathlib.Path(args.fork_dir), "from-fork")
+  source_check.check(pathlib.Path(args.fork_dir), "from-fork")
   return _to_maxtext(models.from_fork, args.fork_dir, args)
 
 
 def _from_run(args: argparse.Namespace) -> str:
-  from maxtext_mudd.checkpoints import kinds, run
+  from maxtext_mudd.checkpoints import run, source_check
 
-  kinds.check(pathlib.Path(args.checkpoint), "from-run")
+  source_check.check(pathlib.Path(args.checkpoint), "from-run")
   return _to_maxtext(functools.partial(run.from_run, config_file=args.config), args.checkpoint, args)
 
 
 def _to_maxtext(convert: Callable, source: str, args: argparse.Namespace) -> str:
-  from maxtext_mudd.checkpoints import folder
+  from maxtext_mudd.checkpoints import model_folder
 
   target = pathlib.Path(args.maxtext_dir).absolute()
   convert(pathlib.Path(source).absolute(), target, overrides=launch.read_overrides(args.overrides))
-  return (
-    f"{target}: {folder.CONFIG} describes the model, load_parameters_path={target / folder.ITEMS} has its parameters"
-  )
+  path = target / model_folder.ITEMS
+  return f"{target}: {model_folder.CONFIG} describes the model, load_parameters_path={path} has its parameters"
 
 
 def _to_hf(args: argparse.Namespace) -> str:
@@ -174,12 +173,12 @@ def _layout(args: argparse.Namespace) -> str:
   import jax
   from maxtext.configs import pyconfig
 
-  from maxtext_mudd.checkpoints import folder, train_state
+  from maxtext_mudd.checkpoints import model_config, train_state
 
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's trainer does
   source, target = pathlib.Path(args.source).absolute(), pathlib.Path(args.target).absolute()
   new_run = {"run_name": target.name, "base_output_directory": target.parent, "enable_checkpointing": True}
-  keys = folder.here() | {"log_config": True} | new_run
+  keys = model_config.local_keys() | {"log_config": True} | new_run
   config = pyconfig.initialize(["", args.config, *args.overrides, *(f"{key}={value}" for key, value in keys.items())])
   step = train_state.convert(config, source, target, args.step)
   return f"{target}: checkpoint of step {step}; run_name={target.name} resumes from it"

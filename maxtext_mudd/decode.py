@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
   max_new_tokens = config.max_target_length - config.max_prefill_predict_length
   generation.check([prompt_tokens], max_new_tokens, config)
   if "://" not in config.load_parameters_path:
-    path = str(parameters.items(config.load_parameters_path))
+    path = str(parameters.items_folder(config.load_parameters_path))
     config = changed(config, load_parameters_path=os.path.abspath(path))
   if console.stderr().isatty():
     print("reading the checkpoint and compiling ...", file=console.stderr())
@@ -108,12 +108,13 @@ def _encode(prompt: str, tokenizer, config) -> list[int]:
 
 def _moved_tokenizer(config) -> str:
   """The path of the tokenizer in a converted folder that was moved after its YAML was written; otherwise empty."""
-  from maxtext_mudd.checkpoints import folder, tokenizers
+  from maxtext_mudd.checkpoints import model_folder, tokenizers
 
   if not pathlib.Path(config.tokenizer_path or "").is_absolute() or pathlib.Path(config.tokenizer_path).exists():
     return ""
   keys = {"tokenizer_path": config.tokenizer_path, "tokenizer_type": config.tokenizer_type.value}
-  return tokenizers.moved(keys, pathlib.Path(config.load_parameters_path) / folder.TOKENIZER).get("tokenizer_path", "")
+  folder = pathlib.Path(config.load_parameters_path) / model_folder.TOKENIZER
+  return tokenizers.moved_keys(keys, folder).get("tokenizer_path", "")
 
 
 if __name__ == "__main__":

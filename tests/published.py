@@ -52,7 +52,7 @@ def in_shards(path: pathlib.Path, monkeypatch) -> dict[str, str]:
   values = load_file(path / "model.safetensors")
   (path / "model.safetensors").unlink()
   monkeypatch.setattr(tensors, "SHARD_BYTES", 400_000)
-  tensors.write(path, {name: (x.shape, x.dtype, lambda x=x: x) for name, x in values.items()})
+  tensors.write(path, {name: tensors.Output(x.shape, x.dtype, lambda x=x: x) for name, x in values.items()})
   return json.loads((path / tensors.INDEX).read_text())["weight_map"]
 
 

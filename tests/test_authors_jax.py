@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import maxtext_mudd
 from maxtext_mudd import convert
-from maxtext_mudd.checkpoints import folder, tensors
 from maxtext_mudd.checkpoints import layout as layouts
+from maxtext_mudd.checkpoints import model_config, model_folder, tensors
 from maxtext_mudd.checkpoints import orbax_folder as saved
 from maxtext_mudd.checkpoints.authors_jax import config_json as fork_config
 from maxtext_mudd.checkpoints.authors_jax import models as fork
@@ -49,7 +49,7 @@ def test_the_fork_s_orbax_folders(tmp_path):
   for number, path in enumerate((source, tmp_path / "params", tmp_path / "run", tmp_path / "100")):
     target = tmp_path / f"maxtext{number}"
     convert.main(["from-fork", "--fork-dir", str(path), "--maxtext-dir", str(target), f"scan_layers={number == 2}"])
-    config = folder.configuration(folder.keys(target) | folder.here())
+    config = model_config.build(model_folder.read_keys(target) | model_config.local_keys())
     values = {name: x.read() for name, x in saved.parameters(target / "items").items()}
     made.append(layouts.unstack(values, config) if config.scan_layers else values)
   for found in made[1:]:
@@ -70,23 +70,23 @@ def with_parameter(name, change):
   return lambda path, values: edited(**{name: np.ascontiguousarray(change(values[name]))})(path, values)
 
 
-NEEDS = "and the model that its other parameters make needs"
+NEEDS = "and the model that its other parameters describe needs"
 OF_FORK = {
   "a missing parameter": (
     edited(**{"decoder/layers_2/mlp/wo/kernel": None}),
-    "has no decoder/layers_2/mlp/wo/kernel, which the model that its other parameters make needs.",
+    "has no decoder/layers_2/mlp/wo/kernel, which the model that its other parameters describe needs.",
   ),
   "a missing aggregate": (
     edited(**{"decoder/layers_0/dynamic_dense_conn1/kernel": None}),
-    "has no decoder/layers_0/dynamic_dense_conn1/kernel, which the model that its other parameters make needs.",
+    "has no decoder/layers_0/dynamic_dense_conn1/kernel, which the model that its other parameters describe needs.",
   ),
   "a missing FFN": (
     edited(**{"decoder/layers_2/mlp/wi_0/kernel": None}),
-    "has no decoder/layers_2/mlp/wi_0/kernel, which the model that its other parameters make needs.",
+    "has no decoder/layers_2/mlp/wi_0/kernel, which the model that its other parameters describe needs.",
   ),
   "an extra parameter": (
     edited(**{"decoder/layers_2/mgate/kernel": np.zeros(3, np.float32)}),
-    "has decoder/layers_2/mgate/kernel, for which the model that its other parameters make has no place.",
+    "has decoder/layers_2/mgate/kernel, which the model that its other parameters describe does not have.",
   ),
   "a misshapen parameter": (
     edited(**{"decoder/layers_2/mlp/wo/kernel": np.zeros((3, 64), np.float32)}),
@@ -149,11 +149,11 @@ OF_FORK_ALONE = {  # without config.json
   "another model": (edited(**{"token_embedder/embedding": None}), "has no token_embedder/embedding; name a folder"),
   "a flat kernel": (
     edited(**{"decoder/layers_0/self_attention/query/kernel": np.zeros((64, 64), np.float32)}),
-    "has a decoder/layers_0/self_attention/query/kernel of [64, 64]; name a folder with a MUDD model of the fork.",
+    "has a decoder/layers_0/self_attention/query/kernel of [64, 64]; name a folder with a MUDD model",
   ),
   "FFN widths of no rule": (
     edited(**{"decoder/layers_0/mlp/wi_0/kernel": np.zeros((64, 8), np.float32)}),
-    "FFNs of 8, 128, 256, 256, 384, 384 are not what re-allocation makes of mlp_dim=236; write it to config.json.",
+    "FFN widths 8, 128, 256, 256, 384, 384 do not follow from re-allocating their mean, 236",
   ),
 }
 
@@ -203,7 +203,7 @@ def test_fields_of_the_fork(tmp_path):
     (
       "dynamic_dense_hidden_expand",
       [1, 2],
-      "dynamic_dense_hidden_expand=[1, 2] is not supported; one number for",
+      "dynamic_dense_hidden_expand=[1, 2] is not supported; use one number for",
     ),
   ):
     with pytest.raises(ConfigError, match=re.escape(f"config.json: {message}")):

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from maxtext_mudd.blocks import ffn_widths
-from maxtext_mudd.checkpoints import folder, tensors
+from maxtext_mudd.checkpoints import model_config, tensors
 from maxtext_mudd.checkpoints.authors_jax import config_json as fork_config
 from maxtext_mudd.checkpoints.authors_jax import models as fork
 from maxtext_mudd.checkpoints.hugging_face import config_json as hf_config
@@ -25,7 +25,7 @@ MEASURE = """
 import pathlib, sys, threading, time
 from maxtext_mudd import plugin
 plugin.install()
-from maxtext_mudd.checkpoints import folder, tensors
+from maxtext_mudd.checkpoints import model_config, model_folder, tensors
 from maxtext_mudd.checkpoints.authors_jax import models as fork
 from maxtext_mudd.checkpoints.hugging_face import models as hf
 
@@ -42,13 +42,13 @@ def watch():
 
 source, target = map(pathlib.Path, sys.argv[2:4])
 kind = {"from-hf": hf, "from-fork": fork}.get(sys.argv[1])
-keys = kind.Model(source).keys | {"scan_layers": False} if kind else folder.keys(source)
-folder.parameter_shapes(folder.configuration(keys | folder.here()))  # what tracing takes is no part of it
+keys = kind.Model(source).keys | {"scan_layers": False} if kind else model_folder.read_keys(source)
+model_config.parameter_shapes(model_config.build(keys | model_config.local_keys()))  # tracing is not measured
 before = most = resident()
 threading.Thread(target=watch, daemon=True).start()
 if kind:
   model = kind.Model(source)
-  folder.convert(model, target, {"scan_layers": True}, {})
+  model_folder.convert(model, target, {"scan_layers": True}, {})
 else:
   hf.to_hf(source, target)
 print(most - before)
@@ -70,7 +70,7 @@ def test_memory_of_the_fork_s_orbax_folders(tmp_path):
   source = fork_folder(tmp_path / "run", **sizes, vocab_size=16384)
   shapes = {name: x.shape for name, x in tensors.of_file(golden / fork.FILE).items()}
   keys = fork_config.keys(shapes, json.loads((source / "config.json").read_text()), source)
-  wanted = folder.parameter_shapes(folder.configuration(keys | folder.here() | {"scan_layers": False}))
+  wanted = model_config.parameter_shapes(model_config.build(keys | model_config.local_keys() | {"scan_layers": False}))
   random = np.random.default_rng(0)
   values = {
     tuple(name.split("/")): random.standard_normal(wanted[fork.path_of(name, 5)].shape, np.float32) for name in shapes
@@ -90,13 +90,13 @@ def test_memory(tmp_path, monkeypatch):
   sizes = {"n_layer": 8, "dim": 1536, "n_head": 12, "n_local_heads": 12, "head_dim": 128, "intermediate_size": 4096}
   fields = json.loads((models.DATA / "muddformer_tiny" / "config.json").read_text()) | sizes | {"vocab_size": 16384}
   widths = ffn_widths.reallocated(4096, 8, **ffn_widths.RELEASED)
-  config = folder.configuration(hf_config.keys(fields, widths, "") | folder.here() | {"scan_layers": False})
+  config = model_config.build(hf_config.keys(fields, widths, "") | model_config.local_keys() | {"scan_layers": False})
   random = np.random.default_rng(0)
 
   def values(shape):
     return lambda: random.standard_normal(shape, dtype=np.float32)
 
-  made = {x.tensor: (x.tensor_shape, np.float32, values(x.tensor_shape)) for x in hf_names.names(config)}
+  made = {x.tensor: tensors.Output(x.tensor_shape, np.float32, values(x.tensor_shape)) for x in hf_names.names(config)}
   monkeypatch.setattr(tensors, "SHARD_BYTES", 6 * 10**8)
   tensors.write(source, made)
   (source / "config.json").write_text(json.dumps(fields))

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from maxtext_mudd import convert
-from maxtext_mudd.checkpoints import folder
+from maxtext_mudd.checkpoints import model_folder, staging
 from maxtext_mudd.checkpoints.hugging_face import models as hf
 from maxtext_mudd.config import errors
 from maxtext_mudd.config.errors import ConfigError
@@ -64,7 +64,7 @@ def test_targets_are_never_written_over(tmp_path, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupts_that_libraries_swallow(number, tmp_path):
-  with pytest.raises(KeyboardInterrupt), folder.staged(tmp_path / "made"), contextlib.suppress(KeyboardInterrupt):
+  with pytest.raises(KeyboardInterrupt), staging.staged(tmp_path / "made"), contextlib.suppress(KeyboardInterrupt):
     signal.raise_signal(number)
   assert not list(tmp_path.iterdir())
 
@@ -72,13 +72,13 @@ def test_interrupts_that_libraries_swallow(number, tmp_path):
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
   source = hugging_face(tmp_path / "hf")
 
-  save = folder.save
+  save = model_folder.save
 
   def stop(*arguments):
     save(*arguments)
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(folder, "save", stop)
+  monkeypatch.setattr(model_folder, "save", stop)
   with pytest.raises(KeyboardInterrupt):
     hf.from_hf(source, tmp_path / "new" / "deep" / "maxtext", {})
   assert [x.name for x in tmp_path.iterdir()] == ["hf"]
@@ -88,7 +88,7 @@ def test_what_a_killed_conversion_left_is_removed(tmp_path):
   for name in (".m[1].partial", ".m1.partial"):
     (tmp_path / name / "made.orbax-checkpoint-tmp" / "items").mkdir(parents=True)
   (tmp_path / ".m[1].partial" / "made").mkdir()
-  with folder.staged(tmp_path / "m[1]") as stage:
+  with staging.staged(tmp_path / "m[1]") as stage:
     assert sorted(x.name for x in tmp_path.iterdir()) == [".m1.partial", ".m[1].partial"]
     assert [x for x in stage.parent.iterdir() if not x.name.startswith(".")] == [stage]
     assert not list(stage.iterdir())
@@ -97,16 +97,16 @@ def test_what_a_killed_conversion_left_is_removed(tmp_path):
 
 def test_two_conversions_to_one_folder(tmp_path):
   """The second is refused while the first lives, and touches nothing; targets with alike names are others."""
-  with folder.staged(tmp_path / "m.partial2") as other, folder.staged(tmp_path / "m") as stage:
+  with staging.staged(tmp_path / "m.partial2") as other, staging.staged(tmp_path / "m") as stage:
     (other / "a").write_text("")
     (stage / "b").write_text("")
     with (
       pytest.raises(ConfigError, match=r"/m is being written by another process; wait for it, or name another folder"),
-      folder.staged(tmp_path / "m"),
+      staging.staged(tmp_path / "m"),
     ):
       pass
     code = "import pathlib, sys; from maxtext_mudd.checkpoints import locks\n"
-    code += "with locks.alone(*map(pathlib.Path, sys.argv[1:])): pass"
+    code += "with locks.exclusive_folder(*map(pathlib.Path, sys.argv[1:])): pass"
     command = [sys.executable, "-c", code, str(tmp_path / ".m.partial"), str(tmp_path / "m")]
     finished = subprocess.run(command, cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True)
     assert "ConfigError" in finished.stderr and "is being written by another process" in finished.stderr
@@ -129,7 +129,7 @@ def test_two_conversions_to_one_folder(tmp_path):
 def test_what_cannot_be_read_or_written_is_named(error, message, tmp_path):
   if error.filename:
     error.filename = error.filename.format(tmp_path)
-  with pytest.raises(ConfigError, match=re.escape(message)), folder.staged(tmp_path / "made"):
+  with pytest.raises(ConfigError, match=re.escape(message)), staging.staged(tmp_path / "made"):
     raise error
   assert not list(tmp_path.iterdir())
 
@@ -138,9 +138,9 @@ def test_hosts_that_jax_was_not_to_have(monkeypatch):
   def unknown(backend):
     raise RuntimeError(f"Unknown backend {backend}")
 
-  monkeypatch.setattr(folder.jax, "local_devices", unknown)
+  monkeypatch.setattr(model_folder.jax, "local_devices", unknown)
   with pytest.raises(ConfigError, match=r"JAX_PLATFORMS=\S+ leaves out cpu, .*; set JAX_PLATFORMS=\S+,cpu\."):
-    folder.host()
+    model_folder.cpu_device()
 
 
 INTERRUPT = """
@@ -191,8 +191,8 @@ def test_folders_for_other_commands(tmp_path, capsys):
   (tmp_path / "empty").mkdir()
   jax_code = models.DATA / "muddjax_plain"
   commands = {"from-hf": "--hf-dir", "from-fork": "--fork-dir", "from-run": "--checkpoint"}
-  wanted = "name a checkpoint, as OUTPUT/RUN/checkpoints/STEP."
-  newest = f"is the folder of a run; name one of its checkpoints, as {run_folder}/checkpoints/12."
+  wanted = "name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
+  newest = f"is the folder of a run; name one of its checkpoints, such as {run_folder}/checkpoints/12."
   for command, path, message in (
     ("from-hf", tmp_path / ("n" * 300), "cannot be reached: file name too long; name one that can."),
     ("from-hf", jax_code, "is a folder of the authors' JAX code or of a run; convert it by from-fork or from-run."),
@@ -216,7 +216,7 @@ def test_folders_for_other_commands(tmp_path, capsys):
 def test_keys_that_are_no_model_s(tmp_path, capsys):
   source, made = hugging_face(tmp_path / "hf"), tmp_path / "m"
   no_model = (
-    "model.yml describes a model, to which {0} does not belong; leave it out, and give it to what uses the model."
+    "model.yml describes a model, to which {0} does not belong; leave it out, and set it where the model is used."
   )
   for key, message in (
     ("load_parameters_path=/x", f"load_parameters_path=/x: {no_model}"),
@@ -243,7 +243,7 @@ def test_from_run_leaves_the_layout(layout, tmp_path, capsys):
   command = ["from-run", "--checkpoint", tmp_path / "r", "--maxtext-dir", tmp_path / "m", runs.RUN_YML]
   said = refusal(capsys, *command, *(["scan_layers=true"] if wanted else []))
   assert said == (
-    f"scan_layers={wanted}: {tmp_path}/r/items has {layout} layers, which from-run leaves as they are; set scan_layers="
+    f"scan_layers={wanted}: {tmp_path}/r/items has {layout} layers, and from-run keeps the layout; set scan_layers="
     f"{str(not wanted).lower()}, or convert the run first (layout)."
   )
   assert [x.name for x in tmp_path.iterdir()] == ["r"]

@@ -120,9 +120,9 @@ def test_refusals(tmp_path, capsys):
   found = refusal(capsys, "--from", run, "--to", new, "--step", 5, *common)
   assert found.endswith(f"{run / 'checkpoints'} has no checkpoint of step 5; it has 7.")
   found = refusal(capsys, "--from", run, "--to", new, *common)
-  assert f"{run / 'checkpoints' / '7'} cannot be read; it is damaged, or not a checkpoint of MaxText" in found
+  assert f"{run / 'checkpoints' / '7'} cannot be read; it is damaged, or is not a MaxText checkpoint" in found
   found = refusal(capsys, "--from", run, "--to", new, str(runs.ROOT / "tests" / "stock.yml"))
-  assert "mudd=False: layouts of models with connections are converted" in found
+  assert "mudd=False: only models with connections can be converted" in found
   # A run of a pod, converted here.
   pod = (str(runs.ROOT / "yaml" / "mudd_405m.yml"), "scan_layers=true", "mudd_ffn_groups=4", "ici_fsdp_parallelism=8")
   assert refusal(capsys, "--from", there, "--to", new, *pod).endswith(

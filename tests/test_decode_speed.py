@@ -84,7 +84,7 @@ def test_the_table():
   assert "a prompt of 100 tokens and 64 new ones" in text and "the 63 steps" in text and "as one program" in text
   assert "Parameters (in bfloat16, computed with in float32)" in text
   assert "CPU" not in text and "Measured on a CPU" in decode_speed.text(rows, options(), config, "CPU (x86_64)")
-  assert "each a call of the engine" in decode_speed.text(rows, options(calls=True), config, "CPU (x86_64)")
+  assert "each of which is a call of the engine" in decode_speed.text(rows, options(calls=True), config, "CPU (x86_64)")
 
 
 def test_no_pair_is_begun_after_the_limit():
@@ -125,7 +125,7 @@ REFUSALS = {
   "time": (["--config", TINY, "--time-limit", "0"], "--time-limit is 0; seconds above 0 are needed."),
   "two batches": (
     ["--config", TINY, "per_device_batch_size=4"],
-    "per_device_batch_size: --batch says how many prompts go on at a time; leave it out.",
+    "per_device_batch_size: --batch gives the number of prompts; leave it out.",
   ),
   "checkpoint": (
     ["--config", TINY, "load_parameters_path=/x"],

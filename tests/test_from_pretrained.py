@@ -26,7 +26,7 @@ def test_relative_folders(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match=r"scan_layers=True: the model in \S+ has scan_layers=False; leave it out"):
     maxtext_mudd.from_pretrained("maxtext", scan_layers=True)
   shutil.rmtree(tmp_path / "maxtext" / "items" / "d")
-  with pytest.raises(ConfigError, match=r"maxtext/items is no checkpoint with parameters, or is damaged"):
+  with pytest.raises(ConfigError, match=r"maxtext/items has no parameters, or is damaged"):
     maxtext_mudd.from_pretrained("maxtext")
 
 
@@ -89,7 +89,7 @@ def test_checkpoints_of_other_keys(tmp_path):
       r"decoder/logits_dense/kernel is \[\d+, \d+\], and this configuration needs",
     ),
     ({"mudd_pre_norm": True}, r"has no \S+, which this configuration needs; name the keys that the model was"),
-    ({"mudd_dynamic": False}, r"has decoder/layers_1/connection/\S+, for which this configuration has no place"),
+    ({"mudd_dynamic": False}, r"has decoder/layers_1/connection/\S+, which this configuration does not have"),
   ):
     file.write_text(yaml.safe_dump(own | keys))
     with pytest.raises(ConfigError, match=message):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from maxtext_mudd import convert
-from maxtext_mudd.checkpoints import folder, model_keys, tokenizers
+from maxtext_mudd.checkpoints import model_config, model_folder, model_keys, tokenizers
 from maxtext_mudd.config.errors import ConfigError
 from tests import runs
 from tests.published import BYTES
@@ -23,11 +23,11 @@ from tests.published import BYTES
 
 def saved_run(path: pathlib.Path, *keys: str) -> pathlib.Path:
   """A checkpoint of a run of tests/run.yml as MaxText saves it, less the moments."""
-  config = pyconfig.initialize(["", runs.RUN_YML, *keys], **folder.here())
+  config = pyconfig.initialize(["", runs.RUN_YML, *keys], **model_config.local_keys())
   random = np.random.default_rng(0)
   values = {
     tuple(name.split("/")): random.standard_normal(x.shape).astype(x.dtype)
-    for name, x in folder.parameter_shapes(config).items()
+    for name, x in model_config.parameter_shapes(config).items()
   }
   tree = {"params": {"params": traverse_util.unflatten_dict(values)}}
   ocp.PyTreeCheckpointer().save(path / "items", tree)
@@ -50,7 +50,7 @@ def test_a_run_of_bfloat16(tmp_path):
   assert own["weight_dtype"] == "bfloat16"
   assert own["tokenizer_path"] == str(made / "tokenizer" / ONE_FILE.name)
   made.rename(moved)
-  config = folder.configuration(folder.keys(moved) | folder.here())
+  config = model_config.build(model_folder.read_keys(moved) | model_config.local_keys())
   assert config.weight_dtype == "bfloat16"
   assert config.tokenizer_type.value == "sentencepiece"
   words = tokenizer.build_tokenizer(config.tokenizer_path, "sentencepiece", False, False, "")
@@ -81,8 +81,8 @@ def test_tokenizers_of_runs(tmp_path, monkeypatch):
     ),
   ):
     config = with_tokenizer(path, kind)
-    assert tokenizers.of_run(config, target) == expected
-    tokenizers.copy_of_run(config, target)
+    assert tokenizers.run_keys(config, target) == expected
+    tokenizers.copy_run_tokenizer(config, target)
     assert len(list(target.iterdir()) if target.exists() else []) == files
     shutil.rmtree(target, ignore_errors=True)
 
@@ -112,10 +112,10 @@ def test_a_run_s_keys_are_its_model_s(tmp_path):
   words = {key: f"{x}".lower() if isinstance(x, bool) else x for key, x in given.items()}
   model = [*(f"{key}={x}" for key, x in words.items()), "mudd_ffn_reallocation=false", "tokenizer_path="]
   from_run(saved_run(tmp_path / "run", *model, *of_run), tmp_path / "m", *model, *of_run)
-  found = folder.keys(tmp_path / "m")
+  found = model_folder.read_keys(tmp_path / "m")
   assert {key: found.get(key) for key in given} == given
   assert not {x.split("=")[0] for x in of_run} & found.keys()
-  again = folder.configuration(found | folder.here())
+  again = model_config.build(found | model_config.local_keys())
   own = {key: x for key, x in found.items() if key != "base_config"}  # of files alone
   assert {key: model_keys.plain(getattr(again, key)) for key in own} == own
   assert {"routed_score_func", "moba", "moba_topk", "capacity_factor"} <= model_keys.FUNCTION
@@ -123,4 +123,4 @@ def test_a_run_s_keys_are_its_model_s(tmp_path):
   with pytest.raises(
     ConfigError, match="routed_score_func=sigmoid: the model in m has routed_score_func=; leave it out"
   ):
-    folder.with_overrides(keys, {"routed_score_func": "sigmoid"}, pathlib.Path("m"))
+    model_config.with_overrides(keys, {"routed_score_func": "sigmoid"}, pathlib.Path("m"))

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import maxtext_mudd
 from maxtext_mudd import convert
-from maxtext_mudd.checkpoints import folder, tensors
+from maxtext_mudd.checkpoints import model_config, model_folder, staging, tensors
 from maxtext_mudd.checkpoints.hugging_face import config_json as hf_config
 from maxtext_mudd.checkpoints.hugging_face import files as hf_files
 from maxtext_mudd.checkpoints.hugging_face import models as hf
@@ -99,9 +99,9 @@ def test_tokenizers_go_with_the_model(tmp_path):
   assert words.decode(words.encode("MUDD")) == "MUDD"
 
   hf.from_hf(source, target, {})
-  assert folder.keys(target)["tokenizer_path"] == str(target / "tokenizer")
+  assert model_folder.read_keys(target)["tokenizer_path"] == str(target / "tokenizer")
   target.rename(moved)
-  assert folder.keys(moved)["tokenizer_path"] == str(moved / "tokenizer")
+  assert model_folder.read_keys(moved)["tokenizer_path"] == str(moved / "tokenizer")
   hf.to_hf(moved, tmp_path / "back")
   for file in BYTES.iterdir():
     assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
@@ -118,12 +118,13 @@ class Changed:
 
 
 def test_models_that_the_authors_code_does_not_have():
-  config = folder.configuration(hf.Model(models.DATA / "muddformer_tiny").keys | folder.here() | {"scan_layers": False})
+  keys = hf.Model(models.DATA / "muddformer_tiny").keys | {"scan_layers": False}
+  config = model_config.build(keys | model_config.local_keys())
   for changes, found, expected in (
     ({"mudd_window": 2}, "mudd_window=2", "mudd_window=0"),
     ({"mudd_dynamic": False}, "mudd_dynamic=False", "mudd_dynamic=True"),
     ({"mudd_ffn_reallocation": False}, "mudd_ffn_reallocation=False", "mudd_ffn_reallocation=True"),
-    ({"mudd_ffn_round_to": 64}, "FFNs of 128, 192, 256, 256, 320, 384", "re-allocates 256 by its rule"),
+    ({"mudd_ffn_round_to": 64}, "FFN widths 128, 192, 256, 256, 320, 384", "re-allocates 256 by its rule"),
     ({"base_num_kv_heads": 2}, "base_num_kv_heads=2", "base_num_kv_heads=4"),
     ({"head_dim": 32}, "head_dim=32", "head_dim=16"),
     ({"final_logits_soft_cap": 30.0}, "final_logits_soft_cap=30.0", "final_logits_soft_cap=0"),
@@ -160,11 +161,12 @@ def test_blocks_that_keep_the_scale_of_scores_in_the_query_kernel(block, head_di
     "scan_layers": False,
     "weight_dtype": "float32",
   }
-  config = folder.configuration(keys | folder.here())
-  model = models.build(folder.configuration(keys | folder.here() | {"dtype": "float32", "attention": "dot_product"}))
+  local_keys = keys | model_config.local_keys()
+  config = model_config.build(local_keys)
+  model = models.build(model_config.build(local_keys | {"dtype": "float32", "attention": "dot_product"}))
   values = models.randomise(model)
-  with folder.staged(tmp_path / "maxtext") as stage:
-    folder.save(stage, config, {path: jnp.asarray(x) for path, x in values.items()}, keys)
+  with staging.staged(tmp_path / "maxtext") as stage:
+    model_folder.save(stage, config, {path: jnp.asarray(x) for path, x in values.items()}, keys)
   hf.to_hf(tmp_path / "maxtext", tmp_path / "hf")
 
   made, made_config = maxtext_mudd.from_pretrained(tmp_path / "hf")
@@ -180,8 +182,8 @@ def test_blocks_that_keep_the_scale_of_scores_in_the_query_kernel(block, head_di
 def test_exports_leave_no_parameter_behind(tmp_path):
   source, target = hugging_face(tmp_path / "hf"), tmp_path / "maxtext"
   hf.from_hf(source, target, {})
-  (target / folder.CONFIG).write_text((target / folder.CONFIG).read_text() + "use_qk_norm: false\n")
-  with pytest.raises(ConfigError, match=r"maxtext has decoder/layers_0/self_attention/key_norm/scale, for which"):
+  (target / model_folder.CONFIG).write_text((target / model_folder.CONFIG).read_text() + "use_qk_norm: false\n")
+  with pytest.raises(ConfigError, match=r"maxtext has decoder/layers_0/self_attention/key_norm/scale, which the model"):
     hf.to_hf(target, tmp_path / "back")
   assert sorted(x.name for x in tmp_path.iterdir()) == ["hf", "maxtext"]
 

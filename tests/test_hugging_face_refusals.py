@@ -43,15 +43,15 @@ def fields(**keys):
 BROKEN = {
   "a missing tensor": (
     lambda path: changed(path, lambda values: values.pop("layers.4.ffn_norm.weight")),
-    "has no tensor layers.4.ffn_norm.weight, which config.json makes one expect.",
+    "has no tensor layers.4.ffn_norm.weight, which the model that config.json describes needs.",
   ),
   "an extra tensor": (
     lambda path: changed(path, lambda values: values.update(lm_head=np.zeros(3, np.float32))),
-    "model.safetensors has lm_head, which is no tensor of the model that config.json describes.",
+    "model.safetensors has lm_head, which the model that config.json describes does not have.",
   ),
   "a misshapen tensor": (
     with_tensor("dense_bs.2", lambda x: x[:, :-1]),
-    "dense_bs.2 is [4, 3], and config.json makes one expect [4, 4].",
+    "dense_bs.2 is [4, 3], and the model that config.json describes needs [4, 4].",
   ),
   "NaN": (
     lambda path: changed(path, of_nan),
@@ -67,19 +67,19 @@ BROKEN = {
   ),
   "FFN widths of no rule": (
     with_tensor("layers.0.feed_forward.w1.weight", np.zeros((136, 64), np.float32)),
-    "layers.0.feed_forward.w1.weight is [136, 64], and config.json makes one expect [128, 64].",
+    "layers.0.feed_forward.w1.weight is [136, 64], and the model that config.json describes needs [128, 64].",
   ),
   "an FFN that is missing": (
     lambda path: changed(path, lambda values: values.pop("layers.3.feed_forward.w1.weight")),
-    "has no tensor layers.3.feed_forward.w1.weight, which config.json makes one expect.",
+    "has no tensor layers.3.feed_forward.w1.weight, which the model that config.json describes needs.",
   ),
   "a transposed FFN": (
     with_tensor("layers.3.feed_forward.w1.weight", np.transpose),
-    "layers.3.feed_forward.w1.weight is [64, 256], and config.json makes one expect [256, 64].",
+    "layers.3.feed_forward.w1.weight is [64, 256], and the model that config.json describes needs [256, 64].",
   ),
   "another width": (
     fields(intermediate_size=384),
-    "layers.0.feed_forward.w1.weight is [128, 64], and config.json makes one expect [256, 64].",
+    "layers.0.feed_forward.w1.weight is [128, 64], and the model that config.json describes needs [256, 64].",
   ),
   "an unknown kind": (
     fields(model_type="llama"),
@@ -110,7 +110,7 @@ BROKEN = {
   "an undefined base": (fields(rope_base=np.nan), "config.json: rope_base=nan is not a finite number above 0."),
   "another rotation": (
     fields(rope_scaling={"factor": 2}),
-    "config.json: rope_scaling={'factor': 2} is no field of the authors' MUDDFormer, and would change the model.",
+    "config.json: rope_scaling={'factor': 2} is not a field of the authors' MUDDFormer, and would change the model.",
   ),
   "static weights only": (
     fields(dynamic_dense=False),

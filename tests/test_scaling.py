@@ -13,6 +13,7 @@ sys.path.insert(0, str(runs.ROOT / "benchmarks"))
 
 import scaling
 import study
+import study_plan
 
 
 def law(factor, exponent, noise=0.0, seeds=range(3)):
@@ -52,7 +53,7 @@ def test_the_interval_holds_the_truth_and_shrinks_with_the_noise():
 @pytest.mark.parametrize("seeds", [3, 8])
 def test_an_interval_over_few_seeds_says_so(seeds):
   found = scaling.interval(law(40.0, 0.08, seeds=range(seeds)), law(38.0, 0.08, seeds=range(seeds)), draws=20)
-  assert f"from drawing {seeds} seed(s) again with replacement" in str(found)
+  assert f"by a bootstrap over {seeds} seed(s)" in str(found)
   assert ("with fewer than 5 seeds it is narrower than a true 95% interval" in str(found)) == (seeds < 5)
 
 
@@ -72,12 +73,12 @@ def test_draws_without_a_fit_are_counted_and_left_out():
   found = scaling.interval(plain, connected, draws=400)
   assert 0 < found.skipped < 100
   assert np.isfinite([found.low, found.high]).all()
-  assert f"{found.skipped} of 400 draws have no fit and are left out" in str(found)
+  assert f"{found.skipped} of 400 samples have no fit and are left out" in str(found)
 
 
 def test_an_interval_of_which_most_draws_have_no_fit_is_refused():
   plain, connected = (with_one_bad_seed(factor, 0.3, [1]) for factor in (40.0, 38.0))
-  with pytest.raises(ConfigError, match=r"of 400 draws of seeds have no fit, so there is no interval"):
+  with pytest.raises(ConfigError, match=r"of 400 bootstrap samples have no fit, so there is no interval"):
     scaling.interval(plain, connected, draws=400)
 
 
@@ -112,7 +113,7 @@ def write_study(folder):
   (folder / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 5\n")
   (folder / "plan.yml").write_text(json.dumps(PLAN))
   results = study.Results(folder / "results.jsonl")
-  for cell in study.cells(study.read(folder / "plan.yml"), folder, {}):
+  for cell in study_plan.cells(study_plan.read(folder / "plan.yml"), folder, {}):
     if cell.model != "mudd_xl":
       tflops = 1e3 if cell.model.endswith("_s") else 1e4
       loss = (38.0 if "mudd" in cell.model else 40.0) * (tflops * 100) ** -0.08 + (cell.learning_rate == 0.001)
@@ -123,14 +124,14 @@ def write_study(folder):
 
 def test_points_are_of_the_better_learning_rate_and_of_the_present_study(tmp_path):
   path, results = write_study(tmp_path)
-  cells = study.cells(study.read(path), tmp_path, {})
+  cells = study_plan.cells(study_plan.read(path), tmp_path, {})
   small, large = 40 * 1e5**-0.08, 40 * 1e6**-0.08
   expected = [scaling.Point("plain_s", 0, 1e17, small), scaling.Point("plain_s", 1, 1e17, small)]
   expected += [scaling.Point("plain_l", 0, 1e18, large), scaling.Point("plain_l", 1, 1e18, large)]
   assert scaling.points(cells, results, ["plain_s", "plain_l"]) == expected
   changed = PLAN["models"] | {"plain_l": {"keys": {"width": "another"}}}
   path.write_text(json.dumps(PLAN | {"models": changed}))
-  cells = study.cells(study.read(path), tmp_path, {})
+  cells = study_plan.cells(study_plan.read(path), tmp_path, {})
   assert scaling.points(cells, results, ["plain_s"]) == expected[:2]
   with pytest.raises(ConfigError, match="plain_l has no finished run in"):
     scaling.points(cells, results, ["plain_s", "plain_l"])
@@ -139,7 +140,7 @@ def test_points_are_of_the_better_learning_rate_and_of_the_present_study(tmp_pat
 def test_models_that_the_study_lacks_are_refused(tmp_path):
   path, results = write_study(tmp_path)
   with pytest.raises(ConfigError, match="plain is not a model of the study; those are plain_s, plain_l, mudd_s,"):
-    scaling.points(study.cells(study.read(path), tmp_path, {}), results, ["plain"])
+    scaling.points(study_plan.cells(study_plan.read(path), tmp_path, {}), results, ["plain"])
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -149,7 +150,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
   scaling.main([*files, "--plain", "plain_s,plain_l", "--connected", "mudd_s,mudd_l"])
   text = (tmp_path / "fit.md").read_text()
   assert f"**Compute multiplier: {(40 / 38) ** (1 / 0.08):.2f}**" in text
-  assert "from drawing 2 seed(s) again with replacement; with fewer than 5 seeds it is narrower" in text
+  assert "by a bootstrap over 2 seed(s); with fewer than 5 seeds it is narrower" in text
   assert "held-out nats per token" in text
   assert "![Fit](fit.png)" in text
   assert capsys.readouterr().out.strip() in text

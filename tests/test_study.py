@@ -21,6 +21,7 @@ from tests import models, runs
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))
 
 import study
+import study_plan
 
 STUDIES = runs.ROOT / "yaml" / "study"
 PLANS = sorted(path for path in STUDIES.glob("*.yml") if "\nmodels:" in path.read_text())
@@ -61,8 +62,8 @@ def write_events(folder, cell, lost=()):
 
 
 def test_cells_of_a_seed_differ_in_the_model_alone(tmp_path):
-  plan = study.read(write(tmp_path))
-  plain, mudd, other_seed, _ = study.cells(plan, tmp_path, {})
+  plan = study_plan.read(write(tmp_path))
+  plain, mudd, other_seed, _ = study_plan.cells(plan, tmp_path, {})
   assert [plain.model, mudd.model, other_seed.model] == ["plain", "mudd", "plain"]
   assert mudd.keys == plain.keys | {"mudd": True}
   assert {key for key, value in other_seed.keys.items() if plain.keys[key] != value} == {
@@ -72,22 +73,22 @@ def test_cells_of_a_seed_differ_in_the_model_alone(tmp_path):
 
 
 def test_a_run_is_evaluated_after_its_last_step(tmp_path):
-  cell = study.cells(study.read(write(tmp_path)), tmp_path, {})[0]
+  cell = study_plan.cells(study_plan.read(write(tmp_path)), tmp_path, {})[0]
   assert cell.keys["steps"] == 101  # 100 steps of 10 tokens, and the one that the last evaluation follows
   assert (cell.keys["steps"] - 1) % cell.keys["eval_interval"] == 0
 
 
 def test_a_model_of_equal_time_waits_for_the_timing(tmp_path):
-  plan = study.read(write(tmp_path))
-  assert "longer" not in {cell.model for cell in study.cells(plan, tmp_path, {})}
-  (longer, _) = [cell for cell in study.cells(plan, tmp_path, {"mudd": 1.2}) if cell.model == "longer"]
+  plan = study_plan.read(write(tmp_path))
+  assert "longer" not in {cell.model for cell in study_plan.cells(plan, tmp_path, {})}
+  (longer, _) = [cell for cell in study_plan.cells(plan, tmp_path, {"mudd": 1.2}) if cell.model == "longer"]
   assert longer.keys["steps"] == 121
 
 
 def test_names_of_runs_are_names_of_workloads_and_differ(tmp_path):
   long = "a_model_whose_name_has_more_letters_than_a_workload"
   models_of_plan = {"plain": {}, long: {"keys": {"a": 1}}, long + "_2": {"keys": {"a": 2}}}
-  cells = study.cells(study.read(write(tmp_path, models=models_of_plan)), tmp_path, {})
+  cells = study_plan.cells(study_plan.read(write(tmp_path, models=models_of_plan)), tmp_path, {})
   names = [cell.run_name for cell in cells]
   assert names[0] == f"plain-lr0-003-seed0-{cells[0].fingerprint[:8]}"
   assert len(set(names)) == 6
@@ -98,18 +99,18 @@ def test_names_of_runs_are_names_of_workloads_and_differ(tmp_path):
 
 def test_two_runs_of_one_folder_are_refused(tmp_path):
   long = "a_model_whose_name_has_more_letters_than_a_workload"
-  plan = study.read(write(tmp_path, models={"plain": {}, long: {}, long + "_2": {}}))
+  plan = study_plan.read(write(tmp_path, models={"plain": {}, long: {}, long + "_2": {}}))
   with pytest.raises(ConfigError, match=f"models.{long} and models.{long}_2 are trained in the same way"):
-    study.cells(plan, tmp_path, {})
+    study_plan.cells(plan, tmp_path, {})
 
 
 def test_make_xpk_accepts_the_lines_for_a_cluster(tmp_path, monkeypatch):
   monkeypatch.chdir(runs.ROOT)
-  plan, results = study.read(STUDIES / "table_5_405m.yml"), study.Results(tmp_path / "results.jsonl")
+  plan, results = study_plan.read(STUDIES / "table_5_405m.yml"), study.Results(tmp_path / "results.jsonl")
   others = shlex.split("CLUSTER=a TPU_TYPE=v5p-16 NUM_SLICES=1 OUTPUT=gs://bucket/runs DOCKER_IMAGE=a/b:c DRY_RUN=1")
   lines = study.submissions(plan, STUDIES, results)
   requests = [request.read([*shlex.split(line.removeprefix("make xpk ")), *others]) for line in lines]
-  cells = study.cells(plan, STUDIES, {})
+  cells = study_plan.cells(plan, STUDIES, {})
   assert [x.workload for x in requests] == [cell.run_name for cell in cells]
   assert [x.config for x in requests[:2]] == ["yaml/transformer_pp_405m.yml", "yaml/ablation/static.yml"]
   for x, cell in zip(requests, cells, strict=True):
@@ -118,9 +119,9 @@ def test_make_xpk_accepts_the_lines_for_a_cluster(tmp_path, monkeypatch):
 
 
 def test_a_collected_run_is_not_of_this_machine(tmp_path):
-  plan, results = study.read(write(tmp_path, **STEPS)), study.Results(tmp_path / "results.jsonl")
+  plan, results = study_plan.read(write(tmp_path, **STEPS)), study.Results(tmp_path / "results.jsonl")
   lines = study.submissions(plan, tmp_path, results)
-  cell = study.cells(plan, tmp_path, {})[1]
+  cell = study_plan.cells(plan, tmp_path, {})[1]
   (workload,) = re.findall("WORKLOAD=(mudd-lr0-003-seed0[^ ]*)", "\n".join(lines))
   write_events(tmp_path / "output" / workload, cell)
   study.collect(plan, tmp_path, results, tmp_path / "output")
@@ -131,7 +132,7 @@ def test_a_collected_run_is_not_of_this_machine(tmp_path):
 
 
 def test_curves_end_at_the_same_steps_where_a_killed_run_lost_some(tmp_path):
-  cell = study.cells(study.read(write(tmp_path)), tmp_path, {})[0]
+  cell = study_plan.cells(study_plan.read(write(tmp_path)), tmp_path, {})[0]
   for name, lost in (("whole", ()), ("killed", (9, 10))):
     write_events(tmp_path / name, cell, lost)
   whole, killed = (study.result(cell, tmp_path / name)["train"] for name in ("whole", "killed"))
@@ -141,13 +142,13 @@ def test_curves_end_at_the_same_steps_where_a_killed_run_lost_some(tmp_path):
 @pytest.mark.parametrize(
   "changes, says",
   [
-    ({}, "tokens=1000 is for one device, and a run on a cluster trains on that many for each of its devices;"),
+    ({}, "tokens=1000 is for one device, and a run on a cluster would train on that many for each of its devices;"),
     (STEPS | {"models": {"plain": {"tokens": 20}}}, "models.plain.tokens=20 is for one device,"),
   ],
 )
 def test_studies_that_count_tokens_are_not_for_a_cluster(tmp_path, changes, says):
   with pytest.raises(ConfigError) as refused:
-    study.submissions(study.read(write(tmp_path, **changes)), tmp_path, study.Results(tmp_path / "results.jsonl"))
+    study.submissions(study_plan.read(write(tmp_path, **changes)), tmp_path, study.Results(tmp_path / "results.jsonl"))
   assert str(refused.value).startswith(says)
 
 
@@ -157,7 +158,7 @@ def test_studies_that_count_tokens_are_not_for_a_cluster(tmp_path, changes, says
     ({"token": 5}, "token: is not a key of studies; those are config, tokens,"),
     ({"tokens": -1}, "tokens: Input should be greater than or equal to 0"),
     ({"tokens": 0}, "models.longer.same_time_as changes the tokens of a run; set tokens above 0"),
-    ({"seeds": [1, 1]}, "seeds=[1, 1] names one of them twice"),
+    ({"seeds": [1, 1]}, "seeds=[1, 1] has a value twice"),
     ({"baseline": "plane"}, "baseline=plane: there is no such model; the models are plain, mudd, longer"),
     (
       {"models": {"plain": {}, "24_blocks": {}}},
@@ -169,17 +170,17 @@ def test_studies_that_count_tokens_are_not_for_a_cluster(tmp_path, changes, says
 )
 def test_bad_plans_are_refused_in_one_sentence(tmp_path, changes, says):
   with pytest.raises(ConfigError) as refused:
-    study.read(write(tmp_path, **changes))
+    study_plan.read(write(tmp_path, **changes))
   assert says in str(refused.value)
   assert "\n" not in str(refused.value)
 
 
 def test_plans_that_are_not_there_or_no_yaml(tmp_path):
   with pytest.raises(ConfigError, match="cannot be read"):
-    study.read(tmp_path / "none.yml")
+    study_plan.read(tmp_path / "none.yml")
   (tmp_path / "bad.yml").write_text("a: [")
   with pytest.raises(ConfigError, match="is not valid YAML"):
-    study.read(tmp_path / "bad.yml")
+    study_plan.read(tmp_path / "bad.yml")
 
 
 def test_results_survive_a_write_that_was_cut_off(tmp_path):
@@ -194,12 +195,12 @@ def test_results_survive_a_write_that_was_cut_off(tmp_path):
 
 def test_a_result_of_another_form_of_the_model_does_not_count(tmp_path):
   results = study.Results(tmp_path / "results.jsonl")
-  cell = study.cells(study.read(write(tmp_path)), tmp_path, {})[0]
+  cell = study_plan.cells(study_plan.read(write(tmp_path)), tmp_path, {})[0]
   results.append({"kind": "cell", "cell": cell.name, "fingerprint": cell.fingerprint})
   assert results.of(cell)
   (tmp_path / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 10\n")
   assert results.of(cell), "the cell was planned before the change"
-  changed = study.cells(study.read(tmp_path / "plan.yml"), tmp_path, {})[0]
+  changed = study_plan.cells(study_plan.read(tmp_path / "plan.yml"), tmp_path, {})[0]
   assert changed.name == cell.name
   assert changed.run_name != cell.run_name
   assert results.of(changed) is None
@@ -207,14 +208,14 @@ def test_a_result_of_another_form_of_the_model_does_not_count(tmp_path):
 
 def test_rows_of_accumulated_gradients_count_as_tokens(tmp_path):
   path = write(tmp_path)
-  whole = study.cells(study.read(path), tmp_path, {})[0].keys
+  whole = study_plan.cells(study_plan.read(path), tmp_path, {})[0].keys
   model = tmp_path / "model.yml"
   model.write_text(model.read_text().replace("size: 2", "size: 1") + "gradient_accumulation_steps: 2\n")
-  assert study.cells(study.read(path), tmp_path, {})[0].keys == whole
+  assert study_plan.cells(study_plan.read(path), tmp_path, {})[0].keys == whole
 
 
 def test_a_configuration_that_changes_during_a_study_ends_it(tmp_path):
-  cell = study.cells(study.read(write(tmp_path)), tmp_path, {})[0]
+  cell = study_plan.cells(study_plan.read(write(tmp_path)), tmp_path, {})[0]
   (tmp_path / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 10\n")
   with pytest.raises(ConfigError, match=r"model.yml has changed since the study started; start the study again\."):
     study.run(cell, tmp_path / "work")
@@ -223,8 +224,8 @@ def test_a_configuration_that_changes_during_a_study_ends_it(tmp_path):
 
 def test_a_run_of_another_form_of_the_model_does_not_count(tmp_path):
   """Not even where its folder lies in --work: model, learning rate and seed are the same."""
-  plan, work = study.read(write(tmp_path)), tmp_path / "work"
-  cell = study.cells(plan, tmp_path, {})[0]
+  plan, work = study_plan.read(write(tmp_path)), tmp_path / "work"
+  cell = study_plan.cells(plan, tmp_path, {})[0]
   write_events(work / cell.run_name, cell)
   (tmp_path / "model.yml").write_text("per_device_batch_size: 2\nmax_target_length: 5\nwarmup_steps_fraction: 0.5\n")
   results = study.Results(tmp_path / "results.jsonl")
@@ -234,12 +235,12 @@ def test_a_run_of_another_form_of_the_model_does_not_count(tmp_path):
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_the_studies_of_the_project_can_be_read(path):
-  assert study.cells(study.read(path), path.parent, {})
+  assert study_plan.cells(study_plan.read(path), path.parent, {})
 
 
 def test_models_of_a_seed_start_from_the_same_shared_parameters():
   """And another seed does not: then nothing would be shown."""
-  plan = study.read(STUDIES / "table_5.yml")
+  plan = study_plan.read(STUDIES / "table_5.yml")
 
   def start(name, seed):
     keys = plan.models[name].keys
@@ -276,7 +277,7 @@ def test_a_killed_study_resumes_and_gives_the_same_result(tmp_path):
     return [sys.executable, str(runs.ROOT / "benchmarks" / "study.py"), str(plan), *paths]
 
   subprocess.run(command("whole"), check=True, env=runs.environment())
-  (cell,) = study.cells(study.read(plan), tmp_path, {})
+  (cell,) = study_plan.cells(study_plan.read(plan), tmp_path, {})
   checkpoints = tmp_path / "killed" / cell.run_name / "checkpoints"
   for step, kill in ((10, lambda pid: os.killpg(pid, signal.SIGKILL)), (60, lambda pid: os.kill(pid, signal.SIGTERM))):
     process = subprocess.Popen(command("killed"), env=runs.environment(), start_new_session=True)

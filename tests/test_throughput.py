@@ -16,7 +16,7 @@ from tests import models, runs
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))
 
 import chips
-import contenders
+import compared_models
 import paired
 import table_4
 import throughput
@@ -75,52 +75,52 @@ def test_mfu_is_known_of_known_devices_only():
   ],
 )
 def test_the_baseline_is_what_a_model_builds_on(name, plain):
-  assert contenders.plain_model(str(runs.ROOT / "yaml" / f"{name}.yml")).endswith(f"yaml/{plain}.yml")
+  assert compared_models.plain_model(str(runs.ROOT / "yaml" / f"{name}.yml")).endswith(f"yaml/{plain}.yml")
 
 
 def test_no_baseline_where_a_model_builds_on_none(tmp_path):
   mine = tmp_path / "mine.yml"
   mine.write_text(f"base_config: {runs.ROOT}/yaml/mudd_base.yml\nmudd: true\n")
   with pytest.raises(ConfigError, match=r"mine.yml builds on no plain model; name one by --baseline, such as yaml/"):
-    contenders.plain_model(str(mine))
+    compared_models.plain_model(str(mine))
   with pytest.raises(ConfigError, match=r"transformer_tiny.yml has no connections \(mudd: false\); name a model"):
-    contenders.plain_model(PLAIN_TINY)
+    compared_models.plain_model(PLAIN_TINY)
 
 
 def test_a_baseline_that_was_found_is_of_one_size_with_its_model(tmp_path):
   mine = tmp_path / "mine.yml"
   mine.write_text(f"base_config: {PLAIN_TINY}\nmudd: true\nscan_layers: false\nbase_emb_dim: 64\n")
-  pair = contenders.read_stock(PLAIN_TINY, [], {}), contenders.read(str(mine), [], {})
+  pair = compared_models.read_stock(PLAIN_TINY, [], {}), compared_models.read(str(mine), [], {})
   with pytest.raises(ConfigError, match=r"emb_dim=64, and its baseline plain has 128; name another by --baseline"):
-    contenders.check_pair(*pair, ("plain", "mine"), derived=True)
-  contenders.check_pair(*pair, ("plain", "mine"), derived=False)
+    compared_models.check_pair(*pair, ("plain", "mine"), derived=True)
+  compared_models.check_pair(*pair, ("plain", "mine"), derived=False)
 
 
 def test_the_batch_is_the_same():
   pair = (
-    contenders.read_stock(PLAIN_TINY, SMALL, {}),
-    contenders.read(TINY, [*SMALL[1:], "per_device_batch_size=4"], {}),
+    compared_models.read_stock(PLAIN_TINY, SMALL, {}),
+    compared_models.read(TINY, [*SMALL[1:], "per_device_batch_size=4"], {}),
   )
   with pytest.raises(ConfigError, match=r"per_device_batch_size=4, and its baseline plain has 2; set"):
-    contenders.check_pair(*pair, ("plain", "mudd"), derived=False)
+    compared_models.check_pair(*pair, ("plain", "mudd"), derived=False)
 
 
 def test_keys_of_connections_leave_the_baseline_as_it_is():
   overrides = [*SMALL, "mudd_window=1", "mudd_init=normal"]
-  stock, config = contenders.read_stock(PLAIN_TINY, overrides, {}), contenders.read(TINY, overrides, {})
+  stock, config = compared_models.read_stock(PLAIN_TINY, overrides, {}), compared_models.read(TINY, overrides, {})
   assert (stock.mudd, stock.mudd_window, config.mudd_window) == (False, 0, 1)
   assert (stock.mudd_init, config.mudd_init) == ("normal", "normal")
-  assert set(contenders.different_keys(stock, config)) == {"mudd", "mudd_ffn_reallocation", "mudd_window"}
-  assert contenders.of_stock({"scan_layers": True, "mudd_kernel": "xla"}) == {"scan_layers": True}
+  assert set(compared_models.different_keys(stock, config)) == {"mudd", "mudd_ffn_reallocation", "mudd_window"}
+  assert compared_models.stock_keys({"scan_layers": True, "mudd_kernel": "xla"}) == {"scan_layers": True}
 
 
 def test_variants_are_the_files_of_ablation():
-  assert contenders.variant_keys("2x2") == {"mudd_source_dilation": 2, "mudd_block_period": 2}
-  assert contenders.variant_keys("trimmed") == {"mudd_dense_streams": "vr", "mudd_depth_start": 0.5}
+  assert compared_models.variant_keys("2x2") == {"mudd_source_dilation": 2, "mudd_block_period": 2}
+  assert compared_models.variant_keys("trimmed") == {"mudd_dense_streams": "vr", "mudd_depth_start": 0.5}
 
 
 def test_the_baseline_is_stock():
-  config = contenders.read_stock(PLAIN_TINY, SMALL, {})
+  config = compared_models.read_stock(PLAIN_TINY, SMALL, {})
   _, model = model_creation_utils.create_nnx_abstract_model(config, maxtext_utils.get_mesh_from_config(config))
   layers = [getattr(model.decoder, f"layers_{i}") for i in range(2)]
   assert all(type(layer).__module__.startswith("maxtext.") for layer in layers)
@@ -147,9 +147,12 @@ REFUSALS = {
   ),
   "topology": (
     ["--config", TINY, "compile_topology=v5p-8"],
-    "compile_topology=v5p-8: a measurement has compile_topology='', on the devices here; leave it out.",
+    "compile_topology=v5p-8: a measurement needs compile_topology='', on the devices here; leave it out.",
   ),
-  "data": (["--config", TINY, "dataset_type=grain"], "dataset_type=grain: a measurement has dataset_type='synthetic'"),
+  "data": (
+    ["--config", TINY, "dataset_type=grain"],
+    "dataset_type=grain: a measurement needs dataset_type='",
+  ),
   "hardware": (["--config", TINY, "hardware=gpu"], "hardware=gpu: JAX finds a cpu here; leave hardware out."),
   "rounds": (["--config", TINY, "--rounds", "1"], "--rounds is 1; at least 2 is needed."),
   "key": (["--config", TINY, "mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
@@ -157,8 +160,9 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusal(case, capfd):
+def test_refusal(case, capfd, monkeypatch):
   arguments, sentence = REFUSALS[case]
+  monkeypatch.setattr(sys, "argv", [str(runs.ROOT / "benchmarks" / "throughput.py"), *arguments])
   assert throughput.main(arguments) == 2
   last = capfd.readouterr().err.splitlines()[-1]
   assert last.startswith(f"throughput: {sentence}")
@@ -167,7 +171,7 @@ def test_refusal(case, capfd):
 class Sized:
   """What `check_fit` reads of a step."""
 
-  name, config = "mudd", contenders.read(TINY, SMALL, {})
+  name, config = "mudd", compared_models.read(TINY, SMALL, {})
   argument_bytes, temporary_bytes = 30_000_000_000, 12_500_000_000
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints in other layouts and of other projects."""
+"""Checkpoints: reading and writing them, and converting between layouts and the formats of other projects."""

@@ -1,6 +1,6 @@
-"""Files that one process at a time holds, and folders that one process at a time works in."""
+"""File locks: files that one process at a time holds, and temporary folders that one process at a time works in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import fcntl
@@ -11,57 +11,58 @@ import shutil
 from maxtext_mudd.config.errors import ConfigError
 
 _LOCK = ".lock"
-_ATTEMPTS = 100  # each fails where a holder removes the file, or its folder, in the same moment
+_ATTEMPTS = 100  # an attempt fails if a holder removes the file or its folder at that moment
 
 
 @contextlib.contextmanager
-def alone(workshop: pathlib.Path, target: pathlib.Path):
-  """Makes a folder, or empties one that a killed process left; it is gone at the end.
+def exclusive_folder(folder: pathlib.Path, target: pathlib.Path) -> Iterator[None]:
+  """Holds an empty temporary folder, which is created or emptied at the start and deleted at the end.
+
+  A folder that a killed process left behind is emptied.
 
   Args:
-    target: what is made there, for messages.
+    target: what is being written with the help of the folder, for messages.
 
   Raises:
-    ConfigError: a living process works in it.
-    OSError: it cannot be made.
+    ConfigError: a living process holds the folder.
+    OSError: the folder cannot be created.
   """
-  file = workshop / _LOCK
+  file = folder / _LOCK
   lock = take(file, lambda _: f"{target} is being written by another process; wait for it, or name another folder.")
   try:
     try:
-      for path in workshop.iterdir():
+      for path in folder.iterdir():
         if path != file:
           _remove(path)
       yield
     finally:
-      shutil.rmtree(workshop, ignore_errors=True)
+      shutil.rmtree(folder, ignore_errors=True)
   finally:
     os.close(lock)
-  with contextlib.suppress(OSError):  # network file systems keep a file until it is closed
-    workshop.rmdir()
+  with contextlib.suppress(OSError):  # network file systems keep a deleted file until it is closed
+    folder.rmdir()
 
 
 def take(file: pathlib.Path, refusal: Callable[[str], str]) -> int:
-  """Locks a file, which is created in a folder that is created, if they do not exist.
+  """Locks a file; creates it and its folder if they do not exist.
 
-  The kernel frees the lock when its process ends, however it ends. On a file system without locks nobody is refused.
+  The kernel frees the lock when the process ends, however it ends. On a file system without locks nobody is refused.
 
   Args:
-    refusal: from the text of the file, which its holder may have written, to the sentence for who is refused.
+    refusal: makes the error sentence from the text of the file, which the holder may have written.
 
   Returns:
-    A descriptor of the file, which holds the lock until it is closed; not for writing where the file is another
-    user's, who alone may write it.
+    A file descriptor that holds the lock until it is closed. It is read-only if the file belongs to another user.
 
   Raises:
-    ConfigError: a living process holds it.
-    OSError: the file cannot be opened, or is a link to a folder that does not exist.
+    ConfigError: a living process holds the lock.
+    OSError: the file cannot be opened, or is a link into a folder that does not exist.
   """
   for _ in range(_ATTEMPTS):
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
       lock = _open(file)
-    except FileNotFoundError:  # its holder has just removed the folder
+    except FileNotFoundError:  # the holder has just removed the folder
       continue
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,9 +70,9 @@ def take(file: pathlib.Path, refusal: Callable[[str], str]) -> int:
       text = os.pread(lock, 4096, 0).decode(errors="replace")
       os.close(lock)
       raise ConfigError(refusal(text)) from error
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
       pass
-    if _is(file, lock):
+    if _is_open_as(file, lock):
       return lock
     os.close(lock)
   raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
@@ -91,9 +92,9 @@ def _remove(path: pathlib.Path) -> None:
   shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _is(file: pathlib.Path, lock: int) -> bool:
-  """Whether it is still the file that is locked."""
+def _is_open_as(file: pathlib.Path, descriptor: int) -> bool:
+  """Whether the path still leads to the file that is open, which another process may have replaced."""
   try:
-    return os.path.samestat(os.stat(file), os.fstat(lock))
+    return os.path.samestat(os.stat(file), os.fstat(descriptor))
   except FileNotFoundError:
     return False

@@ -1,4 +1,8 @@
-"""Which of MaxText's keys make a model: all but those of the groups below, so that no new one is missed."""
+"""Sorts MaxText's configuration keys by whether they describe a model, and how.
+
+A model folder keeps the keys that describe its model (`KEYS`). Every key counts as one of them unless it is in a group
+that is listed here, so that a key that a new version of MaxText adds is not lost.
+"""
 
 import enum
 import re
@@ -9,8 +13,8 @@ import pydantic
 
 from maxtext_mudd.config.mudd_config import MuddConfig
 
-# Groups of keys (classes of `maxtext.configs.types`) of runs, machines and files.
-_OF_RUNS = re.findall(
+# Groups of keys (classes of `maxtext.configs.types`) about runs, machines and files.
+_RUN_GROUPS = re.findall(
   r"\w+",
   """
   RunInfo Checkpointing OrbaxStorage EmergencyCheckpointing ElasticTraining HardwareAndMesh LayoutAndSharding
@@ -21,13 +25,22 @@ _OF_RUNS = re.findall(
   DerivedValues SplashAttention
   """,
 )
-# What these groups have of a model nevertheless.
-_BUT_FOR = {"scan_layers", "param_scan_axis", "inhomogeneous_layer_cycle_interval", "constant_bound_config"}
-_BUT_FOR |= {"vocab_size", "tokenizer_path", "tokenizer_type", "add_bos", "max_target_length"}
-# Matters of the machine, or of a run, in groups of the model.
-_OF_MACHINES = {"attention", "dtype", "grad_dtype", "matmul_precision", "dpo"}
+# Keys in these groups that describe the model nevertheless.
+_MODEL_KEYS_OF_RUN_GROUPS = {
+  "scan_layers",
+  "param_scan_axis",
+  "inhomogeneous_layer_cycle_interval",
+  "constant_bound_config",
+  "vocab_size",
+  "tokenizer_path",
+  "tokenizer_type",
+  "add_bos",
+  "max_target_length",
+}
+# Keys in the groups of the model that are about a run or a machine.
+_RUN_KEYS_OF_MODEL_GROUPS = {"attention", "dtype", "grad_dtype", "matmul_precision", "dpo"}
 
-# How a model is computed or trained, which may change for the same model: precision, kernels, losses.
+# Keys about how a model is computed or trained: precision, kernels, losses. They may change for the same model.
 _HOW = re.compile(
   r"mudd_(kernel|init|init_std)|quant\w*|\w+_quantization_calibration_method|kv_quant_\w+|weight_sparsity_\w+|"
   r"use_(qwix|manual)_quantization|unquantized_modules|weight_block_size|replicate_quant_scale|constant_bound_config|"
@@ -39,23 +52,24 @@ _HOW = re.compile(
   r"moe_(topk_before|dispatch|quantize|pin|fsdp|ep|use_direct|log|chunk)_\w+|num_moe_\w+_chunks|fuse_expert_scales|"
   r"prefuse_moe_weights|return_routed_experts|retry_dropless_first_steps|warmup_programs_in_init|log_\w+"
 )
-# Keys of a model that can be others than what it was made with.
+# Keys of the model that a user may set to other values than it was trained with.
 FREE = ("add_bos", "max_target_length", "weight_dtype", "scan_layers", "mudd_ffn_parts", "mudd_rope_table")
 
 
-def _of_runs() -> set[str]:
+def _run_keys() -> set[str]:
   groups = {group.__name__: group for group in MuddConfig.__mro__}
-  return {key for name in _OF_RUNS for key in groups[name].__annotations__}  # a KeyError: MaxText has changed
+  keys = {key for name in _RUN_GROUPS for key in groups[name].__annotations__}  # a KeyError means that MaxText changed
+  return keys - _MODEL_KEYS_OF_RUN_GROUPS | _RUN_KEYS_OF_MODEL_GROUPS
 
 
-KEYS = frozenset(MuddConfig.model_fields.keys() - (_of_runs() - _BUT_FOR) - _OF_MACHINES)
+KEYS = frozenset(MuddConfig.model_fields.keys() - _run_keys())
 HOW = frozenset(key for key in KEYS if _HOW.fullmatch(key))
-# Another value makes another function of the same parameters, or needs other parameters.
+# Another value of these keys makes another function of the same parameters, or needs other parameters.
 FUNCTION = KEYS - HOW - {*FREE, "tokenizer_path", "tokenizer_type", "mudd_ffn_groups"}
 
 
 def plain(value: Any):
-  """What YAML holds of a value of a configuration."""
+  """A value of a configuration, as YAML can hold it."""
   if isinstance(value, enum.Enum):
     return value.value
   if isinstance(value, np.dtype):

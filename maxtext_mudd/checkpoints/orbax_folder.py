@@ -1,52 +1,74 @@
-"""Parameters in an Orbax folder, read one by one, whatever devices they were saved from."""
+"""Reads Orbax checkpoints into NumPy arrays, one parameter at a time or whole, whatever devices saved them."""
 
+from collections.abc import Mapping
 import pathlib
+from typing import Any
 
 from etils import epath
+from flax import traverse_util
+import jax
 import numpy as np
 from orbax.checkpoint import PyTreeCheckpointer, RestoreArgs, args
 
-from maxtext_mudd.checkpoints import folder, tensors
+from maxtext_mudd.checkpoints import tensors
 from maxtext_mudd.config.errors import ConfigError, brief
 
 
 def parameters(path: pathlib.Path) -> dict[str, tensors.Tensor]:
-  """Those of a saved model or train state by path; only their headers are read.
+  """The parameters of a saved model or train state, by path; their values are not read yet.
 
   Raises:
-    ConfigError: the folder is damaged, or holds no parameters of floating point.
+    ConfigError: the folder is damaged, holds no parameters, or holds one that is not floating point.
   """
   checkpointer = PyTreeCheckpointer()
   try:
     tree, root = checkpointer.metadata(epath.Path(path)).item_metadata.tree, ()
-  except Exception as error:  # Orbax raises all kinds
+  except Exception as error:  # Orbax has no base class for its errors
     raise _damaged(path, error) from error
   while isinstance(tree, dict) and isinstance(tree.get("params"), dict):
     tree, root = tree["params"], (*root, "params")
   if not isinstance(tree, dict) or not tree:
     raise ConfigError(f"{path} holds no parameters; name a folder that a model was saved to.")
 
-  def tensor(name, like):
-    if like.dtype not in tensors.DTYPES:
-      known = ", ".join(map(str, tensors.DTYPES))
-      raise ConfigError(f"{path}: {name} is of {like.dtype}; arrays of {known} can be read.")
+  def tensor(name, metadata):
+    if metadata.dtype not in tensors.DTYPES:
+      dtypes = ", ".join(map(str, tensors.DTYPES))
+      raise ConfigError(f"{path}: {name} is of {metadata.dtype}; arrays of {dtypes} can be read.")
 
     def read():
       keys = (*root, *name.split("/"))
-      how = args.PyTreeRestore(
-        item=_nested(keys, like), restore_args=_nested(keys, RestoreArgs(restore_type=np.ndarray)), partial_restore=True
-      )
+      restore_args = _nested(keys, RestoreArgs(restore_type=np.ndarray))
+      only_this = args.PyTreeRestore(item=_nested(keys, metadata), restore_args=restore_args, partial_restore=True)
       try:
-        found = checkpointer.restore(epath.Path(path), args=how)
-      except Exception as error:  # Orbax raises all kinds
+        value = checkpointer.restore(epath.Path(path), args=only_this)
+      except Exception as error:  # Orbax has no base class for its errors
         raise _damaged(path, error) from error
       for key in keys:
-        found = found[key]
-      return found
+        value = value[key]
+      return value
 
-    return tensors.Tensor(path, tuple(like.shape), np.dtype(like.dtype), read)
+    return tensors.Tensor(path, tuple(metadata.shape), np.dtype(metadata.dtype), read)
 
-  return {name: tensor(name, like) for name, like in folder.by_path(tree).items()}
+  return {name: tensor(name, metadata) for name, metadata in _by_path(tree).items()}
+
+
+def read_tree(path: pathlib.Path, item: str = ""):
+  """The whole tree of a checkpoint, or of one item in it, as NumPy arrays.
+
+  Raises:
+    ConfigError: the checkpoint cannot be read.
+  """
+  folder, checkpointer = epath.Path(path / item), PyTreeCheckpointer()
+  try:
+    tree = checkpointer.metadata(folder).item_metadata.tree
+    to_numpy = jax.tree.map(lambda _: RestoreArgs(restore_type=np.ndarray), tree, is_leaf=lambda x: hasattr(x, "dtype"))
+    return checkpointer.restore(folder, restore_args=to_numpy)
+  except Exception as error:  # Orbax has no base class for its errors
+    raise _damaged(path, error) from error
+
+
+def _by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
+  return {"/".join(path): value for path, value in traverse_util.flatten_dict(tree).items()}
 
 
 def _nested(keys: tuple[str, ...], leaf):
@@ -56,4 +78,4 @@ def _nested(keys: tuple[str, ...], leaf):
 
 
 def _damaged(path: pathlib.Path, error: Exception) -> ConfigError:
-  return ConfigError(f"{path} cannot be read; it is damaged, or not a checkpoint of MaxText ({brief(error)}).")
+  return ConfigError(f"{path} cannot be read; it is damaged, or is not a MaxText checkpoint ({brief(error)}).")

@@ -1,6 +1,6 @@
-"""Parameters of a MaxText checkpoint, held to a configuration before they are loaded.
+"""Loads the parameters of a MaxText checkpoint after checking them against the configuration.
 
-MaxText's own loader repeats, transposes, drops or leaves out what does not fit, and gives another model without a word.
+MaxText's own loader silently repeats, transposes, drops or skips parameters that do not fit, which gives another model.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import jax
 from maxtext.utils import maxtext_utils, model_creation_utils
 from orbax.checkpoint import PyTreeCheckpointer
 
-from maxtext_mudd.checkpoints import folder
+from maxtext_mudd.checkpoints import model_config
 from maxtext_mudd.config.errors import ConfigError, brief
 
 
@@ -19,55 +19,66 @@ def load(config) -> nnx.Module:
   """The model of a configuration with the parameters of its `load_parameters_path`, on the devices of its mesh.
 
   Raises:
-    ConfigError: that is damaged or no checkpoint, or has other parameters than the configuration makes.
+    ConfigError: the checkpoint is missing or damaged, or its parameters are not those of the configuration.
   """
   path = str(config.load_parameters_path)
   check_path(path, config)
   try:
     return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config))
-  except Exception as error:  # Orbax and MaxText raise all kinds
+  except Exception as error:  # neither Orbax nor MaxText has a base class for its errors
     raise ConfigError(f"{path} cannot be read; it is damaged ({brief(error)}).") from error
 
 
-def items(path: str) -> epath.Path:
-  """The tree in a checkpoint, which some of MaxText's loaders want named."""
-  inner = epath.Path(path) / "items"
-  return inner if inner.is_dir() else epath.Path(path)
+def items_folder(checkpoint: str) -> epath.Path:
+  """The folder with the parameter tree of a checkpoint, `items` if there is one; MaxText's loaders need its path."""
+  items = epath.Path(checkpoint) / "items"
+  return items if items.is_dir() else epath.Path(checkpoint)
 
 
 def check_path(path: str, config) -> None:
-  """`check` of what is saved there. Raises ConfigError."""
-  found = shapes(path)
-  if not found:
-    raise ConfigError(f"{path} is no checkpoint with parameters, or is damaged; name OUTPUT/RUN/checkpoints/STEP.")
-  check(found, folder.parameter_shapes(config), path)
+  """Checks the parameters of a checkpoint against a configuration; reads only their shapes.
+
+  Raises:
+    ConfigError: as `check`; or the checkpoint has no parameters.
+  """
+  saved_shapes = shapes(path)
+  if not saved_shapes:
+    advice = "name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
+    raise ConfigError(f"{path} has no parameters, or is damaged; {advice}")
+  check(saved_shapes, model_config.parameter_shapes(config), path)
 
 
 def shapes(path: str) -> dict[str, tuple[int, ...]]:
-  """Of the parameters of an Orbax tree, by path; none where there is no such tree."""
+  """The shapes of the parameters of an Orbax tree, by path; empty where there is no such tree."""
   try:
     tree = PyTreeCheckpointer().metadata(epath.Path(path)).item_metadata.tree
-  except Exception:  # Orbax raises all kinds
+  except Exception:  # Orbax has no base class for its errors
     return {}
-  for _ in range(2):  # params/params
+  for _ in range(2):  # MaxText saves {"params": {"params": ...}}
     tree = tree.get("params", {}) if isinstance(tree, Mapping) else {}
   flat = traverse_util.flatten_dict(tree)
   return {"/".join(map(str, name)): tuple(x.shape) for name, x in flat.items() if hasattr(x, "shape")}
 
 
-def check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, jax.ShapeDtypeStruct], path: str) -> None:
-  """Raises ConfigError where a parameter is missing, is one too many, or has another shape."""
+def check(
+  saved_shapes: Mapping[str, tuple[int, ...]], model_shapes: Mapping[str, jax.ShapeDtypeStruct], path: str
+) -> None:
+  """Checks the shapes of saved parameters against those of the model, both by path.
+
+  Raises:
+    ConfigError: a parameter is missing, is not one of the model, or has another shape.
+  """
   advice = "name the keys that the model was trained with."
-  scanned = {any("decoder/layers/" in name for name in names) for names in (found, wanted)}
-  if len(scanned) > 1:
-    advice = "scan_layers has to be as it was trained with."
-  for name, like in wanted.items():
-    if name not in found:
+  is_scanned = {any("decoder/layers/" in name for name in names) for names in (saved_shapes, model_shapes)}
+  if len(is_scanned) > 1:
+    advice = "set scan_layers as it was in training."
+  for name, parameter in model_shapes.items():
+    if name not in saved_shapes:
       raise ConfigError(f"{path} has no {name}, which this configuration needs; {advice}")
-    if found[name] != like.shape:
+    if saved_shapes[name] != parameter.shape:
       raise ConfigError(
-        f"{path}: {name} is {list(found[name])}, and this configuration needs {list(like.shape)}; {advice}"
+        f"{path}: {name} is {list(saved_shapes[name])}, and this configuration needs {list(parameter.shape)}; {advice}"
       )
-  extra = sorted(found.keys() - wanted.keys())
+  extra = sorted(saved_shapes.keys() - model_shapes.keys())
   if extra:
-    raise ConfigError(f"{path} has {extra[0]}, for which this configuration has no place; {advice}")
+    raise ConfigError(f"{path} has {extra[0]}, which this configuration does not have; {advice}")

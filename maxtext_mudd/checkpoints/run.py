@@ -1,4 +1,4 @@
-"""What a training run saved, as a folder with a model of its own."""
+"""Converts a checkpoint of a training run into a model folder."""
 
 from collections.abc import Mapping
 import pathlib
@@ -7,66 +7,78 @@ from typing import Any
 from maxtext.configs import pyconfig
 import tqdm
 
-from maxtext_mudd.checkpoints import folder, model_keys, parameters, tensors, tokenizers
-from maxtext_mudd.checkpoints import orbax_folder as saved
+from maxtext_mudd.checkpoints import (
+  model_config,
+  model_folder,
+  model_keys,
+  orbax_folder,
+  parameters,
+  tensors,
+  tokenizers,
+)
+from maxtext_mudd.checkpoints.staging import staged
 from maxtext_mudd.config.errors import ConfigError
 
-# Models whose layers read the name itself, which a folder does not hold: its keys would be checked against those of
-# MaxText's file of that name.
+# Models whose layers read `model_name` itself. A model folder cannot keep it: MaxText would check the folder's keys
+# against its own configuration file of that name.
 _READ_BY_NAME = ("deepseek3", "deepseek4", "kimi-k2", "olmo3", "llama4", "qwen3-omni")
 
 
 def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, overrides: Mapping[str, Any]) -> None:
-  """Writes the folder `target` with the parameters of a checkpoint and the keys of its model.
+  """Writes the model folder `target` with the parameters of a checkpoint and the keys of its model.
 
   Args:
-    checkpoint: OUTPUT/RUN/checkpoints/STEP, or the tree in it.
-    config_file, overrides: what the run was started with.
+    checkpoint: OUTPUT/RUN/checkpoints/STEP, or the `items` folder in it.
+    config_file: the configuration file that the run was started with.
+    overrides: the keys that the run was started with.
 
   Raises:
-    ConfigError: the checkpoint is damaged, or not of this configuration; the target exists or cannot be written.
-      Nothing is left behind then.
+    ConfigError: the checkpoint is damaged or does not fit this configuration, or the target exists or cannot be
+      written. Then nothing is left behind.
   """
-  path = checkpoint / folder.ITEMS if (checkpoint / folder.ITEMS).is_dir() else checkpoint
+  items = checkpoint / model_folder.ITEMS
+  path = items if items.is_dir() else checkpoint
   if not path.is_dir():
-    raise ConfigError(f"{path}: there is no such folder; name a checkpoint, as OUTPUT/RUN/checkpoints/STEP.")
-  found = saved.parameters(path)
-  scanned = any(name.startswith("decoder/layers/") for name in found)
-  _check_layout(path, scanned, overrides.get("scan_layers", scanned))  # before it makes keys that do not fit
-  config = pyconfig.initialize(["", config_file], **{**overrides, **folder.here()})
+    raise ConfigError(f"{path}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP.")
+  saved = orbax_folder.parameters(path)
+  scanned = any(name.startswith("decoder/layers/") for name in saved)
+  _check_layout(path, scanned, overrides.get("scan_layers", scanned))  # before other keys are checked against it
+  config = pyconfig.initialize(["", config_file], **{**overrides, **model_config.local_keys()})
   _check_layout(path, scanned, config.scan_layers)
-  parameters.check({name: x.shape for name, x in found.items()}, folder.parameter_shapes(config), str(path))
-  keys = _keys(config) | tokenizers.of_run(config, target.absolute() / folder.TOKENIZER)
-  size = sum(x.size for x in found.values())
-  with folder.staged(target) as stage, tqdm.tqdm(total=size, unit="B", unit_scale=True, desc=str(checkpoint)) as bar:
-    values = tensors.Lazy({name: x.read for name, x in found.items()}, bar.update)
-    folder.save(stage, config, folder.tree(config, values.items(), path), keys)
-    tokenizers.copy_of_run(config, stage / folder.TOKENIZER)
+  parameters.check({name: x.shape for name, x in saved.items()}, model_config.parameter_shapes(config), str(path))
+  keys = _keys(config) | tokenizers.run_keys(config, target.absolute() / model_folder.TOKENIZER)
+  size = sum(tensor.size for tensor in saved.values())
+  with staged(target) as stage, tqdm.tqdm(total=size, unit="B", unit_scale=True, desc=str(checkpoint)) as bar:
+    values = tensors.LazyArrays({name: tensor.read for name, tensor in saved.items()}, bar.update)
+    model_folder.save(stage, config, model_folder.check_parameters(config, values.items(), path), keys)
+    tokenizers.copy_run_tokenizer(config, stage / model_folder.TOKENIZER)
 
 
-def _check_layout(path: pathlib.Path, scanned: bool, wanted: bool) -> None:
-  if scanned != wanted:
-    kind = "scanned" if scanned else "single"
+def _check_layout(path: pathlib.Path, scanned: bool, configured: bool) -> None:
+  if scanned != configured:
+    layout = "scanned" if scanned else "single"
     raise ConfigError(
-      f"scan_layers={wanted}: {path} has {kind} layers, which from-run leaves as they are; "
+      f"scan_layers={configured}: {path} has {layout} layers, and from-run keeps the layout; "
       f"set scan_layers={str(scanned).lower()}, or convert the run first (layout)."
     )
 
 
 def _keys(config) -> dict[str, Any]:
-  """Those that make the model, where they are not MaxText's defaults."""
+  """The keys that describe the model, where they differ from MaxText's defaults."""
   name = config.model_name
   if name.startswith(_READ_BY_NAME):
     raise ConfigError(f"model_name={name}: its layers read this name, which a model folder cannot hold.")
-  found, defaults = (x.get_keys() for x in (config, folder.configuration(folder.here())))
-  own = {key: model_keys.plain(found[key]) for key in sorted(model_keys.KEYS) if found[key] != defaults[key]}
-  if name.startswith("llama3.1"):  # which makes its rotary embedding
-    own["rope_type"] = "llama3.1"
-  if config.moba:  # which no other attention has
-    own["attention"] = config.attention
-  own |= {"scan_layers": config.scan_layers, "enable_dropout": False}  # the layout, default or not
-  again = folder.configuration(own | folder.here()).get_keys()
-  for key in sorted(model_keys.FUNCTION - own.keys()):
-    if again[key] != found[key]:
-      raise ConfigError(f"{key}={found[key]} does not go into a model folder: MaxText would read {again[key]} from it.")
-  return own
+  values, defaults = (x.get_keys() for x in (config, model_config.build(model_config.local_keys())))
+  keys = {key: model_keys.plain(values[key]) for key in sorted(model_keys.KEYS) if values[key] != defaults[key]}
+  if name.startswith("llama3.1"):  # MaxText chooses Llama 3.1's rotary embedding by this name
+    keys["rope_type"] = "llama3.1"
+  if config.moba:  # other attentions ignore it
+    keys["attention"] = config.attention
+  keys |= {"scan_layers": config.scan_layers, "enable_dropout": False}  # stated even where they are the defaults
+  restored = model_config.build(keys | model_config.local_keys()).get_keys()
+  for key in sorted(model_keys.FUNCTION - keys.keys()):
+    if restored[key] != values[key]:
+      raise ConfigError(
+        f"{key}={values[key]} cannot be kept in a model folder: MaxText would read {restored[key]} from it."
+      )
+  return keys

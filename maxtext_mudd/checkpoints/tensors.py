@@ -1,4 +1,4 @@
-"""Tensors in `.safetensors` files, read and written one by one."""
+"""Reads and writes tensors one at a time: a `Tensor` reads its values when asked; files are `.safetensors`."""
 
 from collections.abc import Callable, Mapping
 import contextlib
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,19 +19,20 @@ from maxtext_mudd.config.errors import ConfigError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 10**9
-# The authors publish none of 64 bits, and MaxText would round them.
+# Not float64: the authors publish no such tensors, and MaxText would round them.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPES = tuple(map(np.dtype, _DTYPES.values()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One tensor of a file.
+  """One tensor of a checkpoint, whose values are not read yet.
 
   Attributes:
-    file: where it is.
-    shape, dtype: by the file's header.
-    read: the values, in a new array; the file is closed again.
+    file: the file or the Orbax folder that holds it, for messages.
+    shape: shape, from the header.
+    dtype: dtype, from the header.
+    read: reads the values into a new array, and closes the file again.
   """
 
   file: pathlib.Path
@@ -40,87 +42,108 @@ class Tensor:
 
   @property
   def size(self) -> int:
-    """In bytes."""
+    """Size in bytes."""
     return math.prod(self.shape) * self.dtype.itemsize
 
 
 def of_file(file: pathlib.Path) -> dict[str, Tensor]:
-  """All tensors of one `.safetensors` file, by name; only the header is read. Raises ConfigError for a damaged one."""
+  """All tensors of one `.safetensors` file, by name; only the header is read.
 
-  def reading(name):
-    def read():
-      with _readable(file), safe_open(file, framework="numpy") as opened:
-        return opened.get_tensor(name)
-
-    return read
+  Raises:
+    ConfigError: the file is damaged, or a tensor has another dtype than `DTYPES`.
+  """
 
   def tensor(name, header):
     dtype = _DTYPES.get(header.get_dtype())
     if dtype is None:
       raise ConfigError(f"{file}: {name} is of {header.get_dtype()}; tensors of {', '.join(_DTYPES)} can be read.")
-    return Tensor(file, tuple(header.get_shape()), np.dtype(dtype), reading(name))
 
-  with _readable(file), safe_open(file, framework="numpy") as opened:
+    def read():
+      with _damage_reported(file), safe_open(file, framework="numpy") as opened:
+        return opened.get_tensor(name)
+
+    return Tensor(file, tuple(header.get_shape()), np.dtype(dtype), read)
+
+  with _damage_reported(file), safe_open(file, framework="numpy") as opened:
     return {name: tensor(name, opened.get_slice(name)) for name in list(opened.keys())}
 
 
 @contextlib.contextmanager
-def _readable(file: pathlib.Path):
+def _damage_reported(file: pathlib.Path):
+  """Turns the errors of a damaged file into a ConfigError that names it."""
   try:
     yield
   except (safetensors.SafetensorError, OSError) as error:
     raise ConfigError(f"{file} cannot be read; it is cut off or damaged ({error}); copy it again.") from error
 
 
-class Lazy(Mapping):
-  """Arrays by path, each made when it is looked up and not kept."""
+class LazyArrays(Mapping):
+  """Arrays by path; each is read when it is looked up, and is not kept."""
 
-  def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]], progress: Callable[[int], None]):
-    """`progress`: called with the bytes of each array made."""
-    self._makers, self._progress = makers, progress
+  def __init__(self, readers: Mapping[str, Callable[[], np.ndarray]], progress: Callable[[int], None]):
+    """
+    Args:
+      readers: the function that reads the array of each path.
+      progress: is called with the bytes of each array that is read.
+    """
+    self._readers, self._progress = readers, progress
 
   def __iter__(self):
-    return iter(self._makers)
+    return iter(self._readers)
 
   def __len__(self):
-    return len(self._makers)
+    return len(self._readers)
 
   def __getitem__(self, path: str) -> np.ndarray:
-    value = self._makers[path]()
+    value = self._readers[path]()
     self._progress(value.nbytes)
     return value
 
 
-def write(folder: pathlib.Path, made: Mapping[str, tuple[tuple[int, ...], np.dtype, Callable]]) -> None:
+class Output(NamedTuple):
+  """A tensor to write.
+
+  Attributes:
+    shape: shape of the tensor.
+    dtype: dtype that the values are cast to.
+    values: returns the values.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  values: Callable[[], np.ndarray]
+
+
+def write(folder: pathlib.Path, outputs: Mapping[str, Output]) -> None:
   """Writes tensors to `model.safetensors`, or to shards of `SHARD_BYTES` and an index, one shard in memory at a time.
 
   Args:
-    made: shape, dtype, and what makes the values, by name.
+    outputs: the tensors by name.
 
   Raises:
-    ConfigError: the values do not fit the dtype.
-    OSError: no room.
+    ConfigError: values are not finite, or do not fit the dtype.
+    OSError: a file cannot be written.
   """
-  sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype, _) in made.items()}
-  shards, room = [[]], SHARD_BYTES
+  sizes = {name: math.prod(x.shape) * np.dtype(x.dtype).itemsize for name, x in outputs.items()}
+  shards, space_left = [[]], SHARD_BYTES
   for name, size in sizes.items():
-    if size > room and shards[-1]:
+    if size > space_left and shards[-1]:
       shards.append([])
-      room = SHARD_BYTES
+      space_left = SHARD_BYTES
     shards[-1].append(name)
-    room -= size
+    space_left -= size
   files = [f"model-{k:05}-of-{len(shards):05}.safetensors" for k in range(1, len(shards) + 1)]
   if len(shards) == 1:
     files = [SINGLE]
   else:
-    where = {name: file for file, names in zip(files, shards) for name in names}
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+    weight_map = {name: file for file, names in zip(files, shards) for name in names}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2))
   for file, names in zip(files, shards):
-    shard = {name: cast(made[name][2](), made[name][1], name) for name in names}
+    shard = {name: cast(outputs[name].values(), outputs[name].dtype, name) for name in names}
     path = folder / file
     path.touch()
-    mode = path.stat().st_mode  # that of all files here; theirs is the owner's alone
+    mode = path.stat().st_mode  # what umask gives all files; safetensors makes its files readable by the owner only
     try:
       save_file(shard, path, metadata={"format": "pt"})
       path.chmod(mode)
@@ -129,11 +152,18 @@ def write(folder: pathlib.Path, made: Mapping[str, tuple[tuple[int, ...], np.dty
 
 
 def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-  """Raises ConfigError for values that are not finite, or not any more in this dtype."""
+  """Casts an array.
+
+  Args:
+    name: what it is, for messages.
+
+  Raises:
+    ConfigError: an entry is not finite, or becomes infinite in this dtype.
+  """
   if not np.isfinite(value).all():
     raise ConfigError(f"{name} has entries that are NaN or infinite; the model is broken.")
   with np.errstate(over="ignore"):
-    made = np.ascontiguousarray(value, dtype)
-  if made.dtype != value.dtype and not np.isfinite(made).all():
-    raise ConfigError(f"{name} has entries too large for {made.dtype}; convert to float32.")
-  return made
+    converted = np.ascontiguousarray(value, dtype)
+  if converted.dtype != value.dtype and not np.isfinite(converted).all():
+    raise ConfigError(f"{name} has entries too large for {converted.dtype}; convert to float32.")
+  return converted

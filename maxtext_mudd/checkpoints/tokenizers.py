@@ -1,33 +1,39 @@
-"""Tokenizers, which go where their models go: of a Hugging Face folder, or one file of SentencePiece or tiktoken."""
+"""Copies a model's tokenizer into its model folder, and gives MaxText's keys for it.
+
+A tokenizer is a Hugging Face folder, or one file of SentencePiece or tiktoken.
+"""
 
 from collections.abc import Mapping
 import pathlib
 import shutil
 from typing import Any
 
-_MAIN = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them makes it that of a tokenizer
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
-_FILES = ("sentencepiece", "tiktoken")  # types of tokenizers that are one file
+_MAIN = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of these makes a folder a tokenizer's
+_OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_OPTIONAL += ("chat_template.jinja",)
+_SINGLE_FILE_TYPES = ("sentencepiece", "tiktoken")
 
 
 def keys(folder: pathlib.Path) -> dict[str, Any]:
-  """MaxText's keys for the tokenizer in a folder; none where there is none."""
+  """MaxText's keys for the Hugging Face tokenizer in a folder; empty if there is none."""
   if not any((folder / name).is_file() for name in _MAIN):
     return {}
   return {"tokenizer_path": str(folder), "tokenizer_type": "huggingface"}
 
 
-def moved(own: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
-  """The keys for a tokenizer that lies in a folder now, wherever those of its model say that it was."""
-  file = folder / pathlib.Path(str(own.get("tokenizer_path") or "")).name
-  if own.get("tokenizer_type") in _FILES and file.is_file():
+def moved_keys(model_keys: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+  """MaxText's keys for a tokenizer that now lies in `folder`, whatever path the model's keys state."""
+  file = folder / pathlib.Path(str(model_keys.get("tokenizer_path") or "")).name
+  if model_keys.get("tokenizer_type") in _SINGLE_FILE_TYPES and file.is_file():
     return {"tokenizer_path": str(file)}
   return keys(folder)
 
 
-def of_run(config, target: pathlib.Path) -> dict[str, Any]:
-  """The keys for the tokenizer of a configuration once `copy_of_run` has put it into a folder; none where it is
-  nothing on this machine."""
+def run_keys(config, target: pathlib.Path) -> dict[str, Any]:
+  """MaxText's keys for the tokenizer of a run after `copy_run_tokenizer` has copied it to `target`.
+
+  The keys are empty if the run's tokenizer does not exist on this machine.
+  """
   source = pathlib.Path(config.tokenizer_path or "").absolute()
   if not config.tokenizer_path or not source.exists():
     return {}
@@ -38,8 +44,8 @@ def of_run(config, target: pathlib.Path) -> dict[str, Any]:
   return {"tokenizer_path": str(source)}
 
 
-def copy_of_run(config, target: pathlib.Path) -> None:
-  """Puts it there. Raises OSError."""
+def copy_run_tokenizer(config, target: pathlib.Path) -> None:
+  """Copies the tokenizer of a run into the folder `target`, if it exists on this machine. Raises OSError."""
   if name := _file_name(config):
     target.mkdir(exist_ok=True)
     shutil.copyfile(config.tokenizer_path, target / name)
@@ -48,17 +54,19 @@ def copy_of_run(config, target: pathlib.Path) -> None:
 
 
 def _file_name(config) -> str:
-  """Of a tokenizer that is one file; none for others."""
-  source, kind = pathlib.Path(config.tokenizer_path or ""), config.tokenizer_type.value
-  if kind not in _FILES or not source.is_file():
+  """The file name, in a model folder, of a tokenizer that is one file; empty for other tokenizers."""
+  source, tokenizer_type = pathlib.Path(config.tokenizer_path or ""), config.tokenizer_type.value
+  if tokenizer_type not in _SINGLE_FILE_TYPES or not source.is_file():
     return ""
-  return source.name if kind != "tiktoken" or kind in source.name else f"{source.name}.{kind}"  # MaxText asks for it
+  if tokenizer_type == "tiktoken" and "tiktoken" not in source.name:  # MaxText recognizes the type by the name
+    return f"{source.name}.tiktoken"
+  return source.name
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Its files, where the source has one. Raises OSError."""
+  """Copies the files of a Hugging Face tokenizer, if the source folder has one. Raises OSError."""
   if keys(source):
     target.mkdir(exist_ok=True)
-    for file in (source / name for name in (*_MAIN, *_BESIDE)):
+    for file in (source / name for name in (*_MAIN, *_OPTIONAL)):
       if file.is_file():
         shutil.copyfile(file, target / file.name)

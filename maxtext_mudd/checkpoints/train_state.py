@@ -1,7 +1,7 @@
-"""A training checkpoint from single layers to scanned ones, or back: parameters, moments, data position.
+"""Converts a training checkpoint between single and scanned layers: parameters, optimizer moments and data position.
 
-Random states start as in a new model, for layers share them in one layout and not in the other: dropout draws other
-masks. The converted run lies in a folder of its own, which appears when it is complete.
+The random states are those of a new model, because scanned layers share them and single layers do not: dropout draws
+other masks after the conversion. The converted run is a folder of its own, which appears when it is complete.
 """
 
 import pathlib
@@ -15,8 +15,8 @@ from maxtext.configs.pyconfig import HyperParameters
 from maxtext.utils import maxtext_utils, model_creation_utils, train_utils
 import numpy as np
 
-from maxtext_mudd.checkpoints import folder as folders
-from maxtext_mudd.checkpoints import layout
+from maxtext_mudd.checkpoints import layout, orbax_folder
+from maxtext_mudd.checkpoints.staging import staged
 from maxtext_mudd.config.errors import ConfigError
 
 _DATA_POSITION = "iter"
@@ -27,51 +27,58 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
   """Writes the run `target` with one checkpoint of the run `source`, in the layout of `config.scan_layers`.
 
   Args:
-    config: of the model, read with `run_name` the name of `target`.
-    source, target: folders of runs, as OUTPUT/RUN_NAME; the target's must not exist.
-    step: which checkpoint; None: the latest.
+    config: configuration of the model, whose `run_name` is the name of `target`.
+    source: folder of the run to convert, as OUTPUT/RUN_NAME.
+    target: folder of the new run; must not exist.
+    step: which checkpoint; default: the latest.
 
   Returns:
-    the step.
+    The step.
 
   Raises:
-    ConfigError: a folder or checkpoint that is missing or there already, or does not fit the configuration. Nothing is
-      left behind then.
+    ConfigError: the source or the checkpoint is missing, the target exists, or the checkpoint does not fit the
+      configuration. Then nothing is left behind.
   """
   if not config.mudd:
-    raise ConfigError("mudd=False: layouts of models with connections are converted; name such a configuration.")
+    raise ConfigError("mudd=False: only models with connections can be converted; name such a configuration.")
   if target.exists():
     raise ConfigError(f"{target} exists already; name a run that does not.")
-  step, folder = checkpoint(source, step)
-  values = {path: x for path, x in _by_path(folders.numpy_tree(folder, _STATE)).items() if "/rngs/" not in path}
+  step, checkpoint = find_checkpoint(source, step)
+  state = _by_path(orbax_folder.read_tree(checkpoint, _STATE))
+  values = {path: x for path, x in state.items() if "/rngs/" not in path}
   scanned = any("/decoder/layers/" in path for path in values)
   if scanned == config.scan_layers:
     raise ConfigError(
-      f"{folder} has {'scanned' if scanned else 'single'} layers already, as scan_layers={config.scan_layers} wants it."
+      f"scan_layers={config.scan_layers}: {checkpoint} has {'scanned' if scanned else 'single'} layers already; set "
+      f"scan_layers={str(not scanned).lower()} to convert it."
     )
   try:
     values = (layout.stack if config.scan_layers else layout.unstack)(values, config)
   except (KeyError, IndexError, ValueError) as error:
-    what = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
-    raise ConfigError(f"{folder} is not of this model: {what}; name the run's own configuration.") from None
-  state = _fit(values, config, folder)
-  with folders.staged(target) as stage:
-    _write(config, state, step, stage, folder)
+    reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+    raise ConfigError(f"{checkpoint} is not of this model: {reason}; name the run's own configuration.") from None
+  state = _train_state(values, config, checkpoint)
+  with staged(target) as stage:
+    _save(config, state, step, stage, checkpoint)
   return step
 
 
-def checkpoint(source: pathlib.Path, step: int | None = None) -> tuple[int, pathlib.Path]:
-  """Of a run, and its step, the latest if not told. Raises ConfigError where there is none."""
-  folder = source / "checkpoints"
+def find_checkpoint(run: pathlib.Path, step: int | None = None) -> tuple[int, pathlib.Path]:
+  """The step and the folder of a checkpoint of a run: that of `step`, or the latest.
+
+  Raises:
+    ConfigError: there is no such checkpoint.
+  """
+  folder = run / "checkpoints"
   if not folder.is_dir():
-    raise ConfigError(f"{source} is not the folder of a run: it has no checkpoints/.")
-  found = {int(x.name): x for x in folder.iterdir() if x.name.isdigit() and (x / _STATE).is_dir()}
-  if not found:
+    raise ConfigError(f"{run} is not the folder of a run: it has no checkpoints/.")
+  by_step = {int(x.name): x for x in folder.iterdir() if x.name.isdigit() and (x / _STATE).is_dir()}
+  if not by_step:
     raise ConfigError(f"{folder} holds no complete checkpoint.")
-  step = max(found) if step is None else step
-  if step not in found:
-    raise ConfigError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(found)))}.")
-  return step, found[step]
+  step = max(by_step) if step is None else step
+  if step not in by_step:
+    raise ConfigError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, sorted(by_step)))}.")
+  return step, by_step[step]
 
 
 def _by_path(tree) -> dict[str, np.ndarray]:
@@ -87,58 +94,66 @@ def _name(path) -> str:
   return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
 
 
-def _fit(values: dict[str, np.ndarray], config, folder: pathlib.Path):
-  """The values as the tree that MaxText saves, with the random states of a new model."""
+def _train_state(values: dict[str, np.ndarray], config, checkpoint: pathlib.Path):
+  """The tree that MaxText saves, from these values by path and the random states of a new model.
+
+  Raises:
+    ConfigError: the values do not fit the model of the configuration.
+  """
   mesh = maxtext_utils.get_mesh_from_config(config)
   create, abstract = model_creation_utils.create_nnx_abstract_model(config, mesh)
   _, tx = train_utils.create_training_optimizer(config, abstract, mesh=mesh)
 
-  def new():
+  def new_state():
     model = create()
     state = train_state_nnx.TrainStateNNX(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
     return train_state_nnx.to_checkpoint_dict(nnx.state(state))
 
   with jax.set_mesh(mesh):
-    wanted = jax.eval_shape(new)
-    random = jax.jit(lambda: {"nnx_aux": new().get("nnx_aux", {})})()
-    keys = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(random) if _is_key(x)}
-    random = _by_path(random)
+    expected_tree = jax.eval_shape(new_state)
+    random_tree = jax.jit(lambda: {"nnx_aux": new_state().get("nnx_aux", {})})()
+    keys = {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(random_tree) if _is_key(x)}
+    random_states = _by_path(random_tree)
 
-  def fitting(path, like):
+  def leaf(path, expected):
     name = _name(path)
-    value = values.get(name, random.get(name))
+    value = values.get(name, random_states.get(name))
     if value is None:
-      raise ConfigError(f"{folder} has no {name}, which this configuration needs; name the run's own configuration.")
-    if name in keys and value.shape == random[name].shape:
-      return jax.random.wrap_key_data(value, impl=jax.random.key_impl(keys[name]))
-    if value.shape != like.shape or value.dtype != like.dtype:
-      found, needed = (f"{x.dtype}{list(x.shape)}" for x in (value, like))
       raise ConfigError(
-        f"{folder}: {name} is {found}, and this configuration needs {needed}; name the run's own configuration."
+        f"{checkpoint} has no {name}, which this configuration needs; name the run's own configuration."
       )
-    return jnp.asarray(value)  # Orbax restores arrays as what they were saved as
+    if name in keys and value.shape == random_states[name].shape:
+      return jax.random.wrap_key_data(value, impl=jax.random.key_impl(keys[name]))
+    if value.shape != expected.shape or value.dtype != expected.dtype:
+      given, needed = (f"{x.dtype}{list(x.shape)}" for x in (value, expected))
+      raise ConfigError(
+        f"{checkpoint}: {name} is {given}, and this configuration needs {needed}; name the run's own configuration."
+      )
+    return jnp.asarray(value)  # Orbax restores JAX arrays only if JAX arrays were saved
 
-  state = jax.tree_util.tree_map_with_path(fitting, wanted)
-  names = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(wanted)}
-  left = sorted(path for path in values if path not in names)
-  if left:
-    raise ConfigError(f"{folder} has {left[0]}, for which this configuration has no place; name the run's own.")
+  state = jax.tree_util.tree_map_with_path(leaf, expected_tree)
+  names = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(expected_tree)}
+  extra = sorted(path for path in values if path not in names)
+  if extra:
+    raise ConfigError(
+      f"{checkpoint} has {extra[0]}, which this configuration does not have; name the run's own configuration."
+    )
   return state
 
 
-def _write(config, state, step: int, staged: pathlib.Path, folder: pathlib.Path) -> None:
+def _save(config, state, step: int, stage: pathlib.Path, source: pathlib.Path) -> None:
   manager = checkpointing.create_orbax_checkpoint_manager(
-    str(staged / "checkpoints"),
+    str(stage / "checkpoints"),
     True,
     False,
     1,
     use_ocdbt=config.checkpoint_storage_use_ocdbt,
     use_zarr3=config.checkpoint_storage_use_zarr3,
   )
-  # The data position is not ours to make: it is copied.
+  # MaxText asks for a data iterator to save. The data position is copied instead.
   placeholder = checkpointing.PlaceHolderDataIterator(config, maxtext_utils.get_mesh_from_config(config))
   checkpointing.save_checkpoint(manager, step, state, config, placeholder, force=True)
   checkpointing.wait_until_finished(manager)
   manager.close()
-  if (folder / _DATA_POSITION).is_dir():
-    shutil.copytree(folder / _DATA_POSITION, staged / "checkpoints" / str(step) / _DATA_POSITION)
+  if (source / _DATA_POSITION).is_dir():
+    shutil.copytree(source / _DATA_POSITION, stage / "checkpoints" / str(step) / _DATA_POSITION)

@@ -53,8 +53,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
     ConfigError: the folder is missing or holds no such model, or the configuration cannot work.
   """
   plugin.install()
-  from maxtext_mudd.checkpoints import folder as folders
-  from maxtext_mudd.checkpoints import parameters, tensors, tokenizers
+  from maxtext_mudd.checkpoints import model_config, model_folder, model_keys, parameters, tensors, tokenizers
   from maxtext_mudd.checkpoints.authors_jax import models as authors_jax
   from maxtext_mudd.checkpoints.hugging_face import files as hugging_face_files
   from maxtext_mudd.checkpoints.hugging_face import models as hugging_face
@@ -64,17 +63,17 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   if not pathlib.Path(folder).expanduser().is_dir():
     raise ConfigError(f"{folder} is not a folder; download or copy the model first, and name the folder that holds it.")
   folder = pathlib.Path(folder).expanduser().absolute()
-  if folders.is_folder(folder):
+  if model_folder.is_model_folder(folder):
     # scan_layers is not free: the checkpoint has the parameters of single or of scanned layers.
-    free_keys = {*DEFAULTS, *folders.FREE, "tokenizer_path", "tokenizer_type"} - {"scan_layers"}
-    keys = folders.with_overrides(DEFAULTS | folders.keys(folder), config_overrides, folder, free_keys)
-    config = folders.configuration(keys | {"load_parameters_path": str(folder / folders.ITEMS)})
+    free_keys = {*DEFAULTS, *model_keys.FREE, "tokenizer_path", "tokenizer_type"} - {"scan_layers"}
+    keys = model_config.with_overrides(DEFAULTS | model_folder.read_keys(folder), config_overrides, folder, free_keys)
+    config = model_config.build(keys | {"load_parameters_path": str(folder / model_folder.ITEMS)})
     devices.check_mesh(config)
     return parameters.load(config), config
   if _is_checkpoint_of_run(folder):
     raise ConfigError(
-      f"{folder} is a checkpoint without the keys of its model; name the folder that has {folders.CONFIG}, or call "
-      "from_run with the CONFIG.yml of its run."
+      f"{folder} is a checkpoint without the keys of its model; name the folder that has {model_folder.CONFIG}, or "
+      "call from_run with the CONFIG.yml of its run."
     )
   # A folder may look like both formats. Files that only Hugging Face has decide which is tried first.
   has_hugging_face_file = any((folder / name).exists() for name in hugging_face_files.FILES)
@@ -82,11 +81,11 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   reader = next((module for module in modules if module.is_folder(folder)), None)
   if reader is None:
     raise ConfigError(
-      f"{folder} holds no model: it has none of {folders.CONFIG}, {tensors.SINGLE} and {authors_jax.FILE}."
+      f"{folder} holds no model: it has none of {model_folder.CONFIG}, {tensors.SINGLE} and {authors_jax.FILE}."
     )
   source = reader.Model(folder)
   defaults = DEFAULTS | tokenizers.keys(folder)
-  config = folders.configuration(folders.source_keys(source, defaults | config_overrides))
+  config = model_config.build(model_folder.source_keys(source, defaults | config_overrides))
   devices.check_mesh(config)
   return _load(config, source), config
 
@@ -109,8 +108,7 @@ def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **
   plugin.install()
   from maxtext.configs import pyconfig
 
-  from maxtext_mudd.checkpoints import folder as folders
-  from maxtext_mudd.checkpoints import parameters
+  from maxtext_mudd.checkpoints import model_config, parameters
   from maxtext_mudd.config import devices
 
   checkpoint = str(checkpoint)
@@ -120,10 +118,10 @@ def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **
       raise ConfigError(
         f"{checkpoint}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
       )
-    checkpoint = str(parameters.items(str(path)))
+    checkpoint = str(parameters.items_folder(str(path)))
   # Whether layers are scanned has to be as in the run, because the checkpoint has its layout.
   defaults = {key: value for key, value in DEFAULTS.items() if key != "scan_layers"}
-  keys = defaults | folders.here() | _with_dtype_names(config_overrides)
+  keys = defaults | model_config.local_keys() | _with_dtype_names(config_overrides)
   config = pyconfig.initialize(["", str(config_file)], **keys, load_parameters_path=checkpoint)
   devices.check_mesh(config)
   return parameters.load(config), config
@@ -150,7 +148,7 @@ def _load(config, source):
   """
   from maxtext.utils import maxtext_utils, model_creation_utils
 
-  from maxtext_mudd.checkpoints import folder as folders
+  from maxtext_mudd.checkpoints import model_folder
 
   mesh = maxtext_utils.get_mesh_from_config(config)
   create, abstract = model_creation_utils.create_nnx_abstract_model(config, mesh)
@@ -160,7 +158,7 @@ def _load(config, source):
   def place(path, value):
     return jax.device_put(value, variables[path].get_value().sharding)
 
-  for path, value in folders.tree(config, source.parameters(config), source.path, place).items():
+  for path, value in model_folder.check_parameters(config, source.parameters(config), source.path, place).items():
     variables[path].set_value(value)
   with jax.set_mesh(mesh):
     # The states of random numbers. JAX compiles the initial values of parameters away, because nothing uses them.

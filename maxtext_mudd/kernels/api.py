@@ -1,4 +1,4 @@
-"""The public operation, `mix`: N sources are summed into C streams with weights of each token's own."""
+"""The public operation, `mix`: it sums N sources into C streams, with different weights for every token."""
 
 from collections.abc import Sequence
 import functools
@@ -23,7 +23,7 @@ def mix(
   implementation: str = "auto",
   sharding: NamedSharding | None = None,
 ) -> list[Float[Array, "B T D"]]:
-  """Mixes N sources into C streams, each token with weights of its own (paper, Eq. 5).
+  """Mixes N sources into C streams, with different weights for every token (paper, Eq. 5).
 
       x^c = sum_j W[..., c, j] * sources[j]
 

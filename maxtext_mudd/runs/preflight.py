@@ -62,7 +62,7 @@ def _check_start_checkpoint(config) -> None:
   if path and not data_settings.is_remote(path) and config.mudd:
     from maxtext_mudd.checkpoints import parameters
 
-    parameters.check_path(str(parameters.items(path)), pyconfig.HyperParameters(config))
+    parameters.check_path(str(parameters.items_folder(path)), pyconfig.HyperParameters(config))
 
 
 def _has_own_checkpoint(folder: str) -> bool:

@@ -1,1 +1,1 @@
-"""Models of the authors' JAX code, read."""
+"""Reads models of the authors' JAX code, a fork of an old MaxText."""

@@ -1,16 +1,17 @@
-"""What the `config.json` of a model of the authors' JAX code says, in MaxText's keys; shapes tell what it does not.
+"""MaxText's keys of a model of the authors' JAX code, from its `config.json` and the shapes of its parameters.
 
-Source: the golden models' files, and the layers that read these fields.
+Sources: the golden models' files, and the layers of the authors' code that read these fields.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import dataclasses
 import json
 import math
 import pathlib
 import re
 from typing import Any
 
-from maxtext_mudd.checkpoints import ffn_widths as ffn
+from maxtext_mudd.checkpoints import released_ffn
 from maxtext_mudd.config.errors import ConfigError
 
 CONFIG = "config.json"
@@ -24,8 +25,9 @@ _FIXED = {
   "mudd_activation": "gelu_tanh",
   "mudd_first_block_norms": "separate",
 }
-# Fields that change the function, with the value that can be had. The fork's gelu is the tanh approximation.
-_FIELDS = {
+# Fields that change the function of the model, with the only value that is supported. The authors' JAX "gelu" is the
+# tanh approximation.
+_SUPPORTED = {
   "decoder_block": "llama2",
   "mlp_activations": ["silu", "linear"],
   "dense_conn": True,
@@ -46,7 +48,7 @@ _FIELDS = {
   "use_untrainable_positional_embedding": False,
   "trainable_position_size": -1,
 }
-# MaxText's key of a size: field, a parameter that has it, its axes, which of them.
+# Sizes by MaxText's key: the field, or, where that is missing, a parameter that shows the size, its rank and the axis.
 _SIZES = {
   "base_emb_dim": ("emb_dim", "token_embedder/embedding", 2, 1),
   "vocab_size": ("vocab_size", "token_embedder/embedding", 2, 0),
@@ -54,83 +56,98 @@ _SIZES = {
   "base_num_kv_heads": ("num_kv_heads", "decoder/layers_0/self_attention/key/kernel", 3, 1),
   "head_dim": ("head_dim", "decoder/layers_0/self_attention/query/kernel", 3, 2),
 }
-# Of which no shape tells: field, default.
-_TOLD = {
+# Numbers that no shape shows, by MaxText's key: the field and its default.
+_NUMBERS = {
   "rope_min_timescale": ("rope_min_timescale", 1),
   "rope_max_timescale": ("rope_max_timescale", 10000),
   "max_target_length": ("max_target_length", 2048),
 }
 
 
-def keys(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
-  """MaxText's keys for the model. Fields go before shapes, so that a parameter that does not fit can be told.
+@dataclasses.dataclass(frozen=True)
+class _Model:
+  """What is known about a model before its parameters are read.
 
-  Args:
-    shapes: of the parameters, by the fork's names.
-    fields: of `config.json`, none where there is no such file.
-    folder: for messages.
-
-  Raises:
-    ConfigError: not a model of the fork, or a field that has a value that cannot be had.
+  Attributes:
+    fields: the fields of `config.json`.
+    shapes: the shapes of the parameters, by their names in the authors' code.
+    folder: the folder of the model, for messages.
   """
-  file = folder / CONFIG
-  for field, value in _FIELDS.items():
-    found = fields.get(field, value)
-    if type(found) is not type(value) or found != value:
-      raise ConfigError(f"{file}: {field}={json.dumps(found)} is not supported; {field}={json.dumps(value)} is.")
 
-  def shape(name, rank):
-    if len(shapes.get(name, ())) != rank:
-      found = f"a {name} of {list(shapes[name])}" if name in shapes else f"no {name}"
-      raise ConfigError(f"{folder} has {found}; name a folder with a MUDD model of the fork.")
-    return shapes[name]
+  fields: Mapping[str, Any]
+  shapes: Mapping[str, tuple[int, ...]]
+  folder: pathlib.Path
 
-  def told(field, default, fits=lambda x: type(x) is int and x > 0, kind="a whole number above 0"):
-    value = fields.get(field, default)
-    if not fits(value):
-      raise ConfigError(f"{file}: {field}={json.dumps(value)} is not {kind}.")
+  @property
+  def file(self) -> pathlib.Path:
+    return self.folder / CONFIG
+
+  def number(self, field: str, default: int | None = None) -> int:
+    return self._checked(field, default, lambda x: type(x) is int and x > 0, "a whole number above 0")
+
+  def positive(self, field: str, default: float) -> float:
+    return self._checked(field, default, _is_positive, "a finite number above 0")
+
+  def flag(self, field: str, default: bool) -> bool:
+    return self._checked(field, default, lambda x: isinstance(x, bool), "true or false")
+
+  def _checked(self, field: str, default, is_valid: Callable[[Any], bool], kind: str):
+    value = self.fields.get(field, default)
+    if not is_valid(value):
+      raise ConfigError(f"{self.file}: {field}={json.dumps(value)} is not {kind}.")
     return value
 
-  def switch(field, default):
-    return told(field, default, lambda x: isinstance(x, bool), "true or false")
+  def shape(self, name: str, rank: int) -> tuple[int, ...]:
+    if len(self.shapes.get(name, ())) != rank:
+      found = f"a {name} of {list(self.shapes[name])}" if name in self.shapes else f"no {name}"
+      raise ConfigError(f"{self.folder} has {found}; name a folder with a MUDD model of the authors' JAX code.")
+    return self.shapes[name]
 
-  def size(field, name, rank, axis):
-    return told(field, None) if field in fields else shape(name, rank)[axis]
+  def size(self, field: str, name: str, rank: int, axis: int) -> int:
+    return self.number(field) if field in self.fields else self.shape(name, rank)[axis]
 
-  made = {key: size(*how) for key, how in _SIZES.items()}
-  made |= {key: told(*how) for key, how in _TOLD.items()}
-  number = len({found[1] for name in shapes if (found := re.match(r"decoder/layers_(\d+)/", name))})
-  if told("num_decoder_layers", number) != number:
-    raise ConfigError(f"{file}: num_decoder_layers={fields['num_decoder_layers']}, and the parameters have {number}.")
-  kernels = [f"decoder/layers_{i}/mlp/wi_0/kernel" for i in range(number)]
-  if "mlp_dim" in fields:
-    width, shaped = told("mlp_dim", None), [shapes.get(name, ()) for name in kernels]
-    reallocated = ffn.is_reallocated(width, [x[1] if len(x) == 2 else None for x in shaped])
-    reallocated = switch("dynamic_mlp_dim", reallocated)
-  else:
-    widths = tuple(shape(name, 2)[1] for name in kernels)
-    width, reallocated = sum(widths) // number, len(set(widths)) > 1
-    if widths != ffn.widths(width, number, reallocated):
-      found = ", ".join(map(str, widths))
-      raise ConfigError(
-        f"{folder}: FFNs of {found} are not what re-allocation makes of mlp_dim={width}; write it to {CONFIG}."
-      )
-  expansion, last_expansion = _expansions(
-    fields.get("dynamic_dense_hidden_expand", [1] * (number - 1) + [4]), number, file
-  )
-  pre_norm = switch("mudd_prenorm", any(name.startswith("decoder/mudd_prenorm") for name in shapes))
+
+def keys(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+  """MaxText's keys of the model.
+
+  A field takes precedence over shapes, so that a parameter that does not fit is noticed later.
+
+  Args:
+    shapes: the shapes of the parameters, by their names in the authors' code.
+    fields: the fields of `config.json`; empty if there is no such file.
+    folder: the folder of the model, for messages.
+
+  Raises:
+    ConfigError: this is not such a model, or a field has a value that is not supported.
+  """
+  model = _Model(fields, shapes, folder)
+  for field, supported in _SUPPORTED.items():
+    value = fields.get(field, supported)
+    if type(value) is not type(supported) or value != supported:
+      given, needed = json.dumps(value), json.dumps(supported)
+      raise ConfigError(f"{model.file}: {field}={given} is not supported; {field}={needed} is.")
+  sizes = {key: model.size(*size) for key, size in _SIZES.items()}
+  numbers = {key: model.number(*field_and_default) for key, field_and_default in _NUMBERS.items()}
+  num_blocks = len({match[1] for name in shapes if (match := re.match(r"decoder/layers_(\d+)/", name))})
+  if model.number("num_decoder_layers", num_blocks) != num_blocks:
+    stated = fields["num_decoder_layers"]
+    raise ConfigError(f"{model.file}: num_decoder_layers={stated}, and the parameters have {num_blocks}.")
+  base_width, reallocated = _ffn(model, num_blocks)
+  expansion, last_expansion = _expansions(model, num_blocks)
+  pre_norm = model.flag("mudd_prenorm", any(name.startswith("decoder/mudd_prenorm") for name in shapes))
   return {
     **_FIXED,
-    **made,
-    "base_num_decoder_layers": number,
-    "base_mlp_dim": width,
-    "normalization_layer_epsilon": told("normalization_layer_epsilon", 1e-6, _is_positive, "a finite number above 0"),
+    **sizes,
+    **numbers,
+    "base_num_decoder_layers": num_blocks,
+    "base_mlp_dim": base_width,
+    "normalization_layer_epsilon": model.positive("normalization_layer_epsilon", 1e-6),
     "mudd_hidden_expansion": expansion,
     "mudd_last_hidden_expansion": last_expansion,
-    "mudd_hidden_round_to": 64 if switch("dynamic_dense_hidden_round", True) else 0,
+    "mudd_hidden_round_to": 64 if model.flag("dynamic_dense_hidden_round", True) else 0,
     "mudd_pre_norm": pre_norm,
     "mudd_weight_norm_scale": pre_norm,
-    "mudd_post_norm": switch("mudd_postnorm", any(name.startswith("decoder/mudd_postnorm_") for name in shapes)),
+    "mudd_post_norm": model.flag("mudd_postnorm", any(name.startswith("decoder/mudd_postnorm_") for name in shapes)),
     "mudd_ffn_reallocation": reallocated,
   }
 
@@ -139,12 +156,30 @@ def _is_positive(value) -> bool:
   return type(value) in (int, float) and 0 < value < math.inf
 
 
-def _expansions(value, number: int, file: pathlib.Path) -> tuple[float, float]:
-  """Of all aggregates but the last, and of the last."""
-  by_layer = value if isinstance(value, list) else [value] * number
-  if len(by_layer) != number or not all(map(_is_positive, by_layer)) or len(set(by_layer[:-1])) > 1:
+def _ffn(model: _Model, num_blocks: int) -> tuple[int, bool]:
+  """The configured FFN width, and whether FFNs are re-allocated."""
+  kernels = [f"decoder/layers_{i}/mlp/wi_0/kernel" for i in range(num_blocks)]
+  if "mlp_dim" in model.fields:
+    base_width, shapes = model.number("mlp_dim"), [model.shapes.get(name, ()) for name in kernels]
+    reallocated = released_ffn.is_reallocated(base_width, [x[1] if len(x) == 2 else None for x in shapes])
+    return base_width, model.flag("dynamic_mlp_dim", reallocated)
+  widths = tuple(model.shape(name, 2)[1] for name in kernels)
+  base_width, reallocated = sum(widths) // num_blocks, len(set(widths)) > 1
+  if widths != released_ffn.for_blocks(base_width, num_blocks, reallocated):
     raise ConfigError(
-      f"{file}: dynamic_dense_hidden_expand={json.dumps(value)} is not supported; one number for all {number} layers "
-      "but the last, and one for the last, is."
+      f"{model.folder}: FFN widths {', '.join(map(str, widths))} do not follow from re-allocating their mean, "
+      f"{base_width}; write mlp_dim to {CONFIG}."
     )
-  return float(by_layer[0]), float(by_layer[-1])
+  return base_width, reallocated
+
+
+def _expansions(model: _Model, num_blocks: int) -> tuple[float, float]:
+  """The hidden expansion of all aggregates but the last, and that of the last."""
+  value = model.fields.get("dynamic_dense_hidden_expand", [1] * (num_blocks - 1) + [4])
+  by_block = value if isinstance(value, list) else [value] * num_blocks
+  if len(by_block) != num_blocks or not all(map(_is_positive, by_block)) or len(set(by_block[:-1])) > 1:
+    raise ConfigError(
+      f"{model.file}: dynamic_dense_hidden_expand={json.dumps(value)} is not supported; use one number for all "
+      f"{num_blocks} layers but the last, and one for the last."
+    )
+  return float(by_block[0]), float(by_block[-1])

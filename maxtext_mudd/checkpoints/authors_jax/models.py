@@ -1,6 +1,6 @@
-"""Models of the authors' JAX code, a fork of an old MaxText.
+"""Reads models of the authors' JAX code and converts them to model folders.
 
-Its parameters have the shapes that MaxText's have, under other names. Its attention divides scores by sqrt(head_dim),
+Their parameters have the shapes of MaxText's, under other names. Their attention divides the scores by sqrt(head_dim),
 as MaxText's qwen3 does; MaxText's llama2 keeps that factor in the query kernel.
 """
 
@@ -12,18 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from maxtext_mudd.checkpoints import ffn_widths as ffn
-from maxtext_mudd.checkpoints import folder, layout, tensors
-from maxtext_mudd.checkpoints import orbax_folder as saved
-from maxtext_mudd.checkpoints.authors_jax import config_json as fork_config
+from maxtext_mudd.checkpoints import layout, model_config, model_folder, orbax_folder, released_ffn, tensors
+from maxtext_mudd.checkpoints.authors_jax import config_json
 from maxtext_mudd.checkpoints.hugging_face import models as hf
 from maxtext_mudd.config.errors import ConfigError
 
 FILE = "params.safetensors"
-_ORBAX = ("_METADATA", "checkpoint", "manifest.ocdbt")
+_ORBAX_FILES = ("_METADATA", "checkpoint", "manifest.ocdbt")
 
 _EMBEDDING_NORM = "decoder/mudd_prenorm/scale"
-_AGGREGATE = {
+_AGGREGATE_PARAMETERS = {
   "dynamic_dense_conn1/kernel": "w1",
   "dynamic_dense_conn2/kernel": "w2",
   "dense_proj2.bias": "a",
@@ -32,65 +30,82 @@ _AGGREGATE = {
 
 
 def is_folder(path: pathlib.Path) -> bool:
-  return (path / FILE).exists() or any((_items(path) / name).exists() for name in _ORBAX)
+  return (path / FILE).exists() or any((_orbax_tree(path) / name).exists() for name in _ORBAX_FILES)
 
 
 class Model:
-  """A `folder.Source`: `params.safetensors` with flax paths for names, or an Orbax tree of the same."""
+  """A `model_folder.Source`: `params.safetensors`, or an Orbax tree with the same parameters."""
 
   def __init__(self, path: pathlib.Path):
-    """Raises ConfigError for what is missing, damaged or not such a model."""
+    """Reads the headers of the parameters, and `config.json` if there is one.
+
+    Raises:
+      ConfigError: a file is missing or damaged, or is not of such a model.
+    """
     self.path = path
-    self._values = tensors.of_file(path / FILE) if (path / FILE).exists() else saved.parameters(_items(path))
-    config = path / fork_config.CONFIG
+    self._tensors = (
+      tensors.of_file(path / FILE) if (path / FILE).exists() else orbax_folder.parameters(_orbax_tree(path))
+    )
+    config = path / config_json.CONFIG
     fields = hf.read_fields(config) if config.exists() else {}
-    self.keys = fork_config.keys({name: x.shape for name, x in self._values.items()}, fields, path)
-    self.ffn_widths = ffn.of_keys(self.keys)
-    self.size = sum(x.size for x in self._values.values())
+    self.keys = config_json.keys({name: x.shape for name, x in self._tensors.items()}, fields, path)
+    self.ffn_widths = released_ffn.from_keys(self.keys)
+    self.size = sum(x.size for x in self._tensors.values())
 
   def parameters(self, config, progress: Callable[[int], None] = lambda size: None) -> Iterator[tuple[str, np.ndarray]]:
-    """Raises ConfigError where a parameter is missing, not of this model, or of another shape, before one is read."""
+    """As `model_folder.Source.parameters`.
+
+    Raises:
+      ConfigError: a parameter is missing, is not one of this model, or has another shape. None has been read then.
+    """
     last = config.num_decoder_layers - 1
     self._check(config, last)
-    makers = {path_of(name, last): functools.partial(self._read, name) for name in self._values}
-    values = tensors.Lazy(makers, progress)
+    readers = {path_of(name, last): functools.partial(self._read, name) for name in self._tensors}
+    values = tensors.LazyArrays(readers, progress)
     return layout.stacking(values, config) if config.scan_layers else iter(values.items())
 
   def _check(self, config, last: int) -> None:
     if config.scan_layers:
-      config = folder.configuration(self.keys | folder.here() | {"scan_layers": False})
-    wanted = folder.parameter_shapes(config)
-    for name, found in self._values.items():
-      like = wanted.pop(path_of(name, last), None)
-      if like is None:
-        raise ConfigError(f"{self.path} has {name}, for which the model that its other parameters make has no place.")
-      if found.shape != like.shape:
-        shapes = f"{list(found.shape)}, and the model that its other parameters make needs {list(like.shape)}"
-        raise ConfigError(f"{self.path}: {name} is {shapes}.")
-    if wanted:
-      likely = (re.sub(r"(layers|norm)_\d+/", rf"\1_{i}/", name) for name in self._values for i in range(last + 1))
+      config = model_config.build(self.keys | model_config.local_keys() | {"scan_layers": False})
+    missing = model_config.parameter_shapes(config)
+    for name, tensor in self._tensors.items():
+      expected = missing.pop(path_of(name, last), None)
+      if expected is None:
+        raise ConfigError(f"{self.path} has {name}, which the model that its other parameters describe does not have.")
+      if tensor.shape != expected.shape:
+        raise ConfigError(
+          f"{self.path}: {name} is {list(tensor.shape)}, and the model that its other parameters describe needs "
+          f"{list(expected.shape)}."
+        )
+    if missing:
+      # The message names the parameter as the authors' code does: that is its name in other blocks, with this number.
+      likely = (re.sub(r"(layers|norm)_\d+/", rf"\1_{i}/", name) for name in self._tensors for i in range(last + 1))
       names = {path_of(name, last): name for name in (_EMBEDDING_NORM, *likely)}
-      missing = min(names.get(path, path) for path in wanted)
-      raise ConfigError(f"{self.path} has no {missing}, which the model that its other parameters make needs.")
+      first = min(names.get(path, path) for path in missing)
+      raise ConfigError(f"{self.path} has no {first}, which the model that its other parameters describe needs.")
 
   def _read(self, name: str) -> np.ndarray:
-    found = self._values[name]
-    return tensors.cast(found.read(), found.dtype, f"{self.path}: {name}")
+    tensor = self._tensors[name]
+    return tensors.cast(tensor.read(), tensor.dtype, f"{self.path}: {name}")
 
 
 def path_of(name: str, last: int) -> str:
-  """MaxText's path of a parameter of the fork; `last`: number of the last block, from 0."""
+  """MaxText's path of a parameter that has this name in the authors' code.
+
+  Args:
+    last: number of the last block; blocks count from 0.
+  """
   if name == _EMBEDDING_NORM:
     return "decoder/layers_0/connection/embedding_norm/scale"
-  if found := re.fullmatch(r"decoder/mudd_(prenorm|postnorm)_(\d+)/scale", name):
-    block = int(found[2])
-    if found[1] == "prenorm":
+  if match := re.fullmatch(r"decoder/mudd_(prenorm|postnorm)_(\d+)/scale", name):
+    block = int(match[2])
+    if match[1] == "prenorm":
       return f"decoder/layers_{block}/connection/output_norm/scale"
     return f"{_aggregate_path(block, last)}/post_norm_r/scale"
-  if found := re.fullmatch(r"decoder/layers_(\d+)/(.+)", name):
-    block, rest = int(found[1]), found[2]
-    if rest in _AGGREGATE:
-      return f"{_aggregate_path(block, last)}/{_AGGREGATE[rest]}"
+  if match := re.fullmatch(r"decoder/layers_(\d+)/(.+)", name):
+    block, parameter = int(match[1]), match[2]
+    if parameter in _AGGREGATE_PARAMETERS:
+      return f"{_aggregate_path(block, last)}/{_AGGREGATE_PARAMETERS[parameter]}"
     return re.sub(r"/pre_self_attention_layer_norm_([qkv])/", r"/pre_self_attention_layer_norm/\1/", name)
   return name
 
@@ -102,10 +117,10 @@ def _aggregate_path(block: int, last: int) -> str:
 
 
 def from_fork(source: pathlib.Path, target: pathlib.Path, overrides: Mapping[str, Any]) -> None:
-  """`folder.convert` of a folder of the fork."""
-  folder.convert(Model(source), target, overrides, {})
+  """Converts a folder of the authors' JAX code; as `model_folder.convert`."""
+  model_folder.convert(Model(source), target, overrides, {})
 
 
-def _items(path: pathlib.Path) -> pathlib.Path:
-  """Where the tree of an Orbax folder is, in a checkpoint of a run or by itself."""
+def _orbax_tree(path: pathlib.Path) -> pathlib.Path:
+  """The folder of the tree: a subfolder if `path` is a checkpoint of a run, or `path` itself."""
   return next((path / name for name in ("items", "default", "state") if (path / name).is_dir()), path)

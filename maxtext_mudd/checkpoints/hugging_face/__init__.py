@@ -1,1 +1,1 @@
-"""Released models in Hugging Face folders, read and written."""
+"""Reads and writes the released models in Hugging Face folders."""

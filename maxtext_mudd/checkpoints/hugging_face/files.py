@@ -1,5 +1,6 @@
-"""Which files of a Hugging Face folder hold its tensors."""
+"""Finds the tensors of a Hugging Face folder: in one file, or in shards that an index names."""
 
+from collections.abc import Callable
 import json
 import pathlib
 
@@ -8,51 +9,54 @@ from maxtext_mudd.checkpoints.hugging_face import pickled
 from maxtext_mudd.checkpoints.tensors import Tensor
 from maxtext_mudd.config.errors import ConfigError
 
-# (file, index of many files, what reads one), the first that are there.
-KINDS = (
+# (the single file, the index of shards, the function that reads one file). The first format that exists is read.
+FORMATS = (
   (tensors.SINGLE, tensors.INDEX, tensors.of_file),
   ("pytorch_model.bin", "pytorch_model.bin.index.json", pickled.of_file),
 )
-FILES = tuple(name for single, index, _ in KINDS for name in (single, index))
+FILES = tuple(name for single, index, _ in FORMATS for name in (single, index))
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-  """All tensors of `model.safetensors` or `pytorch_model.bin`, or of the shards that their index names, by name; values
-  are not read yet.
+  """All tensors of the folder, by name; their values are not read yet.
 
   Raises:
-    ConfigError: there are none, files and index are not of each other, or a file is damaged or of integers.
+    ConfigError: there are no tensors, the shards and their index do not agree, or a file is damaged or holds a tensor
+      of a dtype that is not supported.
   """
-  for single, index, of_file in KINDS:
-    if (folder / single).exists():  # before what shards and an index were left beside it, as transformers reads it
-      return of_file(folder / single)
+  for single, index, read_file in FORMATS:
+    if (folder / single).exists():  # transformers, too, ignores shards and an index beside this file
+      return read_file(folder / single)
     if (folder / index).exists():
-      return _of_shards(folder, index, of_file)
+      return _open_shards(folder, index, read_file)
   raise ConfigError(f"{folder} has none of {', '.join(FILES)}; name a folder that holds a model.")
 
 
-def _of_shards(folder: pathlib.Path, index: str, of_file) -> dict[str, Tensor]:
-  where = _weight_map(folder / index)
-  files = {name: folder / name for name in sorted(set(where.values()))}
-  missing = [file for file in files.values() if not file.exists()]
+def _open_shards(
+  folder: pathlib.Path, index: str, read_file: Callable[[pathlib.Path], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+  file_of_tensor = _weight_map(folder / index)
+  files = sorted(set(file_of_tensor.values()))
+  missing = [file for file in files if not (folder / file).exists()]
   if missing:
-    raise ConfigError(f"{missing[0]} is missing, and {index} names it; copy it beside the others.")
-  found = {name: of_file(file) for name, file in files.items()}
-  for name, file in where.items():
-    if name not in found[file]:
+    raise ConfigError(f"{folder / missing[0]} is missing, and {index} names it; copy it beside the others.")
+  shards = {file: read_file(folder / file) for file in files}
+  for name, file in file_of_tensor.items():
+    if name not in shards[file]:
       raise ConfigError(f"{folder / file} has no {name}, which {index} says it has; copy both again.")
-  for file, tensors_of_file in found.items():
-    for name in tensors_of_file:
-      if where.get(name) != file:
+  for file, shard in shards.items():
+    for name in shard:
+      if file_of_tensor.get(name) != file:
         raise ConfigError(f"{folder / file} has {name}, which {index} does not name there; copy both again.")
-  return {name: found[file][name] for name, file in where.items()}
+  return {name: shards[file][name] for name, file in file_of_tensor.items()}
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  """The file of each tensor, by the name of the tensor."""
   try:
-    where = json.loads(index.read_text())["weight_map"]
-    if where and all(isinstance(file, str) for file in where.values()):
-      return where
+    weight_map = json.loads(index.read_text())["weight_map"]
+    if weight_map and all(isinstance(file, str) for file in weight_map.values()):
+      return weight_map
     reason = "its weight_map names no files"
   except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
     reason = error

@@ -1,10 +1,10 @@
-"""Released models from Hugging Face folders.
+"""Converts released models from Hugging Face folders to model folders, and back.
 
-One tensor is read at a time: the host holds the model once, in the dtype that it is converted to, or, on the way back,
-a shard.
+One tensor is read at a time. The host holds the whole model once, in the dtype that it is converted to; on the way back
+it holds one shard.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
 import json
 import pathlib
@@ -15,19 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from maxtext_mudd.checkpoints import ffn_widths as ffn
-from maxtext_mudd.checkpoints import folder, layout, tensors, tokenizers
-from maxtext_mudd.checkpoints import orbax_folder as saved
-from maxtext_mudd.checkpoints.hugging_face import config_json as hf_config
+from maxtext_mudd.checkpoints import (
+  layout,
+  model_config,
+  model_folder,
+  orbax_folder,
+  released_ffn,
+  tensors,
+  tokenizers,
+)
+from maxtext_mudd.checkpoints.hugging_face import config_json, remote_code
 from maxtext_mudd.checkpoints.hugging_face import files as hf_files
 from maxtext_mudd.checkpoints.hugging_face import names as hf_names
-from maxtext_mudd.checkpoints.hugging_face import remote_code
 from maxtext_mudd.checkpoints.hugging_face.names import Name
+from maxtext_mudd.checkpoints.staging import staged
 from maxtext_mudd.checkpoints.tensors import Tensor
 from maxtext_mudd.config.errors import ConfigError
 
 CONFIG = "config.json"
-ORIGINAL = "hf_config.json"  # in a converted folder
+ORIGINAL = "hf_config.json"  # in a model folder: config.json and the dtypes of the model that was converted
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -35,28 +41,37 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 class Model:
-  """A `folder.Source`: MUDDFormer or MUDDPythia as published.
+  """A `model_folder.Source`: MUDDFormer or MUDDPythia as published.
 
   Attributes:
-    fields: of config.json.
-    dtypes: of the tensors, by name.
+    fields: the fields of config.json.
+    dtypes: the dtype of each tensor, by name.
   """
 
   def __init__(self, path: pathlib.Path):
-    """Raises ConfigError for what is missing, damaged or not of a known kind."""
+    """Reads config.json and the headers of the tensors.
+
+    Raises:
+      ConfigError: a file is missing or damaged, or the model is neither of the two.
+    """
     self.path = path
     self.fields = read_fields(path / CONFIG)
     self._tensors = hf_files.open_folder(path)
-    self.keys = hf_config.keys(self.fields, _ffn_widths(self._tensors), str(path / CONFIG))
-    self.ffn_widths = ffn.of_keys(self.keys)
+    self.keys = config_json.keys(self.fields, _ffn_widths(self._tensors), str(path / CONFIG))
+    self.ffn_widths = released_ffn.from_keys(self.keys)
     self.size = sum(tensor.size for tensor in self._tensors.values())
     self.dtypes = {name: tensor.dtype.name for name, tensor in self._tensors.items()}
 
   def parameters(self, config, progress: Callable[[int], None] = lambda size: None) -> Iterator[tuple[str, np.ndarray]]:
-    """Raises ConfigError where a tensor is missing, not of this model, or of another shape, before one is read."""
-    known = {name.path: name for name in hf_names.names(config)}
-    _check(self._tensors, known.values(), self.path)
-    values = tensors.Lazy({path: functools.partial(self._read, name) for path, name in known.items()}, progress)
+    """As `model_folder.Source.parameters`.
+
+    Raises:
+      ConfigError: a tensor is missing, is not one of this model, or has another shape. None has been read then.
+    """
+    by_path = {name.path: name for name in hf_names.names(config)}
+    _check_tensors(self._tensors, by_path.values(), self.path)
+    readers = {path: functools.partial(self._read, name) for path, name in by_path.items()}
+    values = tensors.LazyArrays(readers, progress)
     return layout.stacking(values, config) if config.scan_layers else iter(values.items())
 
   def _read(self, name: Name) -> np.ndarray:
@@ -65,81 +80,95 @@ class Model:
 
 
 def from_hf(source: pathlib.Path, target: pathlib.Path, overrides: Mapping[str, Any]) -> None:
-  """`folder.convert` of a Hugging Face folder."""
+  """Converts a Hugging Face folder; as `model_folder.convert`."""
   model = Model(source)
   original = json.dumps({"fields": model.fields, "dtypes": model.dtypes}, indent=2)
-  folder.convert(model, target, overrides, {ORIGINAL: original})
+  model_folder.convert(model, target, overrides, {ORIGINAL: original})
 
 
 def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Writes a Hugging Face folder with the model of a folder that `convert` made.
+  """Writes the Hugging Face folder `target` with the model of the model folder `source`.
 
   Raises:
-    ConfigError: the source is not such a folder, or damaged; the authors' code has no such model; the target exists or
-      cannot be written. Nothing is left behind then.
+    ConfigError: the source is no model folder or is damaged, the authors' code has no such model, or the target exists
+      or cannot be written. Then nothing is left behind.
   """
-  if not folder.is_folder(source):
-    raise ConfigError(f"{source} has no {folder.CONFIG}; name a folder that from-hf or from-run made.")
-  config = folder.configuration(folder.keys(source) | folder.here())
+  if not model_folder.is_model_folder(source):
+    raise ConfigError(f"{source} has no {model_folder.CONFIG}; name a folder that from-hf or from-run made.")
+  config = model_config.build(model_folder.read_keys(source) | model_config.local_keys())
   original = read_fields(source / ORIGINAL) if (source / ORIGINAL).exists() else {}
-  fields = hf_config.fields(config, original.get("fields", {}))
-  with folder.staged(target) as stage:
-    found = saved.parameters(source / folder.ITEMS)
+  fields = config_json.fields(config, original.get("fields", {}))
+  dtypes = original.get("dtypes", {})
+  with staged(target) as stage:
+    saved = orbax_folder.parameters(source / model_folder.ITEMS)
     try:
-      found = _single_layers(found, config) if config.scan_layers else found
+      saved = _single_layers(saved, config) if config.scan_layers else saved
     except ValueError as error:
-      raise ConfigError(f"{source} is not of the model that its {folder.CONFIG} describes: {error}.") from None
-    names, dtypes = sorted(hf_names.names(config), key=_by_kind), original.get("dtypes", {})
-    _check_parameters(found, names, source)
-    with tqdm.tqdm(total=sum(x.size for x in found.values()), unit="B", unit_scale=True, desc=source.name) as bar:
-      made = {}
+      raise ConfigError(f"{source} is not of the model that its {model_folder.CONFIG} describes: {error}.") from None
+    names = sorted(hf_names.names(config), key=_without_layer)
+    _check_saved(saved, names, source)
+    size = sum(tensor.size for tensor in saved.values())
+    with tqdm.tqdm(total=size, unit="B", unit_scale=True, desc=source.name) as bar:
+      outputs = {}
       for name in names:
         dtype = jnp.dtype(dtypes.get(name.tensor, config.weight_dtype))
-        made[name.tensor] = name.tensor_shape, dtype, functools.partial(_read, found[name.path], name, bar.update)
-      tensors.write(stage, made)
+        values = functools.partial(_read_saved, saved[name.path], name, bar.update)
+        outputs[name.tensor] = tensors.Output(name.tensor_shape, dtype, values)
+      tensors.write(stage, outputs)
     (stage / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True))
-    tokenizers.copy(source / folder.TOKENIZER, stage)
+    tokenizers.copy(source / model_folder.TOKENIZER, stage)
     remote_code.copy(source / remote_code.FOLDER, stage)
 
 
-def _by_kind(name: Name) -> str:
-  """Layers of one parameter together: where they were scanned, they are one array, which is read once for all."""
+def _without_layer(name: Name) -> str:
+  """Sorts the layers of one parameter together: if they are scanned, one array holds all and is read only once."""
   return re.sub(r"layers_\d+", "layers", name.path)
 
 
-def _single_layers(found: Mapping[str, Tensor], config) -> dict[str, Tensor]:
-  """Of scanned ones; the array that was read last is kept. Raises ValueError as `layout.unstack`."""
+def _single_layers(scanned: Mapping[str, Tensor], config) -> dict[str, Tensor]:
+  """The tensors of single layers, from those of scanned layers; keeps only the array that was read last.
+
+  Raises:
+    ValueError: as `layout.unstack`.
+  """
 
   @functools.lru_cache(maxsize=1)
   def unstacked(path):
-    return layout.unstack({path: found[path].read()}, config)
+    return layout.unstack({path: scanned[path].read()}, config)
 
   def tensor(path, name, like):
-    return Tensor(found[path].file, like.shape, like.dtype, lambda: unstacked(path)[name].copy())
+    return Tensor(scanned[path].file, like.shape, like.dtype, lambda: unstacked(path)[name].copy())
 
-  made = {}
-  for path, x in found.items():
-    likes = layout.unstack({path: np.broadcast_to(np.zeros((), x.dtype), x.shape)}, config)  # no memory is taken
-    made |= {name: tensor(path, name, like) for name, like in likes.items()}
-  return made
+  single = {}
+  for path, x in scanned.items():
+    placeholder = np.broadcast_to(np.zeros((), x.dtype), x.shape)  # has the shape, and takes no memory
+    single |= {name: tensor(path, name, like) for name, like in layout.unstack({path: placeholder}, config).items()}
+  return single
 
 
-def _check_parameters(values: Mapping[str, Tensor], names: Sequence[Name], path: pathlib.Path) -> None:
+def _check_saved(saved: Mapping[str, Tensor], names: Sequence[Name], path: pathlib.Path) -> None:
+  """Raises ConfigError unless the saved parameters are those of the model in model.yml."""
   for name in names:
-    if name.path not in values or values[name.path].shape != name.shape:
-      wanted = f"{name.path} of {list(name.shape)}"
-      raise ConfigError(f"{path} has no {wanted}, which its {folder.CONFIG} makes one expect.")
-  if extra := values.keys() - {name.path for name in names}:
-    raise ConfigError(f"{path} has {min(extra)}, for which the model of its {folder.CONFIG} has no place.")
+    if name.path not in saved or saved[name.path].shape != name.shape:
+      needed = f"{name.path} of {list(name.shape)}"
+      raise ConfigError(f"{path} has no {needed}, which the model that its {model_folder.CONFIG} describes needs.")
+  if extra := saved.keys() - {name.path for name in names}:
+    raise ConfigError(
+      f"{path} has {min(extra)}, which the model that its {model_folder.CONFIG} describes does not have."
+    )
 
 
-def _read(tensor: Tensor, name: Name, progress: Callable[[int], None]) -> np.ndarray:
+def _read_saved(tensor: Tensor, name: Name, progress: Callable[[int], None]) -> np.ndarray:
   progress(tensor.size)
   return name.to_hf(tensor.read())
 
 
 def read_fields(file: pathlib.Path) -> dict[str, Any]:
-  """Of a JSON file. Raises ConfigError."""
+  """The fields of a JSON file.
+
+  Raises:
+    ConfigError: the file cannot be read.
+  """
   try:
     fields = json.loads(file.read_text())
   except OSError as error:
@@ -151,22 +180,24 @@ def read_fields(file: pathlib.Path) -> dict[str, Any]:
   return fields
 
 
-def _ffn_widths(found: Mapping[str, Tensor]) -> tuple[int | None, ...]:
-  """By layer, of those that have any tensor; None where that of the FFN is missing, or no matrix."""
-  layers = {layer[1] for name in found if (layer := re.match(r"layers\.(\d+)\.", name))}
-  kernels = [found.get(f"layers.{i}.feed_forward.w1.weight") for i in range(len(layers))]
+def _ffn_widths(tensors_by_name: Mapping[str, Tensor]) -> tuple[int | None, ...]:
+  """The FFN width of each layer that has any tensor; None where the first FFN kernel is missing or is not a matrix."""
+  layers = {match[1] for name in tensors_by_name if (match := re.match(r"layers\.(\d+)\.", name))}
+  kernels = [tensors_by_name.get(f"layers.{i}.feed_forward.w1.weight") for i in range(len(layers))]
   return tuple(x.shape[0] if x and len(x.shape) == 2 else None for x in kernels)
 
 
-def _check(found: Mapping[str, Tensor], known, path: pathlib.Path) -> None:
-  wanted = {name.tensor: name for name in known}
-  if missing := [tensor for tensor in wanted if tensor not in found]:
-    raise ConfigError(f"{path} has no tensor {missing[0]}, which {CONFIG} makes one expect.")
-  if extra := [tensor for tensor in found if tensor not in wanted]:
-    raise ConfigError(
-      f"{found[extra[0]].file} has {extra[0]}, which is no tensor of the model that {CONFIG} describes."
-    )
-  for tensor, name in wanted.items():
-    if found[tensor].shape != name.tensor_shape:
-      shapes = f"{list(found[tensor].shape)}, and {CONFIG} makes one expect {list(name.tensor_shape)}"
-      raise ConfigError(f"{found[tensor].file}: {tensor} is {shapes}.")
+def _check_tensors(tensors_by_name: Mapping[str, Tensor], names: Iterable[Name], path: pathlib.Path) -> None:
+  """Raises ConfigError unless the tensors are those of the model in config.json."""
+  expected = {name.tensor: name for name in names}
+  if missing := [name for name in expected if name not in tensors_by_name]:
+    raise ConfigError(f"{path} has no tensor {missing[0]}, which the model that {CONFIG} describes needs.")
+  if extra := [name for name in tensors_by_name if name not in expected]:
+    file = tensors_by_name[extra[0]].file
+    raise ConfigError(f"{file} has {extra[0]}, which the model that {CONFIG} describes does not have.")
+  for name, shape in ((name, x.tensor_shape) for name, x in expected.items()):
+    tensor = tensors_by_name[name]
+    if tensor.shape != shape:
+      raise ConfigError(
+        f"{tensor.file}: {name} is {list(tensor.shape)}, and the model that {CONFIG} describes needs {list(shape)}."
+      )

@@ -1,28 +1,33 @@
-"""Which tensor of the authors' PyTorch models is which parameter of MaxText, and in what form.
+"""Maps each tensor of the authors' PyTorch models to a parameter of MaxText, in both directions.
 
-Every tensor is one parameter of the single-layer layout; forms differ by a transposition and a reshape, so that nothing
-is rounded on the way, in either direction. Blocks that the authors' code has otherwise have a factor, too, on their way
-there: it rounds once, unless it is a power of two.
+Every tensor is one parameter of the layout with single layers. The two differ by a transposition and a reshape, so
+nothing is rounded. The exception are blocks that keep 1/sqrt(head_dim) in the query kernel, which the authors' code
+does not: on the way to PyTorch their query kernels are multiplied by sqrt(head_dim), which rounds once unless that is a
+power of two.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 
 import numpy as np
 
-from maxtext_mudd import blocks, connections
-from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd import connections
+from maxtext_mudd.blocks import BlockSpec, ffn_widths
+from maxtext_mudd.blocks import spec as block_spec
+from maxtext_mudd.connections.base import Site
 
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-  """One tensor.
+  """One tensor and its parameter.
 
   Attributes:
-    tensor: its name in PyTorch, path: the parameter's in MaxText.
-    tensor_shape, shape: there, and here.
-    transposed: whether PyTorch has it as [out, in].
-    factor: how much larger it is there.
+    tensor: name of the tensor in PyTorch.
+    path: path of the parameter in MaxText.
+    tensor_shape: shape of the tensor.
+    shape: shape of the parameter.
+    transposed: whether the tensor is [out, in].
+    factor: the tensor is the parameter times this.
   """
 
   tensor: str
@@ -44,62 +49,79 @@ class Name:
 
 
 def names(config) -> Iterator[Name]:
-  """All tensors of the model that the configuration describes."""
-  plan, width = connections.plan(config), config.emb_dim
-  block = blocks.spec(config)
-  is_gated = len(config.mlp_activations) > 1
-
-  def norm(tensor, path, size=width, bias=block.has_biases):
-    yield Name(f"{tensor}.weight", f"{path}/scale", (size,), (size,))
-    if bias:
-      yield Name(f"{tensor}.bias", f"{path}/bias", (size,), (size,))
-
-  def linear(tensor, path, inputs, outputs, bias=block.has_biases, factor=1.0):
-    """`inputs` and `outputs` as MaxText has them, one axis or two."""
-    here, there = (*inputs, *outputs), (int(np.prod(outputs)), int(np.prod(inputs)))
-    yield Name(f"{tensor}.weight", f"{path}/kernel", there, here, True, factor)
-    if bias:
-      yield Name(f"{tensor}.bias", f"{path}/bias", there[:1], outputs)
-
-  def aggregate(number, path):
-    da = plan.sites[number + 1]
-    ways, sources = da.ways, len(da.sources)
-    if da.hidden:
-      yield Name(f"dynamic_dense.{number}.w1.weight", f"{path}/w1", (da.hidden, width), (width, da.hidden), True)
-      w2 = (da.hidden, ways, sources)
-      yield Name(f"dynamic_dense.{number}.w2.weight", f"{path}/w2", (ways * sources, da.hidden), w2, True)
-    yield Name(f"dense_bs.{number}", f"{path}/a", (ways, sources), (ways, sources))
-
-  query_factor = config.head_dim**0.5 if block.scales_query_kernel else 1.0
+  """All tensors of the model that the configuration describes, which has single layers."""
+  sites, block, width = connections.plan(config).sites, block_spec(config), config.emb_dim
   vocabulary = (config.vocab_size, width)
   yield Name("tok_embeddings.weight", "token_embedder/embedding", vocabulary, vocabulary)
-  for i, ffn in enumerate(ffn_widths.of_config(config)):
-    here, there = f"decoder/layers_{i}", f"layers.{i}"
-    attention_norm = f"{here}/{block.attention_norm}"
-    if i == 0:
-      yield from norm(f"{there}.attention_norm", attention_norm)
-    else:
-      for c, stream in enumerate("qkv"):
-        yield from norm(f"{there}.attention_norms.{c}", f"{attention_norm}/{stream}")
-      yield from aggregate(i - 1, f"{here}/connection/depth_aggregate")
-    for tensor, path, heads, factor in (
-      ("wq", "query", config.num_query_heads, query_factor),
-      ("wk", "key", config.num_kv_heads, 1.0),
-      ("wv", "value", config.num_kv_heads, 1.0),
-    ):
-      heads = (heads, config.head_dim)
-      yield from linear(f"{there}.attention.{tensor}", f"{here}/self_attention/{path}", (width,), heads, factor=factor)
-    heads = (config.num_query_heads, config.head_dim)
-    yield from linear(f"{there}.attention.wo", f"{here}/self_attention/out", heads, (width,))
-    if config.use_qk_norm:
-      for c, path in (("q", "query"), ("k", "key")):
-        yield from norm(f"{there}.attention.{c}_norm", f"{here}/self_attention/{path}_norm", config.head_dim, False)
-    yield from norm(f"{there}.ffn_norm", f"{here}/{block.feed_forward_norm}")
-    mlp, feed_forward = f"{here}/mlp", f"{there}.feed_forward"
-    yield from linear(f"{feed_forward}.w1", f"{mlp}/{'wi_0' if is_gated else 'wi'}", (width,), (ffn,))
-    if is_gated:
-      yield from linear(f"{feed_forward}.w3", f"{mlp}/wi_1", (width,), (ffn,))
-    yield from linear(f"{feed_forward}.w2", f"{mlp}/wo", (ffn,), (width,))
-  yield from aggregate(i, f"{here}/connection/final_depth_aggregate")
-  yield from norm("norm", "decoder/decoder_norm")
-  yield from linear("output", "decoder/logits_dense", (width,), (config.vocab_size,), bias=False)
+  for i, ffn_width in enumerate(ffn_widths.of_config(config)):
+    if i > 0:
+      yield from _aggregate(i - 1, f"decoder/layers_{i}/connection/depth_aggregate", sites[i], width)
+    yield from _attention(config, block, i)
+    yield from _feed_forward(config, block, i, ffn_width)
+  path = f"decoder/layers_{i}/connection/final_depth_aggregate"
+  yield from _aggregate(i, path, sites[i + 1], width)
+  yield from _norm("norm", "decoder/decoder_norm", width, block.has_biases)
+  yield from _linear("output", "decoder/logits_dense", (width,), (config.vocab_size,), bias=False)
+
+
+def _attention(config, block: BlockSpec, i: int) -> Iterator[Name]:
+  width, bias = config.emb_dim, block.has_biases
+  path, tensor = f"decoder/layers_{i}", f"layers.{i}"
+  norm_path = f"{path}/{block.attention_norm}"
+  if i == 0:
+    yield from _norm(f"{tensor}.attention_norm", norm_path, width, bias)
+  else:
+    for c, stream in enumerate("qkv"):
+      yield from _norm(f"{tensor}.attention_norms.{c}", f"{norm_path}/{stream}", width, bias)
+  query_factor = config.head_dim**0.5 if block.scales_query_kernel else 1.0
+  for letter, name, num_heads, factor in (
+    ("q", "query", config.num_query_heads, query_factor),
+    ("k", "key", config.num_kv_heads, 1.0),
+    ("v", "value", config.num_kv_heads, 1.0),
+  ):
+    heads = (num_heads, config.head_dim)
+    kernel_path = f"{path}/self_attention/{name}"
+    yield from _linear(f"{tensor}.attention.w{letter}", kernel_path, (width,), heads, bias=bias, factor=factor)
+  heads = (config.num_query_heads, config.head_dim)
+  yield from _linear(f"{tensor}.attention.wo", f"{path}/self_attention/out", heads, (width,), bias=bias)
+  if config.use_qk_norm:
+    for letter, name in (("q", "query"), ("k", "key")):
+      norm_path = f"{path}/self_attention/{name}_norm"
+      yield from _norm(f"{tensor}.attention.{letter}_norm", norm_path, config.head_dim, bias=False)
+
+
+def _feed_forward(config, block: BlockSpec, i: int, ffn_width: int) -> Iterator[Name]:
+  width, bias = config.emb_dim, block.has_biases
+  is_gated = len(config.mlp_activations) > 1
+  yield from _norm(f"layers.{i}.ffn_norm", f"decoder/layers_{i}/{block.feed_forward_norm}", width, bias)
+  tensor, path = f"layers.{i}.feed_forward", f"decoder/layers_{i}/mlp"
+  first = "wi_0" if is_gated else "wi"
+  yield from _linear(f"{tensor}.w1", f"{path}/{first}", (width,), (ffn_width,), bias=bias)
+  if is_gated:
+    yield from _linear(f"{tensor}.w3", f"{path}/wi_1", (width,), (ffn_width,), bias=bias)
+  yield from _linear(f"{tensor}.w2", f"{path}/wo", (ffn_width,), (width,), bias=bias)
+
+
+def _aggregate(number: int, path: str, site: Site, width: int) -> Iterator[Name]:
+  ways, sources, hidden = site.ways, len(site.sources), site.hidden
+  if hidden:
+    yield Name(f"dynamic_dense.{number}.w1.weight", f"{path}/w1", (hidden, width), (width, hidden), True)
+    w2 = (hidden, ways, sources)
+    yield Name(f"dynamic_dense.{number}.w2.weight", f"{path}/w2", (ways * sources, hidden), w2, True)
+  yield Name(f"dense_bs.{number}", f"{path}/a", (ways, sources), (ways, sources))
+
+
+def _norm(tensor: str, path: str, size: int, bias: bool) -> Iterator[Name]:
+  yield Name(f"{tensor}.weight", f"{path}/scale", (size,), (size,))
+  if bias:
+    yield Name(f"{tensor}.bias", f"{path}/bias", (size,), (size,))
+
+
+def _linear(
+  tensor: str, path: str, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, factor: float = 1.0
+) -> Iterator[Name]:
+  """`inputs` and `outputs`: the input and output axes of MaxText's kernel, one or two each."""
+  shape, tensor_shape = (*inputs, *outputs), (int(np.prod(outputs)), int(np.prod(inputs)))
+  yield Name(f"{tensor}.weight", f"{path}/kernel", tensor_shape, shape, True, factor)
+  if bias:
+    yield Name(f"{tensor}.bias", f"{path}/bias", tensor_shape[:1], tuple(outputs))

@@ -1,4 +1,4 @@
-"""Tensors of `.bin` files, as PyTorch saves them; they need PyTorch to be read."""
+"""Reads tensors from PyTorch's `.bin` files; PyTorch has to be installed."""
 
 import pathlib
 import zipfile
@@ -11,7 +11,7 @@ from maxtext_mudd.config.errors import ConfigError, brief
 
 
 def of_file(file: pathlib.Path) -> dict[str, Tensor]:
-  """All tensors of one file by name; the values stay on disk until they are read.
+  """All tensors of one file, by name; their values stay on disk until they are read.
 
   Raises:
     ConfigError: PyTorch is not installed, or the file is damaged or holds anything but tensors.
@@ -28,23 +28,22 @@ def of_file(file: pathlib.Path) -> dict[str, Tensor]:
     torch.bfloat16: ml_dtypes.bfloat16,
   }
   try:
-    # PyTorch maps no files of its older format, which are read at once.
-    found = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-  except Exception as error:  # it raises all kinds
+    # PyTorch cannot map files of its older format, which is not a zip file; it reads them at once.
+    values = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+  except Exception as error:  # PyTorch has no base class for its errors
     raise ConfigError(f"{file} cannot be read; it is cut off or damaged ({brief(error)}); copy it again.") from error
-  if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) for x in found.values()):
-    raise ConfigError(f"{file} holds more than tensors by name; name the folder of a published model.")
+  if not isinstance(values, dict) or not all(isinstance(x, torch.Tensor) for x in values.values()):
+    raise ConfigError(f"{file} holds other objects than named tensors; name the folder of a published model.")
 
   def tensor(name, value):
     if value.dtype not in dtypes:
-      known = ", ".join(str(x) for x in dtypes)
-      raise ConfigError(f"{file}: {name} is of {value.dtype}; tensors of {known} can be read.")
+      raise ConfigError(f"{file}: {name} is of {value.dtype}; tensors of {', '.join(map(str, dtypes))} can be read.")
     dtype = np.dtype(dtypes[value.dtype])
 
     def read():
-      bits = value.contiguous().view({2: torch.int16, 4: torch.int32}[dtype.itemsize])
+      bits = value.contiguous().view({2: torch.int16, 4: torch.int32}[dtype.itemsize])  # NumPy has no bfloat16
       return bits.numpy().view(dtype).copy()
 
     return Tensor(file, tuple(value.shape), dtype, read)
 
-  return {name: tensor(name, value) for name, value in found.items()}
+  return {name: tensor(name, value) for name, value in values.items()}

@@ -1,4 +1,5 @@
-"""Which models are compared: a configuration, the plain model that belongs to it, and variants of its keys."""
+"""Reads the configurations of models that a benchmark compares: a model with connections, the plain model of the same
+size (its baseline, also called stock), and variants of the keys of the first."""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -14,7 +15,7 @@ from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.config.mudd_config import MuddConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Keys, or a file of yaml/ablation whose own keys they are.
+# What each variant sets: keys, or those of a file in yaml/ablation.
 VARIANTS = {
   "xla": {"mudd_kernel": "xla"},
   "pallas": {"mudd_kernel": "pallas"},
@@ -23,15 +24,15 @@ VARIANTS = {
   "2x2": "sparse_2x2.yml",
   "trimmed": "trimmed.yml",
 }
-FORCED = {"dataset_type": "synthetic", "compile_topology": ""}  # what a measurement is
+FORCED = {"dataset_type": "synthetic", "compile_topology": ""}  # keys that no override may change
 DEFAULTS = {
   "enable_checkpointing": False,
-  "skip_jax_distributed_system": True,  # one host
+  "skip_jax_distributed_system": True,  # for one host
   "enable_goodput_recording": False,
   "monitor_goodput": False,
   "log_config": False,
   "eval_interval": -1,
-  "jax_cache_dir": "",  # every compilation is one
+  "jax_cache_dir": "",  # so that compilations are timed, not read from a cache
   "run_name": "throughput",
 }
 BATCH = ("per_device_batch_size", "max_target_length", "vocab_size", "gradient_accumulation_steps")
@@ -47,8 +48,8 @@ SIZES = (
   "num_experts",
 )
 # Keys of this project that a plain model reads, too.
-_OF_ALL_MODELS = {"mudd_decoder_layer", "mudd_rotary_fraction", "mudd_init", "mudd_init_std", "log_console"}
-OF_CONNECTIONS = set(MuddConfig.model_fields) - set(MaxTextConfig.model_fields) - _OF_ALL_MODELS
+_SHARED_KEYS = {"mudd_decoder_layer", "mudd_rotary_fraction", "mudd_init", "mudd_init_std", "log_console"}
+CONNECTION_KEYS = set(MuddConfig.model_fields) - set(MaxTextConfig.model_fields) - _SHARED_KEYS
 
 
 def variant_keys(name: str) -> dict[str, Any]:
@@ -65,16 +66,16 @@ def variant_keys(name: str) -> dict[str, Any]:
   return {key: value for key, value in keys.items() if key != "base_config"}
 
 
-def of_stock(keys: Mapping[str, Any]) -> dict[str, Any]:
-  """Those that a model without connections reads: scan_layers, of a variant, so that like is compared with like."""
-  return {key: value for key, value in keys.items() if key not in OF_CONNECTIONS}
+def stock_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+  """The keys that a plain model reads. A variant's scan_layers is one, so both models have the same layout."""
+  return {key: value for key, value in keys.items() if key not in CONNECTION_KEYS}
 
 
 def plain_model(name: str) -> str:
-  """The nearest file that `name` builds on, by base_config, whose model has no connections.
+  """The baseline of a model: the nearest file that `name` builds on (base_config) whose model has no connections.
 
   Raises:
-    ConfigError: there is no such file, or it is one of those that give keys their defaults and describe no model.
+    ConfigError: the model itself has no connections, or builds only on files of defaults.
   """
   chain = _chain(name)
   if not _connected(chain):
@@ -86,7 +87,7 @@ def plain_model(name: str) -> str:
 
 
 def _chain(name: str) -> list[pathlib.Path]:
-  """The files of a model, from its own to the last above MaxText's and this project's defaults."""
+  """The configuration files of a model, from its own to the last before the files of defaults."""
   config_files.check(["", name], {})
   files = [config_files.find(name)]
   while base := config_files.load(str(files[-1])).get("base_config"):
@@ -98,29 +99,35 @@ def _chain(name: str) -> list[pathlib.Path]:
 
 
 def _relative(path: pathlib.Path) -> pathlib.Path:
-  here = pathlib.Path.cwd()
-  return path.relative_to(here) if path.is_relative_to(here) else path
+  current = pathlib.Path.cwd()
+  return path.relative_to(current) if path.is_relative_to(current) else path
 
 
 def _connected(chain: Sequence[pathlib.Path]) -> bool:
+  """Whether the model of these files, nearest first, has connections."""
   stated = (config_files.load(str(path)).get("mudd") for path in chain)
   return bool(next((value for value in stated if value is not None), False))
 
 
 def read(name: str, overrides: Sequence[str], keys: Mapping[str, Any]):
-  """A configuration to measure here. `keys` go before `overrides`, which go before the file; hardware is what JAX has.
+  """The configuration of a model to measure on the devices of this machine.
+
+  Args:
+    name: configuration file.
+    overrides: arguments key=value, which take precedence over the file.
+    keys: keys that take precedence over both.
 
   Raises:
-    ConfigError: it cannot work, here or at all.
+    ConfigError: the configuration cannot work, on this machine or at all.
   """
   given = dict(x.split("=", 1) for x in overrides if "=" in x)
   for key, value in FORCED.items():
     if given.get(key, value) != value:
-      raise ConfigError(f"{key}={given[key]}: a measurement has {key}={value!r}, on the devices here; leave it out.")
+      raise ConfigError(f"{key}={given[key]}: a measurement needs {key}={value!r}, on the devices here; leave it out.")
   config_files.load(name)
   kept = [x for x in overrides if x.split("=", 1)[0] not in keys]
   defaults = {x: value for x, value in {**DEFAULTS, "hardware": _hardware()}.items() if x not in given}
-  # MaxText's own `initialize` ends the process where this raises.
+  # MaxText's public `initialize` ends the process in case of an error; this function raises it.
   values = pyconfig._initialize_pydantic(["", name, *kept], **(defaults | FORCED | dict(keys)))
   config = pyconfig.HyperParameters(values)
   if config.hardware.removesuffix("_multiprocess") != _hardware():
@@ -131,33 +138,44 @@ def read(name: str, overrides: Sequence[str], keys: Mapping[str, Any]):
 
 
 def _hardware() -> str:
+  """The value of `hardware` for the devices that JAX finds."""
   return {"cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend(), jax.default_backend())
 
 
 def read_stock(name: str, overrides: Sequence[str], keys: Mapping[str, Any]):
-  """The same for the model without connections: it must have none.
+  """The configuration of the baseline, from the same arguments as in `read`.
 
   Raises:
-    ConfigError: it has connections, or cannot work.
+    ConfigError: as `read`, or the model has connections.
   """
-  config = read(name, [x for x in overrides if x.split("=", 1)[0] not in OF_CONNECTIONS], of_stock(keys))
+  config = read(name, [x for x in overrides if x.split("=", 1)[0] not in CONNECTION_KEYS], stock_keys(keys))
   if config.mudd:
     raise ConfigError(f"--baseline {name} has connections (mudd: true); name a plain model.")
   return config
 
 
 def check_pair(stock, config, names: tuple[str, str], derived: bool) -> None:
-  """Raises ConfigError where batches differ, or a baseline that was found, not named, is a model of another size."""
+  """Checks that a model and its baseline can be compared.
+
+  Args:
+    names: names of the baseline and of the model, for messages.
+    derived: whether the baseline is the result of `plain_model`, not of --baseline; then sizes have to be equal.
+
+  Raises:
+    ConfigError: the batches differ, or the sizes do.
+  """
   for key in (*BATCH, *(SIZES if derived else ())):
-    ours, theirs = getattr(config, key), getattr(stock, key)
-    if ours != theirs:
+    value, stock_value = getattr(config, key), getattr(stock, key)
+    if value != stock_value:
       remedy = "name another by --baseline" if derived else f"set {key}= for both"
-      raise ConfigError(f"{names[1]} has {key}={ours}, and its baseline {names[0]} has {theirs}; {remedy}.")
+      raise ConfigError(f"{names[1]} has {key}={value}, and its baseline {names[0]} has {stock_value}; {remedy}.")
 
 
 def different_keys(stock, config) -> dict[str, list]:
-  """Keys that the two configurations do not share, as [stock's, the other's]; but for dumps, whose paths are of a
-  machine."""
-  ours, theirs = config.get_keys(), stock.get_keys()
-  differ = (key for key in ours if str(ours[key]) != str(theirs[key]) and not key.startswith("dump_"))
-  return {key: [str(theirs[key]), str(ours[key])] for key in differ}
+  """The keys in which two configurations differ, as [stock's value, the other's value].
+
+  Keys of dumps are left out, because their paths depend on the machine.
+  """
+  values, stock_values = config.get_keys(), stock.get_keys()
+  different = (key for key in values if str(values[key]) != str(stock_values[key]) and not key.startswith("dump_"))
+  return {key: [str(stock_values[key]), str(values[key])] for key in different}

@@ -1,0 +1,45 @@
+"""Checks that a folder is one that a command of `maxtext_mudd.convert` reads, and names the right command if not."""
+
+import pathlib
+
+from maxtext_mudd.checkpoints import model_folder, train_state
+from maxtext_mudd.checkpoints.authors_jax import models as authors_jax
+from maxtext_mudd.checkpoints.hugging_face import files as hf_files
+from maxtext_mudd.config.errors import ConfigError
+
+_EXPECTED = {
+  "from-hf": "a Hugging Face folder with the files of a model",
+  "from-fork": f"a folder with {authors_jax.FILE} or an Orbax tree",
+  "from-run": "a checkpoint, such as OUTPUT/RUN/checkpoints/STEP",
+}
+
+
+def check(path: pathlib.Path, command: str) -> None:
+  """Checks the source of a conversion.
+
+  Args:
+    command: from-hf, from-fork or from-run.
+
+  Raises:
+    ConfigError: the folder does not exist, holds no model, or is one that another command reads.
+  """
+  if not path.is_dir():
+    raise ConfigError(f"{path}: there is no such folder; name {_EXPECTED[command]}.")
+  has_hf_files = any((path / name).exists() for name in hf_files.FILES)
+  if model_folder.is_model_folder(path):
+    raise ConfigError(f"{path} has {model_folder.CONFIG}: it is converted already; name {_EXPECTED[command]}.")
+  if command != "from-hf" and has_hf_files:
+    raise ConfigError(f"{path} is a Hugging Face folder; convert it by from-hf.")
+  if command == "from-hf":
+    if authors_jax.is_folder(path) and not has_hf_files:
+      raise ConfigError(
+        f"{path} is a folder of the authors' JAX code or of a run; convert it by from-fork or from-run."
+      )
+  elif command == "from-run" and (path / authors_jax.FILE).exists():
+    raise ConfigError(f"{path} is a folder of the authors' JAX code; convert it by from-fork.")
+  elif not authors_jax.is_folder(path):
+    run = path.parent if path.name == "checkpoints" else path
+    if command == "from-run" and (run / "checkpoints").is_dir():
+      _, newest = train_state.find_checkpoint(run)
+      raise ConfigError(f"{path} is the folder of a run; name one of its checkpoints, such as {newest}.")
+    raise ConfigError(f"{path} holds no parameters; name {_EXPECTED[command]}.")

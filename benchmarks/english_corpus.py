@@ -184,7 +184,7 @@ def build(folder: pathlib.Path) -> dict[str, int]:
 
 
 def main(arguments: list[str]) -> None:
-  if len(arguments) != 1:
+  if len(arguments) != 1 or arguments[0].startswith("-"):
     sys.exit("usage: python benchmarks/english_corpus.py FOLDER")
   try:
     sizes = build(pathlib.Path(arguments[0]))

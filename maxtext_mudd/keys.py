@@ -52,13 +52,13 @@ class Refusal:
   """Two settings that do not work together.
 
   Attributes:
-    is_on: whether the configuration has both.
+    applies: whether the configuration has both settings.
     setting: the setting that has to change, as "fused_qkv=True".
     other: the setting that stays, as "mudd=True".
     reason: why they do not work together, and what would work, separated by a semicolon.
   """
 
-  is_on: bool
+  applies: bool
   setting: str
   other: str
   reason: str
@@ -67,5 +67,5 @@ class Refusal:
 def raise_first(refusals: Iterable[Refusal]) -> None:
   """Raises ValueError with one sentence for the first refusal that is on."""
   for refusal in refusals:
-    if refusal.is_on:
+    if refusal.applies:
       raise ValueError(f"{refusal.setting} does not work with {refusal.other}: {refusal.reason}.")

@@ -28,7 +28,7 @@ from maxtext_mudd import versions
 
 
 @dataclasses.dataclass(frozen=True)
-class Seam:
+class Replacement:
   """One attribute of MaxText that is replaced.
 
   Attributes:
@@ -125,24 +125,26 @@ def _metrics(stock):
   return reporting.with_connection_metrics(stock)
 
 
-SEAMS = (
-  Seam("maxtext.configs.pyconfig", "_initialize_pydantic", ("argv", "config_class", "kwargs"), _read_mudd_config),
-  Seam(
+REPLACEMENTS = (
+  Replacement(
+    "maxtext.configs.pyconfig", "_initialize_pydantic", ("argv", "config_class", "kwargs"), _read_mudd_config
+  ),
+  Replacement(
     "maxtext.models.models",
     "NNXDecoder",
     ("self", "layer_cls", "rngs", "base_name", "i", "layer_kwargs"),
     _mudd_decoder,
     method="_create_and_register_layer",
   ),
-  Seam(
+  Replacement(
     "maxtext.models.models",
     "Embed",
     ("self", "num_embeddings", "num_features", "config", "mesh"),
     _embedding,
     method="__init__",
   ),
-  Seam("maxtext.utils.maxtext_utils", "calculate_tflops_training_per_device", ("config", "log"), _flops),
-  Seam(
+  Replacement("maxtext.utils.maxtext_utils", "calculate_tflops_training_per_device", ("config", "log"), _flops),
+  Replacement(
     "maxtext.trainers.pre_train.train",
     "record_activation_metrics",
     ("output_metrics", "intermediate_outputs", "config"),
@@ -169,8 +171,8 @@ def install(reading: Reading | None = None) -> None:
   if _installed:
     return
   versions.check()
-  stock = [seam.stock() for seam in SEAMS]
-  replacements = [seam.replace(attribute) for seam, attribute in zip(SEAMS, stock)]
-  for seam, replacement in zip(SEAMS, replacements):
-    setattr(importlib.import_module(seam.module), seam.name, replacement)
+  stock = [replacement.stock() for replacement in REPLACEMENTS]
+  attributes = [replacement.replace(attribute) for replacement, attribute in zip(REPLACEMENTS, stock)]
+  for replacement, attribute in zip(REPLACEMENTS, attributes):
+    setattr(importlib.import_module(replacement.module), replacement.name, attribute)
   _installed = True

@@ -18,9 +18,12 @@ from tests import runs
 
 
 def test_installing_again_changes_nothing():
-  before = [getattr(importlib.import_module(seam.module), seam.name) for seam in plugin.SEAMS]
+  def attributes():
+    return [getattr(importlib.import_module(x.module), x.name) for x in plugin.REPLACEMENTS]
+
+  before = attributes()
   plugin.install()
-  assert [getattr(importlib.import_module(seam.module), seam.name) for seam in plugin.SEAMS] == before
+  assert attributes() == before
   assert maxtext_models.NNXDecoder is MuddDecoder
 
 
@@ -51,32 +54,32 @@ import importlib
 from maxtext_mudd import plugin, versions
 
 def modules():
-  return [importlib.import_module(seam.module) for seam in plugin.SEAMS]
+  return [importlib.import_module(replacement.module) for replacement in plugin.REPLACEMENTS]
 
-stock = [getattr(module, seam.name) for module, seam in zip(modules(), plugin.SEAMS)]
-for i, (module, seam) in enumerate(zip(modules(), plugin.SEAMS)):
+stock = [getattr(module, replacement.name) for module, replacement in zip(modules(), plugin.REPLACEMENTS)]
+for i, (module, replacement) in enumerate(zip(modules(), plugin.REPLACEMENTS)):
   other = lambda something_else: None
-  setattr(module, seam.name, other)
+  setattr(module, replacement.name, other)
   try:
     plugin.install()
   except versions.UnknownMaxText as error:
     print(error)
-  found = [getattr(module, seam.name) for module, seam in zip(modules(), plugin.SEAMS)]
-  assert found == [*stock[:i], other, *stock[i + 1:]], seam
-  setattr(module, seam.name, stock[i])
+  found = [getattr(module, replacement.name) for module, replacement in zip(modules(), plugin.REPLACEMENTS)]
+  assert found == [*stock[:i], other, *stock[i + 1:]], replacement
+  setattr(module, replacement.name, stock[i])
 """
 
 
 def test_seams_of_another_shape():
-  """Every seam is looked at before the first is replaced, in a process where none is."""
+  """Every replacement is looked at before the first is replaced, in a process where none is."""
   finished = subprocess.run(
     [sys.executable, "-c", OTHER_SHAPES], cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True
   )
   assert finished.returncode == 0, finished.stderr[-4000:]
   said = [line for line in finished.stdout.splitlines() if " does not take " in line]
-  assert len(said) == len(plugin.SEAMS)
-  for line, seam in zip(said, plugin.SEAMS):
-    assert f"{seam.module}.{seam.name} does not take {seam.parameters[0]}" in line
+  assert len(said) == len(plugin.REPLACEMENTS)
+  for line, replacement in zip(said, plugin.REPLACEMENTS):
+    assert f"{replacement.module}.{replacement.name} does not take {replacement.parameters[0]}" in line
 
 
 def test_other_config_classes_are_left_alone():

@@ -1,7 +1,7 @@
 """The decoder blocks that work with depth connections: one `BlockSpec` each.
 
 A block of MaxText belongs here when its attention reads only `norm(x)` and its residual sum is `x + attention`. The
-tests compare each with the block of MaxText at the start, and with an independent reference at random weights.
+tests compare each with the block of MaxText at initial values, and with an independent reference at random weights.
 
 No JAX and no MaxText here: command lines are checked before these are imported.
 """

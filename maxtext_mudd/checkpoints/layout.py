@@ -57,7 +57,7 @@ def _stacked(values, paths: Mapping[int, str], blocks: range, root: str, name: s
   """One parameter of a group of blocks, zero where a block has none."""
   table = layout.table(connections.plan(config), blocks, padded=True)
   path = tuple(name.split("/"))
-  exists = layout.exists(config, table, path)
+  exists = layout.existing_entries(config, table, path)
   stacked = by_block = None
   for k, block in enumerate(blocks):
     if block not in paths:
@@ -101,7 +101,7 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is of {len(by_block)} layers, not {len(blocks)}")
       table = layout.table(plan, blocks, padded=True)
       name = tuple(match[3].split("/"))
-      exists = layout.exists(config, table, name)
+      exists = layout.existing_entries(config, table, name)
       for k, block in enumerate(blocks):
         if exists is None or exists[k].any():
           single_name = _single_name(match[3], config, plan, block)
@@ -114,13 +114,13 @@ def _scanned_name(name: str, config, plan: Plan, block: int) -> str:
   """In a stack where some blocks have LN_q, LN_k and LN_v, LN_q stands for the one norm of a block that has not."""
   norm = block_spec(config).attention_norm + "/"
   group = next(blocks for blocks in ffn_widths.groups(config) if block in blocks)
-  if name.startswith(norm) and any(map(plan.has_own_norms, group)) and not plan.has_own_norms(block):
+  if name.startswith(norm) and any(map(plan.has_separate_norms, group)) and not plan.has_separate_norms(block):
     return f"{norm}q/{name.removeprefix(norm)}"
   return name
 
 
 def _single_name(name: str, config, plan: Plan, block: int) -> str:
   norm = block_spec(config).attention_norm + "/q/"
-  if name.startswith(norm) and not plan.has_own_norms(block):
+  if name.startswith(norm) and not plan.has_separate_norms(block):
     return name.replace("/q/", "/", 1)
   return name

@@ -1,4 +1,4 @@
-"""The decoder layer: MaxText's or Pythia's, and its rotary table."""
+"""Configuration keys of the decoder layer and its rotary table, and what they do not work with."""
 
 from collections.abc import Iterator
 from typing import Literal

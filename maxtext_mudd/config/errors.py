@@ -1,4 +1,4 @@
-"""Configuration mistakes in one sentence each."""
+"""`ConfigError`, and what turns errors of MaxText, YAML and the file system into one sentence."""
 
 from collections.abc import Iterable, Iterator
 import contextlib

@@ -1,4 +1,4 @@
-"""Feed-forward networks whose widths grow with depth, or that are computed in parts."""
+"""Configuration keys of FFN widths and of FFNs that are computed in parts, and what they do not work with."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Initial values of embeddings and kernels."""
+"""Configuration keys of initial values, and what they do not work with."""
 
 from collections.abc import Iterator
 from typing import Literal

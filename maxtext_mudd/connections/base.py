@@ -1,6 +1,6 @@
 """What a family of depth connections is. Imports neither JAX nor MaxText: command lines are checked before these are.
 
-A family is a class that is never instantiated by itself: `Family` lists what it has to answer. There are two kinds:
+The package uses a family as a class and calls its class methods alone, which `Family` lists. There are two kinds:
 
 - Families that mix the outputs of earlier blocks derive from `HistoryFamily` and bring a module that makes the weights
   (`Aggregate`). What flows between blocks is `history.History`, or `buffer.Buffer` where layers are scanned.
@@ -57,21 +57,21 @@ class Plan:
   Attributes:
     num_blocks: L.
     sites: the site behind block i, by i; a block without one passes its output on to all streams.
-    first_block_has_own_norms: whether block 1, whose streams are all the embedding, has LN_q, LN_k and LN_v.
+    first_block_has_separate_norms: whether block 1, whose streams are all the embedding, has LN_q, LN_k and LN_v.
   """
 
   num_blocks: int
   sites: Mapping[int, Site] = dataclasses.field(default_factory=dict)
-  first_block_has_own_norms: bool = False
+  first_block_has_separate_norms: bool = False
 
   def before(self, block: int) -> Site | None:
     """The site that feeds `block`; None where the block reads the newest output as it is."""
     return self.sites.get(block - 1)
 
-  def has_own_norms(self, block: int) -> bool:
+  def has_separate_norms(self, block: int) -> bool:
     """Whether a block has LN_q, LN_k and LN_v in place of one attention norm."""
     site = self.before(block)
-    return (site is not None and site.streams != "x") or (block == 1 and self.first_block_has_own_norms)
+    return (site is not None and site.streams != "x") or (block == 1 and self.first_block_has_separate_norms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Link:
     site: the one in front of the block; None: the block reads the newest output, and `weights` is None.
     passes: how the aggregate runs.
     weights: (parameters of the aggregate, number of the block, newest source or None) -> weights of the sources.
-    block: (state of the block, number of the block, sums or None, X_i, arguments) -> (source, output, anything else), a
-      pure function; None behind the last block.
+    block: (state of the block, number of the block, sums or None, X_i, arguments) -> (source, output, rest), a pure
+      function; `rest` is what flows beside the carry, such as KV caches and sown values. None behind the last block.
     recomputed: whether the block is recomputed in the backward pass.
   """
 
@@ -181,11 +181,13 @@ class Connection(Protocol):
     """
 
   def through(self, block: Callable, state: Any, carry: Any, arguments: Any) -> tuple[Any, Any]:
-    """The carry behind a block, and what else the block returned.
+    """(the carry behind a block, the block's `rest`).
 
     Args:
-      block: (state, *inputs, arguments) -> (what `write` returns, output, anything else), a pure function that calls
-        `read(*inputs)` and `write(output)` of the connection in the layer that `state` makes.
+      block: (state, *inputs, arguments) -> (what `write` returns, output, rest), a pure function that calls
+        `read(*inputs)` and `write(output)` of the connection in the layer that `state` makes. `rest` is what flows
+        beside the carry, such as KV caches and sown values. A family without history calls
+        `block(state, carry, arguments)`; `HistoryConnection` gives (number of the block, sums, X_i).
     """
 
   def read(self, *inputs) -> Any:

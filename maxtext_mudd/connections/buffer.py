@@ -1,8 +1,9 @@
 """The history of a scanned decoder: one buffer that every block appends to, kept once for the backward pass.
 
-Differentiated as it stands, a loop over blocks keeps the buffer of every turn. But the history is append-only, so that
-the buffer after the last block serves for all of them. It reaches the backward pass of each block as a cotangent:
-`Buffer.mirror` is zero and nothing reads it in the forward pass. `finish` returns the final buffer as its cotangent.
+If JAX differentiated the loop over blocks, it would keep one copy of the buffer for each block. But blocks only append
+to the buffer, so that the buffer behind the last block serves for all of them. It reaches the backward pass of each
+block as a cotangent: `Buffer.mirror` is zero and nothing reads it in the forward pass. `finish` returns the final
+buffer as the cotangent of `mirror`, and every block passes it on and recomputes its aggregate from it.
 Where sources are pre-normed, each block's own X_i is kept besides, as stock layers keep their input.
 """
 
@@ -30,8 +31,8 @@ class Buffer:
     mirror: zeros, whose cotangent is the final `sources`.
     count: i + 1; also the number of the block that comes next.
     newest: X_i as the block returned it, where that is not the last source.
-    rematerialise: from a block to what is differentiated, which says what is kept for the backward pass; None: nothing
-      is kept, the block is recomputed.
+    rematerialise: wraps the block's function in `jax.checkpoint` with a policy; None: the whole block is recomputed in
+      the backward pass.
   """
 
   sources: Float[Array, "S B T D"]

@@ -29,7 +29,7 @@ class PlainConnection(nnx.Module):
     self.finishes = finishes
 
   def fit(self, layer: nnx.Module) -> None:
-    """A stock layer reads one array as it is."""
+    """Changes nothing: a stock layer reads one array already."""
 
   def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None):
     return embedding
@@ -90,7 +90,7 @@ class HistoryConnection(PlainConnection):
       self.final_depth_aggregate = family.aggregate(config, final, mesh, rngs) if final else None
 
   def fit(self, layer: nnx.Module) -> None:
-    if any(self.table.own_norms):
+    if any(self.table.separate_norms):
       decouple(layer, block_spec(self.config).attention_norm)
 
   def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> History | Buffer:
@@ -121,11 +121,11 @@ class HistoryConnection(PlainConnection):
       if self.config.record_internal_nn_metrics:
         weights = self._weights(module, number, output)
         metrics.sow(module, output, weights, streams, column=self._newest_column(number))
-    if "x" in streams and not any(table.own_norms):
+    if "x" in streams and not any(table.separate_norms):
       return streams["x"]
     choose = None
-    if not all(table.own_norms):
-      has_own = _at(table.own_norms, table, number)
+    if not all(table.separate_norms):
+      has_own = _at(table.separate_norms, table, number)
 
       def choose(parameter, of_q):
         return jnp.where(has_own, parameter, of_q)

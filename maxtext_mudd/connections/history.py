@@ -1,8 +1,8 @@
-"""The outputs of blocks as they flow through an unrolled decoder, and reverse-mode differentiation over all aggregates.
+"""The carry of layers that are not scanned, and one backward pass over all aggregates.
 
-Differentiated one by one, every aggregate would read and write the gradient accumulator of each source before it: at 32
-blocks their backward passes would move 1772 arrays [B,T,D]. Here they move 1177, because gradients are accumulated in
-groups of four aggregates:
+If JAX differentiated each aggregate separately, each would read and write the gradient accumulator of every source
+before it: at 32 blocks their backward passes would move 1772 arrays [B,T,D]. Here they move 1177, because gradients are
+accumulated in groups of four aggregates. An aggregate is above another if it is nearer to the output:
 
 - Backward through an aggregate, only the accumulators of sources within its group are updated, those that the backward
   passes of the next blocks need. The stream gradients and the weights are kept.
@@ -10,7 +10,8 @@ groups of four aggregates:
   each accumulator is read and written once for four aggregates.
 
 Rematerialisation is fused into these passes. Where a block is recomputed (`remat_policy: full`) its streams are, too;
-the backward pass of the aggregate above reads the same sources anyway and returns them: 124 arrays instead of 651.
+the backward pass of the aggregate above reads the same sources anyway and returns them: 124 arrays instead of 651. An
+example with 8 blocks, where DA_8 is the last and has one stream:
 
   backward through   reads                                  accumulates into     returns besides
   DA_8               X_0..X_8, gradients of 1 stream        X_5..X_8             streams of DA_7

@@ -24,19 +24,19 @@ EMBEDDING_NORM = "embedding_norm"
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """What holds for each block of a stack, or for a single block.
+  """For each block of a stack, or for a single block: the site in front of it, and its attention norms.
 
   Attributes:
     blocks: numbers of the blocks.
     sites: the site in front of each.
     padded: one site that holds those of all blocks; for a single block, its own. None where there are none.
-    own_norms: by block, whether it has LN_q, LN_k and LN_v.
+    separate_norms: by block, whether it has LN_q, LN_k and LN_v.
   """
 
   blocks: tuple[int, ...]
   sites: tuple[Site | None, ...]
   padded: Site | None
-  own_norms: tuple[bool, ...]
+  separate_norms: tuple[bool, ...]
 
   @property
   def connected(self) -> tuple[bool, ...]:
@@ -61,10 +61,10 @@ def table(plan: Plan, blocks: Sequence[int], *, padded: bool) -> Table:
   if there and padded:
     sources = tuple(range(blocks[-1]))
     site = Site(blocks[-1] - 1, sources, there[0].streams, max(other.hidden for other in there))
-  return Table(tuple(blocks), sites, site, tuple(map(plan.has_own_norms, blocks)))
+  return Table(tuple(blocks), sites, site, tuple(map(plan.has_separate_norms, blocks)))
 
 
-def exists(config, table: Table, path: tuple[str, ...]) -> np.ndarray | None:
+def existing_entries(config, table: Table, path: tuple[str, ...]) -> np.ndarray | None:
   """Which entries of a parameter exist.
 
   Args:
@@ -75,7 +75,7 @@ def exists(config, table: Table, path: tuple[str, ...]) -> np.ndarray | None:
   """
   norm = block_spec(config).attention_norm
   if norm in path and path[path.index(norm) + 1] in ("k", "v"):
-    return np.array(table.own_norms)
+    return np.array(table.separate_norms)
   if AGGREGATE not in path:
     return None
   axes = _axes(config, path)
@@ -129,7 +129,7 @@ def initialise(layers: nnx.Module, singles: Sequence[nnx.Module], config) -> Non
         for x, site in zip(by_block, sites)
       ]
       value = jnp.stack(by_block)
-    mask = exists(config, whole, path)
+    mask = existing_entries(config, whole, path)
     if mask is not None:
       value = jnp.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
     parameter.set_value(jnp.moveaxis(value, 0, _scan_axis(config, value)))

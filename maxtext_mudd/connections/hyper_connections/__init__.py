@@ -25,8 +25,8 @@ class HyperConnections:
 
   @classmethod
   def cost(cls, config) -> Cost:
-    """Of two sublayers a block: α, β and the norm's scale; what makes them, the mix and the write; n-1 more streams
-    into each block but the first, and in the block under way."""
+    """Counts for two sublayers in each block: α, β and the norm's scale, the FLOPs of computing them, of mixing and of
+    writing, and n - 1 more streams per block."""
     n, width, sublayers = config.mudd_expansion_rate, config.emb_dim, 2 * config.num_decoder_layers
     static = n * (n + 1) + n if config.mudd_static else 0
     dynamic = width * (n + 3) + 2 if config.mudd_dynamic else 0

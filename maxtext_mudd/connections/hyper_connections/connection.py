@@ -120,9 +120,9 @@ class SublayerConnection(nnx.Module):
     if config.mudd_dynamic:
       w = jnp.concatenate([self.w_alpha[...], self.w_beta[...]], axis=1).astype(config.dtype)
       for i, h in enumerate(streams):
-        made = jnp.tanh(jnp.einsum("btd,dk->btk", self.norm(h), w, preferred_element_type=wide))
-        rows[i] = rows[i] + self.alpha_scale[...].astype(wide) * made[..., :-1]
-        entries[i] = entries[i] + self.beta_scale[...].astype(wide) * made[..., -1:]
+        dynamic = jnp.tanh(jnp.einsum("btd,dk->btk", self.norm(h), w, preferred_element_type=wide))
+        rows[i] = rows[i] + self.alpha_scale[...].astype(wide) * dynamic[..., :-1]
+        entries[i] = entries[i] + self.beta_scale[...].astype(wide) * dynamic[..., -1:]
     return rows, entries
 
   def __call__(self, hyper: HyperStreams, after: Callable) -> SublayerInput:

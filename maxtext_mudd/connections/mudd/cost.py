@@ -8,7 +8,7 @@ from maxtext_mudd.connections.mudd import sites
 def cost(config) -> Cost:
   """Counts for a configuration."""
   plan = sites.plan(config)
-  decoupled = sum(plan.has_own_norms(block) for block in range(1, plan.num_blocks + 1))
+  decoupled = sum(plan.has_separate_norms(block) for block in range(1, plan.num_blocks + 1))
   weights = sum(site.hidden * (config.emb_dim + site.ways * len(site.sources)) for site in plan.sites.values())
   return Cost(
     parameters=weights + _other_parameters(config, plan) + 2 * blocks.norm_parameters(config) * decoupled,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import ClassVar
 
 from flax import nnx
 import jax
@@ -26,7 +27,7 @@ TOLERANCE = 4e-6
 class LastTwo(HistoryFamily, nnx.Module):
   """Static weights of the last two block outputs, from (0, 1) on."""
 
-  depth_axes = {"a": (None, "sources")}  # noqa: RUF012
+  depth_axes: ClassVar = {"a": (None, "sources")}
   keeps_newest = True
 
   @classmethod

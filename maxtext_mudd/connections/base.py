@@ -3,7 +3,7 @@
 The package uses a family as a class and calls its class methods alone, which `Family` lists. There are two kinds:
 
 - Families that mix the outputs of earlier blocks derive from `HistoryFamily` and bring a module that makes the weights
-  (`Aggregate`). What flows between blocks is `history.History`, or `buffer.Buffer` where layers are scanned.
+  (`Aggregate`). What flows between blocks is `history.History`, or `buffer.HistoryBuffer` where layers are scanned.
 - Families in which something else flows between blocks, such as n residual streams, bring a `Connection` of their own.
 
 Blocks count from 1, as in the paper: source 0 is the embedding, source i the output of block i.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import types
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel
@@ -228,6 +229,9 @@ class Aggregate(Protocol):
     """The streams of the site, from the sums of Eq. 5 and X_i."""
 
 
+NO_DEPTH_AXES: Mapping[str, tuple[str | None, ...]] = types.MappingProxyType({})
+
+
 class NoKeys(BaseModel):
   """The keys of a family that has none."""
 
@@ -240,7 +244,7 @@ class HistoryFamily:
 
   Keys = NoKeys
   reads = "block"
-  depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+  depth_axes = NO_DEPTH_AXES
 
   @classmethod
   def check_sizes(cls, config) -> None:

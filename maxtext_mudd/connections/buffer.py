@@ -2,8 +2,8 @@
 
 If JAX differentiated the loop over blocks, it would keep one copy of the buffer for each block. But blocks only append
 to the buffer, so that the buffer behind the last block serves for all of them. It reaches the backward pass of each
-block as a cotangent: `Buffer.mirror` is zero and nothing reads it in the forward pass. `finish` returns the final
-buffer as the cotangent of `mirror`, and every block passes it on and recomputes its aggregate from it.
+block as a cotangent: `HistoryBuffer.mirror` is zero and nothing reads it in the forward pass. `finish` returns the
+final buffer as the cotangent of `mirror`, and every block passes it on and recomputes its aggregate from it.
 Where sources are pre-normed, each block's own X_i is kept besides, as stock layers keep their input.
 """
 
@@ -23,7 +23,7 @@ from maxtext_mudd.connections.base import Link
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Buffer:
+class HistoryBuffer:
   """What flows between scanned blocks. Not a tuple: stock layers unpack tuples.
 
   Attributes:
@@ -49,7 +49,7 @@ class Buffer:
     num_blocks: int,
     sharding: NamedSharding | None,
     rematerialise: Callable | None,
-  ) -> "Buffer":
+  ) -> "HistoryBuffer":
     """The buffer in front of the first block, `sharding` being that of one source."""
     shape = (num_blocks + 1, *source.shape)
     sources, mirror = jnp.zeros(shape, source.dtype).at[0].set(source), jnp.zeros(shape, source.dtype)
@@ -62,7 +62,7 @@ class Buffer:
   def output_shape(self) -> tuple[int, ...]:
     return self.sources.shape[1:]
 
-  def through(self, link: Link, parameters: Any, state: Any, arguments: Any) -> tuple["Buffer", Any]:
+  def through(self, link: Link, parameters: Any, state: Any, arguments: Any) -> tuple["HistoryBuffer", Any]:
     """The buffer behind a block, and what else the block returned.
 
     Args:
@@ -97,7 +97,9 @@ _close.defvjp(
 )
 
 
-def _through_block(link: Link, state: Any, parameters: Any, buffer: Buffer, arguments: Any) -> tuple[Buffer, Any]:
+def _through_block(
+  link: Link, state: Any, parameters: Any, buffer: HistoryBuffer, arguments: Any
+) -> tuple[HistoryBuffer, Any]:
   """An aggregate and the block that reads it. The sums are recomputed in the backward pass."""
   rematerialise, has_newest = buffer.rematerialise, buffer.newest is not None
 

@@ -13,7 +13,7 @@ from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.streams import Streams, decouple
 from maxtext_mudd.connections import layout, metrics
 from maxtext_mudd.connections.base import Aggregate, HistoryFamily, Link, Site
-from maxtext_mudd.connections.buffer import Buffer
+from maxtext_mudd.connections.buffer import HistoryBuffer
 from maxtext_mudd.connections.history import History
 from maxtext_mudd.connections.mesh import passes, source_sharding
 
@@ -76,7 +76,7 @@ class HistoryConnection(PlainConnection):
     self.config = config
     self.mesh = mesh
     self.plan = plan = family.plan(config)
-    self.carry = Buffer if config.scan_layers else History
+    self.carry = HistoryBuffer if config.scan_layers else History
     if starts:
       self.embedding_norm = family.source_norm(config, rngs)
     if blocks:
@@ -93,13 +93,13 @@ class HistoryConnection(PlainConnection):
     if any(self.table.separate_norms):
       decouple(layer, block_spec(self.config).attention_norm)
 
-  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> History | Buffer:
+  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> History | HistoryBuffer:
     norm = self.embedding_norm
     source, newest = (embedding, None) if norm is None else (norm(embedding), embedding)
     sharding = source_sharding(self.config, self.mesh, source.shape)
     return self.carry.start(source, newest, self.plan.num_blocks, sharding, rematerialise)
 
-  def through(self, block: Callable, state: Any, carry: History | Buffer, arguments: Any):
+  def through(self, block: Callable, state: Any, carry: History | HistoryBuffer, arguments: Any):
     """`block` reads (number of the block, sums of Eq. 5 or None, X_i)."""
     link, parameters = self._link(carry, self.depth_aggregate, self.table.padded, self._weights, block)
     return carry.through(link, parameters, state, arguments)
@@ -136,7 +136,7 @@ class HistoryConnection(PlainConnection):
     """What later sites mix."""
     return output if self.output_norm is None else self.output_norm(output)
 
-  def finish(self, carry: History | Buffer, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+  def finish(self, carry: History | HistoryBuffer, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
     module, site = self.final_depth_aggregate, self.final_site
     if module is None:
       return carry.finish(None, None, sown)[1:]

@@ -1,6 +1,6 @@
 """The plain residual connection: each block reads the output of the one before it."""
 
-from maxtext_mudd.connections.base import Cost, NoKeys, Plan
+from maxtext_mudd.connections.base import NO_DEPTH_AXES, Cost, NoKeys, Plan
 
 
 class Residual:
@@ -8,7 +8,7 @@ class Residual:
 
   Keys = NoKeys
   reads = "block"
-  depth_axes = {}  # noqa: RUF012
+  depth_axes = NO_DEPTH_AXES
 
   @classmethod
   def check_sizes(cls, config) -> None:

@@ -20,7 +20,6 @@ from maxtext_mudd import assets, plugin, versions
 from maxtext_mudd.config.errors import ConfigError, brief, failed_in, reachable
 from maxtext_mudd.evaluate import request as requests
 from maxtext_mudd.evaluate import results_file
-from maxtext_mudd.evaluate.request import Request
 from maxtext_mudd.interrupts import Interrupts
 from maxtext_mudd.runs import launch, library_warnings
 
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> None:
     launch.exit_with("interrupted; no results were written.")
 
 
-def load_tasks(request: Request) -> tuple[Any, list]:
+def load_tasks(request: EvaluationRequest) -> tuple[Any, list]:
   """Loads the tasks of a request with their data sets.
 
   Returns:
@@ -106,7 +105,7 @@ def task_manager(names: list[str], include_dir: str | None):
   return manager if set(names) <= set(manager.all_subtasks) else TaskManager(include_path=folders)
 
 
-def load_model(request: Request, before_batch: Callable[[], None]):
+def load_model(request: EvaluationRequest, before_batch: Callable[[], None]):
   """Loads the model of a request as a `MaxTextLM`, which is what the harness evaluates.
 
   Args:
@@ -128,7 +127,7 @@ def load_model(request: Request, before_batch: Callable[[], None]):
   return harness.MaxTextLM(model, config, tokenizer, request.batch_size, before_batch)
 
 
-def _check_default_tokenizer(request: Request, path: str) -> None:
+def _check_default_tokenizer(request: EvaluationRequest, path: str) -> None:
   """Raises ConfigError where MaxText's default tokenizer cannot be the model's.
 
   A run may have been trained with that tokenizer, if it is on this machine. No other model was.
@@ -155,7 +154,7 @@ def _check_generations(manager, tasks: list, lm) -> None:
         raise ConfigError(f"--tasks: {name}: {error}") from error
 
 
-def evaluate(request: Request, manager, tasks: list, lm) -> tuple[dict[str, Any], Any]:
+def evaluate(request: EvaluationRequest, manager, tasks: list, lm) -> tuple[dict[str, Any], Any]:
   """Evaluates a model on tasks and the text of a request.
 
   Returns:

@@ -30,7 +30,7 @@ PRESETS = {"paper": PAPER_TASKS}
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
   """What to evaluate, on what.
 
   Attributes:
@@ -84,7 +84,7 @@ def parser(description: str) -> argparse.ArgumentParser:
   return result
 
 
-def read(args: argparse.Namespace) -> Request:
+def read(args: argparse.Namespace) -> EvaluationRequest:
   """Reads the parsed arguments.
 
   Raises:
@@ -111,7 +111,7 @@ def read(args: argparse.Namespace) -> Request:
     early_check.check(["", config_file, *(argument for argument in args.arguments if "=" in argument)])
   else:
     early_check.check_keys(overrides)
-  return Request(
+  return EvaluationRequest(
     checkpoint=args.checkpoint,
     config_file=config_file,
     overrides=overrides,

@@ -1,6 +1,6 @@
 """Hyper-Connections (Zhu et al., arXiv 2409.19606): several residual streams, mixed before each sublayer."""
 
-from maxtext_mudd.connections.base import Cost, Plan
+from maxtext_mudd.connections.base import NO_DEPTH_AXES, Cost, Plan
 from maxtext_mudd.connections.hyper_connections import keys
 
 
@@ -9,7 +9,7 @@ class HyperConnections:
 
   Keys = keys.HyperConnectionKeys
   reads = "sublayer"
-  depth_axes = {}  # noqa: RUF012
+  depth_axes = NO_DEPTH_AXES
 
   @classmethod
   def check_sizes(cls, config) -> None:

@@ -1,5 +1,7 @@
 """MUDD connections, and their simpler relatives DenseFormer (one way, static) and DDFormer (one way, dynamic)."""
 
+from typing import ClassVar
+
 from maxtext_mudd.connections.base import Cost, HistoryFamily, Plan
 from maxtext_mudd.connections.mudd import cost, keys, sites
 
@@ -8,7 +10,7 @@ class Dense(HistoryFamily):
   """`depth_connection: dense`: weights of all earlier block outputs, static or made from the newest one."""
 
   Keys = keys.DenseKeys
-  depth_axes = {"w1": (None, "hidden"), "w2": ("hidden", None, "sources"), "a": (None, "sources")}  # noqa: RUF012
+  depth_axes: ClassVar = {"w1": (None, "hidden"), "w2": ("hidden", None, "sources"), "a": (None, "sources")}
 
   @classmethod
   def check_sizes(cls, config) -> None:

@@ -88,7 +88,7 @@ class Sums(NamedTuple):
   w1: jax.Array | None
 
 
-class Plan(NamedTuple):
+class BackwardPlan(NamedTuple):
   """Static facts besides the shape of the sources.
 
   Attributes:
@@ -104,7 +104,7 @@ class Plan(NamedTuple):
   keep_hidden: bool = False
 
 
-def backward(shape: Shape, plan: Plan, count, rows: Rows, whole: Whole, *, interpret) -> tuple[Outputs, Sums]:
+def backward(shape: Shape, plan: BackwardPlan, count, rows: Rows, whole: Whole, *, interpret) -> tuple[Outputs, Sums]:
   """Runs the kernel.
 
   Accumulators of entries of a buffer that are not valid may change if they share a group with valid ones. Without
@@ -192,7 +192,7 @@ def _group_spec(shape: Shape, row_block, only_valid: bool):
 
 
 def _output_shapes(
-  shape: Shape, plan: Plan, cores: int, rows: Rows, whole: Whole, grad_sources
+  shape: Shape, plan: BackwardPlan, cores: int, rows: Rows, whole: Whole, grad_sources
 ) -> tuple[Outputs, Sums]:
   """Shapes and dtypes of everything that the kernel writes."""
 
@@ -220,14 +220,14 @@ def _output_shapes(
   return outputs, sums
 
 
-def _near(shape: Shape, plan: Plan) -> Shape:
+def _near(shape: Shape, plan: BackwardPlan) -> Shape:
   """The static facts of the call, restricted to the near sources."""
   if plan.near is None:
     return shape
   return dataclasses.replace(shape, sources=len(plan.near), slots=len(plan.near))
 
 
-def _scratch(shape: Shape, plan: Plan, whole: Whole) -> dict:
+def _scratch(shape: Shape, plan: BackwardPlan, whole: Whole) -> dict:
   near = _near(shape, plan)
   scratch = {
     "factors": common.factors_scratch(near),
@@ -246,7 +246,7 @@ def _scratch(shape: Shape, plan: Plan, whole: Whole) -> dict:
   return scratch
 
 
-def _body(shape: Shape, plan: Plan, steps: int, *refs):
+def _body(shape: Shape, plan: BackwardPlan, steps: int, *refs):
   *count, rows, whole, outputs, sums, scratch = refs
   step, group = pl.program_id(1), pl.program_id(2)
   block_start = (pl.program_id(0) * steps + step) * shape.block
@@ -323,7 +323,7 @@ def _body(shape: Shape, plan: Plan, steps: int, *refs):
       outputs.sources[newest_slot] = total.astype(shape.dtype)
 
 
-def _products(shape: Shape, plan: Plan, block_start, num_valid, rows: Rows, outputs: Outputs, scratch):
+def _products(shape: Shape, plan: BackwardPlan, block_start, num_valid, rows: Rows, outputs: Outputs, scratch):
   """Computes, for a block of rows, all products with the sources and with the gradients of the streams.
 
   They are the gradients of the near sources, the recomputed streams, and dO @ X^T for `_token_gradients`.

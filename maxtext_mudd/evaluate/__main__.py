@@ -20,6 +20,7 @@ from maxtext_mudd import assets, plugin, versions
 from maxtext_mudd.config.errors import ConfigError, brief, failed_in, reachable
 from maxtext_mudd.evaluate import request as requests
 from maxtext_mudd.evaluate import results_file
+from maxtext_mudd.evaluate.request import EvaluationRequest
 from maxtext_mudd.interrupts import Interrupts
 from maxtext_mudd.runs import launch, library_warnings
 

@@ -91,17 +91,15 @@ def test_single_layers_compute_the_sums(single):
   stock = models.build(models.config(base_num_decoder_layers=4))
   models.set_parameters(stock, {path: x for path, x in values.items() if "connection" not in path})
   data = models.batch(cfg)
-  xs = [stock.token_embedder(data["inputs"], model_mode="train")]
-  decoder = stock.decoder
+  x = stock.token_embedder(data["inputs"], model_mode="train")
+  outputs, decoder = [x], stock.decoder
   for i in range(4):
-    x, _ = getattr(decoder, f"layers_{i}")(xs[-1], data["inputs_segmentation"], data["inputs_position"], True, "train")
+    x, _ = getattr(decoder, f"layers_{i}")(x, data["inputs_segmentation"], data["inputs_position"], True, "train")
     name = "depth_aggregate" if i < 3 else "final_depth_aggregate"
     a = values[f"decoder/layers_{min(i + 1, 3)}/connection/{name}/a"][0]
-    previous = xs[-1] if i == 0 else outputs[-1]
-    outputs = [xs[0]] if i == 0 else outputs
-    outputs = [*outputs, x]
-    xs.append(a[0] * previous + a[1] * x)
-  found = decoder.apply_output_head(stock.token_embedder, xs[-1], True, "train")
+    outputs.append(x)
+    x = a[0] * outputs[-2] + a[1] * outputs[-1]
+  found = decoder.apply_output_head(stock.token_embedder, x, True, "train")
   close(logits, np.asarray(found))
 
 

@@ -200,7 +200,7 @@ def test_exports_say_what_the_checkpoint_is_now(tmp_path, capsys):
     (source / name).write_text(f"# {name}\n")
   computed = {"attention": "dot_product", "dtype": "bfloat16", "per_device_batch_size": 2, "enable_dropout": False}
   hf.from_hf(source, target, {"max_target_length": 4096, **computed})
-  assert computed.items() <= folder.keys(target).items()
+  assert computed.items() <= model_folder.read_keys(target).items()
   capsys.readouterr()
   hf.to_hf(target, tmp_path / "back")
   assert re.search(r"maxtext: 100%.*1\.77M/1\.77M", capsys.readouterr().err)

@@ -9,6 +9,7 @@ import enum
 import math
 from typing import Any
 
+from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.checkpoints import released_ffn
@@ -17,7 +18,7 @@ from maxtext_mudd.config.mudd_config import MuddConfig
 
 _COMMON_KEYS = {
   "mudd": True,
-  "depth_connection": "dense",
+  "depth_connection": connections.DEFAULT,
   "logits_via_embedding": False,
   "enable_dropout": False,
 }
@@ -32,8 +33,8 @@ _COMMON_FIELDS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-  """One of the two published families.
+class Architecture:
+  """One of the two published architectures.
 
   Attributes:
     name: name of the model class.
@@ -62,13 +63,13 @@ _SIZES = {
   "use_qk_norm": "use_qk_norm",
 }
 FAMILIES = {  # by model_type
-  "muddformer": Family(
+  "muddformer": Architecture(
     "MUDDFormer",
     _COMMON_KEYS | {"decoder_block": "qwen3", "mlp_activations": ["silu", "linear"]},
     _COMMON_FIELDS,
     _SIZES,
   ),
-  "muddpythia": Family(
+  "muddpythia": Architecture(
     "MUDDPythia",
     _COMMON_KEYS | {"decoder_block": "gpt3", "mudd_decoder_layer": "pythia", "mlp_activations": ["gelu"]},
     _COMMON_FIELDS | {"use_linear_bias": True, "use_parallel_residual": True},

@@ -15,6 +15,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
+MOST_MAPPINGS = 40_000  # after one test
+
 # A shell ignores interrupts in what it starts in the background, and so would all that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,6 +29,18 @@ def processes_stay_talkative():
     yield
   sys.unraisablehook = hook
   logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def mappings_stay_few():
+  """Linux allows a process 65,530 memory mappings. XLA's code for CPUs takes some hundreds for a compiled function and
+  aborts when there are no more, as after 198 slow tests of test_mix.py."""
+  yield
+  mappings = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+  if mappings > MOST_MAPPINGS:
+    import jax
+
+    jax.clear_caches()
 
 
 def pytest_addoption(parser):

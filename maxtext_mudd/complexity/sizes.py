@@ -19,7 +19,7 @@ DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.DECODER_
 
 
 class Sizes(MuddKeys):
-  """The keys of a configuration that `counts`, `paper` and `topology` read. Names and values are those of MaxText.
+  """The keys of a configuration that `counts`, `paper` and `connections` read. Names and values are those of MaxText.
 
   The sizes that MaxText derives equal its base sizes, because `read` accepts global_parameter_scale=1 only.
   """

@@ -192,10 +192,10 @@ class Connection(Protocol):
     """
 
   def read(self, *inputs) -> Any:
-    """The input of the block from what `through` gives."""
+    """The input of the block from what `through` gives. Its arrays are [B,T,D]: stock layers shard all of them so."""
 
   def write(self, output: Any) -> Any:
-    """What of the block's output goes into the carry."""
+    """What of the block's output goes into the carry. The block returns arrays [B,T,D] only, which it shards."""
 
   def finish(self, carry: Any, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
     """The hidden state behind the last block.
@@ -218,7 +218,8 @@ class Aggregate(Protocol):
   keeps_newest: bool
 
   def weights(self, newest: Float[Array, "B T D"] | None, column: int | Array) -> Weights:
-    """What `kernels.mix` takes, for the sources of the site.
+    """Static weights [C,N] or a `kernels.WeightMLP`, for the sources of the site. A pure function: changes of state
+    are lost.
 
     Args:
       newest: X_i; None: it is the newest source.

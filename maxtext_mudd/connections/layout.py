@@ -57,6 +57,9 @@ def table(plan: Plan, blocks: Sequence[int], *, padded: bool) -> Table:
   """
   sites = tuple(plan.before(block) for block in blocks)
   there = [site for site in sites if site]
+  if len({site.streams for site in there}) > 1:
+    streams = " and ".join(sorted({site.streams for site in there}))
+    raise ValueError(f"scan_layers=True needs sites with the same streams in all blocks, and they make {streams}.")
   site = there[0] if there else None
   if there and padded:
     sources = tuple(range(blocks[-1]))

@@ -32,14 +32,23 @@ DYNAMIC_SCALE_INIT = 0.01
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HyperStreams:
-  """What flows between blocks. Not a tuple: stock layers unpack tuples.
-
-  Attributes:
-    streams: H, n residual streams, one [B,T,D] array each, never stacked.
-    sublayer: number of the sublayer that reads them next, from 0.
-  """
+  """H: n residual streams, one [B,T,D] array each, never stacked. Not a tuple: stock layers unpack tuples."""
 
   streams: tuple[Float[Array, "B T D"], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HyperCarry:
+  """What flows between blocks. Stock layers see `hyper` alone: they shard every array that they take or return as a
+  [B,T,D] array.
+
+  Attributes:
+    hyper: the residual streams.
+    sublayer: number of the sublayer that reads them next, from 0; known at run time only where layers are scanned.
+  """
+
+  hyper: HyperStreams
   sublayer: Int[Array, ""]
 
 
@@ -108,11 +117,11 @@ class SublayerConnection(nnx.Module):
     first = (jnp.arange(n) == sublayer % n).astype(dtype)
     return jnp.concatenate([first[:, None], jnp.eye(n, dtype=dtype)], axis=1)
 
-  def weights(self, hyper: HyperStreams) -> tuple[list[Float[Array, "B T n+1"]], list[Float[Array, "B T 1"]]]:
+  def weights(self, streams, sublayer) -> tuple[list[Float[Array, "B T n+1"]], list[Float[Array, "B T 1"]]]:
     """Rows of α and entries of β, one per stream, in at least float32."""
-    config, streams = self.config, hyper.streams
+    config = self.config
     wide = accumulation_dtype(streams[0].dtype)
-    static_alpha, static_beta = self._initial_alpha(hyper.sublayer, wide), jnp.ones((len(streams),), wide)
+    static_alpha, static_beta = self._initial_alpha(sublayer, wide), jnp.ones((len(streams),), wide)
     if config.mudd_static:
       static_alpha, static_beta = self.static_alpha[...].astype(wide), self.static_beta[...].astype(wide)
     rows = [static_alpha[i] for i in range(len(streams))]
@@ -125,25 +134,25 @@ class SublayerConnection(nnx.Module):
         entries[i] = entries[i] + self.beta_scale[...].astype(wide) * dynamic[..., -1:]
     return rows, entries
 
-  def __call__(self, hyper: HyperStreams, after: Callable) -> SublayerInput:
+  def __call__(self, hyper: HyperStreams, sublayer: Int[Array, ""], after: Callable) -> SublayerInput:
     """M of these streams; `after` takes the HyperStreams that the sublayer's output makes."""
     streams = hyper.streams
     with jax.default_matmul_precision(self.config.matmul_precision.value):
-      alpha, beta = self.weights(hyper)
+      alpha, beta = self.weights(streams, sublayer)
     wide = alpha[0].dtype
     # In plain JAX: XLA can fuse this with the writes before it, which are n times as many bytes as a sublayer's output.
     mixed = mix(streams, jnp.stack(alpha, axis=-1), implementation="xla")
 
     def write(carried, output):
       added = (m.astype(wide) + b * output.astype(wide) for m, b in zip(carried, beta))
-      return after(HyperStreams(tuple(x.astype(output.dtype) for x in added), hyper.sublayer + 1))
+      return after(HyperStreams(tuple(x.astype(output.dtype) for x in added)))
 
     return SublayerInput(mixed[0], tuple(mixed[1:]), write)
 
 
 class HyperConnection(PlainConnection):
   """Hyper-connections of one block: one before attention, one before the FFN. Where layers are scanned, those of all
-  blocks of a stack: which one it is, the streams know."""
+  blocks of a stack; the carry knows the number of the block."""
 
   def __init__(self, config, blocks: Sequence[int], rngs: nnx.Rngs, *, starts: bool, finishes: bool):
     super().__init__(blocks, starts=starts, finishes=finishes)
@@ -160,16 +169,24 @@ class HyperConnection(PlainConnection):
       norm = operator.attrgetter(path)(layer)
       change_class(norm, _READING[type(norm)])
 
-  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> HyperStreams:
-    return HyperStreams((embedding,) * self.config.mudd_expansion_rate, jnp.zeros((), jnp.int32))
+  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> HyperCarry:
+    streams = HyperStreams((embedding,) * self.config.mudd_expansion_rate)
+    return HyperCarry(streams, jnp.zeros((), jnp.int32))
 
-  def read(self, hyper: HyperStreams) -> SublayerInput:
-    return self.attention(hyper, after=lambda between: self.feed_forward(between, after=lambda last: last))
+  def through(self, block: Callable, state: Any, carry: HyperCarry, arguments: Any) -> tuple[HyperCarry, Any]:
+    hyper, _, rest = block(state, carry.hyper, carry.sublayer, arguments)
+    return HyperCarry(hyper, carry.sublayer + 2), rest
 
-  def finish(self, hyper: HyperStreams, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+  def read(self, hyper: HyperStreams, sublayer: Int[Array, ""]) -> SublayerInput:
+    def after_attention(hyper):
+      return self.feed_forward(hyper, sublayer + 1, after=lambda last: last)
+
+    return self.attention(hyper, sublayer, after_attention)
+
+  def finish(self, carry: HyperCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
     """The sum of the streams, over n. The final norm removes the factor again; without it the norm's epsilon would
     weigh less than in the plain Transformer that the model starts as. Equal streams give their value exactly."""
-    first, *others = hyper.streams
+    first, *others = carry.hyper.streams
     wide = accumulation_dtype(first.dtype)
     excess = sum((h.astype(wide) - first.astype(wide) for h in others), jnp.zeros((), wide))
-    return (first.astype(wide) + excess / len(hyper.streams)).astype(first.dtype), sown
+    return (first.astype(wide) + excess / len(carry.hyper.streams)).astype(first.dtype), sown

@@ -78,7 +78,9 @@ def backward(
   recomputed_rows, recomputed_whole = (None, None) if recompute is None else _lay_out(shape, recompute)
   outputs, sums = _backward.backward(
     shape,
-    _backward.Plan(_recipe(weights), near, None if recompute is None else _recipe(recompute), keep_hidden and is_mlp),
+    _backward.BackwardPlan(
+      _recipe(weights), near, None if recompute is None else _recipe(recompute), keep_hidden and is_mlp
+    ),
     count,
     _backward.Rows(_flatten(totals), flat, _flatten(list(gradients)), None, rows, recomputed_rows),
     _backward.Whole(whole, _flat_w2(shape, weights), recomputed_whole),

@@ -32,13 +32,19 @@ class KeyGroup(BaseModel):
   be instantiated.
   """
 
+  @classmethod
+  def needs_of(cls, name: str) -> dict[str, tuple]:
+    """Other keys, each with the values that it must have for the key `name` to be read."""
+    extra = cls.model_fields[name].json_schema_extra
+    return extra.get(_NEEDS, {}) if isinstance(extra, dict) else {}
+
   @model_validator(mode="after")
   def _check_that_changed_keys_are_read(self):
     for name, field in type(self).model_fields.items():
-      value, extra = getattr(self, name), field.json_schema_extra
-      if value == field.default or not isinstance(extra, dict):
+      value = getattr(self, name)
+      if value == field.default:
         continue
-      for other, values in extra.get(_NEEDS, {}).items():
+      for other, values in self.needs_of(name).items():
         if getattr(self, other) not in values:
           raise ValueError(
             f"{name}={value} does nothing with {other}={getattr(self, other)}; leave it at {field.default}, or set "

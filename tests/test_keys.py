@@ -37,9 +37,9 @@ def test_a_key_that_is_read():
 @pytest.mark.parametrize("name", MuddKeys.model_fields)
 def test_what_a_key_needs_can_be_set(name):
   """Each needed key exists, and takes the values that are needed."""
-  field = MuddKeys.model_fields[name]
-  assert field.description
-  for other, values in field.json_schema_extra["needs"].items():
+  needed = MuddKeys.needs_of(name)
+  assert MuddKeys.model_fields[name].description
+  for other, values in needed.items():
     assert other != name
     for value in values:
       TypeAdapter(MuddKeys.model_fields[other].annotation).validate_python(value, strict=True)

@@ -16,8 +16,6 @@ from maxtext_mudd.connections import layout
 from maxtext_mudd.connections.base import Plan
 
 _CONNECTION = "connection/"
-_AT_START = f"{_CONNECTION}{layout.EMBEDDING_NORM}/"
-_AT_END = f"{_CONNECTION}{layout.FINAL_AGGREGATE}/"
 
 
 def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
@@ -33,6 +31,7 @@ def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
 def stacking(values: Mapping[str, np.ndarray], config) -> Iterator[tuple[str, np.ndarray]]:
   """`stack`, one parameter at a time: looks each value up once, when it is needed."""
   plan, groups = connections.plan(config), ffn_widths.groups(config)
+  at_start, at_end = _ends(config)
   layers = {}
   for path in values:
     match = re.fullmatch(r"(|.*/)decoder/layers_(\d+)/(.+)", path)
@@ -42,7 +41,7 @@ def stacking(values: Mapping[str, np.ndarray], config) -> Iterator[tuple[str, np
     root, block, name = match[1] + "decoder/", int(match[2]) + 1, match[3]
     if block > plan.num_blocks:
       raise ValueError(f"it has {path}, of more layers than {plan.num_blocks}")
-    if name.startswith((_AT_START, _AT_END)):
+    if name.startswith((*at_start, *at_end)):
       yield root + name, values[path]
     else:
       layers.setdefault((root, _scanned_name(name, config, plan, block)), {})[block] = path
@@ -85,12 +84,13 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
     ValueError: the configuration has another number of layers.
   """
   plan = connections.plan(config)
+  at_start, _ = _ends(config)
   singles = {}
   for path, value in values.items():
     end = re.fullmatch(rf"(|.*/)decoder/({_CONNECTION}.+)", path)
     match = re.fullmatch(r"(|.*/)decoder/layers/(?:group_(\d+)/)?(.+)", path)
     if end:
-      layer = 0 if end[2].startswith(_AT_START) else plan.num_blocks - 1
+      layer = 0 if end[2].startswith(at_start) else plan.num_blocks - 1
       singles[f"{end[1]}decoder/layers_{layer}/{end[2]}"] = value
     elif not match:
       singles[path] = value
@@ -108,6 +108,16 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
           value = layout.trim(config, name, by_block[k], table.sites[k])
           singles[f"{match[1]}decoder/layers_{block - 1}/{single_name}"] = value
   return singles
+
+
+def _ends(config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """How the names of parameters begin that only the first layer has, and those that only the last layer has. Scanned
+  layers do not have them: the decoder has."""
+  family = connections.family(config)
+  start, finish = (
+    tuple(f"{_CONNECTION}{module}/" for module in modules) for modules in (family.start_modules, family.finish_modules)
+  )
+  return start, finish
 
 
 def _scanned_name(name: str, config, plan: Plan, block: int) -> str:

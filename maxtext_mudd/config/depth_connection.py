@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from pydantic import field_validator
 
-from maxtext_mudd import connections
-from maxtext_mudd.blocks import DECODER_BLOCKS
+from maxtext_mudd import blocks, connections
 from maxtext_mudd.config import errors
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
@@ -37,10 +36,16 @@ def refusals(config) -> Iterator[Refusal]:
   """What no depth connection works with. `config` is a `MuddConfig` with `mudd=True`."""
   block, mudd = config.decoder_block.value, "mudd=True"
   yield Refusal(
-    block not in DECODER_BLOCKS,
+    block not in blocks.DECODER_BLOCKS,
     f"decoder_block={block!r}",
     mudd,
-    f"supported are {', '.join(DECODER_BLOCKS)}; use one of these",
+    f"supported are {', '.join(blocks.DECODER_BLOCKS)}; use one of these",
+  )
+  yield Refusal(
+    blocks.spec(config).is_parallel and connections.family(config).reads == "sublayer",
+    f"mudd_decoder_layer={config.mudd_decoder_layer}",
+    f"depth_connection={config.depth_connection}",
+    "its attention and FFN read one input in parallel; use a sequential decoder_block",
   )
   interval = config.inhomogeneous_layer_cycle_interval
   yield Refusal(

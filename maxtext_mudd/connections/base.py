@@ -16,7 +16,7 @@ import dataclasses
 import types
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel
+from maxtext_mudd.connections.family_keys import FamilyKeys, HistoryKeys, kernel_refusals
 
 if TYPE_CHECKING:
   from flax import nnx
@@ -115,7 +115,7 @@ class Link:
 
 
 class Family(Protocol):
-  """The interface of a family; all methods are class methods.
+  """The interface of a family. `BaseFamily` has the defaults.
 
   Attributes:
     Keys: group of configuration keys, with their checks; `MuddConfig` inherits it.
@@ -123,26 +123,34 @@ class Family(Protocol):
     depth_axes: names of the axes of its parameters that depend on the site, by the last name of a parameter's path:
       "sources" (one entry for each source of the site), "hidden" (K entries), None (any other axis). Parameters of
       scanned layers are padded along these axes to one shape.
+    start_modules, finish_modules: attributes of `Connection` that only the one that starts, or finishes, has.
   """
 
-  Keys: ClassVar[type[BaseModel]]
+  Keys: ClassVar[type[FamilyKeys]]
   reads: ClassVar[Literal["block", "sublayer"]]
   depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]]
+  start_modules: ClassVar[tuple[str, ...]]
+  finish_modules: ClassVar[tuple[str, ...]]
 
-  def check_sizes(self, config) -> None:
+  @classmethod
+  def check_sizes(cls, config) -> None:
     """Raises ValueError, in one sentence, for keys that do not fit the sizes of the model."""
 
-  def refusals(self, config) -> Iterable[Refusal]:
+  @classmethod
+  def refusals(cls, config) -> Iterable[Refusal]:
     """What the family does not work with; `config` is a whole `MuddConfig`."""
 
-  def plan(self, config) -> Plan:
+  @classmethod
+  def plan(cls, config) -> Plan:
     """Where it reads, from a configuration with sizes."""
 
-  def cost(self, config) -> Cost:
+  @classmethod
+  def cost(cls, config) -> Cost:
     """What it adds to the plain model of these sizes."""
 
+  @classmethod
   def build(
-    self, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, rngs: nnx.Rngs, *, starts: bool, finishes: bool
+    cls, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, rngs: nnx.Rngs, *, starts: bool, finishes: bool
   ) -> Connection:
     """The connection of one block, or of all blocks of a scanned stack.
 
@@ -151,6 +159,28 @@ class Family(Protocol):
       starts: whether `Connection.start` is called on it.
       finishes: whether `Connection.finish` is called on it.
     """
+
+
+class BaseFamily:
+  """What a family is unless it says otherwise. A subclass brings `cost` and `build`, and `plan` if it has sites."""
+
+  Keys = FamilyKeys
+  reads = "block"
+  depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = types.MappingProxyType({})
+  start_modules = ()
+  finish_modules = ()
+
+  @classmethod
+  def check_sizes(cls, config) -> None:
+    """Any sizes will do."""
+
+  @classmethod
+  def refusals(cls, config) -> Iterable[Refusal]:
+    return ()
+
+  @classmethod
+  def plan(cls, config) -> Plan:
+    return Plan(config.num_decoder_layers)
 
 
 class Connection(Protocol):
@@ -218,8 +248,8 @@ class Aggregate(Protocol):
   keeps_newest: bool
 
   def weights(self, newest: Float[Array, "B T D"] | None, column: int | Array) -> Weights:
-    """Static weights [C,N] or a `kernels.WeightMLP`, for the sources of the site. A pure function: changes of state
-    are lost.
+    """Weights [C,N], weights of every token [B,T,C,N], or a `kernels.WeightMLP`, for the sources of the site. All
+    aggregates of a model have the same kind. A pure function: changes of state are lost.
 
     Args:
       newest: X_i; None: it is the newest source.
@@ -230,30 +260,19 @@ class Aggregate(Protocol):
     """The streams of the site, from the sums of Eq. 5 and X_i."""
 
 
-NO_DEPTH_AXES: Mapping[str, tuple[str | None, ...]] = types.MappingProxyType({})
-
-
-class NoKeys(BaseModel):
-  """The keys of a family that has none."""
-
-
-class HistoryFamily:
+class HistoryFamily(BaseFamily):
   """A family that mixes the outputs of earlier blocks. A subclass brings `plan`, `cost`, and an `Aggregate`.
 
   The subclass may be the `Aggregate` itself, an `nnx.Module` that is built from (config, site, mesh, rngs).
   """
 
-  Keys = NoKeys
-  reads = "block"
-  depth_axes = NO_DEPTH_AXES
-
-  @classmethod
-  def check_sizes(cls, config) -> None:
-    """Any sizes will do."""
+  Keys = HistoryKeys
+  start_modules = ("embedding_norm",)
+  finish_modules = ("final_depth_aggregate",)
 
   @classmethod
   def refusals(cls, config) -> Iterable[Refusal]:
-    return ()
+    return kernel_refusals(config)
 
   @classmethod
   def aggregate(cls, config, site: Site, mesh: jax.sharding.Mesh, rngs: nnx.Rngs) -> Aggregate:

@@ -264,12 +264,13 @@ def _behind(here: PlacedAggregate, history: History, weights: Weights, recompute
 
   def pending(ahead: Site) -> Pending:
     wide = accumulation_dtype(like.dtype)
-    a = jnp.zeros((ahead.ways, len(ahead.sources)), wide)
-    weights = a
-    if ahead.hidden:
+    shape = (ahead.ways, len(ahead.sources))
+    if isinstance(weights, WeightMLP):
       hidden = jnp.zeros((*like.shape[:-1], ahead.hidden), like.dtype)
-      weights = HiddenLayer(hidden, jnp.zeros((ahead.hidden, *a.shape), wide), a)
-    return Pending([jnp.zeros_like(like)] * ahead.ways, weights)
+      kept = HiddenLayer(hidden, jnp.zeros((ahead.hidden, *shape), wide), jnp.zeros(shape, wide))
+    else:
+      kept = jnp.zeros((*weights.shape[:-2], *shape), wide)  # of all tokens, or of each
+    return Pending([jnp.zeros_like(like)] * ahead.ways, kept)
 
   return dataclasses.replace(
     history,

@@ -17,9 +17,7 @@ from maxtext_mudd import connections
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.connections.base import Plan, Site
 
-AGGREGATE = "depth_aggregate"  # names of the modules in a connection, and so in the paths of parameters
-FINAL_AGGREGATE = "final_depth_aggregate"
-EMBEDDING_NORM = "embedding_norm"
+AGGREGATE = "depth_aggregate"  # name of the module in `HistoryConnection`, and so in the paths of parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +113,10 @@ def initialise(layers: nnx.Module, singles: Sequence[nnx.Module], config) -> Non
   exist in a block.
 
   Args:
-    singles: the connection of each block by itself.
+    singles: the connection of each block, built for `scan_layers: false`.
   """
   plan, blocks = connections.plan(config), layers.connection.blocks
   whole = table(plan, blocks, padded=True)
-  sites = [table(plan, [block], padded=True).padded for block in blocks]
   of_singles = [_by_path(nnx.state(single, nnx.Param)) for single in singles]
   state = nnx.state(layers, nnx.Param)
   for path, parameter in nnx.to_flat_state(state):
@@ -129,7 +126,7 @@ def initialise(layers: nnx.Module, singles: Sequence[nnx.Module], config) -> Non
       by_block = [values.get(path[1:]) for values in of_singles]  # None: the block has no site
       by_block = [
         jnp.zeros_like(value[0]) if x is None else pad(config, path, x, site, whole.padded)
-        for x, site in zip(by_block, sites)
+        for x, site in zip(by_block, whole.sites)
       ]
       value = jnp.stack(by_block)
     mask = existing_entries(config, whole, path)

@@ -1,26 +1,10 @@
 """The plain residual connection: each block reads the output of the one before it."""
 
-from maxtext_mudd.connections.base import NO_DEPTH_AXES, Cost, NoKeys, Plan
+from maxtext_mudd.connections.base import BaseFamily, Cost
 
 
-class Residual:
+class Residual(BaseFamily):
   """`depth_connection: residual`, the baseline of every family."""
-
-  Keys = NoKeys
-  reads = "block"
-  depth_axes = NO_DEPTH_AXES
-
-  @classmethod
-  def check_sizes(cls, config) -> None:
-    """Any sizes will do."""
-
-  @classmethod
-  def refusals(cls, config):
-    return ()
-
-  @classmethod
-  def plan(cls, config) -> Plan:
-    return Plan(config.num_decoder_layers)
 
   @classmethod
   def cost(cls, config) -> Cost:

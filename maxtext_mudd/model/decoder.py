@@ -13,6 +13,7 @@ from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths
 from maxtext_mudd.blocks.chunked_prefill import prefill_in_chunks
 from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
+from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import history, layout
 from maxtext_mudd.connections.base import Connection
 from maxtext_mudd.model import initializers
@@ -86,14 +87,20 @@ class MuddDecoder(NNXDecoder):
     for blocks in ffn_widths.groups(self.config):
       keys = {"ffn_width": widths[blocks[0] - 1], "connect": functools.partial(self._connect, blocks)}
       stack = create(connected(decoder_layer_class), len(blocks), metadata_axis_name, rngs, **keys, **layer_kwargs)
-      singles = [self._connect([block], self.mesh, rngs) for block in blocks]
+      singles = [self._connect([block], self.mesh, rngs, scan_layers=False) for block in blocks]
       layout.initialise(stack, singles, self.config)
       stacks.append(stack)
     return stacks[0] if len(stacks) == 1 else LayerGroups(stacks)
 
-  def _connect(self, blocks: Sequence[int], mesh: jax.sharding.Mesh, rngs: nnx.Rngs) -> Connection:
-    """The connection of some blocks of a stack, or of a single one; of no block, what starts and finishes a stack."""
-    config = self.config
+  def _connect(
+    self, blocks: Sequence[int], mesh: jax.sharding.Mesh, rngs: nnx.Rngs, scan_layers: bool | None = None
+  ) -> Connection:
+    """The connection of some blocks of a stack, or of a single one; of no block, what starts and finishes a stack.
+
+    Args:
+      scan_layers: in place of the configuration's.
+    """
+    config = self.config if scan_layers is None else changed(self.config, scan_layers=scan_layers)
     starts = not blocks or (not config.scan_layers and blocks[0] == 1)
     finishes = not blocks or (not config.scan_layers and blocks[-1] == config.num_decoder_layers)
     # Keys of its own, so that stock parameters start as they would without connections.

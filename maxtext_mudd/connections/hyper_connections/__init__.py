@@ -1,27 +1,18 @@
 """Hyper-Connections (Zhu et al., arXiv 2409.19606): several residual streams, mixed before each sublayer."""
 
-from maxtext_mudd.connections.base import NO_DEPTH_AXES, Cost, Plan
+from maxtext_mudd.connections.base import BaseFamily, Cost
 from maxtext_mudd.connections.hyper_connections import keys
 
 
-class HyperConnections:
+class HyperConnections(BaseFamily):
   """`depth_connection: hyper_connections`, with `mudd_expansion_rate` streams."""
 
   Keys = keys.HyperConnectionKeys
   reads = "sublayer"
-  depth_axes = NO_DEPTH_AXES
-
-  @classmethod
-  def check_sizes(cls, config) -> None:
-    """Any sizes will do."""
 
   @classmethod
   def refusals(cls, config):
     return keys.refusals(config)
-
-  @classmethod
-  def plan(cls, config) -> Plan:
-    return Plan(config.num_decoder_layers)
 
   @classmethod
   def cost(cls, config) -> Cost:

@@ -2,33 +2,19 @@
 
 from collections.abc import Iterator
 
-from maxtext_mudd import blocks
-from maxtext_mudd.connections.weight_keys import WeightKeys
+from maxtext_mudd.connections.family_keys import WeightKeys
 from maxtext_mudd.keys import Refusal, key
-
-FAMILY = "hyper_connections"
 
 
 class HyperConnectionKeys(WeightKeys):
-  """Keys that `depth_connection=hyper_connections` alone reads."""
+  """The keys of `depth_connection=hyper_connections`."""
 
-  mudd_expansion_rate: int = key(
-    4,
-    "n: residual streams of hyper_connections (DHC×n).",
-    needs={"mudd": (True,), "depth_connection": (FAMILY,)},
-    ge=1,
-  )
+  mudd_expansion_rate: int = key(4, "n: residual streams of hyper_connections (DHC×n).", ge=1)
 
 
 def refusals(config) -> Iterator[Refusal]:
   """What Hyper-Connections do not work with. `config` is a `MuddConfig`."""
-  family = f"depth_connection={FAMILY}"
-  yield Refusal(
-    blocks.spec(config).is_parallel,
-    f"mudd_decoder_layer={config.mudd_decoder_layer}",
-    family,
-    "its attention and FFN read one input in parallel; use a sequential decoder_block",
-  )
+  family = f"depth_connection={config.depth_connection}"
   yield Refusal(
     config.enable_dropout and config.dropout_rate > 0,
     f"dropout_rate={config.dropout_rate}",

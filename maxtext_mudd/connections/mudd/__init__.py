@@ -17,10 +17,6 @@ class Dense(HistoryFamily):
     keys.check_sizes(config)
 
   @classmethod
-  def refusals(cls, config):
-    return keys.refusals(config)
-
-  @classmethod
   def plan(cls, config) -> Plan:
     return sites.plan(config)
 

@@ -1,27 +1,25 @@
-"""The keys of the dense family (MUDD, DenseFormer, DDFormer), and what they do not work with.
+"""The keys of the dense family (MUDD, DenseFormer, DDFormer), and the sizes that they do not allow.
 
 Imports neither JAX nor MaxText, so that a command line is checked before these are imported.
 """
 
-from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import model_validator
 
 from maxtext_mudd.connections.base import STREAMS
+from maxtext_mudd.connections.family_keys import HistoryKeys, WeightKeys
 from maxtext_mudd.connections.mudd import sites
-from maxtext_mudd.connections.weight_keys import WeightKeys
-from maxtext_mudd.keys import Refusal, key
+from maxtext_mudd.keys import key
 
-_DENSE = {"mudd": (True,), "depth_connection": ("dense",)}
-_WEIGHT_MLP = {**_DENSE, "mudd_dynamic": (True,)}
+_WEIGHT_MLP = {"mudd_dynamic": (True,)}
 
 
-class DenseKeys(WeightKeys):
-  """Keys that `depth_connection=dense` alone reads."""
+class DenseKeys(WeightKeys, HistoryKeys):
+  """The keys of `depth_connection=dense`."""
 
-  mudd_ways: Literal[1, 4] = key(4, "C: 4 for separate q, k, v and residual streams, 1 for one input.", needs=_DENSE)
-  mudd_dense_streams: str = key("qkvr", "Streams that are aggregated; the others take X_i. Needs 4 ways.", needs=_DENSE)
+  mudd_ways: Literal[1, 4] = key(4, "C: 4 for separate q, k, v and residual streams, 1 for one input.")
+  mudd_dense_streams: str = key("qkvr", "Streams that are aggregated; the others take X_i. Needs 4 ways.")
   mudd_hidden_expansion: float = key(1.0, "Factor on K = C·N.", needs=_WEIGHT_MLP, gt=0, allow_inf_nan=False)
   mudd_last_hidden_expansion: float = key(
     4.0, "Factor on K = C·N of the last DA.", needs=_WEIGHT_MLP, gt=0, allow_inf_nan=False
@@ -29,24 +27,21 @@ class DenseKeys(WeightKeys):
   mudd_hidden_round_to: int = key(64, "K becomes (K // n + 1) * n, as released; 0: K exactly.", needs=_WEIGHT_MLP, ge=0)
   mudd_activation: Literal["gelu", "gelu_tanh"] = key("gelu", "Activation between W1 and W2.", needs=_WEIGHT_MLP)
   mudd_weight_norm_scale: bool = key(False, "Learned scale in the norm before W1.", needs=_WEIGHT_MLP)
-  mudd_source_dilation: int = key(1, "k: a DA sees every k-th block output (Fig. 9).", needs=_DENSE, ge=1)
-  mudd_block_period: int = key(1, "p: a DA follows every p-th block (Fig. 9).", needs=_DENSE, ge=1)
+  mudd_source_dilation: int = key(1, "k: a DA sees every k-th block output (Fig. 9).", ge=1)
+  mudd_block_period: int = key(1, "p: a DA follows every p-th block (Fig. 9).", ge=1)
   mudd_depth_start: float = key(
-    0.0, "DAs stand only after blocks beyond this share of the depth; 0: after all.", needs=_DENSE, ge=0, lt=1
+    0.0, "DAs stand only after blocks beyond this share of the depth; 0: after all.", ge=0, lt=1
   )
-  mudd_window: int = key(0, "n: a DA sees the last n block outputs and the embedding; 0: all.", needs=_DENSE, ge=0)
-  mudd_pre_norm: bool = key(False, "RMSNorm on every source (Eq. 10).", needs=_DENSE)
-  mudd_post_norm: bool = key(False, "RMSNorm on the sum, and X_i added to every stream (Eq. 10).", needs=_DENSE)
+  mudd_window: int = key(0, "n: a DA sees the last n block outputs and the embedding; 0: all.", ge=0)
+  mudd_pre_norm: bool = key(False, "RMSNorm on every source (Eq. 10).")
+  mudd_post_norm: bool = key(False, "RMSNorm on the sum, and X_i added to every stream (Eq. 10).")
   mudd_post_norm_streams: str = key(
     "r",
     "Streams with a post-norm: r as released, qkvr as in Eq. 10.",
-    needs={**_DENSE, "mudd_post_norm": (True,)},
+    needs={"mudd_post_norm": (True,)},
   )
   mudd_first_block_norms: Literal["shared", "separate"] = key(
-    "shared", "Attention norms of block 1, whose streams are equal: one, or LN_q, LN_k and LN_v.", needs=_DENSE
-  )
-  mudd_kernel: Literal["auto", "xla", "pallas", "pallas_interpret"] = key(
-    "auto", "Depth-wise aggregation: fused on TPU (pallas) and plain elsewhere (xla), or as named.", needs=_DENSE
+    "shared", "Attention norms of block 1, whose streams are equal: one, or LN_q, LN_k and LN_v."
   )
 
   @model_validator(mode="after")
@@ -101,22 +96,3 @@ def check_sizes(config) -> None:
       f"mudd_hidden_expansion={config.mudd_hidden_expansion} (mudd_last_hidden_expansion="
       f"{config.mudd_last_hidden_expansion}) makes a weight MLP of width 0; raise it, or set mudd_dynamic=False."
     )
-
-
-def refusals(config) -> Iterator[Refusal]:
-  """What the family does not work with. `config` is a `MuddConfig`."""
-  from maxtext_mudd.kernels import DTYPES  # imports JAX
-
-  kernel, dtype = f"mudd_kernel={config.mudd_kernel}", config.dtype.value
-  yield Refusal(
-    config.mudd_kernel == "pallas" and config.hardware != "tpu",
-    f"hardware={config.hardware}",
-    kernel,
-    "it is compiled for TPUs; use mudd_kernel=auto",
-  )
-  yield Refusal(
-    config.mudd_kernel.startswith("pallas") and dtype not in DTYPES,
-    f"dtype={dtype}",
-    kernel,
-    f"it takes {' or '.join(DTYPES)}; use one of these, or mudd_kernel=xla",
-  )

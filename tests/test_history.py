@@ -99,10 +99,10 @@ def loss(plan, has_norm, passes, recomputes, given):
   source_of = jnp.sin if has_norm else lambda x: x
   carry = History((source_of(embedding),), embedding if has_norm else None)
 
-  def weights_of(parameters, number, newest):
+  def weights_of(parameters, number, output, is_source):
     if not hasattr(parameters, "w1"):
       return parameters
-    return kernels.WeightMLP(parameters.w1, parameters.w2, parameters.a, newest)
+    return kernels.WeightMLP(parameters.w1, parameters.w2, parameters.a, None if is_source else output)
 
   def block_of(matrices, number, streams, newest, _):
     output = output_of(matrices, [newest] if streams is None else streams, newest)

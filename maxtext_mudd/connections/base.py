@@ -100,7 +100,8 @@ class Link:
     plan: of the model.
     site: the one in front of the block; None: the block reads the newest output, and `weights` is None.
     passes: how the aggregate runs.
-    weights: (parameters of the aggregate, number of the block, newest source or None) -> weights of the sources.
+    weights: (parameters of the aggregate, number of the block, X_i, whether X_i is the newest source) -> weights of the
+      sources.
     block: (state of the block, number of the block, sums or None, X_i, arguments) -> (source, output, rest), a pure
       function; `rest` is what flows beside the carry, such as KV caches and sown values. None behind the last block.
     recomputed: whether the block is recomputed in the backward pass.
@@ -247,12 +248,12 @@ class Aggregate(Protocol):
 
   keeps_newest: bool
 
-  def weights(self, newest: Float[Array, "B T D"] | None, column: int | Array) -> Weights:
+  def weights(self, output: Float[Array, "B T D"], column: int | Array) -> Weights:
     """Weights [C,N], weights of every token [B,T,C,N], or a `kernels.WeightMLP`, for the sources of the site. All
     aggregates of a model have the same kind. A pure function: changes of state are lost.
 
     Args:
-      newest: X_i; None: it is the newest source.
+      output: X_i. A `WeightMLP` whose `newest` is this very array is computed with the sums, where a kernel can.
       column: of the newest source among the sources; where layers are scanned, it is known at run time only.
     """
 

@@ -82,7 +82,7 @@ class HistoryBuffer:
     if link is None:
       return None, output, sown
     count = jnp.asarray(len(sources))
-    weights = link.weights(parameters, count, newest)
+    weights = link.weights(parameters, count, output, newest is None)
     return kernels.differentiable(link.passes, kernels.Buffer(sources, count), weights), output, sown
 
 
@@ -105,9 +105,10 @@ def _through_block(
 
   def block_input(parameters, sources, count, newest):
     sources, sums = kernels.Buffer(sources, count), []
+    output = newest if has_newest else sources.newest
     if link.weights is not None:
-      sums = link.passes.forward(sources, link.weights(parameters, count, newest))
-    return sums, sources.newest if newest is None else newest
+      sums = link.passes.forward(sources, link.weights(parameters, count, output, not has_newest))
+    return sums, output
 
   # Traced here, during the model's call: quantization by interception, for one, is no longer active when the backward
   # pass is traced.
@@ -137,29 +138,32 @@ def _through_block(
     parameters, count, newest, kept = kept
     (totals, sources, to_output), to_rest = cotangents  # the mirror's cotangent is the final buffer
 
-    def again():
-      return block_input(parameters, sources, count, newest)
+    inputs = block_input(parameters, sources, count, newest)
 
     if rematerialise is None:
       state, others = kept
-      _, vjp = jax.vjp(block, state, count, *again(), *others)
+      _, vjp = jax.vjp(block, state, count, *inputs, *others)
     else:
-      vjp = pullback.restore(kept, again)
+      vjp = pullback.restore(kept, inputs)
     to_source = jax.lax.dynamic_index_in_dim(totals, count, keepdims=False)
     to_output = to_output if has_newest else jnp.zeros_like(to_source)
     to_state, _, to_sums, to_newest, *to_others = vjp((to_source, to_output, to_rest))
-    if not has_newest:
-      reached = jax.lax.dynamic_index_in_dim(totals, count - 1, keepdims=False) + to_newest
-      totals = jax.lax.dynamic_update_index_in_dim(totals, reached, count - 1, 0)
     to_parameters = jax.tree.map(jnp.zeros_like, parameters)
     if link.weights is not None:
-      weights, vjp = jax.vjp(lambda parameters, newest: link.weights(parameters, count, newest), parameters, newest)
+
+      def weights_of(parameters, output):
+        return link.weights(parameters, count, output, not has_newest)
+
+      weights, vjp = jax.vjp(weights_of, parameters, inputs[1])
       gradients = link.passes.backward(kernels.Buffer(sources, count), weights, to_sums, totals=totals)
       to_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients.weights, weights)
       to_parameters, through_weights = vjp(to_weights)
       totals = gradients.sources
-      to_newest = to_newest + through_weights if has_newest else None
-    to_newest = to_newest if has_newest else None
+      to_newest = to_newest + through_weights
+    if not has_newest:
+      reached = jax.lax.dynamic_index_in_dim(totals, count - 1, keepdims=False) + to_newest
+      totals = jax.lax.dynamic_update_index_in_dim(totals, reached, count - 1, 0)
+      to_newest = None
     return to_state, to_parameters, totals, sources, None, to_newest, tuple(to_others)
 
   call.defvjp(forward, backward)
@@ -183,7 +187,7 @@ class _Pullback:
     self.places = [next((k for k, x in enumerate(recomputed) if x is residual), None) for residual in residuals]
     return returned, [residual for residual, place in zip(residuals, self.places) if place is None]
 
-  def restore(self, kept, recompute: Callable):
-    recomputed = jax.tree.leaves(recompute())
+  def restore(self, kept, recomputed):
+    recomputed = jax.tree.leaves(recomputed)
     kept = iter(kept)
     return jax.tree.unflatten(self.tree, [next(kept) if place is None else recomputed[place] for place in self.places])

@@ -1,6 +1,7 @@
 """The connections of blocks: the plain residual one, and that of families that mix the outputs of earlier blocks."""
 
 from collections.abc import Callable, Sequence
+import dataclasses
 from typing import Any
 
 from flax import nnx
@@ -119,7 +120,7 @@ class HistoryConnection(PlainConnection):
         connected = _at(table.connected, table, number)
         streams = {stream: jnp.where(connected, x, output) for stream, x in streams.items()}
       if self.config.record_internal_nn_metrics:
-        weights = self._weights(module, number, output)
+        weights = self._weights(module, number, output, False)
         metrics.sow(module, output, weights, streams, column=self._newest_column(number))
     if "x" in streams and not any(table.separate_norms):
       return streams["x"]
@@ -156,19 +157,19 @@ class HistoryConnection(PlainConnection):
       return Link(self.plan, None, runs, None, block, recomputed), None
     graphdef, parameters = nnx.split(module)
 
-    def from_parameters(parameters, number, newest) -> kernels.Weights:
-      return weights(nnx.merge(graphdef, parameters), number, newest)
+    def from_parameters(parameters, number, output, is_source: bool) -> kernels.Weights:
+      return weights(nnx.merge(graphdef, parameters), number, output, is_source)
 
     return Link(self.plan, site, runs, from_parameters, block, recomputed), parameters
 
   def _newest_column(self, number):
     return number - 1 if self.config.scan_layers else len(self.table.padded.sources) - 1
 
-  def _weights(self, module: Aggregate, number, newest: Float[Array, "B T D"] | None) -> kernels.Weights:
+  def _weights(self, module: Aggregate, number, output: Float[Array, "B T D"], is_source: bool) -> kernels.Weights:
     """Weights of the sources in the carry that a block's site may see: of all entries of a buffer, and without a site
     of the newest source alone."""
     table, column = self.table, self._newest_column(number)
-    weights = module.weights(newest, column)
+    weights = _weights(module, output, column, is_source)
     if not self.config.scan_layers:
       return weights
     visible = self._fill(_at(table.visible, table, number))
@@ -178,9 +179,11 @@ class HistoryConnection(PlainConnection):
       weights = kernels.replace_static(weights, lambda a: jnp.where(connected, a, is_newest.astype(a.dtype)))
     return weights
 
-  def _final_weights(self, module: Aggregate, number, newest: Float[Array, "B T D"] | None) -> kernels.Weights:
+  def _final_weights(
+    self, module: Aggregate, number, output: Float[Array, "B T D"], is_source: bool
+  ) -> kernels.Weights:
     sources = self.final_site.sources
-    weights = module.weights(newest, len(sources) - 1)
+    weights = _weights(module, output, len(sources) - 1, is_source)
     if not self.config.scan_layers:
       return weights
     at, entries = jnp.asarray(sources), self.plan.num_blocks + 1
@@ -189,6 +192,15 @@ class HistoryConnection(PlainConnection):
   def _fill(self, x: Array) -> Array:
     """Padded with zeros to all entries of a buffer."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.plan.num_blocks + 1 - x.shape[-1])])
+
+
+def _weights(module: Aggregate, output: Float[Array, "B T D"], column, is_source: bool) -> kernels.Weights:
+  """The weights of an aggregate. Where X_i, the input of a `WeightMLP`, is one of the sources, it is taken from them,
+  so that a kernel reads it once."""
+  weights = module.weights(output, column)
+  if is_source and isinstance(weights, kernels.WeightMLP) and weights.newest is output:
+    weights = dataclasses.replace(weights, newest=None)
+  return weights
 
 
 def _at(by_block: Sequence, table: layout.Table, number) -> Array:

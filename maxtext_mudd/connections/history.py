@@ -89,7 +89,7 @@ class History:
     if link.weights is None:
       source, output, rest = link.block(state, number, None, self.output, arguments)
       return self.append(source, output), rest
-    weights = link.weights(parameters, number, self.newest)
+    weights = link.weights(parameters, number, self.output, self.newest is None)
     here = PlacedAggregate(place(link.plan, link.site.block), link.passes)
 
     def block(state, sums, output, arguments):
@@ -106,7 +106,7 @@ class History:
     if link is None:
       return None, self.output, sown
     history = name_last(self)
-    weights = link.weights(parameters, len(self.sources), history.newest)
+    weights = link.weights(parameters, len(self.sources), history.output, history.newest is None)
     sums, _ = aggregate(PlacedAggregate(place(link.plan, link.site.block), link.passes), history, weights)
     return sums, self.output, sown
 

@@ -229,8 +229,7 @@ def _words(name: str, value: str) -> list[str]:
 
 
 def _xpk_argument(argument: str) -> str:
-  """Returns an argument of XPK_ARGS. Raises ConfigError if a variable sets this flag, or `make xpk` does not support
-  it."""
+  """Returns an argument of XPK_ARGS. Raises ConfigError for a flag that a variable sets or that cannot work."""
   flag = argument.split("=", 1)[0]
   if flag in _VARIABLE_OF_FLAG:
     raise ConfigError(f"XPK_ARGS: {argument} is set by {_VARIABLE_OF_FLAG[flag]}; set it there.")

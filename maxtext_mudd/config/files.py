@@ -59,8 +59,7 @@ def split(argv: Sequence[str] | None) -> tuple[list[str] | None, dict[str, Any]]
 
 
 def _further(name: str, after: str) -> dict[str, Any]:
-  """The values that a file after the model's file sets. Its `base_config` is not read, so the file cannot be a
-  model."""
+  """The values that a file after the model's file sets. Its `base_config` is not read, so it cannot be a model."""
   values = load(name)
   base = values.pop(_BASE, None)
   if "=" in after:

@@ -8,8 +8,7 @@ from pydantic import BaseModel, model_validator
 from maxtext_mudd.assets import BYTE_TOKENIZER, BYTE_TOKENIZER_FOLDER
 from maxtext_mudd.config import errors, slices
 
-# The policies that MaxText's get_remat_policy knows. It fails on others by an assertion. An empty policy is allowed,
-# too.
+# The policies that MaxText's get_remat_policy knows, besides an empty one. It fails on others by an assertion.
 REMAT_POLICIES = (
   "none",
   "minimal_with_context",

@@ -234,7 +234,7 @@ def for_maxtext(argv: Sequence[str] | None, overrides: dict) -> Iterator[list[st
   except OSError as error:
     raise ConfigError(
       f"{name} is copied to a folder for temporary files, and none can be written; set the environment variable TMPDIR "
-      "to a folder that can be written."
+      "to one that can."
     ) from error
   with temporary as folder:
     file = pathlib.Path(folder, "configs", source.name)

@@ -34,7 +34,7 @@ def alternate(
   deadline: float = float("inf"),
   clock: Callable[[], float] = time.monotonic,
 ) -> list[tuple[float, float]]:
-  """Calls `first` and `second` in turn: first, second; second, first; and so on.
+  """Calls `first` and `second` in turn. In every other round `second` comes first.
 
   Args:
     first: returns a time.

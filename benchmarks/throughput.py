@@ -53,7 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     "--time-limit",
     type=float,
     default=540,
-    help="seconds for everything; later rounds and pairs are left out; default: %(default)s",
+    help="seconds for everything (default: %(default)s); later rounds and pairs are left out",
   )
   parser.add_argument("--output", help="name of the results; default: date, model and device")
   parser.add_argument("--note", help="a sentence to keep with the results")

@@ -27,7 +27,7 @@ class ChangedConfig(HyperParameters):
   """A configuration that differs from a validated one in a few keys. `changed` creates it.
 
   Modules hold configurations as static data, which JAX compares and hashes to find a compiled function. Two changed
-  configurations are equal if they were made from the same object and have the same changes. A copy, deep or pickled,
+  configurations are equal if they have the same base object and the same changes. A copy, deep or pickled,
   keeps the changes and has a copy of the base.
   """
 

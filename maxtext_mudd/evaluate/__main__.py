@@ -162,7 +162,7 @@ def evaluate(request: EvaluationRequest, manager, tasks: list, lm) -> tuple[dict
     The harness's results, and its `EvaluationTracker`, which can write them.
 
   Raises:
-    ConfigError: the questions of a task cannot be made, or a batch does not fit the device.
+    ConfigError: the harness cannot build the questions of a task, or a batch does not fit the device.
   """
   from lm_eval import simple_evaluate
   from lm_eval.loggers import EvaluationTracker

@@ -1,7 +1,11 @@
 """The mixing weights of an aggregate: an array, or the MLP that computes them for each token (paper, Eq. 6).
 
-Weights have one of four types: an array [C,N], static weights for all tokens; an array [B,T,C,N]; a `WeightMLP`; or a
-`HiddenLayer`, which is a `WeightMLP` whose hidden layer has been computed. A gradient of weights has the same type.
+Weights have one of four types. A gradient of weights has the same type as the weights.
+
+  array [C,N]        static weights, the same for all tokens
+  array [B,T,C,N]    weights of each token
+  WeightMLP          the MLP that computes the weights of each token
+  HiddenLayer        a WeightMLP whose hidden layer has been computed
 """
 
 from collections.abc import Callable

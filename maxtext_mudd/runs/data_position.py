@@ -31,10 +31,10 @@ def warn_on_resume(config) -> None:
 def iterator_after_step(iterator: Any, manager: Any, config, start: int, done: int) -> Any:
   """A new iterator over the data of `iterator`, at the position where the run was after `done` steps.
 
-  The old iterator cannot be saved. After a fault in the data it is inside a batch, so a run that resumes from it would
-  skip the rows before the fault. After the end of the data, Grain's worker processes have ended for good. This function
-  restores the position of the newest checkpoint, and reads the batches since then again. This takes less time than
-  training on them took.
+  The old iterator has the wrong position. After a fault in the data it is inside a batch, so a run that resumes from it
+  would skip the rows before the fault. After the end of the data, Grain's worker processes have ended for good. This
+  function restores the position of the newest checkpoint, and reads the batches since then again. This takes less time
+  than training on them took.
 
   Args:
     iterator: the training data's iterator, after it failed or ended.

@@ -1,10 +1,10 @@
-"""Compiles the paper's models for their pods, and tells how long that takes and how much of a chip's memory they need.
+"""Compiles the paper's models for TPU pods; reports the time to compile and the memory of a chip that they need.
 
-    python benchmarks/aot.py --models 405m,2p8b --output 2026-11-22-aot
+    .venv/bin/python benchmarks/aot.py --models 405m,2p8b --output 2026-11-22-aot
 
-Each row is the train step of one configuration in yaml/, with the batch size of that file, compiled ahead of time on
+Each row is the train step of one configuration in yaml/, with the batch size of its file, compiled ahead of time on
 this host for all chips of a topology. Rows named `stock` are the plain model of the same size in MaxText without
-connections. No TPU is needed, and nothing is run.
+connections. No TPU is needed, and no compiled program runs.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from record import MeasurementError
 
 from maxtext_mudd import versions
 
-# Topologies by model: the one for which the file in yaml/ has the paper's batch; for 405M also a v6e-8.
+# Topologies by model. The first is the one on which the file in yaml/ has the paper's batch.
 MODELS = {"405m": ("v5p-16", "v6e-8"), "1p4b": ("v5p-32",), "2p8b": ("v5p-128",), "6p9b": ("v5p-128",)}
 ALSO_SINGLE = ("405m",)  # models that are compiled with single layers, too
 # Default keys of MUDD models whose layers are scanned and whose FFNs are re-allocated.
@@ -37,11 +37,12 @@ COLUMNS = [
 COLUMNS += ["both, of the chip"]
 NOTES = """
 Memory is that of one chip. {widths}
-Arguments: parameters, moments and data; they are updated in place. Temporaries: the most memory held beside them, as
-the compiler states it, and outputs that do not replace arguments. To stock: over the value of the stock row above.
-Compile seconds were measured on this host and depend on its other load. Nothing ran on a TPU.
+Arguments: parameters, moments and data, which are updated in place. Temporaries: the most memory that the step holds
+besides the arguments, as the compiler states it, with the outputs that do not replace arguments. To stock: the value
+divided by that of the stock row above. Compile seconds were measured on this host and depend on its other load. Nothing
+ran on a TPU.
 """
-_FALSE = ("false", "no", "off", "f", "n", "0")  # what MaxText reads as false
+_FALSE = ("false", "no", "off", "f", "n", "0")  # the texts that MaxText reads as false
 
 
 def cases(models: list[str]):

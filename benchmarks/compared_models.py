@@ -1,5 +1,8 @@
-"""Reads the configurations of models that a benchmark compares: a model with connections, the plain model of the same
-size (its baseline, also called stock), and variants of the keys of the first."""
+"""Reads the configurations of the models that a benchmark compares.
+
+These are a model with connections, its baseline (the plain model of the same size, also called stock), and variants of
+the model with connections.
+"""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -15,7 +18,7 @@ from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.config.mudd_config import MuddConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# What each variant sets: keys, or those of a file in yaml/ablation.
+# What each variant sets: keys, or a file in yaml/ablation whose keys it sets.
 VARIANTS = {
   "xla": {"mudd_kernel": "xla"},
   "pallas": {"mudd_kernel": "pallas"},
@@ -27,7 +30,7 @@ VARIANTS = {
 FORCED = {"dataset_type": "synthetic", "compile_topology": ""}  # keys that no override may change
 DEFAULTS = {
   "enable_checkpointing": False,
-  "skip_jax_distributed_system": True,  # for one host
+  "skip_jax_distributed_system": True,  # a benchmark runs on one host
   "enable_goodput_recording": False,
   "monitor_goodput": False,
   "log_config": False,
@@ -174,7 +177,7 @@ def check_pair(stock, config, names: tuple[str, str], derived: bool) -> None:
 def different_keys(stock, config) -> dict[str, list]:
   """The keys in which two configurations differ, as [stock's value, the other's value].
 
-  Keys of dumps are left out, because their paths depend on the machine.
+  The keys of dump folders are left out, because their paths depend on the machine.
   """
   values, stock_values = config.get_keys(), stock.get_keys()
   different = (key for key in values if str(values[key]) != str(stock_values[key]) and not key.startswith("dump_"))

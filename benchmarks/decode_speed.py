@@ -1,8 +1,8 @@
 """Measures decoding speed with MUDD connections and without, in turn in one run, on the devices of this machine.
 
-    python benchmarks/decode_speed.py --config yaml/mudd_2p8b.yml --batch 1,8 --prompt 128 --new 64
+    .venv/bin/python benchmarks/decode_speed.py --config yaml/mudd_2p8b.yml --batch 1,8 --prompt 128 --new 64
 
-Both models have random weights, bfloat16 unless `weight_dtype` is given, and continue the same random prompts as
+Both models have random weights, in bfloat16 unless `weight_dtype` is given. They continue the same random prompts, as
 `maxtext_mudd.generate` does. The tool writes NAME.md and NAME.json to benchmarks/results/.
 """
 
@@ -24,7 +24,7 @@ import record
 from maxtext_mudd import plugin, versions
 from maxtext_mudd.config.errors import ConfigError
 
-SERVING_KEYS = {"weight_dtype": "bfloat16"}  # as models are served; training keeps float32
+SERVING_KEYS = {"weight_dtype": "bfloat16"}  # the dtype in which models are served; training has float32
 PHASES = ("prefill", "step")
 COLUMNS = [
   "model",
@@ -39,16 +39,17 @@ COLUMNS = [
 ]
 COLUMNS += ["prefill ratio", "quartiles", "step ratio", "quartiles", "extremes", "rounds"]
 NOTES = """
-The two models of each pair of rows were measured in turn; every other round the order was reversed. In a round each
-model continued a batch of prompts: a prompt of {prompt} tokens and {new} new ones each. {warmup} round(s) of each model
-were made before and do not count. Prefill: time of one prompt and its first token. Step: time of one more token for the
-whole batch, decoded greedily, as the mean over the {steps} steps after the first token, {how};
-tokens/s follows from it. Times are medians over rounds. Ratios: the speed of the second model over that of the first in
-each round, as the median over rounds with quartiles and, for steps, extremes. The goal for steps is {goal:.0f}%; the
-paper reports 88 to 94%. Rows named "again" compare the plain model with itself, which shows how far the ratio of equal
-models is from 100% on this machine. Parameters (in {weight_dtype}, computed with in {dtype}) and KV cache are those of
-all devices. Peak: the most memory that this process had held on the first device until then, with both models there, as
-the device reports it; n/a if it does not. Compile: time to build the engine, and the first round.
+The two models of each pair of rows were measured in turn. Every other round the order was reversed. In a round each
+model continued a batch of prompts. A prompt had {prompt} tokens and got {new} new tokens. {warmup} round(s) of each
+model ran before the first round and are not counted. Prefill: time of one prompt and its first token. Step: time of one
+more token for the whole batch, decoded greedily: the mean over the {steps} steps after the first token, {how}.
+Tokens/s follows from the time of a step. Times are medians over rounds. Ratios: the speed of the second model over that
+of the first in each round, as the median over rounds with quartiles and, for steps, extremes. The goal for steps is
+{goal:.0f}%. The paper reports 88 to 94%. Rows named "again" compare the plain model with itself, which shows how far
+the ratio of equal models is from 100% on this machine. Parameters and KV cache: those of all devices. The dtype of the
+parameters is {weight_dtype}, and the model computes in {dtype}. Peak: the most memory that this process had held on the
+first device until then, with both models on it, as the device reports it; n/a if it reports none. Compile: time to
+build the engine and to run the first round.
 """
 GOAL = 95.0
 
@@ -67,7 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     "--time-limit",
     type=float,
     default=540,
-    help="seconds for everything; later rounds and pairs are left out; default: %(default)s",
+    help="seconds for everything (default: %(default)s); later rounds and pairs are left out",
   )
   parser.add_argument("--output", help="name of the results; default: date, model and device")
   parser.add_argument("--note", help="a sentence to keep with the results")

@@ -13,7 +13,7 @@ from maxtext_mudd.inference import generation
 
 
 class Seconds(NamedTuple):
-  """Seconds of the prefill of one prompt, and of a step that adds one token to every prompt."""
+  """Seconds of the prefill of one prompt, and seconds of a step that adds one token to every prompt."""
 
   prefill: float
   step: float
@@ -98,7 +98,7 @@ class Decoder:
     return Seconds(prefill / len(self._prompts), (time.monotonic() - start) / len(keys))
 
   def free(self) -> None:
-    """Frees the memory of the model, which cannot run any more."""
+    """Frees the memory of the model. It cannot run after this call."""
     for array in jax.tree.leaves(self._params):
       array.delete()
     self._model = self._engine = None

@@ -1,6 +1,6 @@
 """Builds a corpus of about 100 MB of English text from Debian packages.
 
-    python benchmarks/english_corpus.py data/english
+    .venv/bin/python benchmarks/english_corpus.py data/english
 
 The text consists of a dictionary, the glosses of WordNet, dictionaries of computing, the sources of the Linux kernel's
 documentation, and a few books and quotations, all under free licences. Packages are downloaded and unpacked without

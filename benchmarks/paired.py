@@ -1,6 +1,6 @@
 """Times two programs in turn and compares them round by round.
 
-What slows the machine for a while slows both, so their ratio is steadier than either time.
+Other load on the machine slows both programs, so the ratio of their times varies less than the times.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import dataclasses
 import statistics
 import time
 
-MIN_ROUNDS = 2  # one in each order
+MIN_ROUNDS = 2  # one round in each order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +34,18 @@ def alternate(
   deadline: float = float("inf"),
   clock: Callable[[], float] = time.monotonic,
 ) -> list[tuple[float, float]]:
-  """Calls `first` and `second` in turn: first, second; second, first; and so on.
+  """Calls `first` and `second` in turn. In every other round `second` comes first.
 
   Args:
     first: returns a time.
     second: returns a time.
     rounds: the most rounds.
-    deadline: time of `clock` after which no round should end, judged by the duration of the round before. MIN_ROUNDS
-      rounds are made nevertheless.
-    clock: tells the time.
+    deadline: time of `clock` before which every round should end. No round starts that would end later if it took as
+      long as the round before. At least MIN_ROUNDS rounds run in any case.
+    clock: returns the current time.
 
   Returns:
-    What (first, second) returned in each round.
+    The results of (first, second) in each round.
   """
   results, took = [], 0.0
   for i in range(rounds):

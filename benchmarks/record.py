@@ -1,4 +1,4 @@
-"""Runs measurements in processes of their own, and writes results files that state how they were made."""
+"""Runs each measurement in a separate process, and writes result files that state how to reproduce them."""
 
 from collections.abc import Sequence
 import datetime
@@ -24,9 +24,9 @@ class MeasurementError(ValueError):
 
 
 def in_own_process(script: str, name: str, arguments: list[str], init_args: str = "") -> dict:
-  """Runs `script _one ARGUMENTS` and returns the JSON that it prints last.
+  """Runs `script _one ARGUMENTS` in a separate process, and returns the JSON that it prints last.
 
-  A process of its own is needed because libtpu reads its flags only once, when it is loaded.
+  The process has to be a separate one because libtpu reads its flags only once, when it is loaded.
 
   Args:
     name: what is measured, for messages.
@@ -53,16 +53,16 @@ def error_line(trace: str) -> str:
 def facts(
   hardware: str, label: str = "chips", packages: Sequence[str] = ("jax", "jaxlib", "libtpu", "maxtext")
 ) -> dict[str, str]:
-  """What a result depends on: command, date, hardware, commit and versions. To be called before measuring.
+  """What a result depends on: command, date, hardware, commit and versions. Call it before the measurement.
 
   Args:
     hardware: the hardware in words.
-    label: what the hardware is called in the results.
-    packages: packages whose versions are stated.
+    label: the label of the hardware in the results, such as "chips".
+    packages: packages whose versions the results state.
   """
   script = pathlib.Path(sys.argv[0]).resolve().relative_to(ROOT)
   arguments = list(sys.argv[1:])
-  if "--keep" in arguments:  # a folder of this machine, which has no influence on the result
+  if "--keep" in arguments:  # it names a folder of this machine, which does not influence the result
     at = arguments.index("--keep")
     del arguments[at : at + 2]
   return {

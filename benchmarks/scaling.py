@@ -1,6 +1,6 @@
 """Fits loss against compute for plain and connected models of several sizes, and computes the compute multiplier.
 
-    python benchmarks/scaling.py --study yaml/study/size.yml --plain plain_64,plain_96,plain_128 \\
+    .venv/bin/python benchmarks/scaling.py --study yaml/study/size.yml --plain plain_64,plain_96,plain_128 \\
       --connected mudd_64,mudd_96,mudd_128
 
 The compute multiplier is the factor by which the compute of the plain model must grow to reach the loss of the
@@ -9,7 +9,7 @@ model. Their lines are therefore parallel, as in the paper's Fig. 3, and the mul
 
 C is training compute: MaxText's count of the FLOPs of a step on one device, connections included, times the number of
 steps. All runs need the same number of devices. The interval of the multiplier is a bootstrap over seeds. Only results
-with the study's present keys are used.
+of runs with the present keys of the study are used.
 
 The tool writes NAME.md and NAME.png to benchmarks/results/.
 """
@@ -30,7 +30,7 @@ import study_report
 
 from maxtext_mudd.config.errors import ConfigError
 
-FEW = 5  # seeds; with fewer, a bootstrap interval is too narrow: it has (n-1)/n of the true variance, and short tails
+FEW = 5  # with fewer seeds a bootstrap interval is too narrow: it has (n-1)/n of the true variance, and short tails
 DRAWS = 2000  # bootstrap samples: the interval's ends vary by less than a tenth of its width with the random seed
 
 

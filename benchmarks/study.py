@@ -1,16 +1,16 @@
 """Runs a study: trains several models on the same data from the same seeds, one run after another, to compare them.
 
-    python benchmarks/study.py yaml/study/table_5.yml               # run the cells that have no result yet
-    python benchmarks/study.py yaml/study/table_5.yml --status      # print how far each cell is
-    python benchmarks/study.py yaml/study/table_5.yml --report      # write a report of the results so far
-    python benchmarks/study.py yaml/study/table_5_405m.yml --submit # print the commands for a cluster
+    .venv/bin/python benchmarks/study.py yaml/study/table_5.yml               # run the cells that have no result yet
+    .venv/bin/python benchmarks/study.py yaml/study/table_5.yml --status      # print how far each cell is
+    .venv/bin/python benchmarks/study.py yaml/study/table_5.yml --report      # write a report of the results so far
+    .venv/bin/python benchmarks/study.py yaml/study/table_5_405m.yml --submit # print the commands for a cluster
 
 A cell is one run of MaxText/train.py: one model with one seed and one learning rate (`study_plan.py`). When a cell
 ends, its result is appended to `results/study-NAME.jsonl`. A later call, on this machine or on another, runs the cells
 that have no result there. A cell that was killed resumes from its last checkpoint, which is in --work.
 
-A run whose loss is not finite ends, and counts as a result. After any other failure the study ends with the error of
-that run.
+If the loss of a run is not finite, the run ends, and counts as a result. After any other failure the study ends with
+the error of the run.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def run(cell: Cell, work: pathlib.Path) -> dict:
     raise ConfigError(f"{cell.config} has changed since the study started; start the study again.")
   folder = work / cell.run_name
   folder.mkdir(parents=True, exist_ok=True)
-  if is_done(row := result(cell, folder), cell):  # it was killed after its last step, before its result was written
+  if is_done(row := result(cell, folder), cell):  # the study was killed after the last step, before it wrote the result
     return row
   with Interrupts(), (folder / "launcher.txt").open("a") as log:
     process = subprocess.Popen(command(cell, work), cwd=record.ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -165,8 +165,8 @@ def result(cell: Cell, folder: pathlib.Path) -> dict:
 def _thinned(losses: dict[int, float], width: int = 10) -> dict[int, float]:
   """The mean loss of each block of `width` steps, by the last step of the block.
 
-  A killed process can lose the events of its last few steps. Blocks end at the same steps nevertheless, so that the
-  curves of different runs can be compared.
+  A killed process can lose the events of its last few steps. Blocks still end at the same steps in all runs, so that
+  the curves of different runs can be compared.
   """
   blocks = collections.defaultdict(list)
   for step, loss in losses.items():

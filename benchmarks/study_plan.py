@@ -28,8 +28,8 @@ class Model(pydantic.BaseModel):
     keys: keys that the model sets on top of those of the study.
     against: the model that it is compared with; default: the study's baseline.
     paper: the perplexity that the paper reports for it.
-    same_time_as: another model. This one trains for as long as that one would take, by the step times that `--time`
-      has measured. It needs `tokens` above 0.
+    same_time_as: another model. The model gets as many steps as it can do in the time that the other model takes, by
+      the step times that `--time` has measured. It needs `tokens` above 0.
     tokens: tokens of a run on one device; default: the study's.
   """
 
@@ -98,8 +98,8 @@ class Cell:
     keys: keys of its command line.
     unit: unit of its losses.
     steps: number of steps.
-    fingerprint: 16 hexadecimal digits of a hash of the configuration file and the keys, as both were when the cell was
-      planned. A result counts only for a cell with the same fingerprint.
+    fingerprint: 16 hexadecimal digits of a hash of the values in the configuration file and of the keys, at the time
+      when the cell was planned. A result counts only for a cell with the same fingerprint.
   """
 
   model: str

@@ -1,6 +1,6 @@
 """Writes the report of a study: mean losses, paired differences with their intervals, and a picture.
 
-`python benchmarks/study.py STUDY.yml --report` calls it.
+`.venv/bin/python benchmarks/study.py yaml/study/table_5.yml --report` calls it.
 """
 
 import collections

@@ -1,21 +1,21 @@
 """Draws the speed of MUDD models, relative to their plain models, beside the paper's Table 4.
 
-    python benchmarks/table_4.py results/A.json results/B.json PICTURE.png
+    .venv/bin/python benchmarks/table_4.py benchmarks/results/2026-11-22-throughput-mudd-tiny-cpu.json PICTURE.png
 
-puts several results of throughput.py into one picture.
+Several results of throughput.py can be named. They are drawn in one picture.
 """
 
 import json
 import pathlib
 import sys
 
-# Training speed of MUDDFormer over Transformer++, in percent. The last is the sparse 2×2 variant of the first.
+# Training speed of MUDDFormer over Transformer++, in percent. The last one is of the first's sparse 2×2 variant.
 PAPER = {"1.3B": 89.8, "2.8B": 84.0, "6.9B": 95.6, "2×2": 97.8}
 PAPER_LABEL = "paper, Table 4 and sparse 2×2: TPU v5p-128, no custom kernel"
 
 
 def draw(results: list[dict], path: pathlib.Path) -> None:
-  """Draws a picture of results, which are what throughput.py wrote as JSON."""
+  """Draws a picture of results of throughput.py, as read from its JSON files."""
   import matplotlib
 
   matplotlib.use("Agg")

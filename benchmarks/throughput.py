@@ -1,6 +1,6 @@
 """Measures training speed with MUDD connections and without, in turn in one run, on the devices of this machine.
 
-    python benchmarks/throughput.py --config yaml/mudd_tiny.yml --variants 2x2,trimmed per_device_batch_size=4
+    .venv/bin/python benchmarks/throughput.py --config yaml/mudd_tiny.yml --variants 2x2,trimmed per_device_batch_size=4
 
 All models train on the same synthetic batch. Each variant is measured together with the baseline, so that at most two
 models are on the device at a time. The tool writes NAME.md, NAME.json and NAME.png to benchmarks/results/.
@@ -29,15 +29,15 @@ from maxtext_mudd.config.errors import ConfigError
 COLUMNS = ["model", "step, ms", "tokens/s/device", "TFLOP/s", "MFU", "arguments GB", "temporaries GB", "peak GB"]
 COLUMNS += ["compile, s", "speed ratio", "quartiles", "extremes", "rounds"]
 NOTES = """
-The two models of each pair of rows were measured in turn, {steps} step(s) of each in a round; every other round the
-order was reversed. {warmup} step(s) of each model were made before and do not count. Speed ratio: tokens/s of the
-second model over that of the first in each round, as the median over rounds with quartiles and extremes. Step: time of
-a step, median over rounds; tokens/s, TFLOP/s and MFU follow from it. TFLOP/s counts the operations that the model
-needs, by MaxText's formula, connections included and rematerialisation excluded. MFU is the share of the device's dense
-bfloat16 peak; n/a if that is unknown or the model computes in another dtype. Arguments (state and batch) and
+The two models of each pair of rows were measured in turn, {steps} step(s) of each in a round. Every other round the
+order was reversed. {warmup} step(s) of each model ran before the first round and are not counted. Speed ratio: tokens/s
+of the second model over that of the first in each round, as the median over rounds with quartiles and extremes. Step:
+time of a step, as the median over rounds. Tokens/s, TFLOP/s and MFU follow from it. TFLOP/s counts the operations that
+the model needs, by MaxText's formula, with connections and without rematerialisation. MFU is the share of the device's
+dense bfloat16 peak; n/a if the peak is unknown or the model computes in another dtype. Arguments (state and batch) and
 temporaries are those of one device, as the compiler states them. Peak: the most memory that this process had held on
-the device until then, as the device reports it, so it never falls from one pair to the next; n/a if it does not report
-it. Compile: time to trace and compile, without a cache.
+the device until then, as the device reports it, so it never falls from one pair to the next; n/a if the device reports
+none. Compile: time to trace and compile, without a cache.
 """
 
 
@@ -53,7 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     "--time-limit",
     type=float,
     default=540,
-    help="seconds for everything; later rounds and pairs are left out; default: %(default)s",
+    help="seconds for everything (default: %(default)s); later rounds and pairs are left out",
   )
   parser.add_argument("--output", help="name of the results; default: date, model and device")
   parser.add_argument("--note", help="a sentence to keep with the results")

@@ -1,6 +1,6 @@
 """Counts the HBM bytes that a compiled TPU program moves, from the text of its final HLO.
 
-Each instruction is taken to read its operands and write its results once; loops are weighted by their trips.
+An instruction counts as reading its operands and writing its results once, times the trips of the loops around it.
 """
 
 import collections

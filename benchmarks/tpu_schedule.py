@@ -1,8 +1,8 @@
 """Reads the schedules that the TPU compiler dumps for kernels and fusions, and counts their cycles.
 
-A schedule is a list of bundles, each of which takes one cycle. Empty bundles count, too: they are latencies that the
-scheduler could not fill. A schedule does not show the time that a kernel waits for DMAs, so its cycles are only one
-lower bound of the time; the bytes in HBM (`tpu_hlo.py`) give the other.
+A schedule is a list of bundles, each of which takes one cycle. Empty bundles count, too: in these cycles the scheduler
+had no instruction to issue. A schedule does not show the time that a kernel waits for DMAs. So its cycles give one
+lower bound of the time, and the HBM bytes (`tpu_hlo.py`) give another.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import tpu_hlo
 # Names of the compiler passes whose dumps are read.
 SCHEDULE = "packed-bundles-post-ra"
 SLOTS = "pre-delay_hlo-static-per-bundle-utilization"
-DELAY_SLOTS = 4  # bundles after a branch that run before it takes effect; more on a TPU7x
+DELAY_SLOTS = 4  # bundles after a branch that run before the branch takes effect; there are more on a TPU7x
 MOST_DELAY_SLOTS = 8
 MOST_STAGES = 16  # the most trips that a pipeline may run beyond the steps of its grid
 

@@ -1,10 +1,11 @@
 """Compiles one depth-wise aggregate for TPUs and derives a lower bound of its time. No TPU is needed, only libtpu.
 
-    python benchmarks/tpu_static_cost.py --chips v5p,v6e --shapes 2p8b --implementations pallas --weights mlp,array
+    .venv/bin/python benchmarks/tpu_static_cost.py --chips v5p,v6e --shapes 2p8b --weights mlp,array
 
 Each row is one compilation. Its lower bound, called bracket, is the larger of two times: HBM bytes over bandwidth, and
-the scheduled cycles of each core over the clock. Bytes are those of the compiled program, with every copy around a
-kernel. The JSON also has those of XLA's `cost_analysis`, which ignores what kernels move and counts what stays in VMEM.
+the scheduled cycles of each core over the clock. The floor is the same bound for a program that reads every input once
+and writes every output once. Bytes are those of the compiled program, with every copy around a kernel. The JSON also
+has the bytes of XLA's `cost_analysis`, which leaves out the traffic of kernels and includes arrays that stay in VMEM.
 Cycles are those of the compiler's schedule, weighted by its loops. Nothing runs, so the achieved bandwidth is unknown.
 """
 
@@ -37,7 +38,7 @@ class Chip:
     cores: number of cores, which share the memory of the device.
     gigahertz: clock.
     gigabytes: bandwidth of its memory in GB/s.
-    inferred: which of these figures are inferred and not published.
+    inferred: names of the figures that are inferred, not published.
   """
 
   topology: str
@@ -62,7 +63,7 @@ LISTS = {  # the options that take several names, with the names that they take
   "weights": ("mlp", "array"),
   "directions": ("forward", "backward"),
 }
-DEFAULTS = {"weights": "mlp"}  # the default of other options is all names
+DEFAULTS = {"weights": "mlp"}  # the other options take all names by default
 MOST_UNSCHEDULED = 0.01  # no cycles are given if instructions without a schedule move a larger share of the bytes
 
 
@@ -308,14 +309,14 @@ COLUMNS = (
 COLUMNS += ("slots, %", "HBM µs", "cycles µs", "bound by", "bracket / floor")
 SHOWN = {"MATMUL": "matmul", "MATPUSH": "push", "VALU": "VALU", "VLOAD": "load", "VSTORE": "store", "XLU": "XLU"}
 NOTES = f"""
-Units: HBM bytes in arrays of [B,T,D]. Every instruction around the kernel counts; what a kernel copies by its own DMAs
-counts once. HBM / floor: 1 where each input is read once and each output written once. VMEM: the most that one kernel
-or fusion holds. Cycles: those of one core, weighted by loops, with latencies; "-" where instructions without a schedule
-move more than {MOST_UNSCHEDULED:.0%} of the bytes. Cores: how many share each large instruction, by the grid in the
-schedule of one core or by XLA's note; "?" where the compiler does not show it. Spills: vector registers stored to VMEM
-plus those loaded back, in every trip through the kernel's inner loop.
-Slots: the share of all cycles in which a slot is taken, for {", ".join(SHOWN.values())}.
-Bracket: the larger of HBM time and cycle time, here over the floor's time. Nothing ran on a TPU.
+Units: HBM bytes over the bytes of one array [B,T,D]. Every instruction around the kernel counts. Arrays that a kernel
+copies by its own DMAs count once. Floor: the bytes if each input is read once and each output is written once, and the
+time that HBM takes for these bytes. VMEM: the most that one kernel or fusion holds. Cycles: those of one core, weighted
+by loops, with latencies; "-" if instructions without a schedule move more than {MOST_UNSCHEDULED:.0%} of the bytes.
+Cores: how many share each large instruction, by the grid in the schedule of one core or by XLA's note; "?" if the
+compiler does not show it. Spills: vector registers stored to VMEM plus those loaded back, in every trip through the
+kernel's inner loop. Slots: the share of all cycles in which a slot is taken, for {", ".join(SHOWN.values())}.
+Bracket: a lower bound of the time, the larger of HBM time and cycle time. Nothing ran on a TPU.
 Inferred: {"; ".join(f"{name}, {x.inferred}" for name, x in CHIPS.items() if x.inferred)}.
 """
 

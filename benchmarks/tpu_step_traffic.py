@@ -1,6 +1,6 @@
 """Counts the HBM bytes of a whole compiled train step, with connections and without. No TPU is needed, only libtpu.
 
-    python benchmarks/tpu_step_traffic.py --layers 4 --which stock,xla,fused
+    .venv/bin/python benchmarks/tpu_step_traffic.py --layers 4 --which stock,xla,fused
 
 Each row is MaxText's train step, compiled ahead of time for a topology: `stock` is the model without MUDD connections,
 `xla` has them with mudd_kernel=xla, `fused` with mudd_kernel=auto. No FFN is re-allocated, so that only the connections
@@ -27,7 +27,7 @@ FORMS = {
   "fused": {"mudd_kernel": "auto"},
 }
 COMMON = {"mudd_ffn_reallocation": False, "remat_policy": "full", "scan_layers": False}
-KERNEL_PREFIX = "depth_aggregate_"  # of the names of the fused kernels
+KERNEL_PREFIX = "depth_aggregate_"  # the names of the fused kernels begin with it
 PASSES = ("forward", "backward", "push")
 
 

@@ -116,7 +116,7 @@ class TrainStep:
     return float(self.metrics["scalar"]["learning/loss"])
 
   def free(self) -> None:
-    """Frees the memory of the step, which cannot run any more."""
+    """Frees the memory of the step. It cannot run after this call."""
     for array in jax.tree.leaves(self.state):
       if not array.is_deleted():
         array.delete()

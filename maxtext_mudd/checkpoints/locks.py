@@ -1,4 +1,4 @@
-"""File locks: files that one process at a time holds, and temporary folders that one process at a time works in."""
+"""File locks. One process at a time can hold a lock, or work in a temporary folder."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -11,7 +11,7 @@ import shutil
 from maxtext_mudd.config.errors import ConfigError
 
 _LOCK = ".lock"
-_ATTEMPTS = 100  # an attempt fails if a holder removes the file or its folder at that moment
+_ATTEMPTS = 100  # an attempt fails if the holder of the lock removes the file or its folder at the same moment
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def exclusive_folder(folder: pathlib.Path, target: pathlib.Path) -> Iterator[Non
   A folder that a killed process left behind is emptied.
 
   Args:
-    target: what is being written with the help of the folder, for messages.
+    target: the file or folder that the caller writes by means of the temporary folder, for messages.
 
   Raises:
     ConfigError: a living process holds the folder.
@@ -46,10 +46,11 @@ def exclusive_folder(folder: pathlib.Path, target: pathlib.Path) -> Iterator[Non
 def take(file: pathlib.Path, refusal: Callable[[str], str]) -> int:
   """Locks a file; creates it and its folder if they do not exist.
 
-  The kernel frees the lock when the process ends, however it ends. On a file system without locks nobody is refused.
+  The operating system frees the lock when the process ends for any reason. On a file system without locks, every
+  process gets the lock.
 
   Args:
-    refusal: makes the error sentence from the text of the file, which the holder may have written.
+    refusal: returns the error sentence for the text of the file, which the holder of the lock may have written.
 
   Returns:
     A file descriptor that holds the lock until it is closed. It is read-only if the file belongs to another user.

@@ -1,4 +1,4 @@
-"""MaxText configurations of models that are converted or loaded, from dictionaries of keys."""
+"""Builds MaxText configurations from dictionaries of keys, for models that are converted or loaded."""
 
 from collections.abc import Mapping
 import pathlib
@@ -22,7 +22,7 @@ def local_keys() -> dict[str, Any]:
   axes = [key for key in MaxTextConfig.model_fields if re.fullmatch(r"(ici|dcn)_\w+_parallelism", key)]
   keys = {"run_name": "", "log_config": False, "enable_checkpointing": False}
   keys |= {"skip_jax_distributed_system": True, "num_slices": 1}
-  keys |= {"base_output_directory": "maxtext_output"}  # MaxText's choice if none is given, without its warning
+  keys |= {"base_output_directory": "maxtext_output"}  # MaxText's default; set here, it gives no warning
   return keys | dict.fromkeys(axes, 1) | {"ici_fsdp_parallelism": -1}
 
 
@@ -37,7 +37,7 @@ def build(keys: Mapping[str, Any]):
 
 
 def parameter_shapes(config) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shape and dtype of every parameter of a model, by path; nothing is allocated."""
+  """Shape and dtype of every parameter of a model, by path. No memory is allocated for the parameters."""
   mesh = maxtext_utils.get_mesh_from_config(config)
   _, model = model_creation_utils.create_nnx_abstract_model(config, mesh)
   flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -51,7 +51,7 @@ def with_overrides(
 
   Args:
     path: where the model is, for messages.
-    free: keys that may differ from the model's. The keys `model_keys.HOW` may differ, too.
+    free: keys whose values may differ from the model's. The values of `model_keys.HOW` may differ, too.
 
   Raises:
     ConfigError: an override would describe another model.

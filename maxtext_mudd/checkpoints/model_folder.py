@@ -2,10 +2,10 @@
 
 `maxtext_mudd.convert` writes a model folder M, and `maxtext_mudd.from_pretrained` reads it.
 
-M/model.yml    all keys of the model
-M/items        the parameters, for load_parameters_path
-M/tokenizer    the tokenizer, for tokenizer_path, if the source has one
-M/remote_code  modelling code and generation_config.json, if the source is a Hugging Face folder that has them
+M/model.yml    the configuration keys of the model
+M/items        the parameters, the value of load_parameters_path
+M/tokenizer    the tokenizer, the value of tokenizer_path, if the source has one
+M/remote_code  the modelling code and generation_config.json, if the source is a Hugging Face folder that has them
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,14 +28,15 @@ from maxtext_mudd.config.errors import ConfigError, brief
 from maxtext_mudd.config.mudd_config import MuddConfig
 
 CONFIG, ITEMS, TOKENIZER = "model.yml", "items", "tokenizer"
-# Keys that a user may set in a conversion: those of the model, and these about its use, as defaults for later readers.
+# Keys that a user may set in a conversion: the keys of the model, and keys about its use, which become defaults for
+# whoever loads the model folder.
 ACCEPTED_KEYS = model_keys.KEYS - {"tokenizer_path", "tokenizer_type"}
 ACCEPTED_KEYS |= {"attention", "dtype", "matmul_precision", "per_device_batch_size", "remat_policy"}
-CONCURRENT_BYTES = 64 * 2**20  # of copies that Orbax may hold at a time, beside the largest array
+CONCURRENT_BYTES = 64 * 2**20  # bytes of copies that Orbax may hold at a time, besides the largest array
 
 
 class Source(Protocol):
-  """A model in another project's format, of which only the headers of files have been read.
+  """A model in another project's format. Only the headers of its files have been read.
 
   Attributes:
     path: folder of the model.
@@ -61,7 +62,7 @@ def is_model_folder(path: pathlib.Path) -> bool:
 
 
 def read_keys(path: pathlib.Path) -> dict[str, Any]:
-  """The keys of the model in a model folder; tokenizer_path is corrected if the folder has been moved.
+  """The keys of the model in a model folder. If the folder has been moved, tokenizer_path is corrected.
 
   Raises:
     ConfigError: model.yml is damaged.
@@ -108,8 +109,8 @@ def check_parameters(
 
   Args:
     parameters: (path, value) of each.
-    source: the folder they come from, for messages.
-    place: puts the value of a path onto its devices; default: onto the CPU of this host.
+    source: the folder of the parameters, for messages.
+    place: copies the value of a path to its devices; default: to the CPU of this host.
 
   Returns:
     The values by path.
@@ -128,7 +129,7 @@ def check_parameters(
         f"{source}: {path} is {list(value.shape)}, and this configuration needs {list(expected.shape)}."
       )
     value = tensors.cast(value, expected.dtype, f"{source}: {path}")
-    # JAX arrays even on the CPU: Orbax bounds the memory of their copies, not that of NumPy arrays' copies.
+    # JAX arrays even on the CPU: Orbax limits the memory of copies of JAX arrays, but not of NumPy arrays.
     values[path] = place(path, value) if place else jax.device_put(value, cpu)
   if missing:
     raise ConfigError(f"{source} has no {min(missing)}, which this configuration needs.")
@@ -154,7 +155,7 @@ def convert(source: Source, target: pathlib.Path, overrides: Mapping[str, Any], 
     extra_files: text of further files in the folder, by name.
 
   Raises:
-    ConfigError: as `source_keys` and `check_parameters`; or the target exists or cannot be written. Then nothing is
+    ConfigError: as `source_keys` and `check_parameters`, or the target exists or cannot be written. Then no file is
       left behind.
   """
   _check_overrides({key: value for key, value in overrides.items() if key not in source.keys})
@@ -172,8 +173,8 @@ def convert(source: Source, target: pathlib.Path, overrides: Mapping[str, Any], 
 
 
 def _check_overrides(overrides: Mapping[str, Any]) -> None:
-  """Raises ConfigError for a key that does not describe a model: everything that reads the folder would get it."""
-  accepted = ACCEPTED_KEYS | {"base_config"}  # which `source_keys` checks
+  """Raises ConfigError for a key that does not describe a model. It would change every later use of the folder."""
+  accepted = ACCEPTED_KEYS | {"base_config"}  # `source_keys` checks base_config
   for key, value in overrides.items():
     if key in MuddConfig.model_fields and key not in accepted:
       raise ConfigError(

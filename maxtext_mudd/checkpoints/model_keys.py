@@ -1,7 +1,26 @@
-"""Sorts MaxText's configuration keys by whether they describe a model, and how.
+"""Sorts the configuration keys by what they mean for a trained model. Each set answers one question.
 
-A model folder keeps the keys that describe its model (`KEYS`). Every key counts as one of them unless it is in a group
-that is listed here, so that a key that a new version of MaxText adds is not lost.
+  set       question                                                              in it              not in it
+  KEYS      Does the key describe a model? Then a model folder keeps it.          base_emb_dim       learning_rate
+  FUNCTION  Does another value need other parameters, or compute another          base_emb_dim       weight_dtype
+            function of the same parameters? Then it describes another model.
+  HOW       Does another value only change how the function is computed or        mudd_kernel        base_emb_dim
+            trained, such as precision, kernels and losses?
+  FREE      Is it one of the keys outside HOW that a user may override?           weight_dtype       base_emb_dim
+
+`FUNCTION`, `HOW` and `FREE` are disjoint subsets of `KEYS`. A user who loads or converts a model may override the keys
+of `HOW` and `FREE`. Three keys of `KEYS` are in none of these sets. A model folder sets `tokenizer_path` and
+`tokenizer_type` to its own tokenizer. `mudd_ffn_groups` may change as long as every block keeps its FFN width.
+
+`KEYS` has every key that is not about a run. Three sets determine which keys are about a run. They use MaxText's groups
+of keys, which are the classes of `maxtext.configs.types`:
+
+  set                        question                                             in it
+  _RUN_GROUPS                Which groups are about runs, machines and files?     Optimizer, with learning_rate
+  _MODEL_KEYS_OF_RUN_GROUPS  Which keys in these groups describe a model?         vocab_size
+  _RUN_KEYS_OF_MODEL_GROUPS  Which keys in the other groups are about a run?      dtype
+
+A key that a new version of MaxText adds is in `KEYS` unless its group is in `_RUN_GROUPS`, so that it is not lost.
 """
 
 import enum
@@ -13,7 +32,6 @@ import pydantic
 
 from maxtext_mudd.config.mudd_config import MuddConfig
 
-# Groups of keys (classes of `maxtext.configs.types`) about runs, machines and files.
 _RUN_GROUPS = re.findall(
   r"\w+",
   """
@@ -25,7 +43,6 @@ _RUN_GROUPS = re.findall(
   DerivedValues SplashAttention
   """,
 )
-# Keys in these groups that describe the model nevertheless.
 _MODEL_KEYS_OF_RUN_GROUPS = {
   "scan_layers",
   "param_scan_axis",
@@ -37,10 +54,9 @@ _MODEL_KEYS_OF_RUN_GROUPS = {
   "add_bos",
   "max_target_length",
 }
-# Keys in the groups of the model that are about a run or a machine.
 _RUN_KEYS_OF_MODEL_GROUPS = {"attention", "dtype", "grad_dtype", "matmul_precision", "dpo"}
 
-# Keys about how a model is computed or trained: precision, kernels, losses. They may change for the same model.
+# The names of the keys in `HOW`.
 _HOW = re.compile(
   r"mudd_(kernel|init|init_std)|quant\w*|\w+_quantization_calibration_method|kv_quant_\w+|weight_sparsity_\w+|"
   r"use_(qwix|manual)_quantization|unquantized_modules|weight_block_size|replicate_quant_scale|constant_bound_config|"
@@ -52,7 +68,6 @@ _HOW = re.compile(
   r"moe_(topk_before|dispatch|quantize|pin|fsdp|ep|use_direct|log|chunk)_\w+|num_moe_\w+_chunks|fuse_expert_scales|"
   r"prefuse_moe_weights|return_routed_experts|retry_dropless_first_steps|warmup_programs_in_init|log_\w+"
 )
-# Keys of the model that a user may set to other values than it was trained with.
 FREE = ("add_bos", "max_target_length", "weight_dtype", "scan_layers", "mudd_ffn_parts", "mudd_rope_table")
 
 
@@ -64,12 +79,11 @@ def _run_keys() -> set[str]:
 
 KEYS = frozenset(MuddConfig.model_fields.keys() - _run_keys())
 HOW = frozenset(key for key in KEYS if _HOW.fullmatch(key))
-# Another value of these keys makes another function of the same parameters, or needs other parameters.
 FUNCTION = KEYS - HOW - {*FREE, "tokenizer_path", "tokenizer_type", "mudd_ffn_groups"}
 
 
 def plain(value: Any):
-  """A value of a configuration, as YAML can hold it."""
+  """Converts a value of a configuration to a type that YAML can hold."""
   if isinstance(value, enum.Enum):
     return value.value
   if isinstance(value, np.dtype):

@@ -1,4 +1,4 @@
-"""Reads Orbax checkpoints into NumPy arrays, one parameter at a time or whole, whatever devices saved them."""
+"""Reads Orbax checkpoints, saved on any devices, into NumPy arrays: one parameter at a time, or the whole tree."""
 
 from collections.abc import Mapping
 import pathlib
@@ -15,7 +15,7 @@ from maxtext_mudd.config.errors import ConfigError, brief
 
 
 def parameters(path: pathlib.Path) -> dict[str, tensors.Tensor]:
-  """The parameters of a saved model or train state, by path; their values are not read yet.
+  """The parameters of a saved model or train state, by path. Only metadata are read, not the values.
 
   Raises:
     ConfigError: the folder is damaged, holds no parameters, or holds one that is not floating point.

@@ -1,6 +1,7 @@
 """Loads the parameters of a MaxText checkpoint after checking them against the configuration.
 
-MaxText's own loader silently repeats, transposes, drops or skips parameters that do not fit, which gives another model.
+MaxText's own loader silently repeats, transposes, drops or skips parameters that do not fit. The result is another
+model.
 """
 
 from collections.abc import Mapping
@@ -30,16 +31,16 @@ def load(config) -> nnx.Module:
 
 
 def items_folder(checkpoint: str) -> epath.Path:
-  """The folder with the parameter tree of a checkpoint, `items` if there is one; MaxText's loaders need its path."""
+  """The folder with the parameter tree of a checkpoint: `items` if there is one. MaxText's loaders need this path."""
   items = epath.Path(checkpoint) / "items"
   return items if items.is_dir() else epath.Path(checkpoint)
 
 
 def check_path(path: str, config) -> None:
-  """Checks the parameters of a checkpoint against a configuration; reads only their shapes.
+  """Checks the shapes of the parameters of a checkpoint against a configuration. Does not read the values.
 
   Raises:
-    ConfigError: as `check`; or the checkpoint has no parameters.
+    ConfigError: as `check`, or the checkpoint has no parameters.
   """
   saved_shapes = shapes(path)
   if not saved_shapes:
@@ -49,7 +50,7 @@ def check_path(path: str, config) -> None:
 
 
 def shapes(path: str) -> dict[str, tuple[int, ...]]:
-  """The shapes of the parameters of an Orbax tree, by path; empty where there is no such tree."""
+  """The shapes of the parameters of an Orbax tree, by path; empty if the path has no such tree."""
   try:
     tree = PyTreeCheckpointer().metadata(epath.Path(path)).item_metadata.tree
   except Exception:  # Orbax has no base class for its errors

@@ -21,10 +21,11 @@ def from_keys(keys: Mapping[str, Any]) -> tuple[int, ...]:
 def is_reallocated(base_width: int, block_widths: Sequence[int | None]) -> bool:
   """Whether the FFNs of a checkpoint are re-allocated, as those of all published models are.
 
-  They count as equal only where more widths equal `base_width` than follow the rule, and more than half of them do.
+  The FFNs count as equal under two conditions: more than half of the widths equal `base_width`, and more widths equal
+  `base_width` than follow the rule. A missing FFN counts for neither.
 
   Args:
-    block_widths: the width of each block in the checkpoint; None where its FFN is missing or is not a matrix.
+    block_widths: the FFN width of each block in the checkpoint; None if the FFN is missing or is not a matrix.
   """
   num_blocks = len(block_widths)
   if num_blocks < 2:

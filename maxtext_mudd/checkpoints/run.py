@@ -1,4 +1,4 @@
-"""Converts a checkpoint of a training run into a model folder."""
+"""Converts a checkpoint of a training run to a model folder."""
 
 from collections.abc import Mapping
 import pathlib
@@ -19,8 +19,8 @@ from maxtext_mudd.checkpoints import (
 from maxtext_mudd.checkpoints.staging import staged
 from maxtext_mudd.config.errors import ConfigError
 
-# Models whose layers read `model_name` itself. A model folder cannot keep it: MaxText would check the folder's keys
-# against its own configuration file of that name.
+# Beginnings of `model_name` whose layers read this key. A model folder cannot keep the key: MaxText would check the
+# folder's keys against its own configuration file of that name.
 _READ_BY_NAME = ("deepseek3", "deepseek4", "kimi-k2", "olmo3", "llama4", "qwen3-omni")
 
 
@@ -42,7 +42,7 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
     raise ConfigError(f"{path}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP.")
   saved = orbax_folder.parameters(path)
   scanned = any(name.startswith("decoder/layers/") for name in saved)
-  _check_layout(path, scanned, overrides.get("scan_layers", scanned))  # before other keys are checked against it
+  _check_layout(path, scanned, overrides.get("scan_layers", scanned))  # before MaxText checks other keys against it
   config = pyconfig.initialize(["", config_file], **{**overrides, **model_config.local_keys()})
   _check_layout(path, scanned, config.scan_layers)
   parameters.check({name: x.shape for name, x in saved.items()}, model_config.parameter_shapes(config), str(path))
@@ -64,7 +64,7 @@ def _check_layout(path: pathlib.Path, scanned: bool, configured: bool) -> None:
 
 
 def _keys(config) -> dict[str, Any]:
-  """The keys that describe the model, where they differ from MaxText's defaults."""
+  """The keys that describe the model and whose values differ from MaxText's defaults."""
   name = config.model_name
   if name.startswith(_READ_BY_NAME):
     raise ConfigError(f"model_name={name}: its layers read this name, which a model folder cannot hold.")

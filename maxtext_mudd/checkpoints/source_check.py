@@ -1,4 +1,4 @@
-"""Checks that a folder is one that a command of `maxtext_mudd.convert` reads, and names the right command if not."""
+"""Checks the source folder of a conversion. If another command reads this folder, the error names that command."""
 
 import pathlib
 

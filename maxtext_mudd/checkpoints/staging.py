@@ -1,4 +1,4 @@
-"""Writes a folder so that it appears under its name only when it is complete."""
+"""Writes a folder under a temporary name, and renames it when it is complete."""
 
 import atexit
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ SECONDS_TO_STOP = 60  # how long an interrupt waits for Orbax's threads
 
 @contextlib.contextmanager
 def staged(target: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a temporary folder to write to, and renames it to `target` if the body succeeds.
+  """A context that yields a temporary folder, and renames it to `target` if the body succeeds.
 
-  The temporary folder lies in `.NAME.partial` beside the target, where Orbax puts its own temporary folders, too. If
-  the body fails or is interrupted, that folder is deleted, with the parents of `target` that were created here.
+  The temporary folder is in `.NAME.partial` beside the target. Orbax puts its own temporary folders there, too. If the
+  body fails or is interrupted, `.NAME.partial` is deleted, and so are the parents of `target` that were created here.
 
   Raises:
     ConfigError: the target exists, cannot be written, or is being written by another process.
@@ -51,7 +51,7 @@ def staged(target: pathlib.Path) -> Iterator[pathlib.Path]:
         stage.rename(target)
       except KeyboardInterrupt:
         atexit.register(remove_at_exit)  # for files that threads write after the wait below
-        for thread in threading.enumerate():  # Orbax's threads cannot be stopped, and would each fail with a traceback
+        for thread in threading.enumerate():  # Orbax's threads cannot be stopped; without the folder they would fail
           if thread not in threads_before and not thread.daemon:
             thread.join(SECONDS_TO_STOP)
         raise
@@ -62,8 +62,9 @@ def staged(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _failure(error: OSError, target: pathlib.Path, partial: pathlib.Path) -> str:
-  """One sentence about the file that failed: the target, unless the error names a file elsewhere."""
+  """The sentence about the file that could not be written or read. It is the target, unless the error names a file
+  elsewhere."""
   file, reason = pathlib.Path(str(error.filename or target)), error.strerror or error
   if file in (target, partial, *target.parents) or file.is_relative_to(partial):
-    return f"{target} cannot be written ({reason}); name a folder that can be."
+    return f"{target} cannot be written ({reason}); name a folder that can be written."
   return f"{file} cannot be read ({reason}); make it readable, or copy it again."

@@ -1,4 +1,4 @@
-"""Reads and writes tensors one at a time: a `Tensor` reads its values when asked; files are `.safetensors`."""
+"""Reads and writes tensors of `.safetensors` files one at a time. A `Tensor` reads its values when `read` is called."""
 
 from collections.abc import Callable, Mapping
 import contextlib
@@ -19,14 +19,14 @@ from maxtext_mudd.config.errors import ConfigError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 * 10**9
-# Not float64: the authors publish no such tensors, and MaxText would round them.
+# float64 is not supported: the authors publish no such tensors, and MaxText would round them.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPES = tuple(map(np.dtype, _DTYPES.values()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One tensor of a checkpoint, whose values are not read yet.
+  """One tensor of a checkpoint. Its values are read when `read` is called.
 
   Attributes:
     file: the file or the Orbax folder that holds it, for messages.
@@ -78,7 +78,7 @@ def _damage_reported(file: pathlib.Path):
 
 
 class LazyArrays(Mapping):
-  """Arrays by path; each is read when it is looked up, and is not kept."""
+  """A mapping from paths to arrays. It reads an array when it is looked up, and does not keep it."""
 
   def __init__(self, readers: Mapping[str, Callable[[], np.ndarray]], progress: Callable[[int], None]):
     """
@@ -155,7 +155,7 @@ def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
   """Casts an array.
 
   Args:
-    name: what it is, for messages.
+    name: name of the array, for messages.
 
   Raises:
     ConfigError: an entry is not finite, or becomes infinite in this dtype.

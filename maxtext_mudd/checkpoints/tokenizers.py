@@ -8,7 +8,7 @@ import pathlib
 import shutil
 from typing import Any
 
-_MAIN = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of these makes a folder a tokenizer's
+_MAIN = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # a folder with one of these has a tokenizer
 _OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _OPTIONAL += ("chat_template.jinja",)
 _SINGLE_FILE_TYPES = ("sentencepiece", "tiktoken")
@@ -22,7 +22,7 @@ def keys(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def moved_keys(model_keys: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
-  """MaxText's keys for a tokenizer that now lies in `folder`, whatever path the model's keys state."""
+  """MaxText's keys for a tokenizer that is now in `folder`. The path in the model's keys may be an old one."""
   file = folder / pathlib.Path(str(model_keys.get("tokenizer_path") or "")).name
   if model_keys.get("tokenizer_type") in _SINGLE_FILE_TYPES and file.is_file():
     return {"tokenizer_path": str(file)}

@@ -1,7 +1,7 @@
 """Converts a training checkpoint between single and scanned layers: parameters, optimizer moments and data position.
 
-The random states are those of a new model, because scanned layers share them and single layers do not: dropout draws
-other masks after the conversion. The converted run is a folder of its own, which appears when it is complete.
+The random states are those of a new model, because scanned layers share a random state and single layers do not. So
+dropout draws other masks after the conversion. The converted run is a new folder, which appears when it is complete.
 """
 
 import pathlib
@@ -27,10 +27,10 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
   """Writes the run `target` with one checkpoint of the run `source`, in the layout of `config.scan_layers`.
 
   Args:
-    config: configuration of the model, whose `run_name` is the name of `target`.
-    source: folder of the run to convert, as OUTPUT/RUN_NAME.
-    target: folder of the new run; must not exist.
-    step: which checkpoint; default: the latest.
+    config: configuration of the model. Its `run_name` is the name of `target`.
+    source: folder of the run to convert, such as OUTPUT/RUN_NAME.
+    target: folder of the new run, which must not exist.
+    step: step of the checkpoint; default: that of the newest one.
 
   Returns:
     The step.
@@ -64,7 +64,7 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
 
 
 def find_checkpoint(run: pathlib.Path, step: int | None = None) -> tuple[int, pathlib.Path]:
-  """The step and the folder of a checkpoint of a run: that of `step`, or the latest.
+  """The step and the folder of a checkpoint of a run: the checkpoint of `step`, or the newest one.
 
   Raises:
     ConfigError: there is no such checkpoint.
@@ -95,7 +95,7 @@ def _name(path) -> str:
 
 
 def _train_state(values: dict[str, np.ndarray], config, checkpoint: pathlib.Path):
-  """The tree that MaxText saves, from these values by path and the random states of a new model.
+  """The tree that MaxText saves for a train state with these values by path, and with the random states of a new model.
 
   Raises:
     ConfigError: the values do not fit the model of the configuration.
@@ -150,7 +150,7 @@ def _save(config, state, step: int, stage: pathlib.Path, source: pathlib.Path) -
     use_ocdbt=config.checkpoint_storage_use_ocdbt,
     use_zarr3=config.checkpoint_storage_use_zarr3,
   )
-  # MaxText asks for a data iterator to save. The data position is copied instead.
+  # MaxText's function takes the data iterator to save. There is none here: the file with the data position is copied.
   placeholder = checkpointing.PlaceHolderDataIterator(config, maxtext_utils.get_mesh_from_config(config))
   checkpointing.save_checkpoint(manager, step, state, config, placeholder, force=True)
   checkpointing.wait_until_finished(manager)

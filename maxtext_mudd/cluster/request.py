@@ -16,7 +16,7 @@ from maxtext_mudd.config.errors import ConfigError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG_FOLDER = "yaml"  # the only folder of configuration files that the Dockerfile copies into the image
 NAME_LIMIT = 40
-PROJECT_PLACEHOLDER, ZONE_PLACEHOLDER = "your-project", "your-zone-a"  # in a dry run, instead of gcloud's
+PROJECT_PLACEHOLDER, ZONE_PLACEHOLDER = "your-project", "your-zone-a"  # in a dry run, which does not ask gcloud
 
 _NAME_RULE = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _OUTPUT_RULE = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[a-zA-Z0-9._=+-]+)*/?")
@@ -128,7 +128,7 @@ def read(arguments: Sequence[str]) -> Request:
 
 
 def _check_variables(values: dict[str, str]) -> None:
-  """Checks the names of all variables, and the values that are a text. Raises ConfigError."""
+  """Checks the names of all variables, and the values of those that are texts. Raises ConfigError."""
   for name in values:
     if name not in _VARIABLES:
       nearest = difflib.get_close_matches(name.upper(), _VARIABLES, n=1, cutoff=0.0)[0]
@@ -189,7 +189,7 @@ def _check_name(name: str, value: str) -> None:
 
 
 def check_image(image: str) -> None:
-  """Raises ConfigError for default names of the Makefile without a project, or of a checkout with changes."""
+  """Raises ConfigError for an image name from the Makefile that lacks a project, or whose checkout has changes."""
   if f"/{PROJECT_PLACEHOLDER}/" in image:
     raise ConfigError(
       "PROJECT is not set and gcloud has none; set it, or name an image: DOCKER_IMAGE=REGISTRY/NAME:TAG."
@@ -214,7 +214,8 @@ def _switch(name: str, value: str) -> bool:
 
 
 def _words(name: str, value: str) -> list[str]:
-  """The arguments in a value, split as a shell does. Raises ConfigError for text that the container would not get."""
+  """Splits a value into arguments, as a shell does. Raises ConfigError for text that would not reach the container
+  unchanged."""
   if not value.isprintable():
     raise ConfigError(f"{name}={value!r} has line breaks or other control characters; write it on one line.")
   if "$" in value:
@@ -228,7 +229,7 @@ def _words(name: str, value: str) -> list[str]:
 
 
 def _xpk_argument(argument: str) -> str:
-  """Returns an argument of XPK_ARGS. Raises ConfigError if XPK cannot be given it."""
+  """Returns an argument of XPK_ARGS. Raises ConfigError for a flag that a variable sets or that cannot work."""
   flag = argument.split("=", 1)[0]
   if flag in _VARIABLE_OF_FLAG:
     raise ConfigError(f"XPK_ARGS: {argument} is set by {_VARIABLE_OF_FLAG[flag]}; set it there.")

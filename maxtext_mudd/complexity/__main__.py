@@ -102,7 +102,7 @@ def _read_with_maxtext(argv: list[str], overrides: dict):
 
 
 def describe(config) -> list[tuple[str, ...]]:
-  """Rows with exact counts, and beside them the paper's formulas, which are for MUDD with four dense ways."""
+  """Rows with exact counts, and beside them the paper's formulas, which are for MUDD with four streams."""
   cost = counts.connections_cost(config)
   plain, block_parameters = counts.plain_parameters(config), paper.block_parameters(config)
   flops = cost.flops / counts.plain_flops(config)

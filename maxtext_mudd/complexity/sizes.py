@@ -19,7 +19,7 @@ DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.DECODER_
 
 
 class Sizes(MuddKeys):
-  """The keys of a configuration that `counts`, `paper` and `connections` read. Names and values are those of MaxText.
+  """The keys of a configuration that `counts`, `paper` and `connections` read, with MaxText's names and values.
 
   The sizes that MaxText derives equal its base sizes, because `read` accepts global_parameter_scale=1 only.
   """
@@ -81,9 +81,9 @@ def read(argv: Sequence[str], **overrides: Any) -> Sizes | None:
     overrides: keys that override those of the command line.
 
   Returns:
-    The sizes, or None if MaxText derives them by further rules. These are scaling, `model_name`, environment variables,
+    The sizes, or None if only MaxText can derive them. It does so for scaling, `model_name`, environment variables,
     references between keys, a base file of MaxText other than base.yml, a decoder block that has no MUDD connections,
-    and experts of another width than base_mlp_dim.
+    and experts whose width is not base_mlp_dim.
 
   Raises:
     pydantic.ValidationError: a value has a wrong type, or MUDD connections do not work in a model of this size.

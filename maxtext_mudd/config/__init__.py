@@ -1,1 +1,1 @@
-"""The configuration: MaxText's keys and ours, the files that set them, and what is refused."""
+"""The configuration: MaxText's keys and those of this package, the files that set them, and the checks of both."""

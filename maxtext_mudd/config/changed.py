@@ -7,14 +7,14 @@ from maxtext.configs.pyconfig import HyperParameters
 
 
 def changed(config: HyperParameters, **keys: Any) -> HyperParameters:
-  """The configuration with other values of `keys`.
+  """Returns the configuration with other values of `keys`.
 
-  MaxText has no such function: its configurations are read-only. Nothing is validated again, and no key is derived
-  again from those that change: name these, too.
+  MaxText has no such function: its configurations are read-only. This function validates no value. MaxText derives some
+  keys from others. This function does not derive them again, so pass the values of derived keys, too.
 
   Args:
     config: a configuration of MaxText, or one that this function returned.
-    keys: values by key. They must be hashable, and as `config.get_keys()` has them: a dtype as a NumPy dtype.
+    keys: values by key. They must be hashable, and of the types that `config.get_keys()` has: a dtype is a NumPy dtype.
 
   Raises:
     AttributeError: a key that the configuration does not have.
@@ -24,10 +24,10 @@ def changed(config: HyperParameters, **keys: Any) -> HyperParameters:
 
 
 class ChangedConfig(HyperParameters):
-  """What `changed` returns.
+  """A configuration that differs from a validated one in a few keys. `changed` creates it.
 
   Modules hold configurations as static data, which JAX compares and hashes to find a compiled function. Two changed
-  configurations are equal if they were made from the same object and have the same changes. A copy, deep or pickled,
+  configurations are equal if they have the same base object and the same changes. A copy, deep or pickled,
   keeps the changes and has a copy of the base.
   """
 
@@ -37,7 +37,7 @@ class ChangedConfig(HyperParameters):
         raise AttributeError(f"{key} is not a configuration key.")
     object.__setattr__(self, "_base", base)
     object.__setattr__(self, "_changes", changes)
-    # MaxText makes further configurations from this.
+    # MaxText creates further configurations from this attribute.
     object.__setattr__(self, "_pydantic_config", base._pydantic_config.model_copy(update=changes))
     object.__setattr__(self, "_flat_config", base.get_keys() | changes)
 

@@ -1,4 +1,4 @@
-"""Configuration keys of the decoder layer and its rotary table, and what they do not work with."""
+"""Configuration keys of the decoder layer and its rotary table, and the settings that do not work with them."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -10,20 +10,20 @@ class DecoderLayerKeys(KeyGroup):
   """Keys of the layer between two depth connections."""
 
   mudd_decoder_layer: Literal["stock", "pythia"] = key(
-    "stock", "The decoder layer: MaxText's of `decoder_block`, or Pythia's. Also without connections."
+    "stock", "The decoder layer: that of `decoder_block`, or Pythia's. The key also works without connections."
   )
   mudd_rotary_fraction: float = key(
     0.25, "Share of each head that pythia rotates.", needs={"mudd_decoder_layer": ("pythia",)}, gt=0, le=1
   )
   mudd_rope_table: Literal["stock", "bfloat16", "float16"] = key(
     "stock",
-    "Precision of the rotary table: half as in the released PyTorch models, or that of activations.",
+    "Precision of the rotary table: that of activations, or half as in the released PyTorch models.",
     needs={"mudd": (True,)},
   )
 
 
 def refusals(config) -> Iterator[Refusal]:
-  """What the keys of the layer do not work with. `config` is a `MuddConfig`."""
+  """Yields the settings that do not work with the keys of the layer. `config` is a `MuddConfig`."""
   block, is_pythia = config.decoder_block.value, config.mudd_decoder_layer == "pythia"
   yield Refusal(
     config.use_chunked_prefill and block == "gpt3" and not is_pythia,

@@ -1,4 +1,4 @@
-"""The switch of depth connections, their family, and what no family works with."""
+"""The keys that turn depth connections on and choose a family, and the settings that work with no family."""
 
 from collections.abc import Iterator
 
@@ -12,9 +12,9 @@ from maxtext_mudd.keys import KeyGroup, Refusal, key
 class DepthConnectionKeys(KeyGroup):
   """The keys that choose a family."""
 
-  mudd: bool = key(False, "Depth connections on; off is stock MaxText.")
+  mudd: bool = key(False, "Whether the model has depth connections; without them it is stock MaxText.")
   depth_connection: str = key(
-    connections.DEFAULT, "Family of depth connections; residual: the plain one.", needs={"mudd": (True,)}
+    connections.DEFAULT, "Family of depth connections; residual: the plain model.", needs={"mudd": (True,)}
   )
 
   @field_validator("depth_connection")
@@ -33,7 +33,7 @@ def check_sizes(config) -> None:
 
 
 def refusals(config) -> Iterator[Refusal]:
-  """What no depth connection works with. `config` is a `MuddConfig` with `mudd=True`."""
+  """Yields the settings that do not work with any family. `config` is a `MuddConfig` with `mudd=True`."""
   block, mudd = config.decoder_block.value, "mudd=True"
   yield Refusal(
     block not in blocks.DECODER_BLOCKS,

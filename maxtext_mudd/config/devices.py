@@ -9,7 +9,7 @@ from maxtext.utils import max_utils, sharding
 
 from maxtext_mudd.config.errors import ConfigError
 
-# Messages of compilers and devices; the TPU compiler's sizes end in G, others' in GiB.
+# Messages of compilers and devices. Sizes end in G in those of the TPU compiler, and in GiB in others.
 _SIZE = r"([\d.]+ ?[KMGT]?(?:i?B|bytes)?)"
 _EXCEEDED = re.compile(rf"(?:Used {_SIZE} of {_SIZE} (?:\w+). )?Exceeded (?:\w+ )?capacity by {_SIZE}")
 _REQUIRED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)")
@@ -22,12 +22,17 @@ _BATCHES = (  # the key per device, and the fields that MaxText derives from it
 
 
 def check_mesh(config) -> None:
-  """Raises ConfigError for parallelisms whose product is not the number of devices, or of slices, or that do not divide
-  heads or experts; and what JAX raises where it has no devices."""
+  """Checks the `ici_*_parallelism` and `dcn_*_parallelism` keys.
+
+  Raises:
+    ConfigError: their product is not the number of devices or of slices, or they do not divide the heads or the
+      experts.
+    RuntimeError: JAX finds no devices.
+  """
   if _known_later(config):
     return
   if not config.compile_topology:
-    jax.devices()  # MaxText's configuration takes none for one
+    jax.devices()  # raises if there are none, for which MaxText's configuration counts one device
   slices = max(config.num_slices, 1)
   _check_product(config, "ici", config.num_target_devices // slices, "device", " of a slice")
   if slices > 1:
@@ -69,7 +74,7 @@ def _known_later(config) -> bool:
 
 
 def _mesh(config) -> jax.sharding.AbstractMesh:
-  """The mesh, with sizes of -1 replaced by what they stand for. `check_mesh` has passed."""
+  """The mesh, with each -1 replaced by the size that it stands for. Call it after `check_mesh` only."""
   slices = max(config.num_slices, 1)
   devices = config.num_target_devices // slices
   sizes = max_utils.fill_unspecified_mesh_axes(list(config.ici_parallelism), devices, "ICI")
@@ -91,7 +96,7 @@ def _check_heads_and_experts(config, mesh: jax.sharding.AbstractMesh) -> None:
     axes = _axes(config, mesh, ("embed_attn", "kv_heads", "kv_head_dim"))[1]
     what = f"the {heads} heads of keys and values (base_num_kv_heads)"
     _check_divided(config, mesh, axes, heads, what, f"use a divisor of {heads}")
-  if experts > 1 and not (config.shard_exp_on_fsdp or config.use_2d_fsdp_sharding):  # which divide their widths
+  if experts > 1 and not (config.shard_exp_on_fsdp or config.use_2d_fsdp_sharding):  # these two shard experts' widths
     axes = _axes(config, mesh, ("exp", "embed_moe", "mlp_moe"))[0]
     _check_divided(config, mesh, axes, experts, f"num_experts={experts}", f"use a divisor of {experts}")
 

@@ -1,4 +1,4 @@
-"""`ConfigError`, and what turns errors of MaxText, YAML and the file system into one sentence."""
+"""`ConfigError`, and functions that turn errors of MaxText, YAML and the file system into one sentence."""
 
 from collections.abc import Iterable, Iterator
 import contextlib
@@ -16,12 +16,12 @@ _NOISE = re.compile(r"See full TensorStore details|<bound method|\[source locati
 
 
 class ConfigError(ValueError):
-  """A configuration that cannot work; one sentence that names the key or file, the value, and what would work."""
+  """The configuration cannot work. The message is one sentence: the key or file, its value, and what would work."""
 
 
 @contextlib.contextmanager
 def one_sentence(config_class: type[pydantic.BaseModel]) -> Iterator[None]:
-  """Turns what MaxText's configuration raises into `ConfigError`s of one sentence."""
+  """A context that turns exceptions of MaxText's configuration into `ConfigError`s of one sentence."""
   try:
     yield
   except pydantic.ValidationError as error:
@@ -50,7 +50,8 @@ def one_sentence(config_class: type[pydantic.BaseModel]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reachable() -> Iterator[None]:
-  """Turns the system's refusals to look up a path, such as one in another user's folder, into `ConfigError`s."""
+  """A context that turns OSErrors for a path that cannot be looked up, such as one in another user's folder, into
+  `ConfigError`s."""
   try:
     yield
   except OSError as error:
@@ -61,7 +62,7 @@ def reachable() -> Iterator[None]:
 
 
 def failed_in(error: BaseException, function: str) -> bool:
-  """Whether the error passed through this function of MaxText, which raises no exceptions of its own types."""
+  """Whether the error passed through this function of MaxText. MaxText has no exception types to tell its errors by."""
   return any(frame.f_code.co_name == function for frame, _ in traceback.walk_tb(error.__traceback__))
 
 

@@ -1,4 +1,4 @@
-"""Configuration keys of FFN widths and of FFNs that are computed in parts, and what they do not work with."""
+"""Configuration keys of FFN widths and of FFNs in parts, and the settings that do not work with them."""
 
 from collections.abc import Iterator
 
@@ -69,7 +69,7 @@ def check_sizes(config) -> None:
 
 
 def refusals(config) -> Iterator[Refusal]:
-  """What FFNs in parts do not work with. `config` is a `MuddConfig` that passed `check_sizes`."""
+  """Yields the settings that do not work with FFNs in parts. `config` is a `MuddConfig` that passed `check_sizes`."""
   if config.mudd_ffn_parts == 1:
     return
   parts, remedy = f"mudd_ffn_parts={config.mudd_ffn_parts}", "set mudd_ffn_parts=1"

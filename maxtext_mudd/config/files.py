@@ -19,13 +19,13 @@ from maxtext_mudd.config import errors
 from maxtext_mudd.config.errors import ConfigError
 
 _BASE = "base_config"
-_ROOTS = ("base.yml", "mudd_base.yml")  # these set defaults of keys and nothing else
-_FOLDER = "yaml/"  # of a checkout
+_ROOTS = ("base.yml", "mudd_base.yml")  # files that set defaults of keys and nothing else
+_FOLDER = "yaml/"  # the folder of these files in a checkout
 
 
 def packaged() -> list[str]:
-  """The configuration files of this package, by the names that a command line and `base_config:` take; those in
-  folders come last. Plans of studies, which name models, are no configurations."""
+  """Names of the configuration files of this package, as a command line and `base_config:` take them. Files in
+  subfolders come last. Plans of studies are left out: they name models and are not configurations."""
   files = (path for path in assets.CONFIGURATIONS.rglob("*.yml") if f"\n{_BASE}:" in f"\n{path.read_text()}")
   names = (path.relative_to(assets.CONFIGURATIONS).as_posix() for path in files)
   return sorted(names, key=lambda name: ("/" in name, name))
@@ -35,7 +35,7 @@ def split(argv: Sequence[str] | None) -> tuple[list[str] | None, dict[str, Any]]
   """Separates the files after the first from the other arguments: `model.yml data/pile.yml steps=10`.
 
   Returns:
-    The other arguments, and the values that the files set; a later file overrides an earlier one, and `key=value`
+    The other arguments, and the values that the files set. A later file overrides an earlier one, and `key=value`
     overrides all files.
 
   Raises:
@@ -59,7 +59,7 @@ def split(argv: Sequence[str] | None) -> tuple[list[str] | None, dict[str, Any]]
 
 
 def _further(name: str, after: str) -> dict[str, Any]:
-  """The values that a file after the model's sets. Its `base_config` is not read, so that file must not be a model."""
+  """The values that a file after the model's file sets. Its `base_config` is not read, so it cannot be a model."""
   values = load(name)
   base = values.pop(_BASE, None)
   if "=" in after:
@@ -97,7 +97,7 @@ def find(name: str) -> pathlib.Path:
   stock = name.removeprefix("src/maxtext/configs/")
   of_maxtext = [_maxtext_configs() / stock] if stock != name else []
   for path in (pathlib.Path(name), *of_maxtext, pathlib.Path("src", name), *_in_package(name)):
-    if os.path.isfile(path):  # False, too, for names that the system does not take
+    if os.path.isfile(path):  # also False for names that the system does not allow
       return path
   relative = os.path.basename(name) if os.path.isabs(name) else name.removeprefix(_FOLDER)
   nearest = errors.nearest(relative, packaged())
@@ -108,14 +108,14 @@ def find(name: str) -> pathlib.Path:
 
 
 def _in_package(name: str) -> Iterator[pathlib.Path]:
-  """The path of a name in this package's folder; none for absolute names, and for names that leave the folder."""
+  """Yields the path of a name in this package's folder. Yields nothing for absolute names and names that leave it."""
   path = pathlib.PurePath(name.removeprefix(_FOLDER))
   if not path.is_absolute() and ".." not in path.parts:
     yield assets.CONFIGURATIONS / path
 
 
 def _maxtext_configs() -> pathlib.Path:
-  from maxtext.utils.globals import MAXTEXT_CONFIGS_DIR  # once MaxText is known to be the right one
+  from maxtext.utils.globals import MAXTEXT_CONFIGS_DIR  # after the version of MaxText has been checked
 
   return pathlib.Path(MAXTEXT_CONFIGS_DIR)
 
@@ -133,10 +133,10 @@ def check(argv: Sequence[str] | None, overrides: dict) -> None:
 
 
 def model(argv: Sequence[str] | None, overrides: dict) -> str:
-  """The model's file as the first argument names it; empty where there is none, and MaxText takes a default.
+  """The model's file as the first argument names it; empty if there is none, so that MaxText takes its default.
 
   Raises:
-    ConfigError: its name does not end in `.yml`.
+    ConfigError: the first argument does not end in `.yml`.
   """
   name = argv[1] if argv and len(argv) > 1 else ""
   if overrides.get(_BASE) or not name or "=" in name:
@@ -147,10 +147,10 @@ def model(argv: Sequence[str] | None, overrides: dict) -> str:
 
 
 def chain(name: str) -> list[pathlib.Path]:
-  """The files that set a configuration, without those of MaxText; the named one first.
+  """The files that set a configuration, without those of MaxText. The named file comes first.
 
   Raises:
-    ConfigError: there is no such file, or the chain of `base_config` does not end in one of MaxText's own, which give
+    ConfigError: there is no such file, or the chain of `base_config` does not end in one of MaxText's files, which give
       every key a value.
   """
   return [file.resolve() for file in _chain(name).files]
@@ -196,10 +196,11 @@ def _chain(name: str) -> _Chain:
 
 
 def values(argv: Sequence[str]) -> omegaconf.DictConfig:
-  """The values that a command line sets, by files and by key=value; without the values of MaxText's files.
+  """The values that a command line sets, by files and by key=value, without the values of MaxText's files.
 
   Raises:
-    ConfigError: as `check` and `split`; and what OmegaConf raises for key=value that is not YAML.
+    ConfigError: as `check` and `split`.
+    Exception: the error of OmegaConf or YAML for a key=value that is not valid YAML.
   """
   name = model(argv, {})
   of_model = _chain(name).values if name else {}
@@ -210,11 +211,11 @@ def values(argv: Sequence[str]) -> omegaconf.DictConfig:
 
 @contextlib.contextmanager
 def for_maxtext(argv: Sequence[str] | None, overrides: dict) -> Iterator[list[str] | None]:
-  """The arguments, with a model's file that MaxText finds and whose `base_config` it finds.
+  """A context that yields the arguments, with a model's file that MaxText finds and whose `base_config` it finds.
 
-  MaxText does not search this package's folder. A chain of files that needs this folder is written to one temporary
-  file: as overrides, its values would override those of `model_name`, and MaxText would refuse them beside variables of
-  the environment.
+  MaxText does not search this package's folder. If a file or its `base_config` is in this folder, the values of the
+  chain of files are written to one temporary file. They are not passed as overrides: overrides take precedence over the
+  keys of `model_name`, and MaxText refuses a key that is both an override and a variable of the environment.
 
   Raises:
     ConfigError: as `check`, or no temporary file can be written.

@@ -1,4 +1,4 @@
-"""Configuration keys of initial values, and what they do not work with."""
+"""Configuration keys of initial values, and the settings that do not work with them."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -11,7 +11,7 @@ class InitialisationKeys(KeyGroup):
   """Keys of `model.initializers`."""
 
   mudd_init: Literal["stock", "xavier_normal", "normal", "pythia"] = key(
-    "stock", "Initial embeddings and kernels: as in MaxText, or by a rule. Also without connections."
+    "stock", "Initial embeddings and kernels: as in MaxText, or by a rule. The key also works without connections."
   )
   mudd_init_std: float = key(
     0.006,
@@ -23,7 +23,7 @@ class InitialisationKeys(KeyGroup):
 
 
 def refusals(config) -> Iterator[Refusal]:
-  """What the rules of `mudd_init` do not work with. `config` is a `MuddConfig`."""
+  """Yields the settings that do not work with the rules of `mudd_init`. `config` is a `MuddConfig`."""
   if config.mudd_init == "stock":
     return
   rule, block = f"mudd_init={config.mudd_init}", config.decoder_block.value

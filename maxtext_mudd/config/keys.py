@@ -36,7 +36,7 @@ class MuddKeys(
   initialisation.InitialisationKeys,
   LauncherKeys,
 ):
-  """Every key of this package; checks of a group read that group's keys only."""
+  """Every key of this package. The checks of a group read the keys of this group only."""
 
 
 def check_sizes(config) -> None:
@@ -53,7 +53,7 @@ def check_sizes(config) -> None:
 
 
 def refusals(config) -> Iterator[Refusal]:
-  """What the keys of this package do not work with. `config` is a `MuddConfig` that passed `check_sizes`."""
+  """Yields the settings that do not work with this package. `config` is a `MuddConfig` that passed `check_sizes`."""
   yield from decoder_layer.refusals(config)
   yield from initialisation.refusals(config)
   if not config.mudd:

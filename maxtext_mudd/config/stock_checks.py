@@ -1,4 +1,4 @@
-"""Checks of MaxText's own keys, which MaxText accepts and fails on later or without a sentence."""
+"""Checks of MaxText's own keys: refuses values that MaxText accepts, and with which it fails later or unclearly."""
 
 import os
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, model_validator
 from maxtext_mudd.assets import BYTE_TOKENIZER, BYTE_TOKENIZER_FOLDER
 from maxtext_mudd.config import errors, slices
 
-# The policies of MaxText's get_remat_policy, which fails on others by an assertion; an empty one is allowed, too.
+# The policies that MaxText's get_remat_policy knows, besides an empty one. It fails on others by an assertion.
 REMAT_POLICIES = (
   "none",
   "minimal_with_context",
@@ -29,7 +29,7 @@ REMAT_POLICIES = (
 
 
 class StockChecks(BaseModel):
-  """Checks for a class that inherits MaxText's configuration, too; adds no keys."""
+  """Checks for a class that also inherits MaxText's configuration. This class adds no keys."""
 
   @model_validator(mode="before")
   @classmethod

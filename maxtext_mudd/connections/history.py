@@ -135,7 +135,7 @@ class Place:
     is_lowest: whether it is the lowest of its group.
     is_top: whether there is none above in the model.
     in_top_group: whether there is none above its group; then no accumulators exist yet.
-    floor: the newest source of the group's lowest aggregate; sources below it are left to `push`.
+    oldest_near: the newest source of the group's lowest aggregate; older sources are left to `push`.
   """
 
   aggregate: Site
@@ -144,7 +144,7 @@ class Place:
   is_lowest: bool
   is_top: bool
   in_top_group: bool
-  floor: int
+  oldest_near: int
 
 
 def place(plan: Plan, block: int) -> Place:
@@ -162,7 +162,7 @@ def place(plan: Plan, block: int) -> Place:
     is_lowest=number == first,
     is_top=number == top,
     in_top_group=last == top,
-    floor=blocks[first],
+    oldest_near=blocks[first],
   )
 
 
@@ -296,7 +296,7 @@ def _backward(
   if history.recomputed is not None:
     read = tuple(sorted({*site.sources, *place.before.sources}))
     recompute = _among(history.weights, place.before.sources, read)
-  near = tuple(j for j in site.sources if j >= place.floor)
+  near = tuple(j for j in site.sources if j >= place.oldest_near)
   totals = list(behind.sources)
   gradients = passes.backward(
     [history.sources[j] for j in read],
@@ -338,7 +338,7 @@ def _push(here: PlacedAggregate, pending: list[Pending], totals: list) -> None:
   """Adds what the aggregates of a group send to the sources below it, to `totals` in place."""
   place = here.place
   group = (place.aggregate, *place.above)
-  far = tuple(sorted({j for member in group for j in member.sources if j < place.floor}))
+  far = tuple(sorted({j for member in group for j in member.sources if j < place.oldest_near}))
   if not far:
     return
   pushed = [Pending(one.gradients, _among(one.weights, member.sources, far)) for member, one in zip(group, pending)]

@@ -129,9 +129,9 @@ def load_model(request: EvaluationRequest, before_batch: Callable[[], None]):
 
 
 def _check_default_tokenizer(request: EvaluationRequest, path: str) -> None:
-  """Raises ConfigError where MaxText's default tokenizer cannot be the model's.
+  """Raises ConfigError if no tokenizer is named, and MaxText's default tokenizer cannot be the model's.
 
-  A run may have been trained with that tokenizer, if it is on this machine. No other model was.
+  A run may have been trained with the default tokenizer, if the tokenizer is on this machine. No other model was.
   """
   if not request.config_file:
     raise ConfigError(
@@ -162,14 +162,14 @@ def evaluate(request: EvaluationRequest, manager, tasks: list, lm) -> tuple[dict
     The harness's results, and its `EvaluationTracker`, which can write them.
 
   Raises:
-    ConfigError: the questions of a task cannot be made, or a batch does not fit the device.
+    ConfigError: the harness cannot build the questions of a task, or a batch does not fit the device.
   """
   from lm_eval import simple_evaluate
   from lm_eval.loggers import EvaluationTracker
 
   from maxtext_mudd.evaluate import harness
 
-  # The harness would bootstrap in forked processes, which can deadlock because JAX has threads.
+  # The harness would bootstrap in forked processes, which can deadlock because JAX runs threads.
   os.environ.setdefault("DISABLE_MULTIPROC", "1")
   tracker = EvaluationTracker()
   text_tasks = [harness.TextTask(request.text, lm)] if request.text else []

@@ -23,7 +23,7 @@ from maxtext_mudd.inference import forward, generation
 from maxtext_mudd.inference.tokens import Tokenizer
 
 _logger = logging.getLogger(__name__)
-# The keys of `generation_kwargs` in task files, under the names that the harness gives them, and the types of numbers.
+# The keys of `generation_kwargs` in task files, with the harness's names, and the types of those that are numbers.
 _GENERATION_KEYS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
 _NUMBER_TYPES = {"temperature": float, "top_p": float} | dict.fromkeys(
   ("top_k", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"), int
@@ -34,8 +34,8 @@ class MaxTextLM(TemplateLM):
   """A model that the harness can evaluate.
 
   It computes log-likelihoods of targets after contexts and of whole texts, and continues texts by greedy decoding or
-  sampling. The harness splits texts into contexts and targets, and this class splits long texts into windows. A context
-  that is too long loses its beginning.
+  sampling. The harness splits texts into contexts and targets. This class splits long texts into windows, and cuts off
+  the beginning of a context that is too long.
 
   Attributes:
     model, config: the model and its configuration.
@@ -91,14 +91,14 @@ class MaxTextLM(TemplateLM):
   def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Encodes a context and the target after it.
 
-    The harness encodes both together, and takes as target the tokens after the number of tokens that the context alone
-    has. If a token spans context and target, none may be left. The harness's model for PyTorch fails then (its issue
-    1297). This method encodes the target alone then, as the harness's pull request 4055 does.
+    The harness encodes both texts together. If the context alone has n tokens, the target has the tokens after the
+    first n. If one token spans context and target, the target may have no tokens. Then the harness's model for PyTorch
+    fails (its issue 1297). In this case this method encodes the target alone, as the harness's pull request 4055 does.
     """
     context_tokens, target = super()._encode_pair(context, continuation)
     if target:
       return context_tokens, target
-    spaces = context[len(context.rstrip()) :]  # the harness moves them to the target
+    spaces = context[len(context.rstrip()) :]  # the harness moves these spaces to the target
     target = self.tok_encode(spaces + continuation, add_special_tokens=False)
     if target and not self._has_warned_of_spanning:
       self._has_warned_of_spanning = True
@@ -136,7 +136,7 @@ class MaxTextLM(TemplateLM):
       rows.append(np.asarray([*context, *target][-(self.max_length + 1) :], np.int32))
       target_lengths.append(len(target))
     results = [(0.0, False)] * len(rows)
-    # The longest come first, so that memory runs out at the start or never.
+    # The longest rows come first, so that memory runs out at the start or never.
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     for start in tqdm.trange(0, len(order), self.batch_size, desc="log-likelihoods", disable=disable_tqdm):
       self._before_batch()
@@ -207,7 +207,7 @@ class MaxTextLM(TemplateLM):
     return texts
 
   def _prompt(self, context: str, max_new_tokens: int) -> list[int]:
-    """The last tokens of a context that leave room for the new ones."""
+    """The last tokens of a context, as many as fit the model's context together with the new tokens."""
     tokens = self.tok_encode(context)[-(self.max_length - max_new_tokens) :]
     return tokens or [self.prefix_token_id]
 
@@ -282,10 +282,10 @@ class _GenerationOptions:
 
 
 def _sampling(temperature: float, top_k: int, top_p: float, vocab_size: int) -> generation.Sampling:
-  """MaxText's sampling for the numbers of a task file, where 0 and 1 turn `top_k` and `top_p` off.
+  """MaxText's sampling for the numbers of a task file. There `top_k` is off if it is 0, and `top_p` if it is 1.
 
   Raises:
-    ConfigError: MaxText cannot sample so.
+    ConfigError: MaxText cannot sample in this way.
   """
   algorithms = {(False, False): "weighted", (True, False): "topk", (False, True): "nucleus", (True, True): "composite"}
   sampling = generation.Sampling(algorithms[top_k != 0, top_p != 1], top_k, top_p, temperature)
@@ -305,7 +305,7 @@ def _with_numbers(kwargs: dict) -> dict:
     number_type, value = _NUMBER_TYPES[key], result[key]
     try:
       result[key] = number_type(value)
-      is_equal = result[key] == float(value)  # not for a fraction that `int` cuts off, nor for NaN
+      is_equal = result[key] == float(value)  # False for a fraction that `int` cuts off, and for NaN
     except (TypeError, ValueError, OverflowError):
       is_equal = False
     if not is_equal:

@@ -10,9 +10,9 @@ from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.evaluate import results_file
 from maxtext_mudd.runs import early_check, launch
 
-# The tasks of the harness for the columns of the paper's Table 3, which has them zero-shot and five-shot. The paper
-# names the data sets only. We take LAMBADA as Pythia does, and RACE-M, which the harness does not have, is asked in the
-# way in which the harness asks RACE-H.
+# The tasks of the harness for the columns of the paper's Table 3, which has zero-shot and five-shot results. The paper
+# names the data sets only. The version of LAMBADA is the one that Pythia uses. The harness does not have RACE-M; this
+# package's task asks its questions as the harness asks those of RACE-H.
 PAPER_TASKS = (
   "lambada_openai",
   "piqa",
@@ -31,7 +31,7 @@ PRESETS = {"paper": PAPER_TASKS}
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRequest:
-  """What to evaluate, on what.
+  """The model to evaluate, and the tasks and texts to evaluate it on.
 
   Attributes:
     checkpoint: the folder of the model, or the remote checkpoint of a run.
@@ -41,7 +41,7 @@ class EvaluationRequest:
     task_names: names of tasks and groups of the harness.
     include_dir: a folder with further task files, or None.
     text: a text to evaluate on; may be empty.
-    num_fewshot: the number of solved examples before each question; None for that of the task.
+    num_fewshot: the number of solved examples before each question; None for the task's number.
     limit: the number of documents of each task or, if it is below 1, their share; None for all.
     batch_size: the number of rows of a batch.
     output: the file to write the results to, or None.
@@ -187,7 +187,7 @@ def _check_output(name: str, output: pathlib.Path) -> None:
 
 
 def _check_checkpoint(checkpoint: str, config_file: str) -> None:
-  """Raises ConfigError for a checkpoint that is not there, and for one with a configuration too many or too few."""
+  """Raises ConfigError for a checkpoint that does not exist, that lacks a configuration file, or that needs none."""
   path = pathlib.Path(checkpoint).expanduser()
   if "://" in checkpoint:
     if not config_file:

@@ -1,4 +1,4 @@
-"""Writes the results of an evaluation to a file with the harness's own writer. The file is complete, or not there.
+"""Writes the results of an evaluation with the harness's own writer. An incomplete file never has the final name.
 
 `check` tests before the evaluation that the file can be written, and `write` writes it afterwards.
 """
@@ -17,7 +17,7 @@ from maxtext_mudd.config.errors import ConfigError, brief
 def check(path: pathlib.Path) -> None:
   """Raises ConfigError if the file cannot be written.
 
-  It writes to a temporary folder, because permissions alone do not tell, for example, that the disk is full.
+  It writes a temporary file, because permissions alone do not show, for example, that the disk is full.
   """
   try:
     with _temporary_folder(path) as folder:

@@ -1,1 +1,1 @@
-"""Uses a trained model in Python: loads it, computes logits, and generates tokens."""
+"""Loads trained models in Python, computes their logits, and generates tokens."""

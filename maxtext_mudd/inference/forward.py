@@ -1,4 +1,4 @@
-"""Compiles functions of a model, such as its forward pass, so that a call does not change the model."""
+"""Compiles functions of a model, such as its forward pass. The compiled function does not change the model."""
 
 from collections.abc import Callable
 import functools
@@ -25,7 +25,7 @@ def pure(function: Callable) -> Callable:
   @functools.wraps(function)
   def call(model, *arrays):
     with jax.set_mesh(model.mesh), logical_axis_rules(model.config.logical_axis_rules):
-      # The graph is passed as a tree without leaves. As a static argument, everything in it would have to be hashable.
+      # The graph is passed as a tree without leaves. In a static argument, everything would have to be hashable.
       return compiled(*nnx.split(model), *arrays)
 
   return call

@@ -1,7 +1,7 @@
-"""Generates tokens with MaxText's engine: it prefills each prompt, then generates for all prompts, a token at a time.
+"""Generates tokens with MaxText's engine: it prefills each prompt, then adds one token at a time to all prompts.
 
-A step reads the KV cache and the L+1 hidden states X_0..X_L of its own token. Depth connections keep nothing of past
-tokens. `generate` is the public function. `decode` is the same with MaxText's sampling keys, for the commands.
+A step reads the KV cache and the L+1 hidden states X_0..X_L of its token. Depth connections store nothing of earlier
+tokens. `generate` is the public function. The commands call `decode`, which takes MaxText's sampling keys.
 """
 
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def generate(
     temperature: the logits are divided by it before a token is drawn. 0 takes the most probable token each time, for
       every value of `top_k`.
     top_k: the number of most probable tokens to draw from; 0 draws from all.
-    seed: of the random numbers, from 0 to 2**32 - 1.
+    seed: seed of the random numbers, from 0 to 2**32 - 1.
 
   Returns:
     int32: each prompt followed by its new tokens. Rows of shorter prompts end in zeros.
@@ -130,7 +130,7 @@ def decode(
   sampling: Sampling,
   seed: int,
 ) -> Int[np.ndarray, "B P+max_new_tokens"]:
-  """Does what `generate` does, for prompts that `check` has accepted."""
+  """Continues prompts as `generate` does. `check` must have accepted the prompts."""
   prompts = [np.asarray(prompt, np.int32) for prompt in prompt_tokens]
   longest = max(map(len, prompts))
   engine = engine_for(model, config, len(prompts), longest, max_new_tokens)
@@ -152,7 +152,7 @@ def prefill(
 ) -> Any:
   """Computes the KV cache of a prompt and draws its first new token. `engine.insert` takes the result.
 
-  A long prompt can be prefilled in chunks. A chunk attends to those before it through the cache, and reads nothing
+  A long prompt can be prefilled in chunks. A chunk attends to earlier chunks through the KV cache, and reads nothing
   else of them.
 
   Args:
@@ -184,11 +184,11 @@ def generate_steps(
 ) -> tuple[Int[Array, "B keys+1"], Any]:
   """Does one decoding step for each key, as one program.
 
-  Calling the steps one by one would pass hundreds of arrays to each. That takes longer than a step of a fast device,
-  and grows with the number of parameters.
+  If Python called the steps one by one, it would pass hundreds of arrays to each. This takes longer than a step on a
+  fast device, and the time grows with the number of parameters.
 
   Returns:
-    The token of each row in `state` and those of the steps after it, and the state after the last step.
+    The current token of each row in `state`, the tokens of the following steps, and the state after the last step.
   """
   steps = len(keys)
   padding = padded_length(steps + 1) - steps
@@ -200,7 +200,7 @@ def generate_steps(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _generate_steps(engine, sampling: Sampling, params, state, keys, steps, temperature):
-  """Does the first `steps` steps of padded `keys`. One program serves all numbers of steps with the same padding."""
+  """Does one step for each of the first `steps` keys. One program serves all values of `steps` with as many keys."""
   options = sampling._replace(temperature=temperature)._asdict()
 
   def step(i, carry):
@@ -219,7 +219,7 @@ def padded_length(length: int) -> int:
 
 
 def check_config(config) -> None:
-  """Raises ConfigError for models that MaxText does not decode as it trains them."""
+  """Raises ConfigError for models that compute another function in MaxText's decoding than in training."""
   if config.moba:
     raise ConfigError(
       "moba=True: MaxText attends to all keys in decoding, and to chosen blocks of them in training; use logits."
@@ -256,9 +256,9 @@ def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -
 
 
 def engine_for(model: nnx.Module, config, batch: int, prompt_length: int, max_new_tokens: int) -> maxengine.MaxEngine:
-  """The engine of a model for these sizes, rounded up so that few engines are made.
+  """The engine of a model for these sizes, which are rounded up so that few engines are created.
 
-  Engines are kept for later calls. JAX keeps them anyway, with the programs that it compiled for them.
+  Engines are kept for later calls. This costs no memory: JAX keeps them, too, with the programs that it compiled.
 
   Args:
     batch: the number of prompts.

@@ -20,8 +20,8 @@ from maxtext_mudd.config import errors
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.inference import forward
 
-# Keys that a folder with a model does not set. Without "highest", TPUs and GPUs would multiply float32 matrices in a
-# lower precision.
+# Defaults of keys that a folder with a model does not set. Without "highest", TPUs and GPUs would multiply float32
+# matrices in a lower precision.
 DEFAULTS = {
   "run_name": "",
   "enable_checkpointing": False,
@@ -64,7 +64,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
     raise ConfigError(f"{folder} is not a folder; download or copy the model first, and name the folder that holds it.")
   folder = pathlib.Path(folder).expanduser().absolute()
   if model_folder.is_model_folder(folder):
-    # scan_layers is not free: the checkpoint has the parameters of single or of scanned layers.
+    # scan_layers cannot be overridden: the checkpoint has the parameters of single or of scanned layers.
     free_keys = {*DEFAULTS, *model_keys.FREE, "tokenizer_path", "tokenizer_type"} - {"scan_layers"}
     keys = model_config.with_overrides(DEFAULTS | model_folder.read_keys(folder), config_overrides, folder, free_keys)
     config = model_config.build(keys | {"load_parameters_path": str(folder / model_folder.ITEMS)})
@@ -75,7 +75,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
       f"{folder} is a checkpoint without the keys of its model; name the folder that has {model_folder.CONFIG}, or "
       "call from_run with the CONFIG.yml of its run."
     )
-  # A folder may look like both formats. Files that only Hugging Face has decide which is tried first.
+  # A folder may look like both formats. Files that only Hugging Face folders have decide which one is tried first.
   has_hugging_face_file = any((folder / name).exists() for name in hugging_face_files.FILES)
   modules = (hugging_face, authors_jax) if has_hugging_face_file else (authors_jax, hugging_face)
   reader = next((module for module in modules if module.is_folder(folder)), None)
@@ -92,7 +92,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
 
 @errors.reachable()
 def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **config_overrides: Any):
-  """Loads the model of a training run onto the devices of this process, whatever mesh the run was on.
+  """Loads the model of a training run onto the devices of this process. The run may have had another mesh.
 
   Args:
     checkpoint: the folder OUTPUT/RUN/checkpoints/STEP, or the tree of parameters in it.
@@ -119,7 +119,7 @@ def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **
         f"{checkpoint}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
       )
     checkpoint = str(parameters.items_folder(str(path)))
-  # Whether layers are scanned has to be as in the run, because the checkpoint has its layout.
+  # scan_layers has to be as in the run, because the checkpoint has the run's layout.
   defaults = {key: value for key, value in DEFAULTS.items() if key != "scan_layers"}
   keys = defaults | model_config.local_keys() | _with_dtype_names(config_overrides)
   config = pyconfig.initialize(["", str(config_file)], **keys, load_parameters_path=checkpoint)
@@ -133,7 +133,7 @@ def _with_dtype_names(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_checkpoint_of_run(folder: pathlib.Path) -> bool:
-  """Whether the folder is, or has, a tree of parameters that MaxText saved of a model with connections."""
+  """Whether the folder is or contains a tree of parameters that MaxText saved for a model with connections."""
   from maxtext_mudd.checkpoints import parameters
 
   paths = (folder / "items", folder)
@@ -144,7 +144,7 @@ def _load(config, source):
   """Builds the model of a configuration, and places each parameter on its devices as soon as it is read.
 
   Args:
-    source: the model in a folder, of another format than MaxText's.
+    source: the model in a folder of another format than MaxText's.
   """
   from maxtext.utils import maxtext_utils, model_creation_utils
 
@@ -161,7 +161,7 @@ def _load(config, source):
   for path, value in model_folder.check_parameters(config, source.parameters(config), source.path, place).items():
     variables[path].set_value(value)
   with jax.set_mesh(mesh):
-    # The states of random numbers. JAX compiles the initial values of parameters away, because nothing uses them.
+    # This computes the random states only. The compiler drops the initial values of parameters, which nothing uses.
     random_states = jax.jit(lambda: nnx.split(create(), nnx.Param, ...)[2])()
   return nnx.merge(graph, params, random_states)
 
@@ -198,7 +198,7 @@ def logits(
     raise ValueError(
       f"tokens are {list(tokens.shape)}, longer than the context, max_target_length={model.config.max_target_length}."
     )
-  # MaxText would not refuse unknown tokens. The values of a tracer are not known.
+  # MaxText would not refuse unknown tokens. A tracer has no values to check.
   if not isinstance(tokens, jax.core.Tracer):
     is_unknown = (tokens < 0) | (tokens >= model.config.vocab_size)
     if is_unknown.any():

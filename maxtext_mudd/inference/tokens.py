@@ -41,7 +41,7 @@ class Tokenizer:
     tokenizer_type = _type_of(path) if path else config.tokenizer_type.value
     path = str(assets.BYTE_TOKENIZER_FOLDER) if path == assets.BYTE_TOKENIZER else path
     self.path = path = path or config.tokenizer_path
-    # Without BOS: `encode` adds it, but not to a text that continues another.
+    # The tokenizer adds no BOS. `encode` adds it, but not to a text that continues another text.
     self._tokenizer = read(path, tokenizer_type, config.hf_access_token)
     if self._tokenizer.encode(""):
       raise ConfigError(f"tokenizer_path={path} adds tokens to every text; name a tokenizer that does not.")
@@ -73,7 +73,7 @@ class Tokenizer:
 def check_training(config) -> None:
   """Raises ConfigError if the tokenizer of a training run cannot be read, or has more tokens than the model.
 
-  MaxText would train such a model: it counts targets beyond `vocab_size` as a loss of 0.
+  MaxText would train a model with fewer tokens: it gives targets beyond `vocab_size` a loss of 0.
   """
   dataset_type = config.dataset_type.value
   is_megatron = dataset_type == "grain" and config.grain_file_type.startswith("mmap")

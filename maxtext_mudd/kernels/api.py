@@ -33,16 +33,19 @@ def mix(
   Args:
     sources: N floating-point arrays of one shape and dtype, oldest first; or, with `count`, one buffer of S entries,
       for loops over layers that are traced once.
-    weights: W as an array [B,T,C,N], or [C,N] for all tokens; or a `WeightMLP`, from which the fused kernel computes W
-      on rows that it holds anyway, so that W is never written to memory. With a buffer, N is S.
-    count: how many entries of the buffer are valid, 1 to S; the newest source is entry count - 1. A traced count is
-      clipped to that range. The other entries, and the columns of weights that belong to them, are ignored, even where
-      they are NaN, and their gradient is zero.
-    implementation: "xla", plain JAX; "pallas", the fused TPU kernels, for bfloat16 and float32; "pallas_interpret", the
-      same kernels interpreted on any platform, slowly and with strict checks, for tests; "auto": "pallas" on TPU where
-      the dtype allows it, "xla" elsewhere.
-    sharding: sharding of a source, for fused kernels on several devices: B, T and D may be split. The mesh axes must be
-      of `AxisType.Auto`.
+    weights: W as an array [B,T,C,N], or [C,N] for all tokens; or a `WeightMLP`, from which W is computed. The fused
+      kernels compute it in fast memory and never write it to HBM. With a buffer, N is S.
+    count: how many entries of the buffer are valid, from 1 to S. The newest source is entry count - 1. A traced count
+      is clipped to this range. The other entries and their columns of the weights are ignored, even if they are NaN.
+      Their gradients are zero.
+    implementation: the name of an implementation:
+      "xla": plain JAX, for every platform and dtype.
+      "pallas": the fused TPU kernels, for bfloat16 and float32.
+      "pallas_interpret": the same kernels, interpreted on any platform. It is slow, makes strict checks, and is for
+        tests.
+      "auto": "pallas" on TPU for bfloat16 and float32, "xla" otherwise.
+    sharding: sharding of a source, for fused kernels on several devices: B, T and D may be sharded. The mesh axes must
+      be of `AxisType.Auto`.
 
   Returns:
     C arrays of the shape and dtype of a source.
@@ -82,11 +85,12 @@ def depth_aggregate(
 
   Args:
     sources: as in `mix`.
-    w1: first matrix of the weight MLP; None, together with `w2`: the weights are static, W = a.
+    w1: first matrix of the weight MLP. If `w1` and `w2` are None, the weights are static: W = a.
     w2: second matrix of the weight MLP.
     a: static weights.
     ways: C, the number of streams.
-    newest: the input of the weight MLP; default: the newest source. With pre-normed sources it is X_i before the norm.
+    newest: the input of the weight MLP; default: the newest source. If the sources are pre-normed, pass X_i as it is
+      before the norm.
     count: as in `mix`.
     activation: "gelu" (exact) or "gelu_tanh".
     epsilon: added to the mean square in RMSNorm.
@@ -108,7 +112,7 @@ def depth_aggregate(
 
 
 def resolve(implementation: str, platform: str, dtype) -> str:
-  """The implementation that an `implementation` argument stands for, one of `IMPLEMENTATIONS`.
+  """Resolves an `implementation` argument to one of `IMPLEMENTATIONS`.
 
   "auto" is "pallas" on TPU for the dtypes that the kernels support, and "xla" elsewhere.
 
@@ -145,7 +149,7 @@ differentiable.defvjp(_forward, _backward)
 
 
 def _check_sources(sources, count) -> tuple[Sources, jax.Array | jax.ShapeDtypeStruct]:
-  """Checks the sources; returns them and the shape and dtype of one."""
+  """Checks the sources. Returns them, and an array or `ShapeDtypeStruct` with the shape and dtype of one source."""
   if hasattr(sources, "shape"):
     return _check_buffer(sources, count)
   if count is not None:

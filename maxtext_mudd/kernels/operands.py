@@ -35,8 +35,8 @@ class Gradients(NamedTuple):
       added.
     weights: gradient of the weights, of the same type as the weights. Arrays are float32 or wider; that of
       `WeightMLP.newest` has the dtype of the sources.
-    hidden: hidden layer of a `WeightMLP`, for `push`; None if it was not asked for or there is none.
-    streams: recomputed streams of the aggregate before; None if they were not asked for.
+    hidden: hidden layer of a `WeightMLP`, for `push`; None unless it was requested.
+    streams: recomputed streams of the aggregate before; None unless they were requested.
   """
 
   sources: list[Float[Array, "B T D"]] | Float[Array, "S B T D"]

@@ -1,10 +1,10 @@
 """The passes of `mix` (forward, backward, push), run by one of its implementations, on one device or on a mesh.
 
 `mix` runs the forward and the backward pass of one aggregate. `connections/history.py` differentiates all aggregates of
-a model together, which moves less memory; it calls these passes itself, and `push`, which `mix` does not need.
+a model together, which moves less memory. It calls the passes directly, and also `push`, which `mix` does not use.
 
-On a mesh every device runs a fused kernel on its rows (tokens) and its part of D, with small reductions before and
-after. The passes in plain JAX are partitioned by the compiler.
+On a mesh, every device runs a fused kernel on its rows (tokens) and its part of D. Small sums over devices precede and
+follow the kernel. The compiler partitions the passes in plain JAX.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ IMPLEMENTATIONS = ("xla", "pallas", "pallas_interpret")
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-  """The passes, with the static choices of how they run.
+  """The passes of one implementation, on one device or on the mesh of a sharding.
 
   Attributes:
     implementation: one of `IMPLEMENTATIONS`.
-    sharding: sharding of a source, for a fused kernel on several devices: B, T and D may be split. None: one device.
-    strict: whether "pallas_interpret" reads NaN from memory that was never written, and reports races. It then calls
-      back into Python, which `jax.checkpoint` does not support.
+    sharding: sharding of a source, for a fused kernel on several devices: B, T and D may be sharded. None: one device.
+    strict: whether memory that was never written reads as NaN under "pallas_interpret", and races are reported. The
+      interpreter then calls Python from the compiled program, which `jax.checkpoint` does not support.
   """
 
   implementation: str

@@ -1,7 +1,11 @@
 """The mixing weights of an aggregate: an array, or the MLP that computes them for each token (paper, Eq. 6).
 
-Weights have one of four types: an array [C,N], static weights for all tokens; an array [B,T,C,N]; a `WeightMLP`; or a
-`HiddenLayer`, which is a `WeightMLP` whose hidden layer has been computed. A gradient of weights has the same type.
+Weights have one of four types. A gradient of weights has the same type as the weights.
+
+  array [C,N]        static weights, the same for all tokens
+  array [B,T,C,N]    weights of each token
+  WeightMLP          the MLP that computes the weights of each token
+  HiddenLayer        a WeightMLP whose hidden layer has been computed
 """
 
 from collections.abc import Callable
@@ -30,8 +34,8 @@ class WeightMLP:
     w2: second matrix.
     a: static weights.
     newest: input of the MLP; None: one of the sources.
-    source: index of that source. `mix` accepts only -1, the newest. A backward pass that recomputes the streams of the
-      aggregate before sets another, since that aggregate's newest source is older.
+    source: index of that source. `mix` accepts only -1, the newest source. A backward pass that recomputes the streams
+      of the aggregate before sets another index, because the newest source of that aggregate is older.
     activation: "gelu" (exact) or "gelu_tanh".
     epsilon: added to the mean square in RMSNorm.
   """
@@ -156,8 +160,9 @@ def product(x, y, axes_of_x, axes_of_y):
   """Contracts these axes of x and y, and accumulates in float32 or wider. Operands of float32 are multiplied in full
   precision, whatever precision is configured.
 
-  It binds the primitive because Qwix quantizes a model by replacing `lax.dot_general` while the model is called. The
-  backward passes are traced after that call, so weights that they recompute would differ from the forward pass's.
+  The function binds the primitive `dot_general_p` because Qwix quantizes a model by replacing `lax.dot_general` while
+  the model is called. The backward passes are traced after that call, so weights that they recompute would differ from
+  the forward pass's.
   """
   contracted = tuple((axes,) if isinstance(axes, int) else axes for axes in (axes_of_x, axes_of_y))
   out_dtype = accumulation_dtype(x.dtype)

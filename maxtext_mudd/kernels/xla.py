@@ -114,7 +114,7 @@ def backward_buffer(
     def pad_columns(x):
       return jnp.pad(jnp.where(is_valid, x, 0), [(0, 0)] * (x.ndim - 1) + [(0, after_prefix)])
 
-    # Selected, not left to the zero weights: zero times a gradient that is not finite is NaN.
+    # `where` selects the valid entries. Zero weights alone would not do: zero times a gradient that is inf is NaN.
     sums = [jnp.where(is_valid[j], x, totals[j]) for j, x in enumerate(grads.sources)]
     sums = totals.at[:size].set(jnp.stack(sums))
     if grad_newest is not None:

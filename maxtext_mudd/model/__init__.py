@@ -1,1 +1,1 @@
-"""The decoder with depth connections, its initial values, counts, and what MaxText reports of it."""
+"""The decoder with depth connections, its initial values, its counts of parameters and FLOPs, and its metrics."""

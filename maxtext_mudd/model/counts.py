@@ -19,7 +19,7 @@ def extra_ffn_width(config) -> int:
 
 
 def plain_parameters(config, *, embeddings: bool = True) -> int:
-  """All parameters of the model without its connections, its FFNs as wide as they are with them."""
+  """The number of parameters of the model without its connections. FFNs keep their re-allocated widths."""
   width, blocks = config.emb_dim, config.num_decoder_layers
   widths = ffn_widths.of_config(config)
   total = blocks * (_attention(config) + 2 * _norm(config)) + sum(_feed_forward(config, ffn) for ffn in widths)
@@ -30,7 +30,7 @@ def plain_parameters(config, *, embeddings: bool = True) -> int:
 
 
 def parameters(config) -> int:
-  """All parameters of the model."""
+  """The number of parameters of the model."""
   return plain_parameters(config) + connections_cost(config).parameters
 
 
@@ -57,8 +57,8 @@ def _feed_forward(config, ffn: int) -> int:
 
 
 def plain_flops(config) -> int:
-  """Forward FLOPs per token of the blocks without connections; attention over T/2 positions, no embeddings, as the
-  paper counts them."""
+  """Forward FLOPs per token of the blocks without connections. As in the paper, each token attends to T/2 positions,
+  and embeddings do not count."""
   width, blocks = config.emb_dim, config.num_decoder_layers
   widths = ffn_widths.of_config(config)
   heads, kv_heads = config.num_query_heads, config.num_kv_heads

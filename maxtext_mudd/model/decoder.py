@@ -1,4 +1,4 @@
-"""The decoder with depth connections: stock layers, each with the connection that feeds it."""
+"""The decoder with depth connections: MaxText's layers, each with a connection that computes its inputs."""
 
 from collections.abc import Sequence
 import functools
@@ -23,7 +23,7 @@ _CONNECTION_SEED = 0x6D756464  # separates the keys of the connections from thos
 
 
 class LayerGroups(nnx.Module):
-  """Stacks of scanned layers, one for each FFN width, in their order: `group_0`, `group_1`, ..."""
+  """Stacks of scanned layers, one for each FFN width, in the order of the layers: `group_0`, `group_1`, ..."""
 
   def __init__(self, stacks):
     self.number = len(stacks)
@@ -35,11 +35,11 @@ class LayerGroups(nnx.Module):
 
 
 class MuddDecoder(NNXDecoder):
-  """The stock decoder, its layers connected in depth when `mudd` is on.
+  """MaxText's decoder. With `mudd: true`, its layers have depth connections.
 
-  The stock loop over layers then hands the carry of the connections from layer to layer. In front of the first layer
-  and behind the last one it is an array. `mudd_decoder_layer` and `mudd_init` also apply with `mudd` off, for fair
-  baselines.
+  MaxText's loop over layers then passes the carry of the connections from layer to layer. The first layer takes an
+  array, and the last layer returns an array. `mudd_decoder_layer` and `mudd_init` also apply with `mudd: false`, for
+  fair baselines.
   """
 
   def __init__(self, config, mesh, quant=None, model_mode=MODEL_MODE_TRAIN, *, rngs):
@@ -63,7 +63,7 @@ class MuddDecoder(NNXDecoder):
 
   def get_norm_layer(self, num_features, rngs):
     if _is_pythia(self.config):
-      return lambda **_: LayerNorm(self.config, rngs)  # which reads MaxText's arguments from the configuration
+      return lambda **_: LayerNorm(self.config, rngs)  # it reads MaxText's arguments from the configuration
     return super().get_norm_layer(num_features, rngs)
 
   def _init_decoder_layers(self, decoder_block_classes, rngs, mesh):
@@ -95,7 +95,8 @@ class MuddDecoder(NNXDecoder):
   def _connect(
     self, blocks: Sequence[int], mesh: jax.sharding.Mesh, rngs: nnx.Rngs, scan_layers: bool | None = None
   ) -> Connection:
-    """The connection of some blocks of a stack, or of a single one; of no block, what starts and finishes a stack.
+    """Builds the connection of a single block, or of the blocks of a stack. Without blocks, builds the connection that
+    starts and finishes the stacks.
 
     Args:
       scan_layers: in place of the configuration's.
@@ -103,7 +104,7 @@ class MuddDecoder(NNXDecoder):
     config = self.config if scan_layers is None else changed(self.config, scan_layers=scan_layers)
     starts = not blocks or (not config.scan_layers and blocks[0] == 1)
     finishes = not blocks or (not config.scan_layers and blocks[-1] == config.num_decoder_layers)
-    # Keys of its own, so that stock parameters start as they would without connections.
+    # A separate random key, so that stock parameters have the same initial values as without connections.
     key = jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + (blocks[0] if blocks else 0))
     family = connections.family(config)
     return family.build(config, tuple(blocks), mesh, nnx.Rngs(params=key), starts=starts, finishes=finishes)
@@ -127,15 +128,15 @@ class MuddDecoder(NNXDecoder):
     return hidden, layers, None
 
   def _rematerialisation(self):
-    """`rematerialise` of `Connection.start` for the policy. MaxText's "none" keeps nothing, as "full" does; a
-    configuration has it as None."""
+    """The argument `rematerialise` of `Connection.start` for the policy. None recomputes everything. MaxText treats the
+    policy "none", which a configuration holds as None, like "full"."""
     if self._remat_policy_name() in (None, "full", "none"):
       return None
     return functools.partial(jax.checkpoint, policy=self.get_remat_policy(), prevent_cse=False)
 
 
 def _is_floating_state(path, variable) -> bool:
-  """Whether layers sow or update it, so that a loss may read it."""
+  """Whether a variable is floating-point state that layers sow or update. A loss may read such state."""
   if isinstance(variable, nnx.Param):
     return False
   return all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(nnx.pure(variable)))

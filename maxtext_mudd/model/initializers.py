@@ -1,9 +1,11 @@
-"""How embeddings and kernels start where `mudd_init` names a rule; norms, biases and connections start as ever.
+"""Initial values of embeddings and kernels by the rule that `mudd_init` names.
+
+Norms, biases and connections keep their stock initial values. A rule gives the distribution of a matrix:
 
 xavier_normal   N(0, 2/(fan_in + fan_out)): the paper
 normal          N(0, mudd_init_std²), 0.006 in the authors' released JAX code
-pythia          N(0, 2/(5D)), and N(0, (2/(L·√D))²) for what writes to the residual stream: GPT-NeoX's small_init and
-                wang_init, which Pythia and so MUDDPythia use
+pythia          N(0, 2/(5D)), and N(0, (2/(L·√D))²) for matrices that write to the residual stream:
+                GPT-NeoX's small_init and wang_init, which Pythia and therefore MUDDPythia use
 """
 
 import math
@@ -28,8 +30,8 @@ def deviation(config, name: str, size: int) -> float:
 
   Args:
     config: names the rule and the sizes; any rule but `stock`.
-    name: of the module or parameter, as "query" or "wo".
-    size: its number of entries, of one layer and one expert; D times another width.
+    name: name of the module or parameter, such as "query" or "wo".
+    size: number of entries of the matrix, for one layer and one expert. It is D times another width.
   """
   width = config.emb_dim
   if config.mudd_init == "normal":
@@ -40,11 +42,11 @@ def deviation(config, name: str, size: int) -> float:
 
 
 def initialise(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
-  """Draws the decoder's embeddings and kernels again, each from a key of its own path."""
+  """Redraws the decoder's embeddings and kernels, each from a random key that follows from its path."""
   if is_stock(config):
     return
   root = jax.random.fold_in(rngs.params.key[...], zlib.crc32(b"mudd_init"))
-  # With `use_qk_norm`, MaxText leaves the factor out, also in blocks that ignore the key.
+  # With `use_qk_norm`, MaxText leaves out the factor 1/sqrt(head_dim), also in blocks that ignore this key.
   scales_query_kernel = blocks.spec(config).scales_query_kernel and not config.use_qk_norm
   state = nnx.state(decoder, nnx.Param)
   for path, param in nnx.to_flat_state(state):
@@ -66,7 +68,7 @@ def initialise(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
 
 
 class MuddEmbed(Embed):
-  """The stock embedding, started by the rule of `mudd_init`."""
+  """MaxText's embedding, with initial values by the rule of `mudd_init`."""
 
   def __init__(self, num_embeddings, num_features, config, mesh, **kwargs):
     if not is_stock(config):

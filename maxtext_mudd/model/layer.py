@@ -22,12 +22,12 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
   """
 
   class ConnectedLayer(layer_class):
-    """Takes and returns the carry of the connection. The first layer takes the embedding, and the last one returns the
-    hidden state, unless layers are scanned.
+    """The layer whose `__call__` takes and returns the carry of the connection. If layers are not scanned, the first
+    one takes the embedding, and the last one returns the hidden state.
 
     Args:
-      ffn_width: of this layer's feed-forward network.
-      connect: (mesh, rngs) -> the connection.
+      ffn_width: width of the feed-forward network of this layer.
+      connect: builds the connection from (mesh, rngs).
     """
 
     def __init__(self, *, config: HyperParameters, ffn_width: int, connect: Callable, rngs: nnx.Rngs, **kwargs):

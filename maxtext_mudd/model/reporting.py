@@ -1,4 +1,4 @@
-"""What MaxText reports of a model with depth connections: FLOPs, and statistics of the aggregates."""
+"""Adds depth connections to what MaxText reports: FLOPs, and statistics of the aggregates among the metrics."""
 
 import functools
 import re
@@ -31,7 +31,7 @@ def with_connection_flops(stock):
       extra = connection_tflops(config)
       total, weights = total + extra, weights + extra
       if log:
-        print(f"With the depth connections: {total:.2f} TFLOPs, {100 * extra / total:.2f}% of them theirs.")
+        print(f"With the depth connections: {total:.2f} TFLOPs, {100 * extra / total:.2f}% of which are due to them.")
     return total, weights, attention
 
   return calculate
@@ -55,7 +55,8 @@ def with_connection_metrics(stock):
 
 
 def _by_aggregate(keys: list[str], value, config):
-  """(number of the aggregate, its value) of what was sown under a path; scanned layers sow all at once."""
+  """Yields (number of the aggregate, its value) for a value that was sown under a path. Scanned layers sow the values
+  of all their aggregates in one array."""
   layer = next((re.fullmatch(r"layers_(\d+)", key) for key in keys if key.startswith("layers_")), None)
   if layer:
     yield int(layer.group(1)) + ("final_depth_aggregate" in keys), value

@@ -1,1 +1,1 @@
-"""Training runs, apart from the model: checks before the start, the data, the console, the lock and how a run ends."""
+"""What a training run needs besides the model: early checks, data, console, lock and exit status."""

@@ -1,11 +1,11 @@
-"""The console of the launchers, which is brief by default: everything else goes to a log file.
+"""The console of the launchers. By default it is brief, and all output of the process goes to a log file.
 
 A brief console shows the lines of `Progress`, each warning once, errors, and the texts given to `show` and `refuse`.
 The process' standard output and error go to RUN/log.txt, including those of C++ code and of child processes.
 
-Only MaxText's configuration says for certain where that file is, and whether `log_console` is "brief". Until it is
-read, output goes to temporary files if the command line shows that the console will be brief. Otherwise output is
-shown until then. A job of several processes has MaxText's own console.
+The path of this file and the value of `log_console` are known when MaxText's configuration has been read. Until then,
+output is held in temporary files if the command line shows that the console will be brief. Otherwise it is shown. A job
+of several processes has MaxText's own console.
 
 A launcher runs inside `with Console():`, and `launch` calls `start` when it has read the configuration.
 """
@@ -39,7 +39,7 @@ _SHOWN_LINE = re.compile(
 
 
 def show(text: str) -> None:
-  """Prints a result of a launcher to the real standard output, also while output goes to the log."""
+  """Prints a result of a launcher to the real standard output, even while output goes to the log."""
   if _active:
     _active.show(text)
   else:
@@ -76,7 +76,8 @@ class Console:
   """A context in which a launcher runs. Only one can be active at a time.
 
   Attributes:
-    writes_log: whether the run has a folder for log.txt. If not, output that is not shown is dropped at a good end.
+    writes_log: whether the run has a folder for log.txt. If not, output that is not shown is dropped when the run ends
+      without an error.
     err: the real standard error.
   """
 
@@ -84,8 +85,8 @@ class Console:
     """
     Args:
       writes_log: whether the run has a folder for log.txt.
-      holds_output: whether to hold back all output until the configuration is read. By default it is, if the command
-        line of this process shows that the console will be brief (`early_check.shows_brief_console`).
+      holds_output: whether to hold all output until the configuration is read. Default: whether the command line of
+        this process shows that the console will be brief (`early_check.shows_brief_console`).
     """
     self.writes_log = writes_log
     self._holds_output = early_check.shows_brief_console(sys.argv) if holds_output is None else holds_output
@@ -96,13 +97,13 @@ class Console:
     self._bar: tqdm.tqdm | None = None
     self._log: LogFile | None = None
     self._early_records: list[logging.LogRecord] = []  # logged before the configuration is read
-    self._shown: set[str] = set()  # messages that need no second line
+    self._shown: set[str] = set()  # messages that were shown and are not shown again
     self._refused = False
 
   def __enter__(self) -> "Console":
     global _active
     self._restore = contextlib.ExitStack()
-    self._held_output: list[BinaryIO] = []  # the files for standard output and error until there is a log
+    self._held_output: list[BinaryIO] = []  # the temporary files of standard output and error until there is a log
     self._out, self.err = sys.stdout, sys.stderr
     if self._holds_output:
       self._redirect()
@@ -127,7 +128,7 @@ class Console:
       self._restore.callback(os.close, real_fd := os.dup(fd))
       self._restore.callback(os.dup2, real_fd, fd)
       os.dup2(file.fileno(), fd)
-    self._real_err_fd = real_fd  # that of the last file, standard error
+    self._real_err_fd = real_fd  # after the loop, that of standard error
     for redirect, fd in ((contextlib.redirect_stdout, 1), (contextlib.redirect_stderr, 2)):
       stream = open(fd, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
       self._restore.enter_context(redirect(stream))
@@ -200,7 +201,7 @@ class Console:
     self._print(sentence, self.err)
 
   def handle(self, record: logging.LogRecord) -> None:
-    """Shows a log record, or the line that it gives, if the console shows records of its kind."""
+    """Shows a log record, or the line of `Progress` for it, if the console shows records of its kind."""
     with self._lock:
       if not self._log:
         self._early_records.append(record)
@@ -259,7 +260,7 @@ class Console:
       self._bar.update(self._progress.done - self._bar.n)  # draws at most ten times a second
 
   def _print(self, text: str, stream: TextIO) -> None:
-    with self._lock, contextlib.suppress(OSError):  # the reader of a pipe may have ended
+    with self._lock, contextlib.suppress(OSError):  # the process that reads the pipe may have ended
       if self._bar:
         self._bar.clear()
       print(text, file=stream, flush=True)
@@ -279,7 +280,7 @@ class Console:
     self._restore.close()
 
   def _debug(self, *arguments, **options):
-    """What `breakpoint()` calls: ends the log or prints the held-back output, and restores the console for it."""
+    """Called by `breakpoint()`: ends the log or prints the held output, and restores the console for the debugger."""
     global _active
     with self._lock:
       if self._is_brief:
@@ -313,7 +314,7 @@ class Console:
       self._bar.close()
       self._bar = None
     if crash:
-      traceback.print_exception(crash)  # prints to the log; Python prints it to the console later
+      traceback.print_exception(crash)  # to the log; Python prints the exception to the console later
     self._show_logged_lines()
     if is_good and self._progress and (line := self._progress.end()):
       self.show(line)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from maxtext_mudd.config.errors import ConfigError, brief, failed_in
 from maxtext_mudd.runs import data_settings, megatron_files
 
-SEARCH_SECONDS = 120  # a run that has failed does not wait longer for a better sentence
+SEARCH_SECONDS = 120  # the longest time that a failed run searches for the file at fault
 LINE_BYTES = 2**28  # longer lines, and larger files of one JSON list, are not searched: they may not fit in memory
 _COMPRESSED_STARTS = (
   b"\x1f\x8b",
@@ -96,7 +96,7 @@ def _setting_at_fault(config, error: Exception) -> str:
     )
   if not config.use_sft:
     return ""
-  # With use_sft MaxText asserts that columns have the names, and rows the form, of conversations.
+  # With use_sft MaxText asserts that the columns have names of conversations, and the rows the form of conversations.
   if failed_in(error, "validate_and_configure_sft_columns"):
     return (
       f"use_sft=True reads conversations, and train_data_columns={list(config.train_data_columns)} holds none; set it "

@@ -5,8 +5,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-# With these dataset types MaxText 0.2.5 resumes reading where it stopped: Grain's iterator is in the checkpoint,
-# olmo_grain counts steps, and synthetic data have no position.
+# Dataset types with which a resumed run reads on where it stopped, in MaxText 0.2.5: Grain's iterator is in the
+# checkpoint, olmo_grain counts steps, and synthetic data have no position.
 _RESUMED_TYPES = ("grain", "olmo_grain", "synthetic")
 
 
@@ -31,10 +31,10 @@ def warn_on_resume(config) -> None:
 def iterator_after_step(iterator: Any, manager: Any, config, start: int, done: int) -> Any:
   """A new iterator over the data of `iterator`, at the position where the run was after `done` steps.
 
-  An iterator whose data cannot be read stays inside the batch that it was reading, so a run resumed from it would skip
-  the rows before the fault. Grain's worker processes whose data ended stay ended. This function therefore restores the
-  newest checkpoint's position and reads the batches since then again. That takes a part of the time that training on
-  them took.
+  The old iterator has the wrong position. After a fault in the data it is inside a batch, so a run that resumes from it
+  would skip the rows before the fault. After the end of the data, Grain's worker processes have ended for good. This
+  function restores the position of the newest checkpoint, and reads the batches since then again. This takes less time
+  than training on them took.
 
   Args:
     iterator: the training data's iterator, after it failed or ended.

@@ -54,7 +54,8 @@ def splits(config) -> tuple[str, ...]:
 def file_keys(config) -> Iterator[tuple[str, str]]:
   """Yields each key by which this configuration names data files, with its value.
 
-  Yields nothing for a data set of the hub, for synthetic data, and for `mmap_npy`, which names folders and index files.
+  It yields nothing for a data set of the hub, for synthetic data, and for `mmap_npy`, whose keys name folders and index
+  files.
   """
   for split in splits(config):
     if key := _file_key(config, split):
@@ -95,7 +96,7 @@ def _data_readme() -> str:
 
 
 def _file_key(config, split: str) -> str:
-  """The key that names the files of a split; empty if none does."""
+  """The key that names the files of a split; empty if no key does."""
   is_local_format = config.hf_path in LOCAL_FORMATS
   key, hf_key = f"grain_{split}_files", f"hf_{split}_files"
   if config.dataset_type == "hf":

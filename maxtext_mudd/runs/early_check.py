@@ -1,7 +1,8 @@
 """Checks the configuration of a command line before JAX and MaxText are imported, which takes ten seconds or more.
 
-It uses the functions and sentences of `MuddConfig`, which checks everything later. Whatever it refuses, `MuddConfig`
-refuses too. It cannot find every mistake, and where only MaxText can tell a key's value it checks the names alone.
+It uses the functions and sentences of `MuddConfig`, which checks the whole configuration later. Whatever this module
+refuses, `MuddConfig` refuses, too. This module does not find every mistake. If only MaxText can tell the value of a
+key, it checks the name of the key alone.
 """
 
 import ast
@@ -20,7 +21,7 @@ from maxtext_mudd.config import files as config_files
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.config.keys import MuddKeys
 
-# The value of this key is text even where YAML would read something else. MaxText's commands read it as YAML later.
+# The value of this key is text here, even if YAML would read a number. MaxText's commands read it as YAML later.
 _PROMPT = "prompt="
 
 
@@ -61,8 +62,8 @@ def check(argv: Sequence[str], check_settings: Callable[[types.SimpleNamespace],
 def shows_brief_console(argv: Sequence[str]) -> bool:
   """Whether the command line alone shows that the console will be brief.
 
-  It does so if `log_console` is "brief", the output folder is local, and the run is one process. Where only MaxText can
-  tell, and where the command line has a mistake, the answer is False. Raises nothing.
+  The console will be brief if `log_console` is "brief", the output folder is local, and the run is one process. The
+  answer is False if only MaxText can tell, or if the command line has a mistake. Raises nothing.
 
   Args:
     argv: arguments as in `sys.argv`.
@@ -97,8 +98,8 @@ def check_keys(keys: Iterable[str]) -> None:
 
 
 def is_changed_by_maxtext(values: omegaconf.DictConfig) -> bool:
-  """Whether MaxText may change these values: by an environment variable (M_STEPS=3), by the keys that `model_name`
-  stands for, or because a value refers to another key (`${steps}`)."""
+  """Whether MaxText may change these values. It does so for environment variables (M_STEPS=3), for the keys that
+  `model_name` stands for, and for values that refer to another key (`${steps}`)."""
   if any(name.startswith("M_") for name in os.environ) or values.get("model_name", "default") != "default":
     return True
   return any(omegaconf.OmegaConf.is_interpolation(values, key) for key in values)

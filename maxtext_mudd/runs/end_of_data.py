@@ -1,10 +1,10 @@
-"""Ends a training run whose data ended or cannot be read: saves a checkpoint, and names a sentence and an exit status.
+"""Ends a training run whose data ended or cannot be read: saves a checkpoint, and chooses the sentence and exit status.
 
 MaxText 0.2.5 turns every exception of the training data's iterator into a StopTraining, writes "Training stopped: ..."
 to its log, and exits with status 0 without a checkpoint. An exception of the evaluation data's iterator ends MaxText
 with a traceback. MaxText has no hook for either case. The state, the checkpoint manager and the iterators are local
-variables of its function `training_loop_iteration`, which no caller gets. The traceback of the exception holds that
-function's frame, so this module reads them from there. No other module does.
+variables of its function `training_loop_iteration`, to which callers have no access. The traceback of the exception
+holds the frame of this function. This module reads the variables from the frame. No other module does so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ _DATA_REASONS = ("You may have run out of training data.", "`next(self.data_iter
 
 
 class StopRecorder(logging.Handler):
-  """A log handler that records why MaxText stopped a run before its last step. Only MaxText's log says it.
+  """A log handler that records why MaxText stopped a run before its last step. Only MaxText's log has the reason.
 
   Attributes:
     terminated: whether MaxText saved a checkpoint and stopped because of a SIGTERM.
@@ -78,10 +78,10 @@ def sets_num_epoch(argv: Sequence[str]) -> bool:
 def handle_training_data_error(error: BaseException | None, num_epoch_is_set: bool) -> RunEnd | None:
   """Saves the last step of a run whose training data ended or cannot be read.
 
-  All hosts save together, as in every save of MaxText. If the data of one host end or fail at another step than those
-  of the others, that host saves nothing. The others wait for it in their next step, until it ends and JAX ends the job.
-  Where MaxText records goodput, the time of this save is not counted, because MaxText has recorded the end of the job
-  before.
+  All hosts save together, as in every save of MaxText. If the data of one host end or fail at another step than the
+  data of the other hosts, this host saves nothing. The other hosts wait for it in their next step, until it ends and
+  JAX ends the job. If MaxText records goodput, the time of this save is not counted, because MaxText has already
+  recorded the end of the job.
 
   Args:
     error: the exception that MaxText was handling when it stopped.
@@ -98,7 +98,8 @@ def handle_training_data_error(error: BaseException | None, num_epoch_is_set: bo
   if not isinstance(cause, StopIteration):
     return _end_unreadable(run, cause)
   if run.config.dataset_type.value == "grain" and run.config.grain_worker_count:
-    # A worker whose data ended saves "nothing left to read". A resumed run would read that, whatever its num_epoch.
+    # A worker whose data ended saves the state "nothing left to read". A resumed run would restore this state, and read
+    # nothing, even with a higher num_epoch.
     run = run.with_position_of_last_step()
   checkpoint, is_saved = run.save()
   if run.done > run.start:
@@ -145,7 +146,7 @@ class _StoppedRun:
 
   @classmethod
   def from_variables(cls, variables: Mapping[str, Any], done: int) -> "_StoppedRun":
-    """Takes them from the local variables of MaxText's `training_loop_iteration`."""
+    """Takes the attributes from the local variables of MaxText's `training_loop_iteration`."""
     return cls(
       config=variables["config"],
       manager=variables["checkpoint_manager"],
@@ -159,7 +160,7 @@ class _StoppedRun:
     """Writes a checkpoint of the last step, unless there is one.
 
     Returns:
-      A clause that says where the newest checkpoint is, and False if a checkpoint was needed and not written.
+      A clause that says where the newest checkpoint is; and whether the last step is saved or needs no checkpoint.
     """
     from maxtext.common import checkpointing
 
@@ -222,7 +223,7 @@ def _end_unreadable(run: _StoppedRun, error: BaseException) -> RunEnd:
 
 
 def _loop_variables(error: BaseException | None) -> Mapping[str, Any] | None:
-  """The local variables of MaxText's `training_loop_iteration`, if the error passed through it."""
+  """The local variables of MaxText's `training_loop_iteration`; None if the error did not pass through it."""
   frames = _loop_frames(error)
   return frames[0].f_locals if frames else None
 

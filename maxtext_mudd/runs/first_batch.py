@@ -32,7 +32,7 @@ def check(config) -> None:
   tokens.check_training(config)
   if not is_readable_here(config):
     return
-  # Without Grain's worker processes, which take seconds to start and read the same files.
+  # Grain's worker processes are turned off: they take seconds to start, and read the same files.
   config = config.model_copy(update={"grain_worker_count": 0, "grain_worker_count_eval": 0})
   iterators = ()
   try:
@@ -54,9 +54,9 @@ def check(config) -> None:
 
 
 def is_readable_here(config) -> bool:
-  """Whether there is a batch that this process can read now.
+  """Whether this process can read a batch now.
 
-  It is not for synthetic data, which need no check. Nor is it for data that other processes read next to the devices
+  The answer is False for synthetic data, which need no check, for data that other processes read next to the devices
   (Pathways), and for elastic runs, whose mesh is not known yet.
   """
   return not (
@@ -68,7 +68,7 @@ def is_readable_here(config) -> bool:
 
 
 def _first_batch(iterator) -> dict[str, np.ndarray] | None:
-  """This host's part of the first batch: empty if the data fill none, None if this host reads no data."""
+  """This host's part of the first batch; empty if the data do not fill a batch, None if this host reads no data."""
   host_iterators = _host_iterators(iterator)
   return next(host_iterators[0].local_iterator, {}) if host_iterators else None
 
@@ -96,7 +96,7 @@ def _check_batch(batch: dict[str, np.ndarray], split: str, config) -> None:
 
 
 def _described_rows(split: str, config) -> str:
-  """A clause with the number of rows, if they are in local files of which counting takes a moment."""
+  """A clause with the number of rows, if they are in local files whose rows can be counted quickly."""
   for key, value in data_settings.file_keys(config):
     if split in key and (file_type := data_settings.file_type(key, config)) in data_settings.LOCAL_FORMATS:
       files = data_settings.local_files(key, value, config)

@@ -32,8 +32,8 @@ def refuse_together(refusal: ConfigError | None) -> None:
 def wait_for_all(barrier: str, seconds: float = WAIT_SECONDS) -> bool:
   """Waits until all hosts have called this function; returns False if one of them does not in time.
 
-  A collective of JAX would abort the job if another host is in a different one. So this asks JAX's coordinator, which
-  has no public interface in JAX 0.11. Orbax waits for hosts in the same way.
+  A collective operation of JAX would abort the job if another host runs a different one. So this function asks JAX's
+  coordinator, which has no public interface in JAX 0.11. Orbax waits for hosts in the same way.
 
   Args:
     barrier: a name that all hosts pass. Each name can be used once.

@@ -26,14 +26,15 @@ from maxtext_mudd.runs import console, early_check, end_of_data, usage
 def launch(entry_point: str, check: Callable | None = None, check_early: Callable | None = None) -> None:
   """Runs the `main` of a stock MaxText module, as the module does when it is run as a script.
 
-  `--help` and `--list` are answered, and mistakes in keys and files refused, without importing JAX. The process exits
-  with these statuses. In the cases of 2 and 3 it prints one sentence to stderr:
+  `--help`, `--list`, and mistakes in keys and files are handled without importing JAX. The process exits with one of
+  these statuses. With 2 and 3 it prints one sentence to stderr:
 
-    2    The version of MaxText is unknown, the configuration cannot work, or a checkpoint cannot be restored. Nothing
-         has been written then. Or a step does not fit the device, which only its compiler or its first run can tell.
+    0    The command succeeded. A training run did all its steps, or its data ended and `num_epoch` is set.
+    2    The version of MaxText is unknown, the configuration cannot work, or a checkpoint cannot be restored. In these
+         cases nothing has been written. Or a step does not fit the device, as its compiler or its first step shows.
     3    The training data ended before the steps of the run were done.
-    143  The run saved a checkpoint and stopped because of a SIGTERM, so that whatever sent it starts the run again.
-         MaxText's own script exits with 0.
+    143  The run saved a checkpoint and stopped because of a SIGTERM. The status tells the sender of the signal, such as
+         Kubernetes, to start the run again. MaxText's own script exits with 0.
 
   Args:
     entry_point: the name of the module.
@@ -74,7 +75,7 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
   finally:
     absl_logging.get_absl_logger().removeHandler(stop)
     stop.error = None  # its frames hold the data iterators
-    # MaxText's data iterators clean up when they are collected, and no longer can once the interpreter shuts down.
+    # MaxText's data iterators clean up when they are garbage-collected, which fails once the interpreter shuts down.
     gc.collect()
 
 
@@ -83,7 +84,7 @@ def _install_plugin(check: Callable | None, configs: list) -> None:
 
   def check_config(config):
     configs.append(config)
-    # `end_of_data.StopRecorder` needs messages of this level. A brief console shows few of them anyway.
+    # `end_of_data.StopRecorder` needs messages of this level. A brief console shows few of these messages.
     absl_logging.set_verbosity(max(absl_logging.get_verbosity(), absl_logging.INFO))
     _devices().check_mesh(config)
     if check:
@@ -131,7 +132,7 @@ def read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 def exit_with(sentence: str, status: int = 2) -> NoReturn:
   """Ends the process with one sentence on stderr. Every mistake of a user ends with status 2."""
   console.refuse(f"maxtext-mudd: {sentence}")
-  # Nothing that threads, coroutines and data iterators print while they end would help the user.
+  # Messages that threads, coroutines and data iterators print while they end would not help the user.
   logging.disable()
   warnings.simplefilter("ignore")
   sys.unraisablehook = lambda _: None

@@ -1,5 +1,4 @@
-"""Warnings and lines that libraries print dozens of times in good runs, and that need no action: keeps them off the
-console."""
+"""Hides warnings and lines that libraries print dozens of times in runs without errors and that need no action."""
 
 from collections.abc import Iterator
 import contextlib
@@ -13,7 +12,7 @@ import warnings
 from absl import logging as absl_logging
 
 _WARNINGS = (
-  # Orbax causes this one itself: it makes a TensorStore context for every parameter that it restores for MaxText.
+  # Orbax causes this warning itself: it creates a TensorStore context for every parameter that it restores for MaxText.
   r"ParamInfo\(name='.*'\) created with ts_context=None",
   # Orbax looks for metadata in STEP/items first; MaxText's checkpoints have it in STEP.
   r"Metadata file does not exist: .*/items/_CHECKPOINT_METADATA",
@@ -21,12 +20,12 @@ _WARNINGS = (
   # data, and `maxtext_mudd.convert` writes the other two.
   r"Failed to get metadata for checkpointable: (?:iter|tokenizer|remote_code) due to incompatible handler",
   r"Failed to resolve handler for checkpointable: '(?:tokenizer|remote_code)'",
-  # Only training writes to that folder, and it prints where its log is.
+  # Only training writes to the folder maxtext_output, and it prints the path of its log.
   r"base_output_directory is not provided; Using local directory called maxtext_output",
   # Deprecations in calls of MaxText 0.2.5, which pins versions of Orbax and Grain that still accept these calls.
   r"The transformations API will eventually be replaced by an upgraded design",
   r"Specifying dataset_type upon checkpointer creation is deprecated",
-  # MaxEngine donates a prompt's KV cache, which is smaller than the cache of all prompts that it is copied into.
+  # MaxEngine donates the KV cache of a prompt, which is smaller than the cache of all prompts into which it is copied.
   r"Some donated buffers were not usable",
 )
 _LINES = (
@@ -39,7 +38,7 @@ _LINE = re.compile("|".join(_LINES))
 
 
 def is_known(message: str) -> bool:
-  """Whether a message is one of the known warnings. The place in the source code may stand before it."""
+  """Whether a message is one of the known warnings. A position in the source code may precede it."""
   return bool(_WARNING.search(message))
 
 

@@ -22,11 +22,11 @@ class LogFile:
   """
 
   def __init__(self, folder: pathlib.Path | None, held_output: Sequence[BinaryIO]):
-    """Redirects standard output and error to the log, which begins with the command and the output held back so far.
+    """Redirects standard output and error to the log, which begins with the command and the output held so far.
 
     Args:
       folder: the run's folder, or None for a launcher without one.
-      held_output: the files with the output held back so far.
+      held_output: the files with the output held so far.
 
     Raises:
       ConfigError: the run's folder exists and the log cannot be written there.

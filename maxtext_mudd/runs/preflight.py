@@ -49,9 +49,9 @@ def check_files(config) -> None:
 
 
 def _check_start_checkpoint(config) -> None:
-  """Checks the checkpoint that a new run starts from. MaxText would only look at it after making the run's folders."""
+  """Checks the checkpoint that a new run starts from. MaxText would read it after it has created the run's folders."""
   if _has_own_checkpoint(config.checkpoint_dir):
-    return  # the run resumes from it, and reads no other
+    return  # the run resumes from its newest checkpoint, and reads no start checkpoint
   for key in ("load_parameters_path", "load_full_state_path"):
     path = getattr(config, key)
     if path and not data_settings.is_remote(path) and not os.path.isdir(path):

@@ -1,4 +1,4 @@
-"""Refuses values of MaxText's keys with which its trainer would fail late, train nothing, or not start.
+"""Refuses values of MaxText's keys with which MaxText's trainer would fail late, train nothing, or not start.
 
 Each generator below yields pairs: whether a setting is unusable, and the sentence that refuses it.
 """

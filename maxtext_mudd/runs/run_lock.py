@@ -17,9 +17,9 @@ NAME = "run.lock"  # in OUTPUT/RUN
 class RunLock(contextlib.AbstractContextManager):
   """A context in which a training run can lock its folder by `take`. The end of the context releases the lock.
 
-  The kernel holds the lock for the process (flock), so a run that was killed does not block the next one. The file's
-  text names the process and the host, for messages only. Where there are no such locks, no run is refused: in remote
-  output (gs://), and on some network file systems.
+  The operating system holds the lock for the process (flock), so a run that was killed does not block the next one. The
+  text of the file names the process and the host, for messages only. Remote output (gs://) and some network file
+  systems have no locks. There no run is refused.
   """
 
   def __init__(self):

@@ -32,7 +32,8 @@ _logger = logging.getLogger(__name__)
 def prepare(config) -> None:
   """Sets `grain_train_files` and `grain_eval_files` if a Grain configuration names its files by the hf_* keys.
 
-  Parquet files are used as they are. Others are converted. Logs a warning for files whose rows are mostly blank.
+  Parquet files are used as they are, and files of other formats are converted. Logs a warning for files whose rows are
+  mostly blank.
 
   Args:
     config: MuddConfig of a run whose data files exist.

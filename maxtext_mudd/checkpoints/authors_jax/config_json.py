@@ -1,6 +1,6 @@
-"""MaxText's keys of a model of the authors' JAX code, from its `config.json` and the shapes of its parameters.
+"""Derives MaxText's keys of a model of the authors' JAX code, from its `config.json` and the shapes of its parameters.
 
-Sources: the golden models' files, and the layers of the authors' code that read these fields.
+The meaning of the fields is taken from the layers of the authors' code that read them, and from the golden models.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,7 +48,8 @@ _SUPPORTED = {
   "use_untrainable_positional_embedding": False,
   "trainable_position_size": -1,
 }
-# Sizes by MaxText's key: the field, or, where that is missing, a parameter that shows the size, its rank and the axis.
+# Sizes by MaxText's key: the field with the size; and, for files without this field, a parameter whose shape shows the
+# size, the rank of the parameter and the axis.
 _SIZES = {
   "base_emb_dim": ("emb_dim", "token_embedder/embedding", 2, 1),
   "vocab_size": ("vocab_size", "token_embedder/embedding", 2, 0),
@@ -56,7 +57,7 @@ _SIZES = {
   "base_num_kv_heads": ("num_kv_heads", "decoder/layers_0/self_attention/key/kernel", 3, 1),
   "head_dim": ("head_dim", "decoder/layers_0/self_attention/query/kernel", 3, 2),
 }
-# Numbers that no shape shows, by MaxText's key: the field and its default.
+# Numbers that no shape shows, by MaxText's key: the field and its default value.
 _NUMBERS = {
   "rope_min_timescale": ("rope_min_timescale", 1),
   "rope_max_timescale": ("rope_max_timescale", 10000),
@@ -110,7 +111,7 @@ class _Model:
 def keys(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   """MaxText's keys of the model.
 
-  A field takes precedence over shapes, so that a parameter that does not fit is noticed later.
+  A field takes precedence over shapes. A parameter whose shape does not fit is refused when the parameters are read.
 
   Args:
     shapes: the shapes of the parameters, by their names in the authors' code.

@@ -1,7 +1,7 @@
 """Reads models of the authors' JAX code and converts them to model folders.
 
-Their parameters have the shapes of MaxText's, under other names. Their attention divides the scores by sqrt(head_dim),
-as MaxText's qwen3 does; MaxText's llama2 keeps that factor in the query kernel.
+The parameters have the same shapes as MaxText's, and other names. The authors' attention divides the scores by
+sqrt(head_dim), as MaxText's qwen3 block does. MaxText's llama2 block has this factor in the query kernel instead.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +34,7 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 class Model:
-  """A `model_folder.Source`: `params.safetensors`, or an Orbax tree with the same parameters."""
+  """A `model_folder.Source` that reads `params.safetensors`, or an Orbax tree with the same parameters."""
 
   def __init__(self, path: pathlib.Path):
     """Reads the headers of the parameters, and `config.json` if there is one.
@@ -53,10 +53,10 @@ class Model:
     self.size = sum(x.size for x in self._tensors.values())
 
   def parameters(self, config, progress: Callable[[int], None] = lambda size: None) -> Iterator[tuple[str, np.ndarray]]:
-    """As `model_folder.Source.parameters`.
+    """Reads the parameters, as `model_folder.Source.parameters` says.
 
     Raises:
-      ConfigError: a parameter is missing, is not one of this model, or has another shape. None has been read then.
+      ConfigError: a parameter is missing, is not one of this model, or has another shape. Then no values were read.
     """
     last = config.num_decoder_layers - 1
     self._check(config, last)
@@ -78,7 +78,7 @@ class Model:
           f"{list(expected.shape)}."
         )
     if missing:
-      # The message names the parameter as the authors' code does: that is its name in other blocks, with this number.
+      # The message has the parameter's name in the authors' code: its name in other blocks, with this block's number.
       likely = (re.sub(r"(layers|norm)_\d+/", rf"\1_{i}/", name) for name in self._tensors for i in range(last + 1))
       names = {path_of(name, last): name for name in (_EMBEDDING_NORM, *likely)}
       first = min(names.get(path, path) for path in missing)
@@ -117,10 +117,10 @@ def _aggregate_path(block: int, last: int) -> str:
 
 
 def from_fork(source: pathlib.Path, target: pathlib.Path, overrides: Mapping[str, Any]) -> None:
-  """Converts a folder of the authors' JAX code; as `model_folder.convert`."""
+  """Converts a folder of the authors' JAX code to a model folder, as `model_folder.convert` says."""
   model_folder.convert(Model(source), target, overrides, {})
 
 
 def _orbax_tree(path: pathlib.Path) -> pathlib.Path:
-  """The folder of the tree: a subfolder if `path` is a checkpoint of a run, or `path` itself."""
+  """The folder of the Orbax tree: a subfolder if `path` is a checkpoint of a run, else `path` itself."""
   return next((path / name for name in ("items", "default", "state") if (path / name).is_dir()), path)

@@ -1,6 +1,6 @@
-"""MaxText's keys of a released model from its `config.json`, and `config.json` from a MaxText configuration.
+"""Converts `config.json` of a released model to MaxText's keys, and a MaxText configuration to `config.json`.
 
-Source: the configuration classes of the authors' MUDDFormer and MUDDPythia (PyTorch).
+The fields are those of the configuration classes of the authors' MUDDFormer and MUDDPythia (PyTorch).
 """
 
 from collections.abc import Mapping, Sequence
@@ -79,10 +79,10 @@ FAMILIES = {  # by model_type
 _AGGREGATE_FLAGS = ("round64", "expand_last")
 _FLAGS = ("use_qk_norm", *_AGGREGATE_FLAGS)
 _POSITIVE_NUMBERS = ("norm_eps", "rope_base", "rotary_pct")
-# A field that the authors' code does not have would change the model if its name has one of these parts.
+# A field that the authors' code does not have is refused if its name has one of these parts.
 _SUSPICIOUS = ("rope", "rotary", "scal", "window", "soft_cap", "softcap", "bias", "parallel", "hidden_act")
 _SUSPICIOUS += ("activation", "expert", "moe", "quant")
-# MaxText's keys that change the function of a model, and for which the authors' code has the defaults only.
+# MaxText's keys that change the function of a model. The authors' code computes the models with their defaults only.
 _DEFAULT_ONLY = ("attention_type", "attention_bias", "attention_sink", "attention_output_dim", "moba")
 _DEFAULT_ONLY += ("temperature_tuning", "attn_logits_soft_cap", "final_logits_soft_cap", "qk_norm_with_scale")
 _DEFAULT_ONLY += ("partial_rotary_factor", "local_rope_max_timescale", "nope_layer_interval")
@@ -90,7 +90,8 @@ _DEFAULT_ONLY += ("use_untrainable_positional_embedding", "trainable_position_si
 _DEFAULT_ONLY += ("use_post_ffw_norm", "mlp_bias", "mlp_activations_limit", "num_experts", "mtp_num_layers")
 _DEFAULT_ONLY += ("quantization", "global_parameter_scale")
 _DEFAULT_ONLY += tuple(key for key in MuddConfig.model_fields if key.startswith("rope_") and key not in _SIZES)
-# Keys of this project that `config.json` states or implies, or that do not change the function.
+# Keys of this project for which a model may have other values than the defaults: `config.json` states or implies their
+# values, or they do not change the function.
 _STATED_OR_FREE = {"mudd_kernel", "mudd_ffn_groups", "mudd_ffn_round_to", "mudd_ffn_first", "mudd_ffn_last"}
 _STATED_OR_FREE |= {"mudd_init", "mudd_init_std", "mudd_rotary_fraction", "mudd_expansion_rate"}
 _STATED_OR_FREE |= {"mudd_ffn_parts", "mudd_rope_table"}
@@ -136,7 +137,7 @@ def keys(fields: Mapping[str, Any], block_widths: Sequence[int | None], file: st
 
 
 def _checked(fields: Mapping[str, Any], field: str, file: str, default: Any = None):
-  """The value of a field. Raises ConfigError if it is not of the type or in the range of this field."""
+  """The value of a field. Raises ConfigError if the value has a wrong type or is out of the field's range."""
   value = fields.get(field, default)
   if field in _FLAGS:
     is_valid, kind = isinstance(value, bool), "true or false"
@@ -191,7 +192,7 @@ def _check_supported(config, name: str, model_fields: Mapping[str, Any]) -> None
   widths = ffn_widths.of_config(config)
   released = _unstated_keys() | keys(model_fields, widths, "this model") | _implied_keys(config)
   block = block_spec(config)
-  if block.is_released:  # the block differs at most by a factor, which `names` applies
+  if block.is_released:  # the block differs from the authors' block at most by a factor, which `names` applies
     released["decoder_block"] = config.decoder_block.value
     if not block.takes_qk_norm:
       released["use_qk_norm"] = False
@@ -207,14 +208,14 @@ def _check_supported(config, name: str, model_fields: Mapping[str, Any]) -> None
 
 
 def _implied_keys(config) -> dict[str, Any]:
-  """Keys that the authors' code derives from others: it shares no key heads, and re-allocates all FFNs."""
+  """Values of the keys that the authors' code derives. It shares no key heads, and re-allocates all FFNs."""
   width, heads = config.emb_dim, config.num_query_heads
   head_dim = width / heads if width % heads else width // heads
   return {"mudd_ffn_reallocation": True, "base_num_kv_heads": heads, "head_dim": head_dim}
 
 
 def _unstated_keys() -> dict[str, Any]:
-  """Keys that no field states, with the value that the authors' code has for them: the default."""
+  """Values of the keys that no field states. The authors' code has their default values."""
   mudd_keys = [key for key in MuddConfig.model_fields if key.startswith("mudd_") and key not in _STATED_OR_FREE]
   return {key: _plain(MuddConfig.model_fields[key].default) for key in (*mudd_keys, *_DEFAULT_ONLY)}
 

@@ -1,7 +1,7 @@
 """Converts released models from Hugging Face folders to model folders, and back.
 
-One tensor is read at a time. The host holds the whole model once, in the dtype that it is converted to; on the way back
-it holds one shard.
+Tensors are read one at a time. A conversion to a model folder holds the whole model in host memory once, in the dtype
+of the model folder. A conversion to a Hugging Face folder holds one shard in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ from maxtext_mudd.checkpoints.tensors import Tensor
 from maxtext_mudd.config.errors import ConfigError
 
 CONFIG = "config.json"
-ORIGINAL = "hf_config.json"  # in a model folder: config.json and the dtypes of the model that was converted
+ORIGINAL = "hf_config.json"  # file of a model folder with config.json and the dtypes of the Hugging Face folder
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -41,7 +41,7 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 class Model:
-  """A `model_folder.Source`: MUDDFormer or MUDDPythia as published.
+  """A `model_folder.Source` that reads a Hugging Face folder of MUDDFormer or MUDDPythia.
 
   Attributes:
     fields: the fields of config.json.
@@ -63,10 +63,10 @@ class Model:
     self.dtypes = {name: tensor.dtype.name for name, tensor in self._tensors.items()}
 
   def parameters(self, config, progress: Callable[[int], None] = lambda size: None) -> Iterator[tuple[str, np.ndarray]]:
-    """As `model_folder.Source.parameters`.
+    """Reads the parameters, as `model_folder.Source.parameters` says.
 
     Raises:
-      ConfigError: a tensor is missing, is not one of this model, or has another shape. None has been read then.
+      ConfigError: a tensor is missing, is not one of this model, or has another shape. Then no values were read.
     """
     by_path = {name.path: name for name in hf_names.names(config)}
     _check_tensors(self._tensors, by_path.values(), self.path)
@@ -80,7 +80,7 @@ class Model:
 
 
 def from_hf(source: pathlib.Path, target: pathlib.Path, overrides: Mapping[str, Any]) -> None:
-  """Converts a Hugging Face folder; as `model_folder.convert`."""
+  """Converts a Hugging Face folder to a model folder, as `model_folder.convert` says."""
   model = Model(source)
   original = json.dumps({"fields": model.fields, "dtypes": model.dtypes}, indent=2)
   model_folder.convert(model, target, overrides, {ORIGINAL: original})
@@ -121,12 +121,12 @@ def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _without_layer(name: Name) -> str:
-  """Sorts the layers of one parameter together: if they are scanned, one array holds all and is read only once."""
+  """A sort key that puts the layers of a parameter together, so that an array of scanned layers is read once."""
   return re.sub(r"layers_\d+", "layers", name.path)
 
 
 def _single_layers(scanned: Mapping[str, Tensor], config) -> dict[str, Tensor]:
-  """The tensors of single layers, from those of scanned layers; keeps only the array that was read last.
+  """The tensors of single layers, from those of scanned layers. Only the array that was read last stays in memory.
 
   Raises:
     ValueError: as `layout.unstack`.

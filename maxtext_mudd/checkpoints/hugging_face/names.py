@@ -1,9 +1,9 @@
 """Maps each tensor of the authors' PyTorch models to a parameter of MaxText, in both directions.
 
-Every tensor is one parameter of the layout with single layers. The two differ by a transposition and a reshape, so
-nothing is rounded. The exception are blocks that keep 1/sqrt(head_dim) in the query kernel, which the authors' code
-does not: on the way to PyTorch their query kernels are multiplied by sqrt(head_dim), which rounds once unless that is a
-power of two.
+Every tensor is one parameter of the model with single layers. Tensor and parameter differ by a transposition and a
+reshape, so no value is rounded. There is one exception. Some of MaxText's blocks have the factor 1/sqrt(head_dim) in
+the query kernel, and the authors' code does not. The conversion to PyTorch multiplies the query kernels of these blocks
+by sqrt(head_dim). This rounds each value once, unless sqrt(head_dim) is a power of two.
 """
 
 from collections.abc import Iterator, Sequence
@@ -120,7 +120,8 @@ def _norm(tensor: str, path: str, size: int, bias: bool) -> Iterator[Name]:
 def _linear(
   tensor: str, path: str, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, factor: float = 1.0
 ) -> Iterator[Name]:
-  """`inputs` and `outputs`: the input and output axes of MaxText's kernel, one or two each."""
+  """The `Name` of a linear layer. `inputs` and `outputs` are the input and output axes of MaxText's kernel, one or two
+  each."""
   shape, tensor_shape = (*inputs, *outputs), (int(np.prod(outputs)), int(np.prod(inputs)))
   yield Name(f"{tensor}.weight", f"{path}/kernel", tensor_shape, shape, True, factor)
   if bias:

@@ -3,7 +3,7 @@
 import pathlib
 import shutil
 
-FOLDER = "remote_code"  # its place in a model folder
+FOLDER = "remote_code"  # the subfolder of a model folder that has the code
 _FILES = ("*.py", "generation_config.json")
 
 

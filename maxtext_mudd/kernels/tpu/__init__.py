@@ -2,7 +2,7 @@
 
 This file lays operands out for the kernels, chooses block sizes, and brings results back into the form of `mix`. The
 kernels are in `forward.py`, `backward.py` and `push.py`. They compute the weights of a `WeightMLP` in VMEM, from rows
-that they hold anyway, so these weights cost no memory traffic.
+that they have loaded for the product with the sources. So these weights cost no memory traffic.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def forward(sources: Sources, weights: Weights, *, interpret) -> list[Float[Arra
   ways = number_of_ways(weights)
 
   def arrays(slots, size):
-    # A buffer needs float32 sums. They lie in VMEM once; inputs and outputs lie there twice.
+    # A buffer needs float32 sums. VMEM holds one copy of them, and two copies of the blocks of inputs and outputs.
     sums = 2 * ways // size if isinstance(sources, Buffer) else 0
     return slots + 1 + ways + sums
 
@@ -132,19 +132,19 @@ def _unflatten(tree, lead: tuple[int, int]):
 
 
 def _flat(sources: Sources):
-  """The sources as the kernels take them; and the number of valid entries as int32 [1], None for a list."""
+  """The sources [rows,D] or [S,rows,D]; and the number of valid entries as int32 [1], None for a list."""
   if isinstance(sources, Buffer):
     return _flatten(sources.entries), sources.count[None]
   return _flatten(list(sources)), None
 
 
 def _shape(sources: Sources, ways: int, arrays: Callable[[int, int], int]) -> Shape:
-  """The static facts of a call.
+  """The sizes of a call, and the block size that fits VMEM.
 
   Args:
     ways: number of streams.
-    arrays: from (number of slots, bytes of one number) to the number of arrays [rows,D] of which a grid step holds a
-      block.
+    arrays: a function of (number of slots, bytes of one number). It returns the number of arrays [rows,D] of which a
+      grid step holds a block.
   """
   is_buffer = isinstance(sources, Buffer)
   source = sources.entries[0] if is_buffer else sources[-1]
@@ -188,7 +188,7 @@ def _by_source(shape: Shape, x):
 
 
 def _lay_out(shape: Shape, weights: Weights) -> tuple[RowWeights, WholeWeights]:
-  """The weights as the kernels take them."""
+  """Splits weights into operands that the kernels read by blocks of rows, and operands that they read as a whole."""
   if not isinstance(weights, WeightMLP | HiddenLayer):
     by_group = _by_group(shape, weights.astype(jnp.float32))
     if weights.ndim == 2:
@@ -213,7 +213,7 @@ def _flat_w2(shape: Shape, weights: Weights):
 def _form_of_gradient(
   shape: Shape, weights: Weights, outputs: _backward.Outputs, sums: _backward.Sums, lead
 ) -> Weights:
-  """The gradient of the weights that the kernel wrote, in the type of the weights."""
+  """The gradient of the weights, from the results of the kernel. It has the type of the weights."""
 
   def by_source(x):
     return _by_source(shape, x.reshape(*x.shape[:2], shape.ways, shape.slots))

@@ -19,8 +19,8 @@ from maxtext_mudd.kernels.tpu import common
 from maxtext_mudd.kernels.tpu.common import TOKENS, Recipe, RowWeights, Shape, WholeWeights
 from maxtext_mudd.kernels.tpu.forward import write_stream
 
-# The gradients of this many sources come from one product of 256 columns, the width of the MXU of a v6e and a TPU7x.
-# There it takes 0.77 of the cycles of products of 128 columns, and its results fit the registers.
+# One product of 256 columns gives the gradients of this many sources. 256 is the width of the MXU of a v6e and a TPU7x,
+# on which the product takes 0.77 of the cycles of two products of 128 columns. Its results fit the registers.
 SOURCES_PER_PRODUCT = 16
 
 
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     totals: gradient accumulators of the near sources; None: zeros.
     sources: N arrays [rows,D], or a buffer repeated for each slot.
     gradients: gradients of the C streams, [rows,D].
-    newest: a buffer, of which the newest entry is read, where the weight MLP needs it; else None.
+    newest: the buffer again, to read its newest entry for the weight MLP; None if no MLP reads that entry.
     weights: weights of this aggregate.
     recomputed: weights of the aggregate whose streams are recomputed.
   """
@@ -64,8 +64,8 @@ class Outputs(NamedTuple):
   Attributes:
     sources: gradient accumulators of the near sources, [rows,D] each; of a buffer, [S,rows,D].
     weights: gradients of `RowWeights`; those of a hidden layer and of an array are float32.
-    hidden: the hidden layer [rows,K], for `push`; None: not asked for.
-    streams: recomputed streams of the aggregate before, [rows,D]; None: not asked for.
+    hidden: the hidden layer [rows,K], for `push`; None unless it was requested.
+    streams: recomputed streams of the aggregate before, [rows,D]; None unless they were requested.
   """
 
   sources: list | jax.Array
@@ -78,9 +78,9 @@ class Sums(NamedTuple):
   """Gradients that are summed over rows, float32. In the kernel they have a leading axis: each core writes its own sum.
 
   Attributes:
-    a: [G,C,1,8n], whose eight lanes of a source remain to be summed.
-    w2: [G,K,C·n].
-    w1: [D,K].
+    a: gradient of the static weights, [G,C,1,8n]. The eight lanes of each source remain to be summed.
+    w2: gradient of W2, [G,K,C·n].
+    w1: gradient of W1, [D,K].
   """
 
   a: jax.Array | None
@@ -89,12 +89,12 @@ class Sums(NamedTuple):
 
 
 class BackwardPlan(NamedTuple):
-  """Static facts besides the shape of the sources.
+  """What the kernel computes, known when it is traced.
 
   Attributes:
     recipe: recipe of this aggregate.
     near: indices of the near sources of a list, the newest last; None for a buffer.
-    recomputed: recipe of the aggregate whose streams are recomputed; None: there is none.
+    recomputed: recipe of the aggregate whose streams are recomputed; None: no streams are recomputed.
     keep_hidden: whether the hidden layer is written.
   """
 
@@ -107,12 +107,12 @@ class BackwardPlan(NamedTuple):
 def backward(shape: Shape, plan: BackwardPlan, count, rows: Rows, whole: Whole, *, interpret) -> tuple[Outputs, Sums]:
   """Runs the kernel.
 
-  Accumulators of entries of a buffer that are not valid may change if they share a group with valid ones. Without
-  `rows.totals` they are zero.
+  If an entry of a buffer is not valid and its group has valid entries, its accumulator may change. Without
+  `rows.totals` it is zero.
 
   Args:
-    shape: static facts of the call.
-    plan: further static facts.
+    shape: sizes of the call.
+    plan: what the kernel computes.
     count: number of valid entries of a buffer, int32 [1]; None for a list.
     rows: operands that are read block by block; `rows.newest` is set here.
     whole: operands that are read as a whole.
@@ -221,7 +221,7 @@ def _output_shapes(
 
 
 def _near(shape: Shape, plan: BackwardPlan) -> Shape:
-  """The static facts of the call, restricted to the near sources."""
+  """The sizes of the call, restricted to the near sources."""
   if plan.near is None:
     return shape
   return dataclasses.replace(shape, sources=len(plan.near), slots=len(plan.near))
@@ -234,9 +234,9 @@ def _scratch(shape: Shape, plan: BackwardPlan, whole: Whole) -> dict:
     "tile": common.tile_scratch(near, transposed=True),
     "pairs": pltpu.VMEM((shape.ways, shape.block, TOKENS * shape.slots), jnp.float32),
   }
-  if not shape.is_buffer:  # the part through the weight MLP is added before the gradient is rounded
+  if not shape.is_buffer:  # float32, so that the gradient is rounded once, after the MLP's part is added
     scratch["grad_newest"] = pltpu.VMEM((shape.block, shape.width), jnp.float32)
-  if whole.w2 is not None:  # kept in registers, they would be spilled around the loops
+  if whole.w2 is not None:  # in VMEM, because registers with these arrays would be spilled around the loops
     scratch["h"] = pltpu.VMEM((shape.block, whole.w2.shape[1]), shape.dtype)
     scratch["grad_h"] = pltpu.VMEM((shape.block, whole.w2.shape[1]), jnp.float32)
   if plan.recomputed is not None:
@@ -253,11 +253,11 @@ def _body(shape: Shape, plan: BackwardPlan, steps: int, *refs):
   has_hidden = whole.w2 is not None
   num_valid, is_last = None, None
   if shape.is_buffer:
-    num_valid = count[0][0] - group * shape.slots  # in this group and later ones
+    num_valid = count[0][0] - group * shape.slots  # valid entries in this group and in later ones
     is_last = (num_valid > 0) & (num_valid <= shape.slots)
   newest = rows.newest if shape.is_buffer else rows.sources[plan.recipe.source]
 
-  def when(condition):  # a list is one group
+  def when(condition):  # a list is one group, so every condition on groups holds
     return pl.when(condition) if shape.is_buffer else lambda function: function()
 
   @pl.when((step == 0) & (group == 0))
@@ -304,7 +304,7 @@ def _body(shape: Shape, plan: BackwardPlan, steps: int, *refs):
         outputs.sources[slot] = jnp.zeros(outputs.sources.shape[1:], shape.dtype)
 
   @when(is_last)
-  def _():  # in the group of the newest source, when the gradients of all weights are known
+  def _():  # the group of the newest source is the last, so the gradients of all weights are complete
     through_weights = jnp.zeros((), jnp.float32)
     if outputs.weights.hidden is not None:
       outputs.weights.hidden[...] = scratch["grad_h"][...]
@@ -371,8 +371,8 @@ def _token_gradients(shape: Shape, sums: Sums, pairs, group):
   """The gradient of the weights of a block of rows, [block,C·n] float32; also adds its sum over tokens to `sums.a`.
 
   Args:
-    pairs: dO @ X^T of all pairs among every eight tokens, [C,block,8n]. Only pairs of equal tokens count. `sums.a` adds
-      them before they are split into `halves`, in eight lanes for each source.
+    pairs: dO @ X^T of all pairs among every eight tokens, [C,block,8n]. Only pairs of equal tokens are gradients.
+      `sums.a` adds these in float32, in eight lanes for each source.
   """
   mask = common.same_token(shape.block, TOKENS * shape.slots)
   grad_w = jnp.zeros((shape.block, shape.ways * shape.slots), jnp.float32)

@@ -1,17 +1,17 @@
-"""Shared parts of the kernels: blocks of rows, the weights of a block, and products with them on the MXU.
+"""Shared parts of the kernels: blocks of rows, the weights of a block, and the products of weights with sources.
 
-One product mixes N sources into C streams, for eight tokens t at a time:
+One product on the matrix unit (MXU) mixes N sources into C streams, for eight tokens t at a time:
 
   L[(c,t),(j,u)] = W[t,c,j] · [t == u]        [8C, 8N]
   out[(c,t), :]  = L @ X[(j,u), :]            X: the sources' rows of these tokens, one source below another, [8N, D]
 
 L is called the factors of the weights. W is computed with each column repeated eight times along lanes, so that a mask
-turns it into L and nothing moves between lanes. On the VPU the same sums take 3.4 to 3.9 cycles per 1024 values of a
-source on a v5p, more than the 2.9 in which its HBM delivers them. As this product they take 2.0 (the compiler's static
-schedule).
+turns W into L and no value moves between lanes. On a v5p the HBM delivers 1024 values of a source in 2.9 cycles. Sums
+on the vector unit (VPU) take 3.4 to 3.9 cycles for these values, and the product on the MXU takes 2.0 cycles (by the
+compiler's static schedule).
 
-A grid step holds all N arrays of a list of sources. Of a buffer it holds one group of n entries, in n slots. A list is
-treated as one group, with one slot for each source.
+A grid step holds a block of rows of all N arrays of a list of sources. For a buffer it holds a block of rows of one
+group of n entries, in n slots. A list is treated as one group, with one slot for each source.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,11 @@ import jax.numpy as jnp
 
 from maxtext_mudd.kernels import weights as forms
 
-VMEM_LIMIT = 100 * 2**20  # chips with 64 MB have less; there the compiler's own limit holds
-TOKENS = 8  # of one product: the sublanes of a float32 tile
-CORES = 2  # of a v4 or v5p; each sums the weight gradients of its own row blocks
+VMEM_LIMIT = 100 * 2**20  # for chips with 64 MB of VMEM the compiler lowers this limit
+TOKENS = 8  # tokens of one product: the number of sublanes of a float32 tile
+CORES = 2  # cores of a v4 or v5p chip; each sums the weight gradients of its own row blocks
 CHUNK = 128  # columns of one product: with more, the results do not fit the registers of a core
-SLOTS = 16  # entries of a buffer in one grid step: times eight tokens, 128 rows of a product, the depth of a v5p's MXU
+SLOTS = 16  # entries of a buffer in one grid step: with eight tokens, 128 rows of a product, the depth of a v5p's MXU
 
 # VMEM (64 MB on a v5p) holds the input and output blocks of a grid step twice, and besides them the weights, the sums
 # of their gradients, scratch memory and temporaries of the compiler. These limit the bytes of the blocks, counted once.
@@ -40,7 +40,7 @@ _LARGEST_BLOCK = 128
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """The static facts of one call.
+  """The sizes of one call of a kernel, which are known when it is traced.
 
   Attributes:
     rows: B·T.
@@ -50,7 +50,7 @@ class Shape:
     slots: how many sources one grid step holds.
     block: how many rows one grid step holds.
     dtype: dtype of the sources.
-    is_buffer: whether the sources are a buffer, whose number of valid entries is known at run time only.
+    is_buffer: whether the sources are a buffer. Its number of valid entries is known at run time only.
   """
 
   rows: int
@@ -115,10 +115,11 @@ class Recipe:
 
 
 def block_rows(rows: int, arrays: int, width: int, dtype, limit: int) -> int:
-  """Rows of a block, if a grid step holds a block of `arrays` arrays [rows,width] and may use `limit` bytes."""
+  """Rows of a block, for a grid step that holds a block of `arrays` arrays [rows,width] and may use `limit` bytes."""
   most = min(_LARGEST_BLOCK, limit // (arrays * width * jnp.dtype(dtype).itemsize), -(-rows // TOKENS) * TOKENS)
   most = max(TOKENS, most // TOKENS * TOKENS)
-  # Prefer blocks without a partial one, and as many for each of two cores, unless that more than halves their size.
+  # Prefer a block size that divides the rows into an even number of whole blocks, so that two cores get equally many.
+  # Take it only if it is at least half of the largest size.
   even = [block for block in range(TOKENS, most + 1, TOKENS) if rows % (2 * block) == 0]
   return even[-1] if even and 2 * even[-1] >= most else most
 
@@ -211,7 +212,7 @@ def chunks(width: int, size: int = CHUNK):
 
 
 def for_each_eight_tokens(shape: Shape, body: Callable) -> None:
-  """Calls `body` for every eight tokens of a block, with their index in units of eight and their rows in the block."""
+  """Calls `body` for every eight tokens of a block, with the index of the eight and their rows in the block."""
 
   def step(g, _):
     body(g, pl.ds(pl.multiple_of(g * TOKENS, TOKENS), TOKENS))
@@ -230,7 +231,7 @@ def product(x, y, axes_of_x=1, axes_of_y=0):
 def halves(x, dtype):
   """x as a list of terms that the MXU multiplies exactly, for sources of this dtype.
 
-  For float32 that is x itself. For bfloat16 it is two bfloat16 numbers, whose sum is x but for an error of 2^-17.
+  For float32 the list has x itself. For bfloat16 it has two bfloat16 terms, with a relative error of 2^-17 at most.
   """
   if dtype == jnp.float32:
     return [x]

@@ -14,7 +14,7 @@ def forward(shape: Shape, recipe: Recipe, count, sources, rows: RowWeights, whol
   """Runs the kernel.
 
   Args:
-    shape: static facts of the call.
+    shape: sizes of the call.
     recipe: how the weights are computed.
     count: number of valid entries of a buffer, int32 [1]; None for a list.
     sources: N arrays [rows,D], or a buffer [S,rows,D].
@@ -74,7 +74,7 @@ def _body(shape: Shape, recipe: Recipe, *refs):
     mix_block(shape, block_start, sources, streams, scratch["factors"], scratch["tile"])
     return
   group, sums = pl.program_id(1), scratch["sums"]
-  num_valid = count[0][0] - group * shape.slots  # in this group and later ones
+  num_valid = count[0][0] - group * shape.slots  # valid entries in this group and in later ones
 
   @pl.when(group == 0)
   def _():

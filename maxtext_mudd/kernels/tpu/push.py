@@ -25,7 +25,7 @@ def push(
   """Runs the kernel.
 
   Args:
-    shape: static facts of the call; `shape.ways` counts the streams of all aggregates.
+    shape: sizes of the call; `shape.ways` counts the streams of all aggregates.
     recipes: how the weights of each aggregate are computed.
     gradients: gradients of the C streams [rows,D] of each aggregate.
     rows: for each aggregate, operands of its weights for these sources that are read by blocks of rows.

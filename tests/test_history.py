@@ -156,7 +156,7 @@ def test_groups_count_from_the_top():
   seven = plan_of(7)
   oldest = {block: history.place(seven, block).oldest_near for block in range(1, 8)}
   assert oldest == {1: 1, 2: 1, 3: 1, 4: 4, 5: 4, 6: 4, 7: 4}
-  assert [block for block in oldest if history.place(seven, block).is_lowest] == [1, 4]
-  assert [block for block in oldest if history.place(seven, block).is_top] == [7]
-  assert [block for block in oldest if history.place(seven, block).in_top_group] == [4, 5, 6, 7]
-  assert [member.block for member in history.place(seven, 4).above] == [5, 6, 7]
+  assert [block for block in oldest if history.place(seven, block).is_first_of_group] == [1, 4]
+  assert [block for block in oldest if history.place(seven, block).is_last] == [7]
+  assert [block for block in oldest if history.place(seven, block).in_last_group] == [4, 5, 6, 7]
+  assert [member.block for member in history.place(seven, 4).later_in_group] == [5, 6, 7]

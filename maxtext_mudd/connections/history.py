@@ -2,15 +2,15 @@
 
 If JAX differentiated each aggregate separately, each would read and write the gradient accumulator of every source
 before it: at 32 blocks their backward passes would move 1772 arrays [B,T,D]. Here they move 1177, because gradients are
-accumulated in groups of four aggregates. An aggregate is above another if it is nearer to the output:
+accumulated in groups of four aggregates:
 
 - Backward through an aggregate, only the accumulators of sources within its group are updated, those that the backward
-  passes of the next blocks need. The stream gradients and the weights are kept.
-- When the lowest aggregate of a group is reached, one pass (`push`) adds what the group sends to all older sources:
+  passes of the blocks between them need. The stream gradients and the weights are kept.
+- When the first aggregate of a group is reached, one pass (`push`) adds what the group sends to all older sources:
   each accumulator is read and written once for four aggregates.
 
 Rematerialisation is fused into these passes. Where a block is recomputed (`remat_policy: full`) its streams are, too;
-the backward pass of the aggregate above reads the same sources anyway and returns them: 124 arrays instead of 651. An
+the backward pass of the next aggregate reads the same sources anyway and returns them: 124 arrays instead of 651. An
 example with 8 blocks, where DA_8 is the last and has one stream:
 
   backward through   reads                                  accumulates into     returns besides
@@ -126,24 +126,24 @@ def name_last(history: History) -> History:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where an aggregate stands among the others; sources by their number.
+  """Where an aggregate stands among the others; sources are named by their number.
 
   Attributes:
     aggregate: its site.
-    before: the aggregate below, if any.
-    above: those above in its group, lowest first.
-    is_lowest: whether it is the lowest of its group.
-    is_top: whether there is none above in the model.
-    in_top_group: whether there is none above its group; then no accumulators exist yet.
-    oldest_near: the newest source of the group's lowest aggregate; older sources are left to `push`.
+    previous: the one before it, if any.
+    later_in_group: the later ones of its group, in order.
+    is_first_of_group: whether no other of its group is earlier.
+    is_last: whether no aggregate of the model is later.
+    in_last_group: whether its group is the last; then the sources have no accumulators yet.
+    oldest_near: the newest source of the group's first aggregate; older sources are left to `push`.
   """
 
   aggregate: Site
-  before: Site | None
-  above: tuple[Site, ...]
-  is_lowest: bool
-  is_top: bool
-  in_top_group: bool
+  previous: Site | None
+  later_in_group: tuple[Site, ...]
+  is_first_of_group: bool
+  is_last: bool
+  in_last_group: bool
   oldest_near: int
 
 
@@ -151,17 +151,17 @@ def place(plan: Plan, block: int) -> Place:
   """The place of DA_block."""
   blocks = sorted(plan.sites)
   number = blocks.index(block)
-  top = len(blocks) - 1
-  last = top - (top - number) // AGGREGATES_PER_GROUP * AGGREGATES_PER_GROUP
+  end = len(blocks) - 1
+  last = end - (end - number) // AGGREGATES_PER_GROUP * AGGREGATES_PER_GROUP
   first = max(0, last - AGGREGATES_PER_GROUP + 1)
   aggregate_at = plan.sites.get
   return Place(
     aggregate=aggregate_at(block),
-    before=aggregate_at(blocks[number - 1]) if number else None,
-    above=tuple(aggregate_at(b) for b in blocks[number + 1 : last + 1]),
-    is_lowest=number == first,
-    is_top=number == top,
-    in_top_group=last == top,
+    previous=aggregate_at(blocks[number - 1]) if number else None,
+    later_in_group=tuple(aggregate_at(b) for b in blocks[number + 1 : last + 1]),
+    is_first_of_group=number == first,
+    is_last=number == end,
+    in_last_group=last == end,
     oldest_near=blocks[first],
   )
 
@@ -202,7 +202,7 @@ def through_block(
   Returns:
     the history with the block's output, and what else it returned.
   """
-  recomputes = not here.place.is_top
+  recomputes = not here.place.is_last
   # Traced here, during the model's call: quantization by interception, for one, is no longer active when the backward
   # pass is traced.
   streams = jax.eval_shape(functools.partial(_streams, here), history, weights)
@@ -221,7 +221,7 @@ def through_block(
 
   def backward(inputs, cotangents):
     state, history, weights, arguments, closed_over = inputs
-    # The aggregate above has no backward pass where a loss reads only what blocks returned besides, as routers' losses.
+    # The next aggregate has no backward pass where a loss reads only what blocks returned besides, as routers' losses.
     has_streams = recomputes and not isinstance(cotangents[0].recomputed[0], SymbolicZero)
     to_history, to_rest = jax.tree.map(_instantiate, cotangents)
     streams = to_history.recomputed if has_streams else _streams(here, history, weights)
@@ -276,7 +276,7 @@ def _behind(here: PlacedAggregate, history: History, weights: Weights, recompute
     history,
     weights=weights if recomputes else None,
     recomputed=[jnp.zeros_like(like)] * place.aggregate.ways if recomputes else None,
-    pending=[pending(ahead) for ahead in place.above] if place.is_lowest else history.pending[1:],
+    pending=[pending(ahead) for ahead in place.later_in_group] if place.is_first_of_group else history.pending[1:],
   )
 
 
@@ -294,8 +294,8 @@ def _backward(
   site = place.aggregate
   read, recompute = site.sources, None
   if history.recomputed is not None:
-    read = tuple(sorted({*site.sources, *place.before.sources}))
-    recompute = _among(history.weights, place.before.sources, read)
+    read = tuple(sorted({*site.sources, *place.previous.sources}))
+    recompute = _among(history.weights, place.previous.sources, read)
   near = tuple(j for j in site.sources if j >= place.oldest_near)
   totals = list(behind.sources)
   gradients = passes.backward(
@@ -303,7 +303,7 @@ def _backward(
     _among(weights, site.sources, read),
     to_streams,
     near=tuple(read.index(j) for j in near),
-    totals=None if place.is_top else [totals[j] for j in near],
+    totals=None if place.is_last else [totals[j] for j in near],
     recompute=recompute,
     keep_hidden=True,
   )
@@ -313,7 +313,7 @@ def _backward(
   leaves = [gradient.astype(x.dtype) for gradient, x in zip(*map(jax.tree.leaves, (to_weights, weights)))]
   to_weights = jax.tree.unflatten(jax.tree.structure(weights), leaves)  # with the `source` that it had
   pending = [Pending(list(to_streams), _for_push(weights, gradients.hidden, to_streams[0].dtype)), *behind.pending]
-  if place.is_lowest:
+  if place.is_first_of_group:
     _push(here, pending, totals)
     pending = []
   newest = None
@@ -335,14 +335,14 @@ def _for_push(weights: Weights, hidden: Float[Array, "B T K"] | None, dtype) -> 
 
 
 def _push(here: PlacedAggregate, pending: list[Pending], totals: list) -> None:
-  """Adds what the aggregates of a group send to the sources below it, to `totals` in place."""
+  """Adds what the aggregates of a group send to older sources, to `totals` in place."""
   place = here.place
-  group = (place.aggregate, *place.above)
+  group = (place.aggregate, *place.later_in_group)
   far = tuple(sorted({j for member in group for j in member.sources if j < place.oldest_near}))
   if not far:
     return
   pushed = [Pending(one.gradients, _among(one.weights, member.sources, far)) for member, one in zip(group, pending)]
-  sums = here.passes.push(pushed, None if place.in_top_group else [totals[j] for j in far], len(far))
+  sums = here.passes.push(pushed, None if place.in_last_group else [totals[j] for j in far], len(far))
   for j, total in zip(far, sums):
     totals[j] = total
 

@@ -35,15 +35,15 @@ def steps(plan: Plan) -> list[tuple[str, str, dict[int, str]]]:
   for block in range(BLOCKS, 0, -1):
     place = history.place(plan, block)
     site = place.aggregate
-    colors = {j: ACCUMULATED if j >= place.floor else READ for j in site.sources}
-    recomputed = f"; recomputes the streams of DA_{place.before.block}" if place.before else ""
+    colors = {j: ACCUMULATED if j >= place.oldest_near else READ for j in site.sources}
+    recomputed = f"; recomputes the streams of DA_{place.previous.block}" if place.previous else ""
     rows.append((f"DA_{block}", f"gradients of {site.ways} stream{'s'[: site.ways > 1]}{recomputed}", colors))
-    if place.is_lowest:
-      group = (site, *place.above)
-      pushed = {j: PUSHED for member in group for j in member.sources if j < place.floor}
+    if place.is_first_of_group:
+      group = (site, *place.later_in_group)
+      pushed = {j: PUSHED for member in group for j in member.sources if j < place.oldest_near}
       streams = sum(member.ways for member in group)
       name = f"push of DA_{block} to DA_{group[-1].block}" if len(group) > 1 else f"push of DA_{block}"
-      started = "; accumulators start at zero" if place.in_top_group else ""
+      started = "; accumulators start at zero" if place.in_last_group else ""
       rows.append((name, f"gradients of {streams} streams{started}", pushed))
   return rows
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import ClassVar
@@ -14,8 +15,10 @@ import pytest
 
 from maxtext_mudd import connections, plugin
 from maxtext_mudd.checkpoints import layout
-from maxtext_mudd.connections.base import Cost, HistoryFamily, Plan, Site
+from maxtext_mudd.connections.base import Cost, HistoryFamily, Plan, Site, check_plan
+from maxtext_mudd.connections.family_keys import HistoryKeys, WeightKeys
 from maxtext_mudd.connections.norms import rms_norm
+from maxtext_mudd.keys import key
 from maxtext_mudd.model import counts
 from tests import models, runs, steps, train_on_mesh
 
@@ -45,7 +48,7 @@ class LastTwo(HistoryFamily, nnx.Module):
     a = jnp.zeros((1, len(site.sources)), config.weight_dtype).at[:, -1].set(1)
     self.a = nnx.Param(a, out_sharding=(None, None))
 
-  def weights(self, output, column):
+  def weights(self, output, column, visible):
     return self.a[...]
 
   def streams(self, sums, output):
@@ -53,7 +56,7 @@ class LastTwo(HistoryFamily, nnx.Module):
 
 
 class PerToken(LastTwo):
-  """X_i plus the last two block outputs, with weights of every token made from the newest one."""
+  """X_i plus the last two block outputs, with a softmax for every token, made from the newest one."""
 
   depth_axes: ClassVar = {"w": (None, None, "sources")}
   keeps_newest = False
@@ -62,8 +65,9 @@ class PerToken(LastTwo):
     count = len(site.sources)
     self.w = nnx.Param(jnp.full((config.emb_dim, 1, count), 1 / count), out_sharding=(None, None, None))
 
-  def weights(self, output, column):
-    return jnp.tanh(jnp.einsum("btd,dcn->btcn", output, self.w[...]) / output.shape[-1])
+  def weights(self, output, column, visible):
+    logits = jnp.einsum("btd,dcn->btcn", output, self.w[...]) / output.shape[-1]
+    return jax.nn.softmax(logits, where=visible)
 
   def streams(self, sums, output):
     return [x + output for x in sums]
@@ -213,6 +217,59 @@ def test_a_name_is_registered_once():
   connections.register(NAME, LastTwo)
   with pytest.raises(ValueError, match="depth_connection=dense is a family already"):
     connections.register("dense", LastTwo)
+
+
+class Redeclared(HistoryKeys):
+  mudd_window: int = key(2, "A key of another family.")
+
+
+class OtherOrder(HistoryKeys, WeightKeys):
+  pass
+
+
+@pytest.mark.parametrize(
+  ("keys", "sentence"),
+  [
+    (Redeclared, "other declares mudd_window, a key of DenseKeys; inherit that group, or rename the key."),
+    (OtherOrder, "OtherOrder of other inherits the groups of DenseKeys in another order; keep it."),
+  ],
+)
+def test_keys_that_do_not_go_with_those_of_other_families(keys, sentence, monkeypatch):
+  monkeypatch.delitem(sys.modules, "maxtext_mudd.config.keys")  # as in a script that registers its family first
+  with pytest.raises(ValueError) as error:
+    connections.register("other", type("Other", (LastTwo,), {"Keys": keys}))
+  assert str(error.value) == sentence
+  assert "other" not in connections.FAMILIES
+
+
+def test_keys_that_come_too_late():
+  with pytest.raises(RuntimeError, match="register other before"):
+    connections.register("other", type("Other", (LastTwo,), {"Keys": Redeclared}))
+
+
+@pytest.mark.parametrize(
+  ("sites", "what"),
+  [
+    ({1: Site(2, (0, 1), "x")}, "the site behind block 1"),
+    ({2: Site(2, (0, 1), "x")}, "with 2 as the last"),
+    ({2: Site(2, (1, 0, 2), "x")}, "in order"),
+    ({3: Site(3, (0, 3), "qv")}, "the site behind the last block makes the streams 'qv'; it must make one."),
+  ],
+)
+def test_sites_that_no_history_can_serve(sites, what):
+  with pytest.raises(ValueError, match=re.escape(what)):
+    check_plan(Plan(3, sites))
+
+
+def test_no_trained_value_is_lost_in_a_conversion():
+  """The shapes of scanned layers are the same whichever sources their blocks see."""
+  keys = {"mudd": True, "base_num_decoder_layers": 4}
+  single = models.build(models.config(**keys))
+  ones = {path: np.ones(x.shape) for path, x in models.parameters(single).items()}
+  values = layout.stack(ones, models.config(**keys, scan_layers=True))
+  other = models.config(**keys, scan_layers=True, mudd_depth_start=0.5)
+  with pytest.raises(ValueError, match="has values for block 2 that this model does not have"):
+    layout.unstack(values, other)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Reverse-mode differentiation over many aggregates: its gradients are those of the plain sums, as JAX makes them."""
 
 import functools
+import pathlib
+import runpy
 import types
 
 import jax
@@ -160,3 +162,11 @@ def test_groups_count_from_the_top():
   assert [block for block in oldest if history.place(seven, block).is_last] == [7]
   assert [block for block in oldest if history.place(seven, block).in_last_group] == [4, 5, 6, 7]
   assert [member.block for member in history.place(seven, 4).later_in_group] == [5, 6, 7]
+
+
+def test_steps_of_the_picture():
+  """docs/backward_pass.py draws what `place` says."""
+  drawn = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "docs" / "backward_pass.py"))
+  steps = drawn["steps"](drawn["mudd_plan"]())
+  assert [name for name, *_ in steps][:6] == ["DA_12", "DA_11", "DA_10", "DA_9", "push of DA_9 to DA_12", "DA_8"]
+  assert len(steps) == 12 + 3

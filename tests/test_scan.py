@@ -11,8 +11,11 @@ from tests import models, steps
 from tests.blocks import BLOCKS
 from tests.steps import POLICIES
 
-RELATIVE = 1e-6  # in float32: of the largest logit, of the norm of all gradients together
-OF_TENSOR = 4e-6  # of the largest entry of one gradient, where sums over tokens may cancel
+# Single and scanned layers add in another order. In float32 they may differ by RELATIVE of the largest logit and of the
+# norm of all gradients together, and by OF_TENSOR of the largest entry of one gradient. A model that magnifies rounding
+# more, as by a sum that cancels, may differ by so many times what moving all parameters to neighbouring numbers does.
+RELATIVE, OF_TENSOR = 1e-6, 4e-6
+OF_ROUNDING, OF_ROUNDING_TENSOR = 2, 10  # at most 0.8 and 3.2 were seen, in five of the cases
 ZERO = 1e-7  # of the norm of all gradients together: what rounding leaves of a gradient that is zero
 SMALL = {"base_num_decoder_layers": 3}
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
@@ -87,20 +90,37 @@ CASES = {
 FAST = ("MUDD", "hyper-connections")
 
 
-def run(cfg, values):
-  """(logits, loss, what MaxText returns with it, gradients by path) of the model with these parameters."""
+def run(cfg, *parameters):
+  """For each set of parameters, (logits, loss, what MaxText returns with it, gradients by path) of the model."""
   model = models.build(cfg)
-  models.set_parameters(model, values)
-  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  graph, _, rest = nnx.split(model, nnx.Param, ...)
   data = models.batch(cfg)
 
-  def loss(params):
-    return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)
+  @jax.jit
+  def gradients_of(params):
+    def loss(params):
+      return train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(data), None, None)
 
-  (value, aux), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-  by_path = {"/".join(map(str, path)): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(gradients)}
-  logits = np.asarray(models.jitted_logits(model, data)) if cfg.num_vocab_tiling == 1 else np.zeros(1)  # makes none
-  return logits, float(value), aux, by_path
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  results = []
+  for values in parameters:
+    models.set_parameters(model, values)
+    (value, aux), gradients = gradients_of(nnx.state(model, nnx.Param))
+    logits = np.asarray(models.jitted_logits(model, data)) if cfg.num_vocab_tiling == 1 else np.zeros(1)  # makes none
+    results.append((logits, float(value), aux, by_path(gradients)))
+  return results
+
+
+def by_path(gradients):
+  return {"/".join(map(str, path)): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(gradients)}
+
+
+def neighbours(values):
+  """Every parameter moved to the next number above or below it, at random; zeros stay, as padding has to."""
+  rng = np.random.default_rng(5)
+  ends = {path: rng.choice(np.array([-np.inf, np.inf], x.dtype), x.shape) for path, x in values.items()}
+  return {path: np.where(x == 0, x, np.nextafter(x, ends[path])) for path, x in values.items()}
 
 
 def with_dropout(model, data, enable: bool):
@@ -132,18 +152,29 @@ def largest(x):
 UNFELT = {"gpt3": ("key/bias", "norm/k/bias")}
 
 
-def check_gradients(found, expected, unfelt: tuple[str, ...] = (), floor: float = 0.0):
-  """`unfelt`: ends of the paths whose gradients are zero. `floor`: an error that any tensor may have, of the norm."""
-  errors = {path: found[path] - x for path, x in expected.items()}
-  norm, error = (np.sqrt(sum(np.square(x).sum() for x in tree.values())) for tree in (expected, errors))
-  assert error <= RELATIVE * norm
+def norm_of(gradients):
+  return np.sqrt(sum(np.square(x).sum() for x in gradients.values()))
+
+
+def check_gradients(found, expected, rounded, unfelt: tuple[str, ...] = (), floor: float = 0.0):
+  """Compares gradients.
+
+  Args:
+    rounded: gradients of the model of `expected` at neighbouring parameters.
+    unfelt: ends of the paths whose gradients are zero.
+    floor: an error that any tensor may have, of the norm.
+  """
+  errors, rounding = ({path: tree[path] - x for path, x in expected.items()} for tree in (found, rounded))
+  norm = norm_of(expected)
+  assert norm_of(errors) <= max(RELATIVE * norm, OF_ROUNDING * norm_of(rounding))
   zero = {path for path in expected if path.endswith(unfelt)} if unfelt else set()
   assert bool(zero) == bool(unfelt)
   for path, x in errors.items():
     if path in zero:
       assert max(largest(found[path]), largest(expected[path])) <= ZERO * norm, path
     else:
-      assert largest(x) <= max(OF_TENSOR * largest(expected[path]), floor * norm), path
+      of_rounding = OF_ROUNDING_TENSOR * largest(rounding[path])
+      assert largest(x) <= max(OF_TENSOR * largest(expected[path]), of_rounding, floor * norm), path
 
 
 @pytest.mark.parametrize("case", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in CASES])
@@ -157,14 +188,15 @@ def test_same_as_single_layers(case):
   assert back.keys() == values.keys()
   assert all(np.array_equal(back[path], x) for path, x in values.items())
 
-  logits, loss, aux, gradients = run(single, values)
-  found_logits, found_loss, found_aux, found = run(scanned, stacked)
+  (logits, loss, aux, gradients), (rounded_logits, *_, rounded) = run(single, values, neighbours(values))
+  [(found_logits, found_loss, found_aux, found)] = run(scanned, stacked)
   assert found_loss == pytest.approx(loss, rel=RELATIVE)
   assert float(found_aux["moe_lb_loss"]) == pytest.approx(float(aux["moe_lb_loss"]), rel=RELATIVE)
-  np.testing.assert_allclose(found_logits, logits, atol=RELATIVE * largest(logits), rtol=0)
+  tolerance = max(RELATIVE * largest(logits), OF_ROUNDING * largest(rounded_logits - logits))
+  np.testing.assert_allclose(found_logits, logits, atol=tolerance, rtol=0)
   # The gradient of `alpha_scale` is one number: a sum over all tokens and streams, whose terms largely cancel.
   floor = ZERO if case.startswith("hyper") else 0.0
-  check_gradients(layout.unstack(found, scanned), gradients, UNFELT.get(case, ()), floor)
+  check_gradients(layout.unstack(found, scanned), gradients, rounded, UNFELT.get(case, ()), floor)
   for path, x in layout.stack(layout.unstack(found, scanned), scanned).items():
     np.testing.assert_array_equal(found[path], x, err_msg=f"padding of {path} has a gradient")
 
@@ -178,22 +210,27 @@ def test_gradients_of_what_is_sown_alone():
   scanned = models.config(**keys, scan_layers=True)
   values = random_values(single)
 
-  def gradients(cfg, values):
+  def gradients(cfg, *parameters):
     model = models.build(cfg)
-    models.set_parameters(model, values)
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    graph, _, rest = nnx.split(model, nnx.Param, ...)
 
-    def loss(params):
+    @jax.jit
+    @jax.grad
+    def gradients_of(params):
       aux = train.loss_fn(nnx.merge(graph, params, rest, copy=True), cfg, dict(models.batch(cfg)), None, None)[1]
       return aux["moe_lb_loss"]
 
-    found = jax.jit(jax.grad(loss))(params)
-    return {"/".join(map(str, path)): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(found)}
+    results = []
+    for values in parameters:
+      models.set_parameters(model, values)
+      results.append(by_path(gradients_of(nnx.state(model, nnx.Param))))
+    return results
 
-  found = layout.unstack(gradients(scanned, layout.stack(values, scanned)), scanned)
-  expected = gradients(single, values)
+  [found] = gradients(scanned, layout.stack(values, scanned))
+  found = layout.unstack(found, scanned)
+  expected, rounded = gradients(single, values, neighbours(values))
   assert largest(expected["decoder/layers_1/connection/depth_aggregate/w1"]) > 0
-  check_gradients(found, {path: x for path, x in expected.items() if x.any()})
+  check_gradients(found, {path: x for path, x in expected.items() if x.any()}, rounded)
   assert not any(found[path].any() for path, x in expected.items() if not x.any())
 
 
@@ -226,18 +263,18 @@ def fully_rematerialised():
   cfg = models.config(mudd=True, **CASES["both norms"], scan_layers=True, remat_policy="full")
   single = models.config(mudd=True, **CASES["both norms"])
   values = layout.stack(random_values(single), cfg)
-  return values, run(cfg, values)
+  return values, *run(cfg, values, neighbours(values))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", [x for x in POLICIES if x != "full"])
 def test_remat_policies_change_nothing(policy, fully_rematerialised):
-  values, (_, loss, _, gradients) = fully_rematerialised
+  values, (_, loss, _, gradients), (*_, rounded) = fully_rematerialised
   keys = {"decoder_layer_input": "offload", "out_proj": "device"} if policy == "custom" else {}
   cfg = models.config(mudd=True, **CASES["both norms"], scan_layers=True, remat_policy=policy, **keys)
-  _, found_loss, _, found = run(cfg, values)
+  [(_, found_loss, _, found)] = run(cfg, values)
   assert found_loss == pytest.approx(loss, rel=RELATIVE)
-  check_gradients(found, gradients)
+  check_gradients(found, gradients, rounded)
 
 
 def residuals(cfg, override: str | None = None):
@@ -293,8 +330,9 @@ def test_padding_stays_zero_in_training():
   def parameters(state):
     return {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state["model"].filter(nnx.Param))}
 
-  ones = {path: np.ones_like(x.get_value()) for path, x in parameters(state).items()}
-  exists = {path: x > 0 for path, x in layout.stack(layout.unstack(ones, cfg), cfg).items()}
+  single = models.build(models.config(mudd=True, base_num_decoder_layers=4, **keys))
+  ones = {path: np.ones(x.shape) for path, x in models.parameters(single).items()}
+  exists = {path: x > 0 for path, x in layout.stack(ones, cfg).items()}
   partly = [path for path, x in exists.items() if not x.all()]
   assert len(partly) == 6  # w1, w2, a, the norm's scale, LN_k and LN_v
   for path, variable in parameters(state).items():

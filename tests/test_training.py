@@ -168,7 +168,7 @@ def test_connection_metrics_are_what_they_say():
   rng = np.random.default_rng(0)
   xs = [rng.standard_normal((2, 16, 32)).astype(np.float32) for _ in range(3)]
   sources = list(map(jax.numpy.asarray, xs))
-  connection.read(3, kernels.mix(sources, da.weights(sources[-1], -1)), sources[-1])
+  connection.read(3, kernels.mix(sources, da.weights(sources[-1], -1, None)), sources[-1])
   sown = {path[-1]: float(value.get_value()[0]) for path, value in nnx.to_flat_state(nnx.pop(da, nnx.Intermediate))}
 
   normed = xs[-1] / np.sqrt(np.square(xs[-1]).mean(-1, keepdims=True) + 1e-6)

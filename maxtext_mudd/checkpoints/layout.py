@@ -31,7 +31,7 @@ def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
 def stacking(values: Mapping[str, np.ndarray], config) -> Iterator[tuple[str, np.ndarray]]:
   """`stack`, one parameter at a time: looks each value up once, when it is needed."""
   plan, groups = connections.plan(config), ffn_widths.groups(config)
-  at_start, at_end = _ends(config)
+  family = connections.family(config)  # the decoder has what starts and finishes, where layers are scanned
   layers = {}
   for path in values:
     match = re.fullmatch(r"(|.*/)decoder/layers_(\d+)/(.+)", path)
@@ -41,7 +41,7 @@ def stacking(values: Mapping[str, np.ndarray], config) -> Iterator[tuple[str, np
     root, block, name = match[1] + "decoder/", int(match[2]) + 1, match[3]
     if block > plan.num_blocks:
       raise ValueError(f"it has {path}, of more layers than {plan.num_blocks}")
-    if name.startswith((*at_start, *at_end)):
+    if _module(name) in {*family.start_modules, *family.finish_modules}:
       yield root + name, values[path]
     else:
       layers.setdefault((root, _scanned_name(name, config, plan, block)), {})[block] = path
@@ -81,16 +81,15 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
   """For `scan_layers: false`, from values for `scan_layers: true`; views where possible.
 
   Raises:
-    ValueError: the configuration has another number of layers.
+    ValueError: the configuration has another number of layers, or values would be lost that are not padding.
   """
   plan = connections.plan(config)
-  at_start, _ = _ends(config)
   singles = {}
   for path, value in values.items():
     end = re.fullmatch(rf"(|.*/)decoder/({_CONNECTION}.+)", path)
     match = re.fullmatch(r"(|.*/)decoder/layers/(?:group_(\d+)/)?(.+)", path)
     if end:
-      layer = 0 if end[2].startswith(at_start) else plan.num_blocks - 1
+      layer = 0 if _module(end[2]) in connections.family(config).start_modules else plan.num_blocks - 1
       singles[f"{end[1]}decoder/layers_{layer}/{end[2]}"] = value
     elif not match:
       singles[path] = value
@@ -103,21 +102,23 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
       name = tuple(match[3].split("/"))
       exists = layout.existing_entries(config, table, name)
       for k, block in enumerate(blocks):
+        if exists is not None and np.any(np.where(_like(exists[k], by_block[k]), 0, by_block[k])):
+          raise ValueError(f"{path} has values for block {block} that this model does not have")
         if exists is None or exists[k].any():
           single_name = _single_name(match[3], config, plan, block)
-          value = layout.trim(config, name, by_block[k], table.sites[k])
-          singles[f"{match[1]}decoder/layers_{block - 1}/{single_name}"] = value
+          single = layout.trim(config, name, by_block[k], table.sites[k])
+          singles[f"{match[1]}decoder/layers_{block - 1}/{single_name}"] = single
   return singles
 
 
-def _ends(config) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """How the names of parameters begin that only the first layer has, and those that only the last layer has. Scanned
-  layers do not have them: the decoder has."""
-  family = connections.family(config)
-  start, finish = (
-    tuple(f"{_CONNECTION}{module}/" for module in modules) for modules in (family.start_modules, family.finish_modules)
-  )
-  return start, finish
+def _module(name: str) -> str | None:
+  """The attribute of the connection that a parameter of a layer belongs to; None: it belongs to the stock layer."""
+  return name.split("/")[1] if name.startswith(_CONNECTION) else None
+
+
+def _like(mask: np.ndarray, value: np.ndarray) -> np.ndarray:
+  """A mask of the first axes as one that broadcasts with `value`."""
+  return mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
 
 
 def _scanned_name(name: str, config, plan: Plan, block: int) -> str:

@@ -22,15 +22,9 @@ class LauncherKeys(KeyGroup):
   )
 
 
-def _family_groups() -> list[type]:
-  """The groups of all families, without those that another one inherits."""
-  groups = list(dict.fromkeys(family.Keys for family in connections.FAMILIES.values()))
-  return [x for x in groups if not any(issubclass(y, x) and y is not x for y in groups)]
-
-
 class MuddKeys(
   depth_connection.DepthConnectionKeys,
-  *_family_groups(),
+  *connections.key_groups(),
   feed_forward.FeedForwardKeys,
   decoder_layer.DecoderLayerKeys,
   initialisation.InitialisationKeys,

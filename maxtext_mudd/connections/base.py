@@ -21,7 +21,7 @@ from maxtext_mudd.connections.family_keys import FamilyKeys, HistoryKeys, kernel
 if TYPE_CHECKING:
   from flax import nnx
   import jax
-  from jaxtyping import Array, Float
+  from jaxtyping import Array, Bool, Float
 
   from maxtext_mudd.kernels import Passes, Weights
   from maxtext_mudd.keys import Refusal
@@ -75,6 +75,23 @@ class Plan:
     return (site is not None and site.streams != "x") or (block == 1 and self.first_block_has_separate_norms)
 
 
+def check_plan(plan: Plan) -> None:
+  """Raises ValueError for sites that no history can serve."""
+  for block, site in plan.sites.items():
+    if (
+      site.block != block
+      or list(site.sources) != sorted({*site.sources} & {*range(block + 1)})
+      or (site.sources[-1:] != (block,))
+    ):
+      raise ValueError(
+        f"the site behind block {block} is {site}; its block must be {block}, its sources some of 0 to {block}, in "
+        f"order, with {block} as the last."
+      )
+  last = plan.sites.get(plan.num_blocks)
+  if last and last.ways != 1:
+    raise ValueError(f"the site behind the last block makes the streams {last.streams!r}; it must make one.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
   """What connections add to the plain model.
@@ -121,10 +138,10 @@ class Family(Protocol):
   Attributes:
     Keys: group of configuration keys, with their checks; `MuddConfig` inherits it.
     reads: whether a block has one input of the family, or each of its two sublayers has one.
-    depth_axes: names of the axes of its parameters that depend on the site, by the last name of a parameter's path:
-      "sources" (one entry for each source of the site), "hidden" (K entries), None (any other axis). Parameters of
-      scanned layers are padded along these axes to one shape.
-    start_modules, finish_modules: attributes of `Connection` that only the one that starts, or finishes, has.
+    depth_axes: names of the axes of an `Aggregate`'s parameters that depend on the site, by the last name of a
+      parameter's path: "sources" (one entry for each source of the site), "hidden" (K entries), None (any other axis).
+      Parameters of scanned layers are padded along these axes to one shape.
+    start_modules: attributes that a `Connection` has only if it starts, finish_modules: only if it finishes.
   """
 
   Keys: ClassVar[type[FamilyKeys]]
@@ -248,13 +265,16 @@ class Aggregate(Protocol):
 
   keeps_newest: bool
 
-  def weights(self, output: Float[Array, "B T D"], column: int | Array) -> Weights:
+  def weights(self, output: Float[Array, "B T D"], column: int | Array, visible: Bool[Array, " N"] | None) -> Weights:
     """Weights [C,N], weights of every token [B,T,C,N], or a `kernels.WeightMLP`, for the sources of the site. All
     aggregates of a model have the same kind. A pure function: changes of state are lost.
 
     Args:
       output: X_i. A `WeightMLP` whose `newest` is this very array is computed with the sums, where a kernel can.
       column: of the newest source among the sources; where layers are scanned, it is known at run time only.
+      visible: which of the N sources the block's site has. Where layers are scanned, the site is padded to hold those
+        of all blocks, and weights of other sources are set to zero afterwards; a softmax has to leave them out before.
+        None: all.
     """
 
   def streams(self, sums: list[Float[Array, "B T D"]], output: Float[Array, "B T D"]) -> list[Float[Array, "B T D"]]:
@@ -270,6 +290,10 @@ class HistoryFamily(BaseFamily):
   Keys = HistoryKeys
   start_modules = ("embedding_norm",)
   finish_modules = ("final_depth_aggregate",)
+
+  @classmethod
+  def check_sizes(cls, config) -> None:
+    check_plan(cls.plan(config))
 
   @classmethod
   def refusals(cls, config) -> Iterable[Refusal]:

@@ -146,7 +146,7 @@ class HistoryConnection(PlainConnection):
     (hidden,) = streams = module.streams(sums, output)
     if self.config.record_internal_nn_metrics:
       named = dict(zip(site.streams, streams))
-      metrics.sow(module, output, module.weights(output, len(site.sources) - 1), named, column=-1)
+      metrics.sow(module, output, module.weights(output, len(site.sources) - 1, None), named, column=-1)
     return hidden, sown
 
   def _link(self, carry, module: Aggregate | None, site: Site | None, weights: Callable, block: Callable | None = None):
@@ -169,10 +169,11 @@ class HistoryConnection(PlainConnection):
     """Weights of the sources in the carry that a block's site may see: of all entries of a buffer, and without a site
     of the newest source alone."""
     table, column = self.table, self._newest_column(number)
-    weights = _weights(module, output, column, is_source)
     if not self.config.scan_layers:
-      return weights
-    visible = self._fill(_at(table.visible, table, number))
+      return _weights(module, output, column, None, is_source)
+    visible = _at(table.visible, table, number)
+    weights = _weights(module, output, column, visible, is_source)
+    visible = self._fill(visible)
     weights = kernels.map_columns(weights, lambda x: jnp.where(visible, self._fill(x), 0))
     if not all(table.connected) and module.keeps_newest:
       connected, is_newest = _at(table.connected, table, number), jnp.arange(len(visible)) == column
@@ -183,7 +184,7 @@ class HistoryConnection(PlainConnection):
     self, module: Aggregate, number, output: Float[Array, "B T D"], is_source: bool
   ) -> kernels.Weights:
     sources = self.final_site.sources
-    weights = _weights(module, output, len(sources) - 1, is_source)
+    weights = _weights(module, output, len(sources) - 1, None, is_source)
     if not self.config.scan_layers:
       return weights
     at, entries = jnp.asarray(sources), self.plan.num_blocks + 1
@@ -194,10 +195,10 @@ class HistoryConnection(PlainConnection):
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.plan.num_blocks + 1 - x.shape[-1])])
 
 
-def _weights(module: Aggregate, output: Float[Array, "B T D"], column, is_source: bool) -> kernels.Weights:
+def _weights(module: Aggregate, output: Float[Array, "B T D"], column, visible, is_source: bool) -> kernels.Weights:
   """The weights of an aggregate. Where X_i, the input of a `WeightMLP`, is one of the sources, it is taken from them,
   so that a kernel reads it once."""
-  weights = module.weights(output, column)
+  weights = module.weights(output, column, visible)
   if is_source and isinstance(weights, kernels.WeightMLP) and weights.newest is output:
     weights = dataclasses.replace(weights, newest=None)
   return weights

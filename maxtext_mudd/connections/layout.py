@@ -79,6 +79,8 @@ def existing_entries(config, table: Table, path: tuple[str, ...]) -> np.ndarray 
     return np.array(table.separate_norms)
   if AGGREGATE not in path:
     return None
+  if table.padded is None:
+    raise ValueError(f"{'/'.join(path)} is of an aggregate, and no block of the stack has one")
   axes = _axes(config, path)
   mask = np.array(table.connected).reshape(-1, *(1 for _ in axes))
   for number, name in enumerate(axes):

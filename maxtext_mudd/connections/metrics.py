@@ -1,6 +1,7 @@
 """Statistics of the aggregates for MaxText's `record_internal_nn_metrics`."""
 
 from collections.abc import Mapping
+import re
 
 from flax import nnx
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jaxtyping import Array, Float
 
 from maxtext_mudd import kernels
 
-PREFIX = "mudd_"
+SOWN = re.compile(r"mudd_(older_weight|norm)_([a-z])")  # statistic and stream
 
 
 def sow(
@@ -26,5 +27,5 @@ def sow(
   weights = jnp.abs(kernels.token_weights([newest], weights)[0])
   older = 1 - jnp.take(weights, column, axis=-1) / (jnp.sum(weights, axis=-1) + jnp.finfo(weights.dtype).tiny)
   for c, (stream, x) in enumerate(streams.items()):
-    module.sow(nnx.Intermediate, f"{PREFIX}older_weight_{stream}", jnp.mean(older[:, :, c]))
-    module.sow(nnx.Intermediate, f"{PREFIX}norm_{stream}", jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))))
+    module.sow(nnx.Intermediate, f"mudd_older_weight_{stream}", jnp.mean(older[:, :, c]))
+    module.sow(nnx.Intermediate, f"mudd_norm_{stream}", jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))))

@@ -7,7 +7,7 @@ import jax
 
 from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths
-from maxtext_mudd.connections.metrics import PREFIX
+from maxtext_mudd.connections.metrics import SOWN
 from maxtext_mudd.model import counts
 
 _FORWARD_AND_BACKWARD = 3
@@ -43,10 +43,10 @@ def with_connection_metrics(stock):
     stock(output_metrics, intermediate_outputs, config)
     for path, value in jax.tree_util.tree_leaves_with_path(intermediate_outputs):
       keys = [str(getattr(entry, "key", "")) for entry in path]
-      name = next((key for key in keys if key.startswith(PREFIX)), None)
+      name = next((match for match in map(SOWN.fullmatch, keys) if match), None)
       if name is None:
         continue
-      statistic, stream = name.removeprefix(PREFIX).rsplit("_", 1)
+      statistic, stream = name.groups()
       # MaxText sums what layers sow over the microbatches of a step.
       for after, mean in _by_aggregate(keys, value / config.gradient_accumulation_steps, config):
         output_metrics["scalar"][f"mudd/{statistic}/{stream}/da_{after:03d}"] = mean
@@ -58,9 +58,10 @@ def _by_aggregate(keys: list[str], value, config):
   """Yields (number of the aggregate, its value) for a value that was sown under a path. Scanned layers sow the values
   of all their aggregates in one array."""
   layer = next((re.fullmatch(r"layers_(\d+)", key) for key in keys if key.startswith("layers_")), None)
+  is_last = any(module in keys for module in connections.family(config).finish_modules)
   if layer:
-    yield int(layer.group(1)) + ("final_depth_aggregate" in keys), value
-  elif "final_depth_aggregate" in keys:
+    yield int(layer.group(1)) + is_last, value
+  elif is_last:
     yield config.num_decoder_layers, value
   else:
     plan = connections.plan(config)

@@ -15,6 +15,7 @@ class Dense(HistoryFamily):
   @classmethod
   def check_sizes(cls, config) -> None:
     keys.check_sizes(config)
+    super().check_sizes(config)
 
   @classmethod
   def plan(cls, config) -> Plan:

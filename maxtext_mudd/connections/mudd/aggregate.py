@@ -54,7 +54,7 @@ class DepthAggregate(nnx.Module):
     both_norms = self.config.mudd_pre_norm and self.config.mudd_post_norm
     return a if both_norms else a.at[:, column].set(1)
 
-  def weights(self, output: Float[Array, "B T D"], column: int | Array) -> kernels.Weights:
+  def weights(self, output: Float[Array, "B T D"], column: int | Array, visible=None) -> kernels.Weights:
     """See `base.Aggregate`. The scale of the norm before W1 is folded into W1."""
     config = self.config
     a = self.a[...] if config.mudd_static else self._initial_static(config.weight_dtype, column)

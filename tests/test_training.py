@@ -1,10 +1,12 @@
 """What MaxText does around the layers keeps working with MUDD connections on."""
 
 import math
+import types
 
 from flax import nnx
 import jax
 from jax._src.ad_checkpoint import saved_residuals  # public only as print_saved_residuals
+from maxtext.layers.nnx_decoders import NNXDecoder
 from maxtext.trainers.pre_train import train
 from maxtext.utils import maxtext_utils
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import scipy.special
 
 from maxtext_mudd import kernels
+from maxtext_mudd.config.stock_checks import REMAT_POLICIES
 from maxtext_mudd.model import counts
 from tests import models, steps
 from tests.blocks import MOE
@@ -23,6 +26,25 @@ TINY = {"mudd": True, "base_num_decoder_layers": 2}
 @pytest.fixture(scope="module")
 def fully_rematerialised():
   return value_and_gradients(models.config(**TINY, remat_policy="full"))
+
+
+def test_every_policy_of_maxtext_is_known():
+  """Of all words in MaxText's function, the known policies are those that it takes."""
+  constants = NNXDecoder.get_remat_policy.__code__.co_consts
+  words = {x for constant in constants for x in (constant if isinstance(constant, frozenset) else [constant])}
+  config = {"scan_layers": False, "tensors_on_device": [], "tensors_to_offload": []}
+
+  def takes(word) -> bool:
+    decoder = types.SimpleNamespace(
+      config=types.SimpleNamespace(remat_policy=word, **config), minimal_policy=lambda **_: None
+    )
+    try:
+      NNXDecoder.get_remat_policy(decoder)
+    except AssertionError:
+      return False
+    return True
+
+  assert {word for word in words if isinstance(word, str) and takes(word)} == set(REMAT_POLICIES)
 
 
 FAST = ("none", "custom")

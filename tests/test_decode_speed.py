@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests import models, runs
+from tests.rounding import close
 
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))
 
@@ -34,11 +35,6 @@ class Timed:
   def run(self) -> decoders.Seconds:
     self.log.append(self.name)
     return decoders.Seconds(*next(self.seconds))
-
-
-def close(expected):
-  """To a few roundings of float64, 1.1e-16 each."""
-  return pytest.approx(expected, rel=1e-15, abs=0)
 
 
 def options(**changed) -> argparse.Namespace:

@@ -5,7 +5,7 @@ import numpy as np
 from tests import models
 from tests.oracle import Arch
 
-TOLERANCE = 1e-4  # of logits with a standard deviation of about 1
+TOLERANCE = 1e-4  # of logits with a standard deviation of about 1, in float32; the errors seen are up to 9.3e-5
 MOE = {
   "num_experts": 4,
   "num_experts_per_tok": 2,

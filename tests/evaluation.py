@@ -17,7 +17,7 @@ from tests import models
 CONTEXT = 24
 BYTES = {"tokenizer_type": "huggingface", "tokenizer_path": assets.BYTE_TOKENIZER, "vocab_size": 264}
 KEYS = {"mudd": True, "base_num_decoder_layers": 2, "max_target_length": CONTEXT, "add_bos": True, **BYTES}
-TOLERANCE = 1e-5
+TOLERANCE = 2e-6  # of log-likelihoods, relative: float32 sums over tokens; the errors seen are 2e-7 to 4.7e-7
 
 
 def build(**overrides):

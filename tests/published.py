@@ -14,7 +14,7 @@ from maxtext_mudd import assets, convert
 from maxtext_mudd.checkpoints import tensors
 from tests import models
 
-LOGITS_TOLERANCE = 2e-4
+LOGITS_TOLERANCE = 2e-4  # between two programs in float32, also of intermediates; the errors seen are up to 1.5e-4
 RELEASED = ("muddformer_tiny", "muddpythia_tiny")
 LAYOUTS = {"single": False, "scanned": True}
 

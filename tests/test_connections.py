@@ -88,6 +88,7 @@ def test_values_and_gradients(family, block):
     found = (np.asarray(gradient.get_value(), np.float64) * direction).sum()
     scale = np.linalg.norm(gradient.get_value()) * np.linalg.norm(direction) / np.sqrt(direction.size)
     assert scale > 0, path
+    # Gradients are float32; the errors seen are up to 3.7e-4.
     assert abs(found - slope) <= 1e-3 * scale, (path, found, slope)
 
 

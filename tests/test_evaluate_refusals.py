@@ -16,7 +16,7 @@ import pytest
 from maxtext_mudd.evaluate import __main__ as evaluate
 from maxtext_mudd.evaluate import harness as evaluation
 from maxtext_mudd.inference import pretrained
-from tests import models
+from tests import models, runs
 from tests.evaluation import CONTEXT, KEYS, TEXT, build, choice_task, generation_task, letters, metrics, task
 
 
@@ -264,30 +264,22 @@ def test_memory_that_runs_out(crowded, lm, monkeypatch, capsys):
 
   monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
   monkeypatch.setattr(evaluation, "log_likelihoods", exhausted)
-  with pytest.raises(SystemExit):
-    evaluate.main(["--checkpoint", str(crowded), "--include-dir", str(crowded), "--tasks", "choice"])
-  assert (
-    capsys.readouterr()
-    .err.splitlines()[-1]
-    .startswith("maxtext-mudd: --batch-size=8 does not fit the device; use a smaller one (")
-  )
+  ended, _ = end_of(capsys, "--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice")
+  assert ended.startswith("--batch-size=8 does not fit the device; use a smaller one (")
 
 
-def test_meshes_that_do_not_fit(tmp_path, capsys):
-  text = tmp_path / "text.txt"
+@pytest.mark.parametrize("of_run", [False, True], ids=["published", "of a run"])
+def test_meshes_that_do_not_fit(of_run, crowded, tmp_path, capsys):
+  """Said before any parameter is read: the run's folder has none."""
+  text, output = tmp_path / "text.txt", tmp_path / "results.json"
   text.write_text(TEXT)
-  with pytest.raises(SystemExit):
-    evaluate.main(
-      ["--checkpoint", str(models.DATA / "muddformer_tiny"), "--text", str(text), "ici_tensor_parallelism=3"]
-    )
-  assert "maxtext-mudd: ici_tensor_parallelism=3: the product 3" in capsys.readouterr().err.splitlines()[-1]
+  model = [crowded / "run", runs.RUN_YML] if of_run else [models.DATA / "muddformer_tiny"]
+  ended, _ = end_of(capsys, "--checkpoint", *model, "--text", text, "--output", output, "ici_tensor_parallelism=3")
+  assert ended.startswith("ici_tensor_parallelism=3: the product 3 of the mesh ")
+  assert not output.exists()
 
 
 def test_without_the_harness(monkeypatch, tmp_path, capsys):
   monkeypatch.setitem(sys.modules, "lm_eval", None)
-  with pytest.raises(SystemExit):
-    evaluate.main(["--checkpoint", str(tmp_path), "--tasks", "sciq"])
-  assert (
-    capsys.readouterr().err.splitlines()[-1]
-    == "maxtext-mudd: lm_eval is not installed; install it by `pip install lm_eval==0.4.13`."
-  )
+  ended, _ = end_of(capsys, "--checkpoint", tmp_path, "--tasks", "sciq")
+  assert ended == "lm_eval is not installed; install it by `pip install lm_eval==0.4.13`."

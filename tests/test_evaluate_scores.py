@@ -21,7 +21,7 @@ def lm():
 
 
 def check(found, expected) -> None:
-  np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=TOLERANCE, atol=TOLERANCE)
+  np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=TOLERANCE)
   assert [x for _, x in found] == [x for _, x in expected]
 
 

@@ -65,20 +65,19 @@ def test_tasks(run, lm, tmp_path, capsys):
   assert results["choice"]["acc,none"] == np.mean(right)
 
   scores = [direct(lm, [1, *of_bytes(x)], 6) for x in ("ab words", "of moons", "no swans")]
-  np.testing.assert_allclose(
-    results["last_word"]["perplexity,none"], np.exp(-np.mean([x for x, _ in scores])), rtol=10 * TOLERANCE
-  )
   assert results["last_word"]["acc,none"] == np.mean([x for _, x in scores])
 
   whole = rolling(lm, TEXT)
   both = whole + direct(lm, [1, *of_bytes(TEXT[:24])], 24)[0]
   expected = {
-    "whole_text": {"word_perplexity": np.exp(-both / (9 + 5)), "byte_perplexity": np.exp(-both / (54 + 24))},
-    "text": {"perplexity": np.exp(-whole / 54), "bits_per_byte": -whole / 54 / np.log(2)},
+    ("last_word", "perplexity"): -np.mean([x for x, _ in scores]),
+    ("whole_text", "word_perplexity"): -both / (9 + 5),
+    ("whole_text", "byte_perplexity"): -both / (54 + 24),
+    ("text", "perplexity"): -whole / 54,
   }
-  for name, values in expected.items():
-    for metric, value in values.items():
-      np.testing.assert_allclose(results[name][f"{metric},none"], value, rtol=10 * TOLERANCE)
+  for (name, metric), value in expected.items():
+    np.testing.assert_allclose(np.log(results[name][f"{metric},none"]), value, rtol=TOLERANCE)
+  check_bits_per_byte(results["text"])
 
   assert found["config"]["model_args"]["pretrained"] == str(tmp_path)
   assert found["n-samples"]["choice"] == {"original": 5, "effective": 5}
@@ -88,6 +87,11 @@ def test_tasks(run, lm, tmp_path, capsys):
   assert all(f"|{name}" in said for name in (*names, "text"))
   assert f"{results['text']['perplexity,none']:.4f}" in said
   assert not list(tmp_path.glob(".*"))
+
+
+def check_bits_per_byte(results) -> None:
+  """Perplexities here are of bytes. The two differ by roundings of float64, 1.1e-16 each."""
+  np.testing.assert_allclose(results["bits_per_byte,none"], np.log2(results["perplexity,none"]), rtol=1e-15)
 
 
 def picked(lm, context: list[int], document: dict) -> bool:
@@ -179,8 +183,8 @@ def test_folders(tmp_path, capsys):
   assert len(row) == 132 and lm.max_length == 64
   total = direct(lm, [1, *row[:64]], 64)[0] + direct(lm, row[63:128], 64)[0] + direct(lm, row[67:132], 4)[0]
   for results in found:
-    np.testing.assert_allclose(results["perplexity,none"], np.exp(-total / 132), rtol=10 * TOLERANCE)
-    np.testing.assert_allclose(results["bits_per_byte,none"], -total / 132 / np.log(2), rtol=10 * TOLERANCE)
+    np.testing.assert_allclose(np.log(results["perplexity,none"]), -total / 132, rtol=TOLERANCE)
+    check_bits_per_byte(results)
 
 
 @pytest.mark.slow
@@ -203,10 +207,10 @@ def test_the_command(tmp_path):
       text=True,
     )
 
-  four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
   one = evaluated("1.json", runs.RUN_YML)
   assert one.returncode == 0, one.stderr[-4000:]
-  many = evaluated("4.json", runs.RUN_YML, "ici_tensor_parallelism=2", **four)
+  four = "--xla_force_host_platform_device_count=4"
+  many = evaluated("4.json", runs.RUN_YML, "ici_tensor_parallelism=2", XLA_FLAGS=four)
   assert many.returncode == 0, many.stderr[-4000:]
   found, sharded = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "4.json"))
   assert found["results"].keys() == {"choice", "last_word", "go_on", "text"}
@@ -214,22 +218,17 @@ def test_the_command(tmp_path):
   for name, values in found["results"].items():
     for metric, value in values.items():
       if isinstance(value, float):
-        np.testing.assert_allclose(sharded["results"][name][metric], value, rtol=10 * TOLERANCE)
+        # Perplexities of words grow the rounding of their logarithms; the errors seen are up to 4.3e-7.
+        np.testing.assert_allclose(sharded["results"][name][metric], value, rtol=4e-6)
 
   model, config = pretrained.from_run(str(checkpoint), runs.RUN_YML)
   lm = evaluation.MaxTextLM(model, config, tokens.Tokenizer(config))
   row = of_bytes(TEXT * 3)
   assert (len(row), lm.max_length) == (162, 64)
   total = direct(lm, [1, *row[:64]], 64)[0] + direct(lm, row[63:128], 64)[0] + direct(lm, row[97:162], 34)[0]
-  np.testing.assert_allclose(found["results"]["text"]["perplexity,none"], np.exp(-total / 162), rtol=10 * TOLERANCE)
+  np.testing.assert_allclose(np.log(found["results"]["text"]["perplexity,none"]), -total / 162, rtol=TOLERANCE)
 
   with pytest.raises(ConfigError, match=r"1/items: decoder/\S+ is \[32, 384\], and this configuration needs \[32, 256"):
     pretrained.from_run(str(checkpoint), runs.RUN_YML, base_num_decoder_layers=3)
   with pytest.raises(ConfigError, match=r"1 is a checkpoint without the keys of its model; name the folder that has"):
     maxtext_mudd.from_pretrained(checkpoint)
-  mesh = evaluated("mesh.json", runs.RUN_YML, "ici_tensor_parallelism=3", **four)
-  assert mesh.returncode == 2
-  assert mesh.stderr.splitlines()[-1].startswith(
-    "maxtext-mudd: ici_tensor_parallelism=3: the product 3 of the mesh does"
-  )
-  assert not (tmp_path / "mesh.json").exists()

@@ -74,6 +74,7 @@ def test_block(name):
   (_, whole), whole_grads = run()
   split_feed_forward(layer)
   (_, parts), parts_grads = run()
+  # Of the largest entry, float32 sums; the errors seen are up to 3.5e-7 of outputs and 5.1e-7 of gradients.
   for y in (whole, parts):
     np.testing.assert_allclose(y, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
   for a, b in zip(jax.tree.leaves(whole_grads), jax.tree.leaves(parts_grads), strict=True):
@@ -133,6 +134,6 @@ def test_model(scan):
     found.append((float(value), nnx.pure(grads), widths))
   (a, a_grads, whole), (b, b_grads, half) = found
   assert whole - half == {28, 52} and {14, 26} <= half
-  assert abs(a - b) <= 1e-6 * a
+  assert abs(a - b) <= 5e-7 * a  # some roundings of a float32 loss; none was seen
   a, b = (np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(g)]) for g in (a_grads, b_grads))
-  assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a)
+  assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a)  # 4.2e-7 seen

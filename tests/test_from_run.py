@@ -17,6 +17,7 @@ import yaml
 from maxtext_mudd import convert
 from maxtext_mudd.checkpoints import model_config, model_folder, model_keys, tokenizers
 from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.config.keys import MuddKeys
 from tests import runs
 from tests.published import BYTES
 
@@ -56,6 +57,54 @@ def test_a_run_of_bfloat16(tmp_path):
   words = tokenizer.build_tokenizer(config.tokenizer_path, "sentencepiece", False, False, "")
   assert pathlib.Path(config.tokenizer_path).parent == moved / "tokenizer"
   assert words.decode(words.encode("MUDD")) == "MUDD"
+
+
+def test_a_model_whose_layers_read_its_name(tmp_path, capsys):
+  """A model folder leaves the name out, so it cannot hold such a model."""
+  sizes = {"emb_dim": 32, "num_query_heads": 2, "num_kv_heads": 2, "mlp_dim": 64, "num_decoder_layers": 4}
+  keys = ["model_name=olmo3-7b", "override_model_config=true", "head_dim=16", "vocab_size=264", "mudd_init=stock"]
+  keys += ["mudd=false", "mudd_ffn_reallocation=false", *(f"base_{key}={size}" for key, size in sizes.items())]
+  run = saved_run(tmp_path / "run", *keys)
+  with pytest.raises(SystemExit):
+    from_run(run, tmp_path / "m", *keys)
+  assert capsys.readouterr().err.splitlines()[-1] == (
+    "maxtext-mudd: model_name=olmo3-7b: its layers read this name, which a model folder cannot hold."
+  )
+  assert not (tmp_path / "m").exists()
+
+
+def test_a_key_that_maxtext_would_read_otherwise(tmp_path, capsys, monkeypatch):
+  """As if MaxText derived one that the folder leaves out from a key that the folder has."""
+
+  def build_otherwise(keys):
+    derived = {"normalize_embedding_logits": False} if "enable_dropout" in keys else {}
+    return build(keys | derived)
+
+  run, build = saved_run(tmp_path / "run"), model_config.build
+  monkeypatch.setattr(model_config, "build", build_otherwise)
+  with pytest.raises(SystemExit):
+    from_run(run, tmp_path / "m")
+  assert capsys.readouterr().err.splitlines()[-1] == (
+    "maxtext-mudd: normalize_embedding_logits=True cannot be kept in a model folder: MaxText would read False from it."
+  )
+  assert not (tmp_path / "m").exists()
+
+
+# What MaxText's files of models say that is no part of a model: of optimizers, meshes, data, checkpoints and precision.
+OF_RUNS = {
+  *("opt_type", "gradient_clipping_threshold", "adam_b1", "adam_b2", "adam_eps", "adam_weight_decay"),
+  *("enable_dropout", "mesh_axes", "data_sharding", "logical_axis_rules", "override_logical_axis_rules", "shard_mode"),
+  *("remove_size_one_mesh_axis_from_type", "dataset_path", "dataset_name", "eval_dataset_name"),
+  *("eval_per_device_batch_size", "target_eval_loss", "checkpoint_period", "attention", "dtype", "base_config"),
+}
+
+
+def test_keys_of_maxtext_s_own_models_are_kept():
+  files = list((pathlib.Path(maxtext.__path__[0]) / "configs" / "models").rglob("*.yml"))
+  named = {key for file in files for key in yaml.safe_load(file.read_text()) or ()}
+  assert {"base_emb_dim", "rope_max_timescale", "num_experts"} <= named & model_keys.KEYS
+  assert named - model_keys.KEYS == OF_RUNS
+  assert MuddKeys.model_fields.keys() <= model_keys.KEYS
 
 
 def with_tokenizer(path, kind):

@@ -172,7 +172,7 @@ def test_fork_loss_and_gradients(fork):
     return jax.value_and_grad(loss)(params)
 
   loss, gradients = loss_and_gradients(params)
-  assert abs(float(loss) - float(golden["loss"][0])) <= 1e-5
+  assert abs(float(loss) - float(golden["loss"][0])) <= 8e-6  # of about 5, in float32; the errors seen are up to 1.4e-6
   expected = {key.removeprefix("grad/"): value for key, value in golden.items() if key.startswith("grad/")}
   expected = from_jax(expected, query_scale=cfg.head_dim**0.5)
   found = {"/".join(map(str, path)): value.get_value() for path, value in gradients.flat_state()}
@@ -180,7 +180,7 @@ def test_fork_loss_and_gradients(fork):
   for path, value in found.items():
     largest = np.abs(expected[path]).max()
     assert largest > 0, path
-    assert np.abs(value - expected[path]).max() <= 1e-4 * largest, path
+    assert np.abs(value - expected[path]).max() <= 1e-4 * largest, path  # float32; the errors seen are up to 2.2e-5
 
 
 def test_the_wrong_gelu_is_noticed(released):

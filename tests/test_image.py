@@ -41,7 +41,9 @@ def test_image_is_made_of_files_that_are_there():
 def test_image_has_the_pinned_requirements():
   """All of the training environment and libtpu, each at one version; and what a run is started with."""
   runtime, tpu = ((ROOT / "requirements" / name).read_text().splitlines() for name in ("runtime.txt", "tpu.txt"))
-  assert set(tpu) - set(runtime) == {"libtpu==0.0.52"}
+  runtime_in, *libtpu = (ROOT / "requirements" / "tpu.in").read_text().splitlines()
+  assert runtime_in == "-r runtime.in" and set(tpu) - set(runtime) == set(libtpu)
+  assert [line.split("==")[0] for line in libtpu] == ["libtpu"]
   assert set(runtime) <= set(tpu)
   assert all(re.fullmatch(r"[a-z0-9._-]+==[^ ]+( ; .*)?", line) for line in tpu)
   installed = [" ".join(words) for words in instructions() if words[0] == "RUN"]

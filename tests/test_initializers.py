@@ -19,6 +19,10 @@ SHAPE = {
   "base_num_decoder_layers": LAYERS,
 }
 
+# Relative, of a deviation: five standard errors of the smallest kernels, of 8192 numbers; the error seen is 1.3%.
+DRAWN = 0.04
+DRAWN_ROUTER = 0.1  # three of a router's 512 numbers; that the one draw here is within 0.2% is luck
+
 
 def xavier(fan_in, fan_out):
   return math.sqrt(2 / (fan_in + fan_out))
@@ -44,20 +48,20 @@ def test_xavier_normal(scanned):
     f"{layer}/mlp/wo/kernel": xavier(FFN, WIDTH),
   }
   for path, deviation in expected.items():
-    assert found[path] == pytest.approx(deviation, rel=0.04), path
+    assert found[path] == pytest.approx(deviation, rel=DRAWN), path
 
 
 def test_where_the_query_kernel_carries_the_scale_of_the_scores():
   found = deviations(mudd_init="xavier_normal", decoder_block="llama2")
   expected = xavier(WIDTH, HEADS * HEAD) / math.sqrt(HEAD)
-  assert found["decoder/layers_0/self_attention/query/kernel"] == pytest.approx(expected, rel=0.04)
+  assert found["decoder/layers_0/self_attention/query/kernel"] == pytest.approx(expected, rel=DRAWN)
 
 
 def test_experts():
   found = deviations(mudd_init="xavier_normal", decoder_block="mixtral", **(MOE | {"base_moe_mlp_dim": FFN}))
-  assert found["decoder/layers_0/MoeBlock_0/wi_0"] == pytest.approx(xavier(WIDTH, FFN), rel=0.04)
-  assert found["decoder/layers_0/MoeBlock_0/wo"] == pytest.approx(xavier(WIDTH, FFN), rel=0.04)
-  assert found["decoder/layers_0/MoeBlock_0/gate/kernel"] == pytest.approx(xavier(WIDTH, 4), rel=0.15)
+  assert found["decoder/layers_0/MoeBlock_0/wi_0"] == pytest.approx(xavier(WIDTH, FFN), rel=DRAWN)
+  assert found["decoder/layers_0/MoeBlock_0/wo"] == pytest.approx(xavier(WIDTH, FFN), rel=DRAWN)
+  assert found["decoder/layers_0/MoeBlock_0/gate/kernel"] == pytest.approx(xavier(WIDTH, 4), rel=DRAWN_ROUTER)
 
 
 def test_normal():
@@ -65,7 +69,7 @@ def test_normal():
   kernels = [path for path in found if path.endswith(("kernel", "embedding"))]
   assert len(kernels) == 2 + 7 * LAYERS
   for path in kernels:
-    assert found[path] == pytest.approx(0.006, rel=0.04), path
+    assert found[path] == pytest.approx(0.006, rel=DRAWN), path
 
 
 def test_pythia():
@@ -74,9 +78,9 @@ def test_pythia():
   small, wang = math.sqrt(2 / (5 * WIDTH)), 2 / LAYERS / math.sqrt(WIDTH)
   for path, deviation in found.items():
     if path.endswith(("out/kernel", "wo/kernel")):
-      assert deviation == pytest.approx(wang, rel=0.04), path
+      assert deviation == pytest.approx(wang, rel=DRAWN), path
     elif path.endswith(("kernel", "embedding")):
-      assert deviation == pytest.approx(small, rel=0.04), path
+      assert deviation == pytest.approx(small, rel=DRAWN), path
     else:
       assert deviation == 0, path  # norms and biases
 
@@ -94,4 +98,4 @@ def test_connections_start_as_ever_and_every_kernel_has_a_key_of_its_own():
       assert (value != stock[path]).mean() > 0.99, path
   drawn = [value.ravel()[:64] for path, value in found.items() if path.endswith("kernel")]
   normed = np.stack([value / np.linalg.norm(value) for value in drawn])
-  assert np.abs(normed @ normed.T - np.eye(len(normed))).max() < 0.7
+  assert np.abs(normed @ normed.T - np.eye(len(normed))).max() < 0.7  # 0.4 seen of 64 numbers; the same key gives 1

@@ -60,6 +60,7 @@ def test_loss_and_gradients(keys, budget, policy):
   expected_loss, expected_aux, expected = value_and_gradients(models.config(**keys, mudd_kernel="xla"))
   fused = models.config(**keys, mudd_kernel="pallas_interpret", remat_policy=policy)
   loss, aux, gradients = value_and_gradients(fused)
+  # Some roundings of a float32 loss of 4.5, 4.8e-7 each; the fast case has none.
   assert loss == pytest.approx(expected_loss, abs=5e-6)
   assert float(aux["moe_lb_loss"]) == pytest.approx(float(expected_aux["moe_lb_loss"]), rel=1e-5)
   for path, gradient in gradients.items():

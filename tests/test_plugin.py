@@ -1,6 +1,7 @@
 """What is replaced in MaxText, and that nothing is when MaxText is not the one this package knows."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -80,6 +81,45 @@ def test_seams_of_another_shape():
   assert len(said) == len(plugin.REPLACEMENTS)
   for line, replacement in zip(said, plugin.REPLACEMENTS):
     assert f"{replacement.module}.{replacement.name} does not take {replacement.parameters[0]}" in line
+
+
+WHOLE_PACKAGE = """
+import importlib, inspect, json, pkgutil, sys
+from maxtext.trainers.pre_train import train  # and with it nearly all of MaxText
+
+def attributes():
+  found = {}
+  for name, module in list(sys.modules.items()):
+    for key, value in vars(module).items() if name.split(".")[0] == "maxtext" else ():
+      found[name, key] = value
+      if inspect.isclass(value) and value.__module__ == name:
+        found |= {(name, f"{key}.{attribute}"): x for attribute, x in vars(value).items()}
+  return found
+
+stock = attributes()
+import maxtext_mudd
+from maxtext_mudd import plugin
+plugin.install()
+for module in pkgutil.walk_packages(maxtext_mudd.__path__, "maxtext_mudd."):
+  if not module.name.endswith("__main__"):
+    importlib.import_module(module.name)
+from tests import models
+models.build(models.config(mudd=True))
+found, modules = attributes(), {name for name, _ in stock}
+changed = [key for key, value in stock.items() if key not in found or found[key] is not value]
+new = [key for key, value in found.items() if key not in stock and key[0] in modules and type(value) is not type(sys)]
+print(json.dumps(sorted({*changed, *new})))
+"""
+
+
+def test_nothing_else_in_maxtext_is_replaced():
+  """Nor in its classes: not by the plugin, by importing all of this package, or by building a model."""
+  finished = subprocess.run(
+    [sys.executable, "-c", WHOLE_PACKAGE], cwd=runs.ROOT, env=runs.environment(), capture_output=True, text=True
+  )
+  assert finished.returncode == 0, finished.stderr[-4000:]
+  found = {tuple(x) for x in json.loads(finished.stdout.splitlines()[-1])}
+  assert found == {(x.module, x.name) for x in plugin.REPLACEMENTS}
 
 
 def test_other_config_classes_are_left_alone():

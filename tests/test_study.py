@@ -127,7 +127,7 @@ def test_a_collected_run_is_not_of_this_machine(tmp_path):
   study.collect(plan, tmp_path, results, tmp_path / "output")
   (row,) = results.rows()
   assert (row["cell"], row["cpu"], row["cores"], row["commit"]) == (cell.name, "elsewhere", None, "unknown")
-  np.testing.assert_allclose(list(row["held_out"].values()), [2.0], rtol=1e-6)
+  np.testing.assert_allclose(list(row["held_out"].values()), [2.0], rtol=2e-7)  # the events are float32, 6e-8
   assert study.submissions(plan, tmp_path, results) == [line for line in lines if workload not in line]
 
 

@@ -1,10 +1,12 @@
 """What MaxText does around the layers keeps working with MUDD connections on."""
 
 import math
+import types
 
 from flax import nnx
 import jax
 from jax._src.ad_checkpoint import saved_residuals  # public only as print_saved_residuals
+from maxtext.layers.nnx_decoders import NNXDecoder
 from maxtext.trainers.pre_train import train
 from maxtext.utils import maxtext_utils
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import scipy.special
 
 from maxtext_mudd import kernels
+from maxtext_mudd.config.stock_checks import REMAT_POLICIES
 from maxtext_mudd.model import counts
 from tests import models, steps
 from tests.blocks import MOE
@@ -25,6 +28,25 @@ def fully_rematerialised():
   return value_and_gradients(models.config(**TINY, remat_policy="full"))
 
 
+def test_every_policy_of_maxtext_is_known():
+  """Of all words in MaxText's function, the known policies are those that it takes."""
+  constants = NNXDecoder.get_remat_policy.__code__.co_consts
+  words = {x for constant in constants for x in (constant if isinstance(constant, frozenset) else [constant])}
+  config = {"scan_layers": False, "tensors_on_device": [], "tensors_to_offload": []}
+
+  def takes(word) -> bool:
+    decoder = types.SimpleNamespace(
+      config=types.SimpleNamespace(remat_policy=word, **config), minimal_policy=lambda **_: None
+    )
+    try:
+      NNXDecoder.get_remat_policy(decoder)
+    except AssertionError:
+      return False
+    return True
+
+  assert {word for word in words if isinstance(word, str) and takes(word)} == set(REMAT_POLICIES)
+
+
 FAST = ("none", "custom")
 
 
@@ -35,11 +57,16 @@ def test_remat_policies_change_nothing(policy, fully_rematerialised):
   keys = {"decoder_layer_input": "offload", "out_proj": "device"} if policy == "custom" else {}
   loss, _, gradients = value_and_gradients(models.config(**TINY, remat_policy=policy, **keys))
   expected_loss, _, expected = fully_rematerialised
-  assert loss == pytest.approx(expected_loss, abs=1e-6)
-  for path, gradient in gradients.items():
+  assert loss == pytest.approx(expected_loss, abs=1e-6)  # two roundings of a float32 loss of 4.5; none was seen
+  assert_gradients(gradients, expected, 1e-4)  # up to 1.7e-5 seen, where XLA fuses two policies differently
+
+
+def assert_gradients(found, expected, budget) -> None:
+  """In float32; the budget is of the largest entry of each gradient."""
+  for path, gradient in found.items():
     largest = np.abs(expected[path]).max()
     assert largest > 0, path
-    np.testing.assert_allclose(gradient, expected[path], atol=1e-4 * largest, rtol=0, err_msg=str(path))
+    np.testing.assert_allclose(gradient, expected[path], atol=budget * largest, rtol=0, err_msg=str(path))
 
 
 def loss_of_parameters(**keys):
@@ -73,7 +100,8 @@ def test_full_rematerialisation_saves_no_streams():
   there is a pre-norm, as `complexity` counts them."""
   full = {"remat_policy": "full"}
   stock = saved_arrays(**full)
-  assert saved_arrays(mudd=True, **full) == stock > 4
+  assert stock > 4  # blocks
+  assert saved_arrays(mudd=True, **full) == stock
   assert saved_arrays(mudd=True, mudd_pre_norm=True, mudd_post_norm=True, **full) == stock + 4
   assert saved_arrays(mudd=True, remat_policy="minimal") > stock
 
@@ -101,9 +129,8 @@ def test_load_balance_loss():
 def test_vocabulary_tiling():
   whole, _, expected = value_and_gradients(models.config(**TINY))
   tiled, _, found = value_and_gradients(models.config(**TINY, num_vocab_tiling=4))
-  assert tiled == pytest.approx(whole, abs=1e-5)
-  for path, gradient in found.items():
-    np.testing.assert_allclose(gradient, expected[path], atol=1e-4 * np.abs(expected[path]).max(), rtol=0)
+  assert tiled == pytest.approx(whole, abs=2e-6)  # float32; the error seen is one rounding of 4.5, 4.8e-7
+  assert_gradients(found, expected, 5e-6)  # up to 8.5e-7 seen
 
 
 def test_dropout_is_applied_and_moves_the_generator():
@@ -125,7 +152,8 @@ def test_multi_token_prediction():
   cfg = models.config(**TINY, mtp_num_layers=1, mtp_loss_scaling_factor=0.1)
   loss, aux, gradients = value_and_gradients(cfg)
   assert float(aux["mtp_loss"]) > 0
-  assert loss == pytest.approx(float(aux["xent_sum"]) / float(aux["total_weights"]) + float(aux["mtp_loss"]), abs=1e-5)
+  # Two roundings of a float32 loss of 5; the error seen is 9e-8.
+  assert loss == pytest.approx(float(aux["xent_sum"]) / float(aux["total_weights"]) + float(aux["mtp_loss"]), abs=1e-6)
   assert any("mtp_block" in path and np.abs(g).max() > 0 for path, g in gradients.items())
 
 
@@ -178,9 +206,10 @@ def test_connection_metrics_are_what_they_say():
   for c, stream in enumerate("qkvr"):
     share = np.abs(weights[:, :, c])
     older = (share[..., :2].sum(-1) / share.sum(-1)).mean()
-    assert sown[f"mudd_older_weight_{stream}"] == pytest.approx(older, rel=1e-4)
+    # Of float32, in another order; the errors seen are up to 6.2e-8 and 2.8e-7.
+    assert sown[f"mudd_older_weight_{stream}"] == pytest.approx(older, rel=5e-7)
     mixed = sum(weights[:, :, c, j, None] * x for j, x in enumerate(xs))
-    assert sown[f"mudd_norm_{stream}"] == pytest.approx(np.sqrt(np.square(mixed).mean()), rel=1e-4)
+    assert sown[f"mudd_norm_{stream}"] == pytest.approx(np.sqrt(np.square(mixed).mean()), rel=2e-6)
 
 
 @pytest.mark.slow
@@ -198,13 +227,14 @@ def test_gradient_accumulation():
   half = models.config(**shape, per_device_batch_size=2)
   data = models.batch(accumulated)
   halves = [value_and_gradients(half, {key: x[i : i + 2] for key, x in data.items()}) for i in (0, 2)]
+  # In float32; the errors seen are 5.2e-7, 1e-7 and, of the statistics below, 0.
   squares = (np.square((halves[0][2][path] + halves[1][2][path]) / 2).sum() for path in halves[0][2])
-  assert float(found["learning/grad_norm"]) == pytest.approx(np.sqrt(sum(squares)), rel=1e-5)
-  assert float(found["learning/loss"]) == pytest.approx((halves[0][0] + halves[1][0]) / 2, rel=1e-5)
+  assert float(found["learning/grad_norm"]) == pytest.approx(np.sqrt(sum(squares)), rel=4e-6)
+  assert float(found["learning/loss"]) == pytest.approx((halves[0][0] + halves[1][0]) / 2, rel=1e-6)
 
   whole = train_step_metrics(models.config(**shape, per_device_batch_size=4, record_internal_nn_metrics=1))
   for key in ("mudd/older_weight/q/da_001", "mudd/older_weight/r/da_002"):
-    assert float(found[key]) == pytest.approx(float(whole[key]), rel=1e-5)
+    assert float(found[key]) == pytest.approx(float(whole[key]), rel=5e-7)
 
 
 def test_reported_flops_count_aggregates_and_reallocated_ffns():
@@ -218,7 +248,8 @@ def test_reported_flops_count_aggregates_and_reallocated_ffns():
   extra = sum(2 * (d * k + k * c * n + d * c * n) for c, n, k in ((4, 2, 8), (4, 3, 12), (4, 4, 16), (1, 5, 20)))
   extra += 2 * 3 * d * (0.5 + 1.0 + 1.5 + 2.0 - 4) * 256
   tokens = 2 * 16 * 2
-  assert found - plain == pytest.approx(3 * tokens * extra / 1e12, rel=1e-6)
+  # Sums in float64, some of which cancel; no error was seen.
+  assert found - plain == pytest.approx(3 * tokens * extra / 1e12, rel=1e-14, abs=0)
 
 
 def test_parameter_count():

@@ -117,19 +117,21 @@ def test_size(name):
   assert config.learning_rate == rate
   pod = 32 if size == "pythia_1p4b" else CHIPS[size.split("_")[-1]]
   assert config.per_device_batch_size * pod == rows
-  assert config.steps == pytest.approx(tokens / (rows * 2048), rel=1e-3)
+  assert config.steps == pytest.approx(tokens / (rows * 2048), rel=1e-3)  # rounded
   if "moe" in name:
     assert (config.num_experts, config.num_experts_per_tok, config.moe_mlp_dim) == (16, 2, 1408)
     assert config.capacity_factor == -1  # dropless
     assert counts.parameters(config) // 10**8 == 18
     dense = counts.plain_parameters(read("transformer_pp_405m"))  # what each token uses
-    assert counts.plain_parameters(config) - 14 * 3 * 24 * 1024 * 1408 == pytest.approx(dense, rel=1e-3)
+    used = counts.plain_parameters(config) - 14 * 3 * 24 * 1024 * 1408
+    assert used == pytest.approx(dense, rel=1e-3)  # the routers are 0.1%
     return
   named = 12 * layers * width**2 + 2 * config.vocab_size * width  # GPT-3's shape, which the names count
   assert named <= counts.plain_parameters(config) <= 1.03 * named
   assert counts.connections_cost(config).parameters <= 0.01 * named
   if size != "1p3b":  # Pythia-1.4B's shape
     number, unit = re.search(r"([\dp]+)([mb])$", size).groups()
+    # Names are rounded to two digits and more; the largest difference is 1.04%, of 1.4B.
     assert named == pytest.approx(float(number.replace("p", ".")) * {"m": 1e6, "b": 1e9}[unit], rel=0.012)
 
 

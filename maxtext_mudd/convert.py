@@ -4,7 +4,8 @@
     python3 -m maxtext_mudd.convert to-hf --maxtext-dir M --hf-dir D
     python3 -m maxtext_mudd.convert from-fork --fork-dir D --maxtext-dir M key=value ...
     python3 -m maxtext_mudd.convert from-run --checkpoint runs/a/checkpoints/999 --maxtext-dir M yaml/mudd_tiny.yml ...
-    python3 -m maxtext_mudd.convert layout --from runs/a --to runs/b yaml/mudd_tiny.yml scan_layers=true key=value ...
+    python3 -m maxtext_mudd.convert layout --from runs/a --to runs/b yaml/mudd_tiny.yml scan_layers=true \
+      mudd_ffn_groups=2
 
 from-hf    reads a Hugging Face folder of MUDDFormer or MUDDPythia. It writes a checkpoint of the parameters, M/items,
            and the configuration that describes it, M/model.yml.

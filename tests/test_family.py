@@ -250,10 +250,10 @@ def test_keys_that_come_too_late():
 @pytest.mark.parametrize(
   ("sites", "what"),
   [
-    ({1: Site(2, (0, 1), "x")}, "the site behind block 1"),
+    ({1: Site(2, (0, 1), "x")}, "the site after block 1"),
     ({2: Site(2, (0, 1), "x")}, "with 2 as the last"),
     ({2: Site(2, (1, 0, 2), "x")}, "in order"),
-    ({3: Site(3, (0, 3), "qv")}, "the site behind the last block makes the streams 'qv'; it must make one."),
+    ({3: Site(3, (0, 3), "qv")}, "the site after the last block makes the streams 'qv'; it must make one."),
   ],
 )
 def test_sites_that_no_history_can_serve(sites, what):

@@ -31,12 +31,12 @@ STREAMS = "qkvr"  # query, key, value and residual stream, in the order of the p
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """One place where the outputs of earlier blocks are mixed: a depth-wise aggregate (DA) of the paper.
+  """Description of one depth-wise aggregate DA_i. It has no parameters; `Aggregate` has them.
 
   Attributes:
-    block: the block it follows, i of DA_i; the output of this block is its newest source.
-    sources: the sources it mixes, oldest first, the newest last.
-    streams: the streams it makes, a subset of "qkvr"; "x" for one stream that serves as all four.
+    block: i, the block that it follows; the output of this block is its newest source.
+    sources: the sources that it mixes, oldest first, the newest last.
+    streams: the streams that it makes, a subset of "qkvr"; "x" for one stream that serves as all four.
     hidden: K, the hidden width of the weight MLP; 0 where the weights are static only.
   """
 
@@ -53,11 +53,11 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Where a family reads in a model.
+  """All aggregates of a model.
 
   Attributes:
     num_blocks: L.
-    sites: the site behind block i, by i; a block without one passes its output on to all streams.
+    sites: maps i to the description of DA_i. Where i is missing, block i+1 reads X_i as all its streams.
     first_block_has_separate_norms: whether block 1, whose streams are all the embedding, has LN_q, LN_k and LN_v.
   """
 
@@ -66,7 +66,7 @@ class Plan:
   first_block_has_separate_norms: bool = False
 
   def before(self, block: int) -> Site | None:
-    """The site that feeds `block`; None where the block reads the newest output as it is."""
+    """The aggregate whose streams `block` reads; None where it reads the output of the block before."""
     return self.sites.get(block - 1)
 
   def has_separate_norms(self, block: int) -> bool:
@@ -84,12 +84,12 @@ def check_plan(plan: Plan) -> None:
       or (site.sources[-1:] != (block,))
     ):
       raise ValueError(
-        f"the site behind block {block} is {site}; its block must be {block}, its sources some of 0 to {block}, in "
+        f"the site after block {block} is {site}; its block must be {block}, its sources some of 0 to {block}, in "
         f"order, with {block} as the last."
       )
   last = plan.sites.get(plan.num_blocks)
   if last and last.ways != 1:
-    raise ValueError(f"the site behind the last block makes the streams {last.streams!r}; it must make one.")
+    raise ValueError(f"the site after the last block makes the streams {last.streams!r}; it must make one.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,16 +111,15 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-  """A site with the block that reads it, as carries take them. All of it is static.
+  """What `History.through` and `HistoryBuffer.through` take besides arrays: DA_i and its reader, block i+1.
 
   Attributes:
     plan: of the model.
-    site: the one in front of the block; None: the block reads the newest output, and `weights` is None.
+    site: of DA_i; None: the block reads X_i, and `weights` is None.
     passes: how the aggregate runs.
-    weights: (parameters of the aggregate, number of the block, X_i, whether X_i is the newest source) -> weights of the
-      sources.
-    block: (state of the block, number of the block, sums or None, X_i, arguments) -> (source, output, rest), a pure
-      function; `rest` is what flows beside the carry, such as KV caches and sown values. None behind the last block.
+    weights: (parameters of the aggregate, i + 1, X_i, whether X_i is the newest source) -> weights of the sources.
+    block: (state of the block, i + 1, sums of Eq. 5 or None, X_i, arguments) -> (X_{i+1} as later aggregates mix it,
+      X_{i+1}, rest), a pure function; see `Connection.through` for `rest`. None after the last block.
     recomputed: whether the block is recomputed in the backward pass.
   """
 
@@ -137,7 +136,7 @@ class Family(Protocol):
 
   Attributes:
     Keys: group of configuration keys, with their checks; `MuddConfig` inherits it.
-    reads: whether a block has one input of the family, or each of its two sublayers has one.
+    reads: what the family makes an input for: each block, or each sublayer (attention and the FFN).
     depth_axes: names of the axes of an `Aggregate`'s parameters that depend on the site, by the last name of a
       parameter's path: "sources" (one entry for each source of the site), "hidden" (K entries), None (any other axis).
       Parameters of scanned layers are padded along these axes to one shape.
@@ -160,7 +159,7 @@ class Family(Protocol):
 
   @classmethod
   def plan(cls, config) -> Plan:
-    """Where it reads, from a configuration with sizes."""
+    """Its aggregates, from a configuration with sizes; none where something else than a history is carried."""
 
   @classmethod
   def cost(cls, config) -> Cost:
@@ -173,7 +172,7 @@ class Family(Protocol):
     """The connection of one block, or of all blocks of a scanned stack.
 
     Args:
-      blocks: their numbers; none where the connection only starts and finishes, as in front of scanned stacks.
+      blocks: their numbers; none where the connection only starts and finishes, as before scanned stacks.
       starts: whether `Connection.start` is called on it.
       finishes: whether `Connection.finish` is called on it.
     """
@@ -204,8 +203,10 @@ class BaseFamily:
 class Connection(Protocol):
   """The part of a family that lives in one block or in one scanned stack: an `nnx.Module`.
 
-  The decoder calls `start` on the embedding, `through` for each block, and `finish` behind the last one. Between them
-  flows a carry, which may be any pytree but a tuple, since MaxText's layers unpack tuples.
+  The decoder calls `start` on the embedding, `through` for each block, and `finish` after the last one. Each layer
+  receives a carry from the layer before it and returns a new one: X_i for the residual connection, X_0..X_i for
+  families with a history, the n residual streams for Hyper-Connections. It must not be a tuple, since MaxText's layers
+  unpack tuples.
 
   Attributes:
     blocks: numbers of the blocks.
@@ -219,34 +220,42 @@ class Connection(Protocol):
   finishes: bool
   rematerialises: bool
 
-  def fit(self, layer: nnx.Module) -> None:
-    """Makes the stock layer read what `read` returns."""
+  def adapt(self, layer: nnx.Module) -> None:
+    """Changes a stock layer, once, after it is built, so that it accepts what `read` returns: by three attention norms,
+    for example, or by norms that take a pytree."""
 
   def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> Any:
-    """The carry in front of the first block.
+    """The carry before the first block.
 
     Args:
-      rematerialise: `jax.checkpoint` with a policy, for what `through` differentiates; None: blocks are recomputed.
+      rematerialise: for scanned layers: wraps the function of a block in `jax.checkpoint` with MaxText's policy. None:
+        the whole block is recomputed in the backward pass. Single layers ignore it.
     """
 
   def through(self, block: Callable, state: Any, carry: Any, arguments: Any) -> tuple[Any, Any]:
-    """(the carry behind a block, the block's `rest`).
+    """Runs one block: makes its inputs from the carry, calls it, and adds its output to the carry.
 
     Args:
       block: (state, *inputs, arguments) -> (what `write` returns, output, rest), a pure function that calls
-        `read(*inputs)` and `write(output)` of the connection in the layer that `state` makes. `rest` is what flows
-        beside the carry, such as KV caches and sown values. A family without history calls
-        `block(state, carry, arguments)`; `HistoryConnection` gives (number of the block, sums, X_i).
+        `read(*inputs)` and `write(output)` of the connection in the layer that `state` makes. `rest` is what the layer
+        returns besides its output: the KV cache, and state that is not a parameter, such as sown losses. A family
+        without history calls `block(state, carry, arguments)`; `HistoryConnection` gives (number of the block, sums,
+        X_i).
+
+    Returns:
+      the carry after the block, and its `rest`.
     """
 
   def read(self, *inputs) -> Any:
-    """The input of the block from what `through` gives. Its arrays are [B,T,D]: stock layers shard all of them so."""
+    """The argument of the stock layer, from the inputs that `through` gives; called in the layer. Its arrays are
+    [B,T,D]: stock layers shard all of them so."""
 
   def write(self, output: Any) -> Any:
-    """What of the block's output goes into the carry. The block returns arrays [B,T,D] only, which it shards."""
+    """What the carry keeps of the layer's output; called in the layer. The block returns arrays [B,T,D] only, which it
+    shards."""
 
   def finish(self, carry: Any, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
-    """The hidden state behind the last block.
+    """The hidden state after the last block.
 
     Args:
       sown: floating arrays that scanned blocks left beside the carry, which a loss may read.
@@ -260,7 +269,8 @@ class Aggregate(Protocol):
   """The module of a `HistoryFamily` at one site.
 
   Attributes:
-    keeps_newest: whether weights that are one at the newest source and zero elsewhere make every stream X_i.
+    keeps_newest: whether every stream equals X_i where its weight is one for the newest source and zero for others.
+      Scanned layers then have a block without an aggregate by such weights. Not so with a norm before or after the sum.
   """
 
   keeps_newest: bool

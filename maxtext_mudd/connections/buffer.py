@@ -1,9 +1,10 @@
 """The history of a scanned decoder: one buffer that every block appends to, kept once for the backward pass.
 
 If JAX differentiated the loop over blocks, it would keep one copy of the buffer for each block. But blocks only append
-to the buffer, so that the buffer behind the last block serves for all of them. It reaches the backward pass of each
-block as a cotangent: `HistoryBuffer.mirror` is zero and nothing reads it in the forward pass. `finish` returns the
-final buffer as the cotangent of `mirror`, and every block passes it on and recomputes its aggregate from it.
+to the buffer, so that one copy, from after the last block, has the sources of every block. It reaches the backward pass
+of each block as a cotangent. In the forward pass `HistoryBuffer.mirror` is zero and nothing reads it. The backward pass
+of `finish` returns the final buffer as the cotangent of `mirror`; that of each block recomputes its aggregate from it
+and passes it to the block before.
 Where sources are pre-normed, each block's own X_i is kept besides, as stock layers keep their input.
 """
 
@@ -50,7 +51,7 @@ class HistoryBuffer:
     sharding: NamedSharding | None,
     rematerialise: Callable | None,
   ) -> "HistoryBuffer":
-    """The buffer in front of the first block, `sharding` being that of one source."""
+    """The buffer before the first block, `sharding` being that of one source."""
     shape = (num_blocks + 1, *source.shape)
     sources, mirror = jnp.zeros(shape, source.dtype).at[0].set(source), jnp.zeros(shape, source.dtype)
     if sharding is not None:
@@ -63,7 +64,7 @@ class HistoryBuffer:
     return self.sources.shape[1:]
 
   def through(self, link: Link, parameters: Any, state: Any, arguments: Any) -> tuple["HistoryBuffer", Any]:
-    """The buffer behind a block, and what else the block returned.
+    """The buffer after a block, and what else the block returned.
 
     Args:
       parameters: of the aggregate, state: of the block; they may hold the same arrays.
@@ -71,11 +72,12 @@ class HistoryBuffer:
     return _through_block(link, state, parameters, self, arguments)
 
   def finish(self, link: Link | None, parameters: Any, sown: Any):
-    """(sums of the site behind the last block or None, X_L, `sown`).
+    """(sums of the site after the last block or None, X_L, `sown`).
 
     Args:
       sown: floating arrays that blocks left beside the buffer, such as the losses of routers. A loss has to read them
-        as they are returned, since their gradient is what hands the sources to the backward pass.
+        as they are returned. If it read the original ones only, the backward pass of `finish` would not run, and blocks
+        would get zeros in place of the final buffer.
     """
     sources, (newest, sown) = _close(self.sources, self.mirror, (self.newest, sown))
     output = sources[-1] if newest is None else newest

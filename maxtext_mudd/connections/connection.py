@@ -29,7 +29,7 @@ class PlainConnection(nnx.Module):
     self.starts = starts
     self.finishes = finishes
 
-  def fit(self, layer: nnx.Module) -> None:
+  def adapt(self, layer: nnx.Module) -> None:
     """Changes nothing: a stock layer reads one array already."""
 
   def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None):
@@ -50,7 +50,7 @@ class PlainConnection(nnx.Module):
 
 
 class HistoryConnection(PlainConnection):
-  """The connection of a `HistoryFamily`: an aggregate in front of the block, and one behind the last block.
+  """The connection of a `HistoryFamily`: an aggregate before the block, and one after the last block.
 
   The carry is the history alone. Under rematerialisation a block keeps X_0..X_i, which exist once, and its streams are
   recomputed in the backward pass (memory in Table 6 of the paper). A custom policy that keeps `decoder_layer_input`
@@ -90,7 +90,7 @@ class HistoryConnection(PlainConnection):
       final = self.final_site
       self.final_depth_aggregate = family.aggregate(config, final, mesh, rngs) if final else None
 
-  def fit(self, layer: nnx.Module) -> None:
+  def adapt(self, layer: nnx.Module) -> None:
     if any(self.table.separate_norms):
       decouple(layer, block_spec(self.config).attention_norm)
 

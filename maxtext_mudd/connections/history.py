@@ -1,13 +1,13 @@
-"""The carry of layers that are not scanned, and one backward pass over all aggregates.
+"""The carry of single layers, a list of block outputs, and one backward pass over all aggregates.
 
 If JAX differentiated each aggregate separately, each would read and write the gradient accumulator of every source
 before it: at 32 blocks their backward passes would move 1772 arrays [B,T,D]. Here they move 1177, because gradients are
 accumulated in groups of four aggregates:
 
-- Backward through an aggregate, only the accumulators of sources within its group are updated, those that the backward
-  passes of the blocks between them need. The stream gradients and the weights are kept.
-- When the first aggregate of a group is reached, one pass (`push`) adds what the group sends to all older sources:
-  each accumulator is read and written once for four aggregates.
+- The backward pass of an aggregate adds only to the accumulators of its near sources, those within its group, which the
+  backward passes of the blocks between them need. It keeps its stream gradients and weights.
+- After the backward pass of the group's earliest aggregate, which runs last, one pass (`push`) adds what all four
+  contribute to the accumulators of older sources. It reads and writes each of these once.
 
 Rematerialisation is fused into these passes. Where a block is recomputed (`remat_policy: full`) its streams are, too;
 the backward pass of the next aggregate reads the same sources anyway and returns them: 124 arrays instead of 651. An
@@ -21,10 +21,11 @@ example with 8 blocks, where DA_8 is the last and has one stream:
   DA_5               X_0..X_5, gradients of 4 streams       X_5                  streams of DA_4
   push of DA_5..8    gradients of 13 streams                X_0..X_4
 
-One aggregate's backward pass hands these arrays to another's as cotangents. `History.pending` and
-`History.recomputed` are zeros that nothing reads in the forward pass, so that the compiler drops them; their cotangents
-are the kept gradients and the recomputed streams. Each has one reader and one writer, so that nothing is ever added to
-it. The gradients of sources, parameters and all else are the true ones.
+JAX passes cotangents from later operations to earlier ones. This module passes the kept gradients and the recomputed
+streams in the same way, although they are not derivatives: they are the cotangents of `History.pending` and
+`History.recomputed`, which are zero in the forward pass, where nothing reads them and the compiler drops them. One
+operation makes each of these cotangents and one reads it, so that JAX never adds two of them. All gradients that a
+caller sees are derivatives.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,8 +56,10 @@ class History:
     sources: X_0 (the embedding) to X_i, pre-normed where `mudd_pre_norm` is on.
     newest: X_i as the block returned it; None: it is the last source.
     weights: of the last aggregate, where the backward pass of the next recomputes its streams; else None.
-    recomputed: zeros whose cotangents are these streams.
-    pending: zeros whose cotangents are the gradients kept by the aggregates ahead in this group.
+    recomputed: zeros; their cotangents are the streams of the last aggregate, recomputed by the backward pass of the
+      next.
+    pending: zeros, one item for each later aggregate of the group; its cotangent has the stream gradients and the
+      weights of that aggregate, which `push` needs.
   """
 
   sources: tuple[Float[Array, "B T D"], ...]
@@ -67,7 +70,7 @@ class History:
 
   @classmethod
   def start(cls, source: Float[Array, "B T D"], newest: Float[Array, "B T D"] | None, *_) -> "History":
-    """The history in front of the first block; what a buffer needs besides is not used."""
+    """The history before the first block; what a buffer needs besides is not used."""
     return cls((source,), newest)
 
   @property
@@ -80,7 +83,7 @@ class History:
     return self.output.shape
 
   def through(self, link: Link, parameters: Any, state: Any, arguments: Any) -> tuple["History", Any]:
-    """The history behind a block, and what else the block returned.
+    """The history after a block, and what else the block returned.
 
     Args:
       parameters: of the aggregate, state: of the block; they may hold the same arrays.
@@ -97,12 +100,12 @@ class History:
 
     if link.recomputed:
       return through_block(here, block, state, self, weights, arguments)
-    sums, behind = aggregate(here, self, weights)
+    sums, after = aggregate(here, self, weights)
     source, output, rest = block(state, sums, self.output, arguments)
-    return behind.append(source, output), rest
+    return after.append(source, output), rest
 
   def finish(self, link: Link | None, parameters: Any, sown: Any):
-    """(sums of the site behind the last block or None, X_L, `sown` as it is)."""
+    """(sums of the site after the last block or None, X_L, `sown` as it is)."""
     if link is None:
       return None, self.output, sown
     history = name_last(self)
@@ -116,7 +119,7 @@ class History:
 
 
 def name_last(history: History) -> History:
-  """The history behind the last block, its output named for the policy of rematerialisation: the backward pass of the
+  """The history after the last block, its output named for the policy of rematerialisation: the backward pass of the
   aggregate after it needs X_L, for which the block would be computed twice."""
   last, newest = (
     None if x is None else checkpoint_name(x, LAST_OUTPUT_NAME) for x in (history.sources[-1], history.newest)
@@ -174,11 +177,11 @@ class PlacedAggregate(NamedTuple):
 
 
 def aggregate(here: PlacedAggregate, history: History, weights: Weights) -> tuple[list[Float[Array, "B T D"]], History]:
-  """The streams of one aggregate, and the history behind it."""
+  """The streams of one aggregate, and the history after it."""
 
   @jax.custom_vjp
   def call(history, weights):
-    return _streams(here, history, weights), _behind(here, history, weights, recomputes=False)
+    return _streams(here, history, weights), _after(here, history, weights, recomputes=False)
 
   def forward(history, weights):
     return call(history, weights), (_residuals(history), weights)
@@ -212,7 +215,7 @@ def through_block(
   def call(state, history, weights, arguments, closed_over):
     streams = _streams(here, history, weights)
     source, output, rest = block(state, streams, history.output, arguments, *closed_over)
-    return _behind(here, history, weights, recomputes).append(source, output), rest
+    return _after(here, history, weights, recomputes).append(source, output), rest
 
   def forward(*inputs):
     state, history, weights, arguments, closed_over = custom_vjp_primal_tree_values(inputs)
@@ -258,8 +261,8 @@ def _streams(here: PlacedAggregate, history: History, weights: Weights) -> list[
   return here.passes.forward([history.sources[j] for j in here.place.aggregate.sources], weights)
 
 
-def _behind(here: PlacedAggregate, history: History, weights: Weights, recomputes: bool) -> History:
-  """The history behind an aggregate: sources as they are, zeros for what comes back."""
+def _after(here: PlacedAggregate, history: History, weights: Weights, recomputes: bool) -> History:
+  """The history after an aggregate: sources as they are, zeros for what comes back."""
   place, like = here.place, history.output
 
   def pending(ahead: Site) -> Pending:
@@ -281,13 +284,13 @@ def _behind(here: PlacedAggregate, history: History, weights: Weights, recompute
 
 
 def _backward(
-  here: PlacedAggregate, history: History, weights: Weights, to_streams, behind: History, to_newest=None
+  here: PlacedAggregate, history: History, weights: Weights, to_streams, after: History, to_newest=None
 ) -> tuple[History, Weights]:
   """Cotangents of the history before an aggregate and of its weights.
 
   Args:
     to_streams: gradients of its streams.
-    behind: cotangent of the history behind it.
+    after: cotangent of the history after it.
     to_newest: what else is added to the gradient of X_i.
   """
   place, passes = here
@@ -297,7 +300,7 @@ def _backward(
     read = tuple(sorted({*site.sources, *place.previous.sources}))
     recompute = _among(history.weights, place.previous.sources, read)
   near = tuple(j for j in site.sources if j >= place.oldest_near)
-  totals = list(behind.sources)
+  totals = list(after.sources)
   gradients = passes.backward(
     [history.sources[j] for j in read],
     _among(weights, site.sources, read),
@@ -312,13 +315,13 @@ def _backward(
   to_weights = map_columns(gradients.weights, lambda x: _columns(x, [read.index(j) for j in site.sources]))
   leaves = [gradient.astype(x.dtype) for gradient, x in zip(*map(jax.tree.leaves, (to_weights, weights)))]
   to_weights = jax.tree.unflatten(jax.tree.structure(weights), leaves)  # with the `source` that it had
-  pending = [Pending(list(to_streams), _for_push(weights, gradients.hidden, to_streams[0].dtype)), *behind.pending]
+  pending = [Pending(list(to_streams), _for_push(weights, gradients.hidden, to_streams[0].dtype)), *after.pending]
   if place.is_first_of_group:
     _push(here, pending, totals)
     pending = []
   newest = None
   if history.newest is not None:
-    newest = behind.newest if behind.newest is not None else jnp.zeros_like(history.newest)
+    newest = after.newest if after.newest is not None else jnp.zeros_like(history.newest)
     newest = newest if to_newest is None else newest + to_newest
   elif to_newest is not None:
     totals[-1] = totals[-1] + to_newest

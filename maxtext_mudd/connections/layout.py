@@ -22,11 +22,11 @@ AGGREGATE = "depth_aggregate"  # name of the module in `HistoryConnection`, and 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """For each block of a stack, or for a single block: the site in front of it, and its attention norms.
+  """For each block of a stack, or for a single block: the site before it, and its attention norms.
 
   Attributes:
     blocks: numbers of the blocks.
-    sites: the site in front of each.
+    sites: the site before each.
     padded: one site that holds those of all blocks; for a single block, its own. None where there are none.
     separate_norms: by block, whether it has LN_q, LN_k and LN_v.
   """

@@ -36,7 +36,7 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
         layer_config = changed(config, mlp_dim=ffn_width, moe_mlp_dim=ffn_width)
       super().__init__(config=layer_config, rngs=rngs, **kwargs)
       self.connection = connect(mesh=self.mesh, rngs=rngs)
-      self.connection.fit(self)
+      self.connection.adapt(self)
       if config.mudd_ffn_parts > 1:
         split_feed_forward(self)
       if config.mudd_rope_table != "stock":

@@ -162,7 +162,7 @@ class HyperConnection(PlainConnection):
       self.attention = SublayerConnection(config, first, rngs)
       self.feed_forward = SublayerConnection(config, first + 1, rngs)
 
-  def fit(self, layer: nnx.Module) -> None:
+  def adapt(self, layer: nnx.Module) -> None:
     """Makes the norms before attention and before the feed-forward block of the layer read M[0]."""
     block = block_spec(self.config)
     for path in (block.attention_norm, block.feed_forward_norm):

@@ -154,7 +154,7 @@ MISTAKES = {
   "expansion rate of the dense family": (
     ["mudd_expansion_rate=2"],
     "mudd_expansion_rate=2 does nothing with depth_connection=dense; leave it at 4, or set "
-    "depth_connection=hyper_connections.",
+    "depth_connection=hyper_connections or mhc.",
   ),
   "hyper-connections with dropout": (
     ["depth_connection=hyper_connections", "enable_dropout=true", "dropout_rate=0.1"],

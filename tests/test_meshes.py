@@ -58,9 +58,10 @@ def test_five_steps(name, scan):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
-def test_hyper_connections(scan):
+@pytest.mark.parametrize("family", ["hyper_connections", "mhc"])
+def test_residual_streams(family, scan):
   """Stock layers shard every array that they take or return."""
-  keys = DENSE | {"mudd_pre_norm": False, "mudd_post_norm": False, "depth_connection": "hyper_connections"}
+  keys = DENSE | {"mudd_pre_norm": False, "mudd_post_norm": False, "depth_connection": family}
   one = train(1, **keys, scan_layers=scan, per_device_batch_size=8)
   eight = train(8, **keys, scan_layers=scan, per_device_batch_size=1, **MESHES["tensor 2, FSDP 4"][0])
   # Random streams are badly conditioned: the fifth loss has been seen to differ by 5e-4, the third by less than 5e-5.

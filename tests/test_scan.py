@@ -74,6 +74,17 @@ CASES = {
     "decoder_block": "gpt3",
     **BLOCKS["gpt3"][0],
   },
+  "mHC": {"base_num_decoder_layers": 3, "depth_connection": "mhc"},
+  "mHC of permutations, groups": {
+    "base_num_decoder_layers": 4,
+    "depth_connection": "mhc",
+    "mudd_expansion_rate": 3,
+    "mudd_mhc_mixing": "permutations",
+    "mudd_mhc_end": "sum",
+    "mudd_ffn_reallocation": True,
+    "mudd_ffn_groups": 2,
+    "mudd_ffn_round_to": 8,
+  },
   "fused": {**SMALL, **BOTH_NORMS, "mudd_kernel": "pallas_interpret"},
   "fused, 2x2": {
     "base_num_decoder_layers": 4,
@@ -139,6 +150,8 @@ def random_values(cfg):
       values[path] = start[path] + (x - start[path]) / 4
     elif path.endswith(("static_alpha", "static_beta")):
       values[path] = start[path] + x / 10
+    elif "/phi" in path:
+      values[path] = x / 16
     elif path.endswith(("alpha_scale", "beta_scale")):
       values[path] = x / 10
   return values

@@ -9,6 +9,7 @@ import sys
 from maxtext_mudd.connections.base import Family, Plan
 from maxtext_mudd.connections.family_keys import FamilyKeys
 from maxtext_mudd.connections.hyper_connections import HyperConnections
+from maxtext_mudd.connections.mhc import ManifoldHyperConnections
 from maxtext_mudd.connections.mudd import Dense
 from maxtext_mudd.connections.residual import Residual
 
@@ -16,6 +17,7 @@ DEFAULT = "dense"
 FAMILIES: dict[str, type[Family]] = {
   DEFAULT: Dense,
   "hyper_connections": HyperConnections,
+  "mhc": ManifoldHyperConnections,
   "residual": Residual,
 }
 

@@ -1,35 +1,27 @@
 """Hyper-Connections (Zhu et al., arXiv 2409.19606): several residual streams, mixed before each sublayer."""
 
-from maxtext_mudd.connections.base import BaseFamily, Cost
-from maxtext_mudd.connections.hyper_connections import keys
+from maxtext_mudd.connections.base import Cost
+from maxtext_mudd.connections.hyper_connections.keys import HyperKeys
+from maxtext_mudd.connections.streams_family import StreamsFamily, streams_cost
 
 
-class HyperConnections(BaseFamily):
+class HyperConnections(StreamsFamily):
   """`depth_connection: hyper_connections`, with `mudd_expansion_rate` streams."""
 
-  Keys = keys.HyperConnectionKeys
-  reads = "sublayer"
-
-  @classmethod
-  def refusals(cls, config):
-    return keys.refusals(config)
+  Keys = HyperKeys
 
   @classmethod
   def cost(cls, config) -> Cost:
-    """Counts for two sublayers in each block: α, β and the norm's scale, the FLOPs of computing them, of mixing and of
-    writing, and n - 1 more streams per block."""
-    n, width, sublayers = config.mudd_expansion_rate, config.emb_dim, 2 * config.num_decoder_layers
+    """Counts α, β and the norm's parameters of each sublayer, and the FLOPs of computing α and β."""
+    n, width = config.mudd_expansion_rate, config.emb_dim
     static = n * (n + 1) + n if config.mudd_static else 0
-    dynamic = width * (n + 3) + 2 if config.mudd_dynamic else 0
-    weights = 2 * n * (n + 2) * width if config.mudd_dynamic else 0
-    return Cost(
-      parameters=sublayers * (static + dynamic),
-      flops=sublayers * (weights + 2 * n * (n + 1) * width + 2 * n * width),
-      activations=config.num_decoder_layers * (n - 1),
-    )
+    norm = width * (2 if config.mudd_hyper_norm == "layer" else 1)
+    dynamic = norm + width * (n + 2) + 2 if config.mudd_dynamic else 0
+    flops = 2 * n * (n + 2) * width if config.mudd_dynamic else 0
+    return streams_cost(config, static + dynamic, flops)
 
   @classmethod
   def build(cls, config, blocks, mesh, rngs, *, starts, finishes):
-    from maxtext_mudd.connections.hyper_connections.connection import HyperConnection
+    from maxtext_mudd.connections.hyper_connections.connection import build
 
-    return HyperConnection(config, blocks, rngs, starts=starts, finishes=finishes)
+    return build(config, blocks, starts=starts, finishes=finishes)

@@ -1,0 +1,59 @@
+"""The keys of mHC, and the sizes that they do not allow. Imports neither JAX nor MaxText."""
+
+import math
+from typing import Literal
+
+from maxtext_mudd.connections.streams_family import StreamsKeys
+from maxtext_mudd.keys import key
+
+MOST_PERMUTED_STREAMS = 5  # 120 permutations; six streams would need 720 logits for each token and sublayer
+_SINKHORN = {"mudd_mhc_mixing": ("deepseek", "megatron", "lite")}
+
+
+class ManifoldKeys(StreamsKeys):
+  """The keys of `depth_connection=mhc`."""
+
+  mudd_mhc_mixing: Literal["deepseek", "megatron", "lite", "permutations"] = key(
+    "deepseek",
+    "How mixing matrices are made doubly stochastic: Sinkhorn steps as in the named code, or permutations, mHC-lite's "
+    "convex sum of all n! permutations.",
+  )
+  mudd_mhc_steps: int = key(20, "Sinkhorn steps.", needs=_SINKHORN, ge=1)
+  mudd_mhc_epsilon: float = key(
+    1e-6, "What Sinkhorn steps add to sums (deepseek), or their smallest value (megatron).", ge=0, allow_inf_nan=False
+  )
+  mudd_mhc_alpha_init: float = key(0.01, "Initial value of the scales of the dynamic logits.", allow_inf_nan=False)
+  mudd_mhc_phi_init: Literal["fan_in", "normal", "zero"] = key(
+    "fan_in", "How φ starts: N(0, 1/(nD)) as in MaxText, N(0, 0.02²) as in transformers, or zero as in mHC-lite."
+  )
+  mudd_mhc_bias_init: Literal["zero", "identity"] = key(
+    "zero",
+    "How the static logits start: zero, so that all streams are read, mixed and written alike; or identity, as in "
+    "mHC-lite, so that each sublayer reads one stream and streams hardly mix.",
+  )
+  mudd_mhc_end: Literal["weighted", "sum", "mean"] = key(
+    "weighted", "What the streams become behind the last block: a sum with weights of every token, their sum, or mean."
+  )
+
+
+def mixing_logits(config) -> int:
+  """Number of logits of one mixing matrix: n², or n! where it is a sum of permutations."""
+  n = config.mudd_expansion_rate
+  return math.factorial(n) if config.mudd_mhc_mixing == "permutations" else n * n
+
+
+def has_norm_scale(config) -> bool:
+  """Whether the norm of the streams has a learned scale. The other codes have it in φ."""
+  return config.mudd_mhc_mixing in ("lite", "permutations")
+
+
+def check_sizes(config) -> None:
+  """Raises ValueError for numbers of streams that cannot be mixed. `config` has `ManifoldKeys`."""
+  n = config.mudd_expansion_rate
+  if n < 2:
+    raise ValueError(f"mudd_expansion_rate={n} leaves mhc no streams to mix; use at least 2.")
+  if config.mudd_mhc_mixing == "permutations" and n > MOST_PERMUTED_STREAMS:
+    raise ValueError(
+      f"mudd_expansion_rate={n} with mudd_mhc_mixing=permutations needs {math.factorial(n)} logits for each token and "
+      f"sublayer; use at most {MOST_PERMUTED_STREAMS} streams, or mudd_mhc_mixing=deepseek."
+    )

@@ -1,0 +1,54 @@
+"""What families of n residual streams share before JAX is imported: keys, refusals, counts."""
+
+from collections.abc import Iterable
+
+from maxtext_mudd.connections.base import BaseFamily, Cost
+from maxtext_mudd.connections.family_keys import FamilyKeys
+from maxtext_mudd.keys import Refusal, key
+
+
+class StreamsKeys(FamilyKeys):
+  """How many residual streams there are."""
+
+  mudd_expansion_rate: int = key(4, "n: residual streams of hyper_connections (DHC×n) and mhc.", ge=1)
+
+
+class StreamsFamily(BaseFamily):
+  """A family of n residual streams. A subclass brings `cost` and `build`."""
+
+  Keys = StreamsKeys
+  reads = "sublayer"
+
+  @classmethod
+  def refusals(cls, config) -> Iterable[Refusal]:
+    family = f"depth_connection={config.depth_connection}"
+    yield Refusal(
+      config.enable_dropout and config.dropout_rate > 0,
+      f"dropout_rate={config.dropout_rate}",
+      family,
+      "MaxText drops parts of the one residual stream, and there are several; set it to 0",
+    )
+    yield Refusal(
+      bool(config.record_internal_nn_metrics),
+      f"record_internal_nn_metrics={config.record_internal_nn_metrics}",
+      family,
+      "MaxText measures the one residual stream, and there are several; set it to 0",
+    )
+
+
+def streams_cost(config, parameters: int, flops: int, head_parameters: int = 0, head_flops: int = 0) -> Cost:
+  """The cost of a family of n residual streams: of each sublayer, what computing W and β takes, the FLOPs of mixing and
+  of writing; of each block, n - 1 more streams.
+
+  Args:
+    parameters: of one sublayer.
+    flops: of computing W and β of one sublayer, per token.
+    head_parameters: of what ends the streams.
+    head_flops: of it, per token.
+  """
+  n, width, sublayers = config.mudd_expansion_rate, config.emb_dim, 2 * config.num_decoder_layers
+  return Cost(
+    parameters=sublayers * parameters + head_parameters,
+    flops=sublayers * (flops + 2 * n * (n + 1) * width + 2 * n * width) + head_flops,
+    activations=config.num_decoder_layers * (n - 1),
+  )

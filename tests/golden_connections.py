@@ -1,0 +1,275 @@
+"""Runs cases of other people's depth connections through this project's families, and compares all that they stored.
+
+    JAX_ENABLE_X64=1 python -m tests.golden_connections FOLDER
+
+prints {kind: {case: {array: error}}} in float64. The sublayers of the model cases are stand-ins, so that no family can
+need a Transformer.
+"""
+
+from collections.abc import Callable
+import json
+import pathlib
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+from safetensors.numpy import load_file
+
+from maxtext_mudd import connections, plugin
+from maxtext_mudd.config.changed import changed
+from maxtext_mudd.connections.mhc.connection import SINKHORN
+from maxtext_mudd.connections.residual_streams import ResidualStreams
+from tests import models
+
+EPSILON = 1e-6  # of the norms of the stand-ins
+SINKHORN_OF = {**SINKHORN, "lucidrains": SINKHORN["lite"]}  # the same steps, without logarithms
+
+
+def folders(root: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(path.parent for path in root.glob("*/golden.json") if json.loads(path.read_text()).get("kind") in KINDS)
+
+
+def cases(folder: pathlib.Path) -> dict[str, dict]:
+  return json.loads((folder / "golden.json").read_text())["cases"]
+
+
+def errors(folder: pathlib.Path, name: str, dtype) -> dict[str, float]:
+  """Of each stored output the largest error; of each gradient, relative to its largest entry or 1."""
+  kind, case = json.loads((folder / "golden.json").read_text())["kind"], cases(folder)[name]
+  arrays = {key: value for key, value in load_file(folder / case["file"]).items() if not key.startswith("f32/")}
+
+  def among(prefix):
+    return {key.removeprefix(prefix): jnp.asarray(x, dtype) for key, x in arrays.items() if key.startswith(prefix)}
+
+  forward, cotangents = KINDS[kind](case, dtype), among("cot/")
+
+  @jax.jit
+  def run(inputs, params):
+    def loss(inputs, params):
+      outputs = forward(inputs, params)
+      return sum(jnp.sum(cotangents[key] * outputs[key]) for key in case["loss_outputs"]), outputs
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(inputs, params)
+
+  (_, outputs), (to_inputs, to_params) = run(among("in/"), among("param/"))
+  found = {f"out/{key}": outputs[key] for key in case["outputs"]}
+  found |= {f"grad/in/{key}": x for key, x in to_inputs.items()}
+  found |= {f"grad/param/{key}": x for key, x in to_params.items()}
+  assert {key for key in arrays if key.startswith(("out/", "grad/"))} == set(found)
+  result = {}
+  for key, x in found.items():
+    assert x.shape == arrays[key].shape, (key, x.shape, arrays[key].shape)
+    scale = max(1, np.abs(arrays[key]).max()) if key.startswith("grad/") else 1
+    result[key] = float(np.abs(np.asarray(x, np.float64) - arrays[key]).max() / scale)
+  return result
+
+
+def sublayer(params, s: int, x):
+  """F_s, with its norm: of attention, for even s, the mean over all positions so far stands in."""
+  u = _rms(x) * params[f"norm.{s}"]
+  if s % 2 == 0:
+    u = jnp.cumsum(u, axis=1) / jnp.arange(1, u.shape[1] + 1, dtype=u.dtype)[:, None]
+  return jnp.tanh(u @ params[f"w.{s}"]) @ params[f"v.{s}"]
+
+
+def _rms(x):
+  return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON)
+
+
+def build(dtype, num_blocks: int, width: int, **keys):
+  """(configuration, the connection of each block), for stand-ins of a width."""
+  cfg = models.config(mudd=True, base_num_decoder_layers=max(num_blocks, 1), base_emb_dim=width, **keys)
+  cfg = changed(cfg, dtype=np.dtype(dtype), weight_dtype=np.dtype(dtype))
+  mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+  family, blocks = connections.family(cfg), range(1, num_blocks + 1)
+  ends = ({"starts": i == 1, "finishes": i == num_blocks} for i in blocks)
+  return cfg, [family.build(cfg, (i,), mesh, nnx.Rngs(0), **end) for i, end in zip(blocks, ends)]
+
+
+def set_parameters(module: nnx.Module, values: dict) -> None:
+  found = {".".join(map(str, path)): x for path, x in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+  assert found.keys() == values.keys(), (found.keys(), values.keys())
+  for path, x in found.items():
+    *parents, last = path.split(".")
+    owner = module
+    for parent in parents:
+      owner = getattr(owner, parent)
+    assert x.get_value().shape == values[path].shape, (path, x.get_value().shape, values[path].shape)
+    setattr(owner, last, nnx.Param(values[path]))
+
+
+def streams_op(connection, inputs):
+  """(M as a sublayer reads it, the streams after the sublayer)."""
+  streams = ResidualStreams(tuple(jnp.moveaxis(inputs["streams"], 2, 0)))
+  m = connection.sublayer_input(connection.attention, streams, 0, after=lambda residual: residual.streams)
+  return m, jnp.stack(m + inputs["f"], axis=2)
+
+
+def streams_model(blocks: list, embedding, params) -> dict:
+  """Outputs of a model of stand-in sublayers, with the connection of each block around them."""
+  outputs, before = {}, []
+  for connection in blocks:
+    for name in ("attention", "feed_forward"):
+      weights = getattr(connection, name)
+      setattr(connection, name, _recording(weights, before))
+  carry = blocks[0].start(embedding)
+  for number, connection in enumerate(blocks):
+
+    def block(_, residual, s, __, connection=connection, number=number):
+      x = connection.read(residual, s)
+      for sub in (2 * number, 2 * number + 1):
+        outputs[f"read.{sub}"] = x.read
+        x = x + sublayer(params, sub, x.read)
+      return x, None, None
+
+    carry, _ = connection.through(block, None, carry, None)
+  outputs["hidden"], _ = blocks[-1].finish(carry)
+  outputs["final"] = _rms(outputs["hidden"]) * params["final_norm"]
+  after = [*before[1:], carry.residual.streams]
+  return outputs | {f"streams.{s}": jnp.stack(x, axis=2) for s, x in enumerate(after)}
+
+
+def _recording(weights: Callable, before: list) -> Callable:
+  def record(streams, s):
+    before.append(streams)
+    return weights(streams, s)
+
+  return record
+
+
+def hyper_connections(case: dict, dtype) -> Callable:
+  def weights_of(params, end: str = "") -> dict:
+    names = {"hc_norm": "norm.scale", "hc_norm_bias": "norm.bias"}
+    values = {names.get(key, key): params[key + end] for key in HYPER if key + end in params}
+    return values | ({"w_beta": values["w_beta"][:, None]} if "w_beta" in values else {})
+
+  keys = {
+    "depth_connection": "hyper_connections",
+    "mudd_expansion_rate": case["n"],
+    "mudd_hyper_end": "sum",
+    "mudd_dynamic": case["variant"] != "static",
+    # The other code has no epsilon in its RMSNorm.
+    "normalization_layer_epsilon": 0.0,
+  }
+  if case["variant"] == "paper":
+    keys["mudd_hyper_norm"] = "layer"
+
+  def op(inputs, params):
+    _, [connection] = build(dtype, 1, inputs["f"].shape[-1], **keys)
+    set_parameters(connection.attention, weights_of(params))
+    m, written = streams_op(connection, inputs)
+    _, beta = connection.attention(jnp.moveaxis(inputs["streams"], 2, 0), 0)
+    shape = (*written.shape[:2], 1)
+    beta = jnp.concatenate([jnp.broadcast_to(b, shape) for b in beta], axis=-1)
+    return {"read": m.read, "carried": jnp.stack(m.carried, axis=2), "beta": beta, "written": written}
+
+  def model(inputs, params):
+    _, blocks = build(dtype, case["sublayers"] // 2, inputs["embedding"].shape[-1], **keys)
+    for i, connection in enumerate(blocks):
+      set_parameters(connection.attention, weights_of(params, f".{2 * i}"))
+      set_parameters(connection.feed_forward, weights_of(params, f".{2 * i + 1}"))
+    return streams_model(blocks, inputs["embedding"], params)
+
+  return op if "op" in case else model
+
+
+HYPER = ("static_alpha", "static_beta", "w_alpha", "w_beta", "alpha_scale", "beta_scale", "hc_norm", "hc_norm_bias")
+MANIFOLD = ("phi_pre", "phi_post", "phi_res", "alpha", "b_pre", "b_post", "b_res", "mhc_norm")
+
+
+def mhc(case: dict, dtype) -> Callable:
+  if case.get("op") == "sinkhorn":
+    steps_of = SINKHORN_OF[case["variant"]]
+    return lambda inputs, _: {f"m.{steps}": steps_of(inputs["logits"], steps, EPSILON) for steps in case["iters"]}
+  n = case["n"]
+
+  def weights_of(params, end: str = "") -> dict:
+    values = {key: params[key + end] for key in MANIFOLD if key + end in params}
+    for key in ("phi_pre", "phi_post", "phi_res"):
+      values[key] = values[key].reshape(n, -1, values[key].shape[-1])
+    values["b_res"] = values["b_res"].reshape(-1)
+    if "mhc_norm" in values:
+      values["norm_scale"] = values.pop("mhc_norm").reshape(n, -1)
+    return values
+
+  keys = {
+    "depth_connection": "mhc",
+    "mudd_expansion_rate": n,
+    "mudd_mhc_mixing": case["variant"],
+    "mudd_mhc_steps": case["iters"],
+    "mudd_mhc_end": "weighted" if case["variant"] == "deepseek" else "mean",
+    "normalization_layer_epsilon": EPSILON,
+  }
+
+  def op(inputs, params):
+    _, [connection] = build(dtype, 1, inputs["f"].shape[-1], **keys)
+    set_parameters(connection.attention, weights_of(params))
+    m, written = streams_op(connection, inputs)
+    w, beta = connection.attention(jnp.moveaxis(inputs["streams"], 2, 0), 0)
+    mixing = w[..., 1:, :]  # [target, source]
+    if case["h_res_index"] == "[source, target]":
+      mixing = mixing.swapaxes(-1, -2)
+    outputs = {"h_post": jnp.concatenate(beta, axis=-1), "h_res": mixing}
+    return outputs | {"read": m.read, "written": written}
+
+  def model(inputs, params):
+    _, blocks = build(dtype, case["sublayers"] // 2, inputs["embedding"].shape[-1], **keys)
+    for i, connection in enumerate(blocks):
+      set_parameters(connection.attention, weights_of(params, f".{2 * i}"))
+      set_parameters(connection.feed_forward, weights_of(params, f".{2 * i + 1}"))
+    if "head_phi" in params:
+      head = {"phi": params["head_phi"].reshape(n, -1, n), "alpha": params["head_alpha"], "b": params["head_b"]}
+      set_parameters(blocks[-1].head, head)
+    return streams_model(blocks, inputs["embedding"], params)
+
+  return op if "op" in case else model
+
+
+def denseformer(case: dict, dtype) -> Callable:
+  keys = {
+    "mudd_ways": 1,
+    "mudd_dynamic": False,
+    "mudd_source_dilation": case["dilation"],
+    "mudd_block_period": case["period"],
+  }
+
+  def model(inputs, params):
+    _, blocks = build(dtype, case["blocks"], inputs["embedding"].shape[-1], **keys)
+    for i, connection in enumerate(blocks):
+      if connection.depth_aggregate is not None:
+        set_parameters(connection.depth_aggregate, {"a": params[f"dwa.{i - 1}"][None]})
+    if blocks[-1].final_depth_aggregate is not None:
+      set_parameters(blocks[-1].final_depth_aggregate, {"a": params[f"dwa.{len(blocks) - 1}"][None]})
+    outputs, carry = {}, blocks[0].start(inputs["embedding"])
+    for i, connection in enumerate(blocks):
+
+      def block(params, number, sums, output, _, connection=connection, i=i):
+        x = mixed = connection.read(number, sums, output)
+        for s in (2 * i, 2 * i + 1):
+          x = x + sublayer(params, s, x)
+        return connection.write(x), x, (mixed, x)
+
+      carry, (mixed, outputs[f"block.{i}"]) = connection.through(block, params, carry, None)
+      if i:
+        outputs[f"mixed.{i - 1}"] = mixed
+    outputs[f"mixed.{len(blocks) - 1}"], _ = blocks[-1].finish(carry)
+    outputs["final"] = _rms(outputs[f"mixed.{len(blocks) - 1}"]) * params["final_norm"]
+    return outputs
+
+  return model
+
+
+KINDS = {"denseformer": denseformer, "hyper_connections": hyper_connections, "mhc": mhc}
+
+
+def main(root: pathlib.Path) -> None:
+  found = {folder.name: {name: errors(folder, name, "float64") for name in cases(folder)} for folder in folders(root)}
+  print(json.dumps(found))
+
+
+if __name__ == "__main__":
+  plugin.install()
+  main(pathlib.Path(sys.argv[1]))

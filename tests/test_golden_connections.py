@@ -1,0 +1,54 @@
+"""Other people's depth connections, computed by their code and by the families here. Data: tests/data/README.md.
+
+MUDD_GOLDEN_PEERS names another folder of such data to check in place of tests/data/connections.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests import golden_connections, models, runs
+
+ROOT = pathlib.Path(os.environ.get("MUDD_GOLDEN_PEERS", models.DATA / "connections"))
+CASES = [(folder, name) for folder in golden_connections.folders(ROOT) for name in golden_connections.cases(folder)]
+DOUBLE = 1e-10
+# The reference codes' own float32 errors are up to 2e-5 in models and 2e-6 in single operations.
+SINGLE = {"model": 1e-4, "op": 1e-5, "sinkhorn": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def double_errors():
+  """In a process of its own, since 64-bit types are a setting of the process."""
+  finished = subprocess.run(
+    [sys.executable, "-m", "tests.golden_connections", str(ROOT)],
+    cwd=runs.ROOT,
+    env=os.environ | {"JAX_ENABLE_X64": "1"},
+    capture_output=True,
+    text=True,
+  )
+  assert finished.returncode == 0, finished.stderr[-4000:]
+  return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("folder", "name"), CASES, ids=lambda x: getattr(x, "name", x))
+def test_in_float64(folder, name, double_errors):
+  errors = double_errors[folder.name][name]
+  assert errors
+  assert {key: error for key, error in errors.items() if not error <= DOUBLE} == {}
+
+
+@pytest.mark.parametrize(("folder", "name"), CASES, ids=lambda x: getattr(x, "name", x))
+def test_in_float32(folder, name):
+  with jax.default_matmul_precision("highest"):
+    errors = golden_connections.errors(folder, name, "float32")
+  tolerance = SINGLE[name.split("_")[0]]
+  assert {key: error for key, error in errors.items() if not error <= tolerance} == {}
+
+
+def test_no_data_are_left_out():
+  assert len(CASES) >= 19

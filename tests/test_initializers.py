@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests import models
-from tests.blocks import MOE
+from tests.blocks import MOE, config_of
 
 WIDTH, HEADS, HEAD, FFN, VOCAB, LAYERS = 128, 4, 32, 256, 512, 2
 SHAPE = {
@@ -99,3 +99,16 @@ def test_connections_start_as_ever_and_every_kernel_has_a_key_of_its_own():
   drawn = [value.ravel()[:64] for path, value in found.items() if path.endswith("kernel")]
   normed = np.stack([value / np.linalg.norm(value) for value in drawn])
   assert np.abs(normed @ normed.T - np.eye(len(normed))).max() < 0.7  # 0.4 seen of 64 numbers; the same key gives 1
+
+
+@pytest.mark.parametrize("block", ["llama2", "mixtral"])
+def test_kernels_that_write_to_several_streams(block):
+  """`mudd_hyper_scaled_init`: those of attention outputs and of the second FFN matrix are √n times as large."""
+  keys = {"mudd": True, "depth_connection": "hyper_connections", "mudd_expansion_rate": 3}
+  models_of = (models.build(config_of(block, **keys, mudd_hyper_scaled_init=scaled)) for scaled in (False, True))
+  stock, scaled = ({path: np.asarray(x.get_value()) for path, x in models.parameters(m).items()} for m in models_of)
+  written = {path for path in stock if not np.array_equal(stock[path], scaled[path])}
+  assert {path.split("/")[-2] if path.endswith("kernel") else path.split("/")[-1] for path in written} == {"out", "wo"}
+  assert len(written) == 2 * 3
+  for path in written:
+    np.testing.assert_allclose(scaled[path], 3**0.5 * stock[path], rtol=2e-7)

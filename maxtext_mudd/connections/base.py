@@ -166,6 +166,10 @@ class Family(Protocol):
     """What it adds to the plain model of these sizes."""
 
   @classmethod
+  def output_init_scale(cls, config) -> float:
+    """Factor on the initial values of the kernels whose outputs are added to what blocks pass on."""
+
+  @classmethod
   def build(
     cls, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, rngs: nnx.Rngs, *, starts: bool, finishes: bool
   ) -> Connection:
@@ -198,6 +202,10 @@ class BaseFamily:
   @classmethod
   def plan(cls, config) -> Plan:
     return Plan(config.num_decoder_layers)
+
+  @classmethod
+  def output_init_scale(cls, config) -> float:
+    return 1.0
 
 
 class Connection(Protocol):

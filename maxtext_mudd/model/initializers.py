@@ -15,7 +15,7 @@ from flax import nnx
 import jax
 from maxtext.layers.embeddings import Embed
 
-from maxtext_mudd import blocks
+from maxtext_mudd import blocks, connections
 
 _RESIDUAL_WRITERS = ("out", "wo")
 _EXPERT_KERNELS = ("wi_0", "wi_1", "wo")
@@ -42,9 +42,22 @@ def deviation(config, name: str, size: int) -> float:
 
 
 def initialise(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
-  """Redraws the decoder's embeddings and kernels, each from a random key that follows from its path."""
-  if is_stock(config):
-    return
+  """Draws the decoder's embeddings and kernels again where `mudd_init` names a rule, each from a key of its own path.
+  Then scales the kernels that write to the residual stream, where the family of connections asks for it."""
+  if not is_stock(config):
+    _draw(decoder, config, rngs)
+  scale = connections.family(config).output_init_scale(config) if getattr(config, "mudd", False) else 1.0
+  if scale != 1.0:
+    state = nnx.state(decoder, nnx.Param)
+    for path, param in nnx.to_flat_state(state):
+      *modules, name = map(str, path)
+      is_kernel = name in _EXPERT_KERNELS or name == "kernel"  # not a bias
+      if is_kernel and (name if name != "kernel" else modules[-1]) in _RESIDUAL_WRITERS:
+        param.set_value(scale * param.get_value())
+    nnx.update(decoder, state)
+
+
+def _draw(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
   root = jax.random.fold_in(rngs.params.key[...], zlib.crc32(b"mudd_init"))
   # With `use_qk_norm`, MaxText leaves out the factor 1/sqrt(head_dim), also in blocks that ignore this key.
   scales_query_kernel = blocks.spec(config).scales_query_kernel and not config.use_qk_norm

@@ -21,6 +21,10 @@ class HyperConnections(StreamsFamily):
     return streams_cost(config, static + dynamic, flops)
 
   @classmethod
+  def output_init_scale(cls, config) -> float:
+    return config.mudd_expansion_rate**0.5 if config.mudd_hyper_scaled_init else 1.0
+
+  @classmethod
   def build(cls, config, blocks, mesh, rngs, *, starts, finishes):
     from maxtext_mudd.connections.hyper_connections.connection import build
 

@@ -15,6 +15,9 @@ class HyperKeys(WeightKeys, StreamsKeys):
     "Norm of the streams that α and β are computed from: RMSNorm, or the LayerNorm of the paper's code.",
     needs={"mudd_dynamic": (True,)},
   )
+  mudd_hyper_scaled_init: bool = key(
+    False, "The kernels of attention outputs and second FFN matrices start √n times as large, as in the paper."
+  )
   mudd_hyper_end: Literal["mean", "sum"] = key(
     "mean", "What the streams become behind the last block: their mean, or their sum as in the paper."
   )

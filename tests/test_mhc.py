@@ -1,11 +1,11 @@
 """mHC in models: how they start, what they count, which settings they refuse. Its maths: test_golden_connections.py."""
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxtext_mudd import connections
 from maxtext_mudd.connections.mhc.connection import SINKHORN, ManifoldWeights, permutations
 from maxtext_mudd.model import counts
 from tests import models
@@ -45,12 +45,37 @@ def test_mixing_matrices_keep_sums(mixing):
 
 def test_identity_at_the_start():
   for mixing in MIXINGS:
-    cfg = models.config(**MHC, mudd_mhc_mixing=mixing, mudd_mhc_bias_init="identity", mudd_mhc_phi_init="zero")
+    keys = {"mudd_mhc_mixing": mixing, "mudd_mhc_bias_init": "identity", "mudd_mhc_phi_init": "zero"}
+    cfg = models.config(**MHC, **keys)
     weights = ManifoldWeights(cfg, 5, nnx.Rngs(0))
     streams = [jnp.ones((1, 1, cfg.emb_dim))] * 4
     w, beta = weights(streams, 5)
     np.testing.assert_allclose(w[0, 0, 1:], np.eye(4), atol=8e-3)  # 23 permutations have exp(-8) each
     assert np.argmax(w[0, 0, 0]) == 1 == np.argmax([b[0, 0, 0] for b in beta])
+
+
+@pytest.mark.parametrize(("mixing", "source_first"), [("deepseek", True), ("megatron", False), ("lite", True)])
+def test_orientation_of_logits(mixing, source_first):
+  """A large logit at [0, 1] moves stream 0 to stream 1, or stream 1 to stream 0."""
+  weights = ManifoldWeights(models.config(**MHC, mudd_mhc_mixing=mixing), 0, nnx.Rngs(0))
+  found = weights.mixing(jnp.zeros((1, 1, 16)).at[0, 0, 1].set(9.0))[0, 0]
+  target, source = (1, 0) if source_first else (0, 1)
+  assert found[target, source] > 0.9
+
+
+def test_orientation_of_permutations():
+  """The permutation (1, 2, 0) has row i one at column perm[i]: source i goes to target perm[i]."""
+  cfg = models.config(**MHC, mudd_expansion_rate=3, mudd_mhc_mixing="permutations")
+  number = [tuple(np.argmax(x, axis=1)) for x in permutations(3)].index((1, 2, 0))
+  found = ManifoldWeights(cfg, 0, nnx.Rngs(0)).mixing(jnp.zeros((1, 1, 6)).at[0, 0, number].set(50.0))[0, 0]
+  np.testing.assert_allclose(found, np.eye(3)[[2, 0, 1]], atol=1e-6)
+
+
+def test_a_token_of_zeros():
+  """mHC-lite's norm has no epsilon."""
+  weights = ManifoldWeights(models.config(**MHC, mudd_mhc_mixing="lite"), 0, nnx.Rngs(0))
+  value, gradient = jax.value_and_grad(lambda x: weights([x] * 4, 0)[0].sum())(jnp.zeros((1, 1, 32)))
+  assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 def test_permutations():
@@ -92,6 +117,16 @@ def test_parameters_are_counted(keys):
       "mudd_mhc_steps=10 does nothing with mudd_mhc_mixing=permutations; leave it at 20, or set "
       "mudd_mhc_mixing=deepseek or megatron or lite.",
     ),
+    (
+      {"mudd_mhc_phi_init": "zero"},
+      "mudd_mhc_phi_init=zero with mudd_mhc_bias_init=zero and mudd_mhc_alpha_init=0.01 has no gradient by which "
+      "streams could part; use mudd_mhc_phi_init=fan_in, or mudd_mhc_bias_init=identity with another "
+      "mudd_mhc_alpha_init than 0.",
+    ),
+    (
+      {"mudd_mhc_mixing": "lite", "mudd_mhc_end": "sum", "mudd_mhc_epsilon": 1e-5},
+      "mudd_mhc_epsilon=1e-05 does nothing with mudd_mhc_mixing=lite and mudd_mhc_end=sum; leave it at 1e-06.",
+    ),
     ({"mudd_mhc_steps": 0}, "mudd_mhc_steps=0 is not valid: input should be greater than or equal to 1."),
     (
       {"mudd_window": 2},
@@ -110,5 +145,10 @@ def test_settings_that_do_not_work(keys, sentence):
   assert str(error.value) == sentence
 
 
-def test_the_family_is_known():
-  assert connections.family(models.config(**MHC)).__name__ == "ManifoldHyperConnections"
+def test_counts():
+  """By hand: n = 2, D = 32, two sublayers in each of 3 blocks, 2·2 + 4 logits for each."""
+  cfg = models.config(**MHC, mudd_expansion_rate=2)
+  cost = counts.connections_cost(cfg)
+  assert cost.parameters == 6 * (2 * 32 * 8 + 8 + 3) + (2 * 32 * 2 + 2 + 1)
+  assert cost.flops == 6 * 2 * (2 * 32 * 8 + 2 * 3 * 32 + 2 * 32) + 2 * (2 * 32 * 2 + 2 * 32)
+  assert cost.activations == 3

@@ -10,15 +10,20 @@ Before each sublayer, for each token and streams X [n,D], where x̂ = RMS(X) ove
 In the terms of `residual_streams`, W is A_pre above R, and β is A_post. `mudd_mhc_mixing` names the code whose S, norm
 and orientation of the logits are used:
 
-  deepseek      [source, target] logits: softmax over targets, plus ε, then columns and rows in turn, so that the sums
-                over sources of R are exact after the last step; RMSNorm with ε in the root; A_pre + ε. This is the
-                paper's order, and that of DeepSeek-V4 in TileKernels, transformers and MaxText.
-  megatron      [target, source] logits: exp, then sums over sources and over targets in turn, none below ε; the norm
-                divides by RMS + ε.
-  lite          [source, target] logits: the steps of mHC-lite's baseline, in logarithms; a norm with scale, without ε.
-  permutations  mHC-lite itself: R is the convex sum of all n! permutations, weighted by a softmax; the norm of lite.
+  deepseek      [source, target] logits. Softmax over targets, plus ε; then division by sums over sources and over
+                targets in turn, over sources last. So the rows of R are exact, as in the paper. RMSNorm with ε in the
+                root; A_pre + ε. This is DeepSeek-V4 in TileKernels, transformers and MaxText.
+  megatron      [target, source] logits. Exp; then division by sums over sources and by sums over targets in turn, none
+                taken below ε. The columns of R are exact. The norm divides by RMS + ε. This is Megatron-LM at d98e8a6;
+                other versions of it compute `deepseek`.
+  lite          [source, target] logits. Division by sums over sources and by sums over targets in turn, in logarithms.
+                The columns of R are exact. A norm with scale, without ε. This is the baseline of mHC-lite's authors.
+  permutations  mHC-lite itself: a convex sum of all n! permutation matrices [source, target], weighted by a softmax.
+                Rows and columns are exact. The norm of lite.
 
-Logits of one orientation mean the transposed matrices in the other: a checkpoint belongs to one value of the key.
+Logits of one orientation mean the transposed matrices in the other: a checkpoint belongs to one value of the key. ε of
+the norm is `normalization_layer_epsilon`, 1e-6 in all these codes. φ is cast to `dtype`, as in MaxText; products, norms
+and S are computed in at least float32.
 """
 
 import itertools
@@ -31,9 +36,10 @@ import numpy as np
 
 from maxtext_mudd.connections import residual_streams
 from maxtext_mudd.connections.mhc.keys import has_norm_scale, mixing_logits
-from maxtext_mudd.kernels import accumulation_dtype
+from maxtext_mudd.kernels import accumulation_dtype, mix
 
 NORMAL_STD = 0.02  # of transformers' deepseek_v4
+SMALLEST_NORM = 1e-12  # of a token's streams, as in mHC-lite, so that a token of zeros has a gradient
 OFF_DIAGONAL = -8.0  # static logits of mHC-lite: exp(-8) is 3e-4
 
 
@@ -49,7 +55,7 @@ def sinkhorn_deepseek(logits: Float[Array, "... n n"], steps: int, epsilon: floa
 
 def sinkhorn_megatron(logits: Float[Array, "... n n"], steps: int, epsilon: float) -> Float[Array, "... n n"]:
   """[target, source] from [target, source]: sums over sources, then over targets, none taken below ε."""
-  m = jnp.exp(logits - jax.lax.stop_gradient(logits.max((-2, -1), keepdims=True)))
+  m = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
   for _ in range(steps):
     m = m / jnp.maximum(m.sum(-1, keepdims=True), epsilon)
     m = m / jnp.maximum(m.sum(-2, keepdims=True), epsilon)
@@ -127,7 +133,8 @@ class ManifoldWeights(nnx.Module):
     config = self.config
     n, code = config.mudd_expansion_rate, config.mudd_mhc_mixing
     if code == "permutations":
-      return jnp.einsum("btm,mij->btij", jax.nn.softmax(logits), jnp.asarray(permutations(n), logits.dtype))
+      convex, matrices = jax.nn.softmax(logits), jnp.asarray(permutations(n), logits.dtype)
+      return jnp.einsum("btm,mij->btji", convex, matrices, precision=jax.lax.Precision.HIGHEST)
     m = SINKHORN[code](logits.reshape(*logits.shape[:-1], n, n), config.mudd_mhc_steps, config.mudd_mhc_epsilon)
     return m if code == "megatron" else m.swapaxes(-1, -2)
 
@@ -151,7 +158,7 @@ class WeightedHead(nnx.Module):
       dynamic = _normed_product(config, streams, self.phi[...])
     logits = self.alpha[...].astype(dynamic.dtype) * dynamic + self.b[...].astype(dynamic.dtype)
     weights = jax.nn.sigmoid(logits) + config.mudd_mhc_epsilon
-    return residual_streams.mix(streams, weights[..., None, :], implementation="xla")[0]
+    return mix(streams, weights[..., None, :], implementation="xla")[0]
 
 
 def _phi(config, columns: int, rngs: nnx.Rngs) -> nnx.Param:
@@ -172,7 +179,7 @@ def _normed_product(config, streams: residual_streams.Streams, phi: Float[Array,
     return product * jax.lax.rsqrt(mean_square + config.normalization_layer_epsilon)
   if config.mudd_mhc_mixing == "megatron":
     return product / (jnp.sqrt(mean_square) + config.normalization_layer_epsilon)
-  return product * jax.lax.rsqrt(mean_square)
+  return product / jnp.sqrt(jnp.maximum(mean_square, SMALLEST_NORM**2 / (len(streams) * streams[0].shape[-1])))
 
 
 def build(config, blocks, rngs: nnx.Rngs, *, starts: bool, finishes: bool) -> residual_streams.StreamsConnection:

@@ -15,12 +15,16 @@ class ManifoldKeys(StreamsKeys):
 
   mudd_mhc_mixing: Literal["deepseek", "megatron", "lite", "permutations"] = key(
     "deepseek",
-    "How mixing matrices are made doubly stochastic: Sinkhorn steps as in the named code, or permutations, mHC-lite's "
-    "convex sum of all n! permutations.",
+    "How mixing matrices are made doubly stochastic: Sinkhorn steps as in the named code (megatron: at d98e8a6), or "
+    "permutations, mHC-lite's convex sum of all n! permutations.",
   )
   mudd_mhc_steps: int = key(20, "Sinkhorn steps.", needs=_SINKHORN, ge=1)
   mudd_mhc_epsilon: float = key(
-    1e-6, "What Sinkhorn steps add to sums (deepseek), or their smallest value (megatron).", ge=0, allow_inf_nan=False
+    1e-6,
+    "What is added to the sums of Sinkhorn steps, to A_pre (deepseek) and to the weights of the weighted end, or the "
+    "smallest sum (megatron).",
+    ge=0,
+    allow_inf_nan=False,
   )
   mudd_mhc_alpha_init: float = key(0.01, "Initial value of the scales of the dynamic logits.", allow_inf_nan=False)
   mudd_mhc_phi_init: Literal["fan_in", "normal", "zero"] = key(
@@ -48,7 +52,20 @@ def has_norm_scale(config) -> bool:
 
 
 def check_sizes(config) -> None:
-  """Raises ValueError for numbers of streams that cannot be mixed. `config` has `ManifoldKeys`."""
+  """Raises ValueError for numbers of streams that cannot be mixed, for initial values that never learn, and for an ε
+  that nothing reads. `config` has `ManifoldKeys`."""
+  if config.mudd_mhc_phi_init == "zero" and (config.mudd_mhc_bias_init == "zero" or config.mudd_mhc_alpha_init == 0):
+    raise ValueError(
+      f"mudd_mhc_phi_init=zero with mudd_mhc_bias_init={config.mudd_mhc_bias_init} and mudd_mhc_alpha_init="
+      f"{config.mudd_mhc_alpha_init} has no gradient by which streams could part; use mudd_mhc_phi_init=fan_in, or "
+      "mudd_mhc_bias_init=identity with another mudd_mhc_alpha_init than 0."
+    )
+  default = ManifoldKeys.model_fields["mudd_mhc_epsilon"].default
+  if has_norm_scale(config) and config.mudd_mhc_end != "weighted" and config.mudd_mhc_epsilon != default:
+    raise ValueError(
+      f"mudd_mhc_epsilon={config.mudd_mhc_epsilon} does nothing with mudd_mhc_mixing={config.mudd_mhc_mixing} and "
+      f"mudd_mhc_end={config.mudd_mhc_end}; leave it at {default}."
+    )
   n = config.mudd_expansion_rate
   if n < 2:
     raise ValueError(f"mudd_expansion_rate={n} leaves mhc no streams to mix; use at least 2.")

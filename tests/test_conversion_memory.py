@@ -31,8 +31,9 @@ from maxtext_mudd.checkpoints.hugging_face import models as hf
 
 tensors.SHARD_BYTES = int(sys.argv[4])
 
-def resident():
-  return int(open("/proc/self/statm").read().split()[1]) * 4096
+def resident():  # without pages of files, such as libraries and mapped shards, which the system can drop
+  lines = open("/proc/self/status").read().splitlines()
+  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 def watch():
   global most

@@ -156,7 +156,7 @@ def test_names(tmp_path, capsys):
   )
   # All of the paper's are known, or the first that is not would be named; their data sets are not at hand.
   for names, message in (
-    ("paper", "lambada_openai cannot be loaded; where its data set"),
+    ("paper", "lambada_openai cannot be loaded; if its data set"),
     ("paper,piqa, mine", "mine is not a task; the nearest"),
   ):
     with pytest.raises(SystemExit):

@@ -149,6 +149,7 @@ def write(folder: pathlib.Path, outputs: Mapping[str, Output]) -> None:
       path.chmod(mode)
     except safetensors.SafetensorError as error:
       raise OSError(str(error)) from error
+    del shard  # before the next one is read
 
 
 def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

@@ -132,9 +132,13 @@ def _single_layers(scanned: Mapping[str, Tensor], config) -> dict[str, Tensor]:
     ValueError: as `layout.unstack`.
   """
 
-  @functools.lru_cache(maxsize=1)
+  last = {}
+
   def unstacked(path):
-    return layout.unstack({path: scanned[path].read()}, config)
+    if path not in last:
+      last.clear()  # before the next array is read: a cache would hold both meanwhile
+      last[path] = layout.unstack({path: scanned[path].read()}, config)
+    return last[path]
 
   def tensor(path, name, like):
     return Tensor(scanned[path].file, like.shape, like.dtype, lambda: unstacked(path)[name].copy())

@@ -82,8 +82,10 @@ def test_the_table():
     ["mudd", "4", "1000.00", "40.000", "100.0", "2.5", "0.04", "9", "3.0", *of_pair],
     ["plain, again", "4", "500.00", "20.000", "200.0", "2.5", "0.04", "9", "3.0", *of_control],
   ]
-  assert "a prompt of 100 tokens and 64 new ones" in text and "the 63 steps" in text and "as one program" in text
-  assert "Parameters (in bfloat16, computed with in float32)" in text
+  words = " ".join(text.split())
+  assert "A prompt had 100 tokens and got 64 new tokens." in words and "the 63 steps" in words
+  assert "as one program" in words
+  assert "The dtype of the parameters is bfloat16, and the model computes in float32." in words
   assert "CPU" not in text and "Measured on a CPU" in decode_speed.text(rows, options(), config, "CPU (x86_64)")
   assert "each of which is a call of the engine" in decode_speed.text(rows, options(calls=True), config, "CPU (x86_64)")
 

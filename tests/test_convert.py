@@ -91,7 +91,7 @@ def test_a_run_of_eight_devices_goes_on_on_one(tmp_path):
   assert sorted(went_on) == [3, 4, 5]
   assert len(set(went_on.values())) == 3
   for step, loss in went_on.items():
-    assert loss == pytest.approx(expected[step], rel=1e-5)
+    assert loss == pytest.approx(expected[step], rel=4e-6)  # the error seen is 5e-7, one rounding of float32
 
 
 def refusal(capsys, *arguments) -> str:

@@ -1,7 +1,8 @@
 """MUDD connections (MUDDFormer, arXiv 2502.12170) for stock MaxText.
 
 `from_pretrained` and `from_run` load a model, `logits` and `generate` run it. Training and the other commands are
-modules: python3 -m maxtext_mudd.train, train_compile, decode, evaluate, convert, complexity, report, corpus.
+modules: python3 -m maxtext_mudd.train, train_compile, decode, evaluate, convert, complexity, cluster, report,
+corpus.
 """
 
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from maxtext_mudd import connections, plugin
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections.mhc.connection import SINKHORN
-from maxtext_mudd.connections.residual_streams import ResidualStreams
+from maxtext_mudd.connections.multi_stream.connection import ResidualStreams
 from tests import models
 
 EPSILON = 1e-6  # of the norms of the stand-ins

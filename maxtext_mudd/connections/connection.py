@@ -77,7 +77,7 @@ class HistoryConnection(PlainConnection):
     self.config = config
     self.mesh = mesh
     self.plan = plan = family.plan(config)
-    self.carry = HistoryBuffer if config.scan_layers else History
+    self.carry_type = HistoryBuffer if config.scan_layers else History
     if starts:
       self.embedding_norm = family.source_norm(config, rngs)
     if blocks:
@@ -98,7 +98,7 @@ class HistoryConnection(PlainConnection):
     norm = self.embedding_norm
     source, newest = (embedding, None) if norm is None else (norm(embedding), embedding)
     sharding = source_sharding(self.config, self.mesh, source.shape)
-    return self.carry.start(source, newest, self.plan.num_blocks, sharding, rematerialise)
+    return self.carry_type.start(source, newest, self.plan.num_blocks, sharding, rematerialise)
 
   def through(self, block: Callable, state: Any, carry: History | HistoryBuffer, arguments: Any):
     """`block` reads (number of the block, sums of Eq. 5 or None, X_i)."""

@@ -1,9 +1,9 @@
-"""Parameters of scanned layers beside those of single ones.
+"""Pads the parameters of single layers to one shape for scanned layers, and removes the padding.
 
 All blocks of a scanned stack have parameters of one shape. Along the axes that `Family.depth_axes` names, those of a
-site are padded with zeros: sources count from X_0 on, whichever a site sees, and hidden widths are filled up at their
-end. Padding has a gradient of zero and stays zero in training. So does every parameter that exists only in another
-block of the stack, such as LN_k of the first block.
+site are padded with zeros: there is an entry for every source from X_0 on, whichever the site mixes, and hidden widths
+are padded at their end. Padding has a gradient of zero and stays zero in training. So does every parameter that exists
+only in another block of the stack, such as LN_k of the first block.
 """
 
 from collections.abc import Sequence
@@ -38,12 +38,12 @@ class Table:
 
   @property
   def connected(self) -> tuple[bool, ...]:
-    """By block, whether a site stands in front."""
+    """By block, whether it reads the streams of a site."""
     return tuple(site is not None for site in self.sites)
 
   @property
   def visible(self) -> tuple[tuple[bool, ...], ...]:
-    """By block and source X_0, X_1, ..., whether its site sees the source."""
+    """By block and source X_0, X_1, ..., whether its site mixes the source."""
     return tuple(tuple(site is not None and j in site.sources for j in range(self.blocks[-1])) for site in self.sites)
 
 

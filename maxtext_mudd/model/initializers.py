@@ -42,19 +42,28 @@ def deviation(config, name: str, size: int) -> float:
 
 
 def initialise(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
-  """Draws the decoder's embeddings and kernels again where `mudd_init` names a rule, each from a key of its own path.
-  Then scales the kernels that write to the residual stream, where the family of connections asks for it."""
+  """Redraws the decoder's embeddings and kernels where `mudd_init` names a rule, each from a random key that follows
+  from its path. Then scales the kernels that write to the residual stream, where the family of connections asks for it.
+  """
   if not is_stock(config):
     _draw(decoder, config, rngs)
   scale = connections.family(config).output_init_scale(config) if getattr(config, "mudd", False) else 1.0
   if scale != 1.0:
     state = nnx.state(decoder, nnx.Param)
     for path, param in nnx.to_flat_state(state):
-      *modules, name = map(str, path)
-      is_kernel = name in _EXPERT_KERNELS or name == "kernel"  # not a bias
-      if is_kernel and (name if name != "kernel" else modules[-1]) in _RESIDUAL_WRITERS:
+      if _module_name(tuple(map(str, path))) in _RESIDUAL_WRITERS:
         param.set_value(scale * param.get_value())
     nnx.update(decoder, state)
+
+
+def _module_name(path: tuple[str, ...]) -> str | None:
+  """The name of the module that an embedding or kernel belongs to; that of a kernel of experts, which has no module.
+  None for other parameters, such as biases and all of connections."""
+  if "connection" in path:
+    return None
+  if path[-1] in _EXPERT_KERNELS:
+    return path[-1]
+  return path[-2] if path[-1] in ("kernel", "embedding") else None
 
 
 def _draw(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
@@ -64,12 +73,11 @@ def _draw(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
   state = nnx.state(decoder, nnx.Param)
   for path, param in nnx.to_flat_state(state):
     path = tuple(map(str, path))
-    name = path[-2] if path[-1] in ("kernel", "embedding") else path[-1]
-    is_expert = path[-1] in _EXPERT_KERNELS
-    if "connection" in path or not (is_expert or path[-1] in ("kernel", "embedding")):
+    name = _module_name(path)
+    if name is None:
       continue
     value = param.get_value()
-    copies = config.num_experts if is_expert else 1
+    copies = config.num_experts if path[-1] in _EXPERT_KERNELS else 1
     if config.scan_layers and "layers" in path:
       copies *= value.shape[config.param_scan_axis]
     std = deviation(config, name, value.size // copies)

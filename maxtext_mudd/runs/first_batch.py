@@ -8,6 +8,7 @@ from maxtext.input_pipeline import input_pipeline_interface, multihost_dataloadi
 from maxtext.utils import maxtext_utils
 import numpy as np
 
+from maxtext_mudd.config.changed import changed
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.inference import tokens
 from maxtext_mudd.runs import data_faults, data_settings
@@ -33,11 +34,11 @@ def check(config) -> None:
   if not is_readable_here(config):
     return
   # Grain's worker processes are turned off: they take seconds to start, and read the same files.
-  config = config.model_copy(update={"grain_worker_count": 0, "grain_worker_count_eval": 0})
+  without_workers = {"grain_worker_count": 0, "grain_worker_count_eval": 0}
   iterators = ()
   try:
     with data_faults.quiet():
-      parameters = pyconfig.HyperParameters(config)
+      parameters = changed(pyconfig.HyperParameters(config), **without_workers)
       mesh = maxtext_utils.get_mesh_from_config(parameters)
       iterators = input_pipeline_interface.create_data_iterator(parameters, mesh)
       batches = [_first_batch(iterator) for iterator in iterators]

@@ -2,7 +2,7 @@
 
 from maxtext_mudd.connections.base import Cost
 from maxtext_mudd.connections.hyper_connections.keys import HyperKeys
-from maxtext_mudd.connections.streams_family import StreamsFamily, streams_cost
+from maxtext_mudd.connections.multi_stream import StreamsFamily, streams_cost
 
 
 class HyperConnections(StreamsFamily):

@@ -6,20 +6,20 @@ For the sublayer number s, from 0 (attention, FFN, attention, ...), and streams 
   α = [onehot(s mod n) | I_n] + s_α·tanh(norm(H) W_α)    [n,n+1]
   β = 1 + s_β·tanh(norm(H) w_β)                          [n]
 
-`residual_streams` says how a sublayer reads and writes; its W is αᵀ.
+`multi_stream` says how a sublayer reads and writes; its W is αᵀ.
 """
 
 from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maxtext_mudd.connections import residual_streams
+from maxtext_mudd.connections.multi_stream import connection as multi_stream
 from maxtext_mudd.connections.norms import StreamNorm
 from maxtext_mudd.kernels import accumulation_dtype
 
 DYNAMIC_SCALE_INIT = 0.01
 LAYER_NORM_EPSILON = 1e-5  # Algorithm 2 of the paper leaves PyTorch's default
-HEADS = {"mean": residual_streams.mean, "sum": residual_streams.total}
+HEADS = {"mean": multi_stream.mean, "sum": multi_stream.total}
 
 
 class HyperWeights(nnx.Module):
@@ -52,8 +52,8 @@ class HyperWeights(nnx.Module):
     first = (jnp.arange(n) == sublayer % n).astype(dtype)
     return jnp.concatenate([first[:, None], jnp.eye(n, dtype=dtype)], axis=1)
 
-  def __call__(self, streams: residual_streams.Streams, sublayer):
-    """See `residual_streams.SublayerWeights`."""
+  def __call__(self, streams: multi_stream.StreamList, sublayer):
+    """See `multi_stream.connection.SublayerWeights`."""
     config = self.config
     wide = accumulation_dtype(streams[0].dtype)
     alpha, beta = self._initial_alpha(sublayer, wide), jnp.ones((len(streams),), wide)
@@ -70,7 +70,7 @@ class HyperWeights(nnx.Module):
     return jnp.stack(rows, axis=-1), entries
 
 
-def build(config, blocks, *, starts: bool, finishes: bool) -> residual_streams.StreamsConnection:
+def build(config, blocks, *, starts: bool, finishes: bool) -> multi_stream.StreamsConnection:
   """Hyper-Connections of one block or stack. With `mudd_hyper_end: mean` the final norm's epsilon weighs as much as in
   the plain Transformer that the model starts as; the paper's sum is n times as large, which the final norm removes."""
 
@@ -78,4 +78,4 @@ def build(config, blocks, *, starts: bool, finishes: bool) -> residual_streams.S
     return HyperWeights(config, sublayer)
 
   head = HEADS[config.mudd_hyper_end]
-  return residual_streams.StreamsConnection(config, blocks, make, head, starts=starts, finishes=finishes)
+  return multi_stream.StreamsConnection(config, blocks, make, head, starts=starts, finishes=finishes)

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from maxtext_mudd.connections.family_keys import WeightKeys
-from maxtext_mudd.connections.streams_family import StreamsKeys
+from maxtext_mudd.connections.multi_stream import StreamsKeys
 from maxtext_mudd.keys import key
 
 

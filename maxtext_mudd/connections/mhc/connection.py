@@ -7,7 +7,7 @@ Before each sublayer, for each token and streams X [n,D], where x̂ = RMS(X) ove
   R      = S(α_3 x̂ φ_res + b_res)                        [n,n], with rows and columns that sum to one
   X ← R X + A_post ⊗ F(A_pre X)
 
-In the terms of `residual_streams`, W is A_pre above R, and β is A_post. `mudd_mhc_mixing` names the code whose S, norm
+In the terms of `multi_stream`, W is A_pre above R, and β is A_post. `mudd_mhc_mixing` names the code whose S, norm
 and orientation of the logits are used:
 
   deepseek      [source, target] logits. Softmax over targets, plus ε; then division by sums over sources and over
@@ -34,8 +34,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from maxtext_mudd.connections import residual_streams
 from maxtext_mudd.connections.mhc.keys import has_norm_scale, mixing_logits
+from maxtext_mudd.connections.multi_stream import connection as multi_stream
 from maxtext_mudd.kernels import accumulation_dtype, mix
 
 NORMAL_STD = 0.02  # of transformers' deepseek_v4
@@ -109,8 +109,8 @@ class ManifoldWeights(nnx.Module):
       mixing = jnp.where(jnp.eye(n) == 1, 0, OFF_DIAGONAL).reshape(-1)
     return one_stream, one_stream, mixing
 
-  def __call__(self, streams: residual_streams.Streams, sublayer):
-    """See `residual_streams.SublayerWeights`."""
+  def __call__(self, streams: multi_stream.StreamList, sublayer):
+    """See `multi_stream.connection.SublayerWeights`."""
     config = self.config
     n, wide = len(streams), accumulation_dtype(streams[0].dtype)
     phi = jnp.concatenate([self.phi_pre[...], self.phi_post[...], self.phi_res[...]], axis=-1)
@@ -152,7 +152,7 @@ class WeightedHead(nnx.Module):
     self.alpha = nnx.Param(jnp.full((1,), config.mudd_mhc_alpha_init, dtype), out_sharding=(None,))
     self.b = nnx.Param(jnp.zeros((n,), dtype), out_sharding=(None,))
 
-  def __call__(self, streams: residual_streams.Streams) -> Float[Array, "B T D"]:
+  def __call__(self, streams: multi_stream.StreamList) -> Float[Array, "B T D"]:
     config = self.config
     with jax.default_matmul_precision(config.matmul_precision.value):
       dynamic = _normed_product(config, streams, self.phi[...])
@@ -168,7 +168,7 @@ def _phi(config, columns: int, rngs: nnx.Rngs) -> nnx.Param:
   return nnx.Param(value.astype(config.weight_dtype), out_sharding=(None, "embed", None))
 
 
-def _normed_product(config, streams: residual_streams.Streams, phi: Float[Array, "n D M"]) -> Float[Array, "B T M"]:
+def _normed_product(config, streams: multi_stream.StreamList, phi: Float[Array, "n D M"]) -> Float[Array, "B T M"]:
   """x̂ φ. The norm is applied to the product, which has fewer numbers than the streams."""
   wide = accumulation_dtype(streams[0].dtype)
   phi = phi.astype(config.dtype)
@@ -182,14 +182,14 @@ def _normed_product(config, streams: residual_streams.Streams, phi: Float[Array,
   return product / jnp.sqrt(jnp.maximum(mean_square, SMALLEST_NORM**2 / (len(streams) * streams[0].shape[-1])))
 
 
-def build(config, blocks, rngs: nnx.Rngs, *, starts: bool, finishes: bool) -> residual_streams.StreamsConnection:
+def build(config, blocks, rngs: nnx.Rngs, *, starts: bool, finishes: bool) -> multi_stream.StreamsConnection:
   """mHC of one block or stack."""
 
   def make(sublayer: int) -> ManifoldWeights:
     return ManifoldWeights(config, sublayer, rngs)
 
   end = config.mudd_mhc_end
-  head = residual_streams.total if end == "sum" else residual_streams.mean
+  head = multi_stream.total if end == "sum" else multi_stream.mean
   if end == "weighted" and finishes:
     head = WeightedHead(config, rngs)
-  return residual_streams.StreamsConnection(config, blocks, make, head, starts=starts, finishes=finishes)
+  return multi_stream.StreamsConnection(config, blocks, make, head, starts=starts, finishes=finishes)

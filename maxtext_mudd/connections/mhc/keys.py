@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from maxtext_mudd.connections.streams_family import StreamsKeys
+from maxtext_mudd.connections.multi_stream import StreamsKeys
 from maxtext_mudd.keys import key
 
 MOST_PERMUTED_STREAMS = 5  # 120 permutations; six streams would need 720 logits for each token and sublayer
@@ -15,7 +15,7 @@ class ManifoldKeys(StreamsKeys):
 
   mudd_mhc_mixing: Literal["deepseek", "megatron", "lite", "permutations"] = key(
     "deepseek",
-    "How mixing matrices are made doubly stochastic: Sinkhorn steps as in the named code (megatron: at d98e8a6), or "
+    "What makes mixing matrices doubly stochastic: Sinkhorn steps as in the named code (megatron: at d98e8a6), or "
     "permutations, mHC-lite's convex sum of all n! permutations.",
   )
   mudd_mhc_steps: int = key(20, "Sinkhorn steps.", needs=_SINKHORN, ge=1)

@@ -20,8 +20,8 @@ class DepthAggregate(nnx.Module):
 
   Parameters, in `weight_dtype`: `w1` [D,K] from N(0, 1/D), `w2` [K,C,N] zero, `a` [C,N] one at the newest source; or
   zero where pre- and post-norm are both on, for then X_i is added after the sum. With both norms or neither, the model
-  starts as the plain Transformer. With one of them it does not; neither does the released code. Norm scales [D] where
-  `mudd_weight_norm_scale` or `mudd_post_norm` ask for them.
+  starts as the plain Transformer. With only one of them, neither this model nor the released code does. Norm
+  scales [D] where `mudd_weight_norm_scale` or `mudd_post_norm` ask for them.
   """
 
   def __init__(self, config, site: Site, mesh: jax.sharding.Mesh, rngs: nnx.Rngs):

@@ -4,7 +4,7 @@ For a sublayer (attention or FFN) with function F, streams H [n,D] and, for each
 
   M = W H;  H' = M[1:] + β ⊗ F(M[0])
 
-A family says how W and β are made from H, and how the streams become one hidden state after the last block.
+A family says how W and β are computed from H, and how the streams become one hidden state after the last block.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from maxtext_mudd.blocks.classes import change_class
 from maxtext_mudd.connections.connection import PlainConnection
 from maxtext_mudd.kernels import accumulation_dtype, mix
 
-Streams = Sequence[Float[Array, "B T D"]]
+StreamList = Sequence[Float[Array, "B T D"]]
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +92,7 @@ class SublayerWeights(Protocol):
   """The module of a family at one sublayer."""
 
   def __call__(
-    self, streams: Streams, sublayer: Int[Array, ""]
+    self, streams: StreamList, sublayer: Int[Array, ""]
   ) -> tuple[Float[Array, "B T n+1 n"], list[Float[Array, "B T 1"]]]:
     """W and the entries of β, in at least float32.
 
@@ -115,7 +115,7 @@ class StreamsConnection(PlainConnection):
     config,
     blocks: Sequence[int],
     make: Callable[[int], SublayerWeights],
-    head: Callable[[Streams], Float[Array, "B T D"]],
+    head: Callable[[StreamList], Float[Array, "B T D"]],
     *,
     starts: bool,
     finishes: bool,
@@ -171,13 +171,13 @@ class StreamsConnection(PlainConnection):
     return self.head(carry.residual.streams), sown
 
 
-def total(streams: Streams) -> Float[Array, "B T D"]:
+def total(streams: StreamList) -> Float[Array, "B T D"]:
   """The sum of the streams."""
   wide = accumulation_dtype(streams[0].dtype)
   return sum(h.astype(wide) for h in streams).astype(streams[0].dtype)
 
 
-def mean(streams: Streams) -> Float[Array, "B T D"]:
+def mean(streams: StreamList) -> Float[Array, "B T D"]:
   """The mean of the streams; equal streams give their value exactly."""
   first, *others = streams
   wide = accumulation_dtype(first.dtype)

@@ -62,7 +62,8 @@ def test_loss_and_gradients(keys, budget, policy):
   loss, aux, gradients = value_and_gradients(fused)
   # Some roundings of a float32 loss of 4.5, 4.8e-7 each; the fast case has none.
   assert loss == pytest.approx(expected_loss, abs=5e-6)
-  assert float(aux["moe_lb_loss"]) == pytest.approx(float(expected_aux["moe_lb_loss"]), rel=1e-5)
+  # Of either loss a few roundings of float32 were seen, 3e-6 and 1e-9.
+  assert float(aux["moe_lb_loss"]) == pytest.approx(float(expected_aux["moe_lb_loss"]), rel=8e-7)
   for path, gradient in gradients.items():
     largest = np.abs(expected[path]).max()  # zero for the norm of a source that nothing sees, with 2x2
     assert largest > 0 or "output_norm" in path, path

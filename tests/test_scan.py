@@ -392,5 +392,5 @@ def test_metrics_are_those_of_single_layers():
   assert {key.rsplit("/", 1)[1] for key in expected} == {"da_002", "da_004"}
   assert found.keys() == expected.keys()
   for key, x in expected.items():
-    assert float(found[key]) == pytest.approx(float(x), rel=1e-5), key
+    assert float(found[key]) == pytest.approx(float(x), rel=1.5e-6), key  # the error seen is 2e-7
   assert len({float(x) for x in expected.values()}) == len(expected)

@@ -153,7 +153,7 @@ def test_multi_token_prediction():
   loss, aux, gradients = value_and_gradients(cfg)
   assert float(aux["mtp_loss"]) > 0
   # Two roundings of a float32 loss of 5; the error seen is 9e-8.
-  assert loss == pytest.approx(float(aux["xent_sum"]) / float(aux["total_weights"]) + float(aux["mtp_loss"]), abs=1e-6)
+  assert loss == pytest.approx(float(aux["xent_sum"]) / float(aux["total_weights"]) + float(aux["mtp_loss"]), abs=8e-7)
   assert any("mtp_block" in path and np.abs(g).max() > 0 for path, g in gradients.items())
 
 

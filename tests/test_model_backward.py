@@ -125,6 +125,6 @@ def test_on_meshes(mesh, scan):
   )
   assert finished.returncode == 0, finished.stderr[-4000:]
   found = json.loads(finished.stdout.splitlines()[-1])
-  assert found["loss"] == pytest.approx(found["expected"], abs=5e-6)
+  assert found["loss"] == pytest.approx(found["expected"], abs=4.5e-6)  # one rounding of float32, 4.8e-7, was seen
   assert max(found["errors"].values()) <= 2e-5
   assert found["collectives"] == []

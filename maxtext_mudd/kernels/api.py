@@ -137,15 +137,30 @@ def _forward(passes, sources, weights):
   return passes.forward(sources, weights), (sources, weights)
 
 
-def _backward(passes, inputs, gradients):
+def _backward(passes, inputs, gradients, totals=None):
   sources, weights = inputs
   is_buffer = isinstance(sources, Buffer)
-  grads = passes.backward(sources, weights, gradients)
+  grads = passes.backward(sources, weights, gradients, totals=totals)
   grad_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), grads.weights, weights)
   return Buffer(grads.sources, None) if is_buffer else grads.sources, grad_weights
 
 
 differentiable.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def chained(
+  passes: Passes, buffer: Buffer, weights: Weights
+) -> tuple[list[Float[Array, "B T D"]], Float[Array, "S B T D"]]:
+  """(streams, entries of the buffer for what reads them next). The backward pass adds its gradients of the sources to
+  those of what reads them next."""
+  return passes.forward(buffer, weights), buffer.entries
+
+
+chained.defvjp(
+  lambda passes, buffer, weights: (chained(passes, buffer, weights), (buffer, weights)),
+  lambda passes, inputs, cotangents: _backward(passes, inputs, *cotangents),
+)
 
 
 def _check_sources(sources, count) -> tuple[Sources, jax.Array | jax.ShapeDtypeStruct]:

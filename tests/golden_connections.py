@@ -7,6 +7,8 @@ need a Transformer.
 """
 
 from collections.abc import Callable
+import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -20,6 +22,7 @@ from safetensors.numpy import load_file
 
 from maxtext_mudd import connections, plugin
 from maxtext_mudd.config.changed import changed
+from maxtext_mudd.connections.attnres import connection as attnres_connection
 from maxtext_mudd.connections.mhc.connection import SINKHORN
 from maxtext_mudd.connections.multi_stream.connection import ResidualStreams
 from tests import models
@@ -262,7 +265,64 @@ def denseformer(case: dict, dtype) -> Callable:
   return model
 
 
-KINDS = {"denseformer": denseformer, "hyper_connections": hyper_connections, "mhc": mhc}
+def attnres(case: dict, dtype) -> Callable:
+  keys = {"depth_connection": "attnres", "normalization_layer_epsilon": EPSILON}
+
+  def weights_of(carry, s: int, count: int):
+    return jax.nn.softmax(carry.sources.take_logits(s, count)[0], axis=0)
+
+  def op(inputs, params):
+    sources = [inputs[f"source.{j}"] for j in range(len(inputs))]
+    s = len(sources) - 1
+    _, blocks = build(dtype, len(sources), sources[0].shape[-1], **keys)
+    connection, rows = blocks[0], np.arange(2 * len(sources) + 1)[:, None] == s
+    set_parameters(connection.depth_queries, {key: rows * params[key] for key in ("query", "key_norm")})
+    carry = connection.start(sources[0])
+    for number, source in enumerate(sources):
+      mixed, carry = connection.aggregate(dataclasses.replace(carry, newest=source), number)
+    if "output_norm" in params:
+      mixed = _rms(mixed) * params["output_norm"]
+    return {"mixed": mixed, "weights": weights_of(carry, s, len(sources))}
+
+  def model(inputs, params):
+    sublayers = case["sublayers"]
+    # Blocks that are longer than the model are one block, as those of its length are.
+    size = min(case["block_sublayers"], sublayers)
+    _, blocks = build(dtype, sublayers // 2, inputs["embedding"].shape[-1], **keys, mudd_attnres_block=size)
+    set_parameters(blocks[0].depth_queries, {key: params[key] for key in ("query", "key_norm")})
+    outputs, aggregate = {}, attnres_connection.AttnResConnection.aggregate
+
+    def recorded(self, carry, s):
+      mixed, carry = aggregate(self, carry, s)
+      outputs[f"mixed.{s}"] = mixed
+      outputs[f"weights.{s}"] = weights_of(carry, s, len(carry.sources.sources))
+      return mixed, carry
+
+    carry = blocks[0].start(inputs["embedding"])
+    for number, connection in enumerate(blocks):
+      connection.aggregate = functools.partial(recorded, connection)
+
+      def block(_, carry, __, connection=connection, number=number):
+        x = connection.read(carry)
+        for s in (2 * number, 2 * number + 1):
+          outputs[f"f.{s}"] = sublayer(params, s, x.read)
+          x = x + outputs[f"f.{s}"]
+        return connection.write(x), None, None
+
+      carry, _ = connection.through(block, None, carry, None)
+    hidden, _ = blocks[-1].finish(carry)
+    return outputs | {"final": _rms(hidden) * params["final_norm"]}
+
+  return op if "op" in case else model
+
+
+KINDS = {
+  "attnres_block": attnres,
+  "attnres_full": attnres,
+  "denseformer": denseformer,
+  "hyper_connections": hyper_connections,
+  "mhc": mhc,
+}
 
 
 def main(root: pathlib.Path) -> None:

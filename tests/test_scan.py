@@ -85,6 +85,17 @@ CASES = {
     "mudd_ffn_groups": 2,
     "mudd_ffn_round_to": 8,
   },
+  "AttnRes": {"base_num_decoder_layers": 3, "depth_connection": "attnres"},
+  "AttnRes of blocks of 2": {"base_num_decoder_layers": 4, "depth_connection": "attnres", "mudd_attnres_block": 2},
+  "AttnRes of blocks of 3, fused, groups": {
+    "base_num_decoder_layers": 4,
+    "depth_connection": "attnres",
+    "mudd_attnres_block": 3,
+    "mudd_kernel": "pallas_interpret",
+    "mudd_ffn_reallocation": True,
+    "mudd_ffn_groups": 2,
+    "mudd_ffn_round_to": 8,
+  },
   "fused": {**SMALL, **BOTH_NORMS, "mudd_kernel": "pallas_interpret"},
   "fused, 2x2": {
     "base_num_decoder_layers": 4,
@@ -98,7 +109,7 @@ CASES = {
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
 }
-FAST = ("MUDD", "hyper-connections")
+FAST = ("MUDD", "hyper-connections", "AttnRes of blocks of 2")
 
 
 def run(cfg, *parameters):

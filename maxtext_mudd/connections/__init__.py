@@ -6,6 +6,7 @@
 
 import sys
 
+from maxtext_mudd.connections.attnres import AttentionResiduals
 from maxtext_mudd.connections.base import Family, Plan
 from maxtext_mudd.connections.family_keys import FamilyKeys
 from maxtext_mudd.connections.hyper_connections import HyperConnections
@@ -15,6 +16,7 @@ from maxtext_mudd.connections.residual import Residual
 
 DEFAULT = "dense"
 FAMILIES: dict[str, type[Family]] = {
+  "attnres": AttentionResiduals,
   DEFAULT: Dense,
   "hyper_connections": HyperConnections,
   "mhc": ManifoldHyperConnections,

@@ -4,7 +4,8 @@ The package uses a family as a class and calls its class methods alone, which `F
 
 - Families that mix the outputs of earlier blocks derive from `HistoryFamily` and bring a module that makes the weights
   (`Aggregate`). What flows between blocks is `history.History`, or `buffer.HistoryBuffer` where layers are scanned.
-- Families in which something else flows between blocks, such as n residual streams, bring a `Connection` of their own.
+- Families in which something else flows between blocks, such as n residual streams, or that make an input for each
+  sublayer, bring a `Connection` of their own.
 
 Blocks count from 1, as in the paper: source 0 is the embedding, source i the output of block i.
 """

@@ -61,3 +61,20 @@ def kernel_refusals(config) -> Iterator[Refusal]:
     kernel,
     f"it takes {' or '.join(DTYPES)}; use one of these, or mudd_kernel=xla",
   )
+
+
+def sublayer_refusals(config) -> Iterator[Refusal]:
+  """What families do not work with that make an input for each sublayer: layers then return no [B,T,D] array."""
+  family = f"depth_connection={config.depth_connection}"
+  yield Refusal(
+    config.enable_dropout and config.dropout_rate > 0,
+    f"dropout_rate={config.dropout_rate}",
+    family,
+    "MaxText drops parts of the one residual stream, and this family has none or several; set it to 0",
+  )
+  yield Refusal(
+    bool(config.record_internal_nn_metrics),
+    f"record_internal_nn_metrics={config.record_internal_nn_metrics}",
+    family,
+    "MaxText measures the one residual stream, and this family has none or several; set it to 0",
+  )

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from maxtext_mudd.connections.base import BaseFamily, Cost
-from maxtext_mudd.connections.family_keys import FamilyKeys
+from maxtext_mudd.connections.family_keys import FamilyKeys, sublayer_refusals
 from maxtext_mudd.keys import Refusal, key
 
 
@@ -21,19 +21,7 @@ class StreamsFamily(BaseFamily):
 
   @classmethod
   def refusals(cls, config) -> Iterable[Refusal]:
-    family = f"depth_connection={config.depth_connection}"
-    yield Refusal(
-      config.enable_dropout and config.dropout_rate > 0,
-      f"dropout_rate={config.dropout_rate}",
-      family,
-      "MaxText drops parts of the one residual stream, and there are several; set it to 0",
-    )
-    yield Refusal(
-      bool(config.record_internal_nn_metrics),
-      f"record_internal_nn_metrics={config.record_internal_nn_metrics}",
-      family,
-      "MaxText measures the one residual stream, and there are several; set it to 0",
-    )
+    return sublayer_refusals(config)
 
 
 def streams_cost(config, parameters: int, flops: int, head_parameters: int = 0, head_flops: int = 0) -> Cost:

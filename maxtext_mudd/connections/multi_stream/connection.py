@@ -9,19 +9,15 @@ A family says how W and β are computed from H, and how the streams become one h
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import operator
 from typing import Any, Protocol
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from maxtext.layers.normalizations import RMSNorm
-from maxtext.models.gpt3 import Gpt3LayerNorm
 
-from maxtext_mudd.blocks import spec as block_spec
-from maxtext_mudd.blocks.classes import change_class
 from maxtext_mudd.connections.connection import PlainConnection
+from maxtext_mudd.connections.sublayers import SublayerInput, read_sublayer_inputs
 from maxtext_mudd.kernels import accumulation_dtype, mix
 
 StreamList = Sequence[Float[Array, "B T D"]]
@@ -48,44 +44,6 @@ class StreamsCarry:
 
   residual: ResidualStreams
   sublayer: Int[Array, ""]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SublayerInput:
-  """M, as a stock layer sees it: its norm reads M[0], and adding the sublayer's output F gives what comes next.
-
-  Attributes:
-    read: M[0], [B,T,D].
-    carried: M[1:], n arrays [B,T,D].
-    write: from M[1:] and F to the next SublayerInput or, after the FFN, to ResidualStreams.
-  """
-
-  read: Any
-  carried: tuple[Any, ...]
-  write: Callable = dataclasses.field(metadata={"static": True})
-
-  def __add__(self, output: Float[Array, "B T D"]):
-    return self.write(self.carried, output)
-
-  __radd__ = __add__
-
-
-class ReadingRMSNorm(RMSNorm):
-  """RMSNorm, applied to M[0]."""
-
-  def __call__(self, x: SublayerInput, **kwargs):
-    return super().__call__(x.read, **kwargs)
-
-
-class ReadingGpt3LayerNorm(Gpt3LayerNorm):
-  """GPT-3's LayerNorm, applied to M[0]."""
-
-  def __call__(self, x: SublayerInput, **kwargs):
-    return super().__call__(x.read, **kwargs)
-
-
-_READING = {RMSNorm: ReadingRMSNorm, Gpt3LayerNorm: ReadingGpt3LayerNorm}
 
 
 class SublayerWeights(Protocol):
@@ -130,11 +88,7 @@ class StreamsConnection(PlainConnection):
       self.head = head
 
   def adapt(self, layer: nnx.Module) -> None:
-    """Makes the norms before attention and before the feed-forward block of the layer read M[0]."""
-    block = block_spec(self.config)
-    for path in (block.attention_norm, block.feed_forward_norm):
-      norm = operator.attrgetter(path)(layer)
-      change_class(norm, _READING[type(norm)])
+    read_sublayer_inputs(layer, self.config)
 
   def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> StreamsCarry:
     streams = ResidualStreams((embedding,) * self.config.mudd_expansion_rate)
@@ -145,7 +99,8 @@ class StreamsConnection(PlainConnection):
     return StreamsCarry(residual, carry.sublayer + 2), rest
 
   def read(self, residual: ResidualStreams, sublayer: Int[Array, ""]) -> SublayerInput:
-    """The input of attention. Adding attention's output makes that of the FFN, and adding the FFN's the streams."""
+    """M[0] and M[1:] of attention. Adding attention's output makes those of the FFN, and adding the FFN's the
+    streams."""
 
     def feed_forward_input(residual):
       return self.sublayer_input(self.feed_forward, residual, sublayer + 1, after=lambda streams: streams)

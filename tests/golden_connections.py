@@ -24,7 +24,6 @@ from maxtext_mudd import connections, plugin
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections.attnres import connection as attnres_connection
 from maxtext_mudd.connections.mhc.connection import SINKHORN
-from maxtext_mudd.connections.multi_stream.connection import ResidualStreams
 from tests import models
 
 EPSILON = 1e-6  # of the norms of the stand-ins
@@ -106,9 +105,22 @@ def set_parameters(module: nnx.Module, values: dict) -> None:
 
 def streams_op(connection, inputs):
   """(M as a sublayer reads it, the streams after the sublayer)."""
-  streams = ResidualStreams(tuple(jnp.moveaxis(inputs["streams"], 2, 0)))
-  m = connection.sublayer_input(connection.attention, streams, 0, after=lambda residual: residual.streams)
+  carry = dataclasses.replace(connection.start(inputs["f"]), streams=tuple(jnp.moveaxis(inputs["streams"], 2, 0)))
+  m = connection.sublayer_input("attention", connection.attention, carry, after=lambda carry: carry.streams)
   return m, jnp.stack(m + inputs["f"], axis=2)
+
+
+def run_sublayers(connection, number: int, carry, params, outputs: dict):
+  """The carry after one block of stand-ins. Stores what they read and what they return."""
+
+  def block(_, carry, __):
+    x = connection.read(carry)
+    for s in (2 * number, 2 * number + 1):
+      outputs[f"read.{s}"], outputs[f"f.{s}"] = x.read, sublayer(params, s, x.read)
+      x = x + outputs[f"f.{s}"]
+    return connection.write(x), None, None
+
+  return connection.through(block, None, carry, None)[0]
 
 
 def streams_model(blocks: list, embedding, params) -> dict:
@@ -120,18 +132,10 @@ def streams_model(blocks: list, embedding, params) -> dict:
       setattr(connection, name, _recording(weights, before))
   carry = blocks[0].start(embedding)
   for number, connection in enumerate(blocks):
-
-    def block(_, residual, s, __, connection=connection, number=number):
-      x = connection.read(residual, s)
-      for sub in (2 * number, 2 * number + 1):
-        outputs[f"read.{sub}"] = x.read
-        x = x + sublayer(params, sub, x.read)
-      return x, None, None
-
-    carry, _ = connection.through(block, None, carry, None)
+    carry = run_sublayers(connection, number, carry, params, outputs)
   outputs["hidden"], _ = blocks[-1].finish(carry)
   outputs["final"] = _rms(outputs["hidden"]) * params["final_norm"]
-  after = [*before[1:], carry.residual.streams]
+  after = [*before[1:], carry.streams]
   return outputs | {f"streams.{s}": jnp.stack(x, axis=2) for s, x in enumerate(after)}
 
 
@@ -279,7 +283,7 @@ def attnres(case: dict, dtype) -> Callable:
     set_parameters(connection.depth_queries, {key: rows * params[key] for key in ("query", "key_norm")})
     carry = connection.start(sources[0])
     for number, source in enumerate(sources):
-      mixed, carry = connection.aggregate(dataclasses.replace(carry, newest=source), number)
+      mixed, carry = connection.aggregate("x", dataclasses.replace(carry, newest=source), number)
     if "output_norm" in params:
       mixed = _rms(mixed) * params["output_norm"]
     return {"mixed": mixed, "weights": weights_of(carry, s, len(sources))}
@@ -292,8 +296,8 @@ def attnres(case: dict, dtype) -> Callable:
     set_parameters(blocks[0].depth_queries, {key: params[key] for key in ("query", "key_norm")})
     outputs, aggregate = {}, attnres_connection.AttnResConnection.aggregate
 
-    def recorded(self, carry, s):
-      mixed, carry = aggregate(self, carry, s)
+    def recorded(self, reader, carry, s):
+      mixed, carry = aggregate(self, reader, carry, s)
       outputs[f"mixed.{s}"] = mixed
       outputs[f"weights.{s}"] = weights_of(carry, s, len(carry.sources.sources))
       return mixed, carry
@@ -301,15 +305,7 @@ def attnres(case: dict, dtype) -> Callable:
     carry = blocks[0].start(inputs["embedding"])
     for number, connection in enumerate(blocks):
       connection.aggregate = functools.partial(recorded, connection)
-
-      def block(_, carry, __, connection=connection, number=number):
-        x = connection.read(carry)
-        for s in (2 * number, 2 * number + 1):
-          outputs[f"f.{s}"] = sublayer(params, s, x.read)
-          x = x + outputs[f"f.{s}"]
-        return connection.write(x), None, None
-
-      carry, _ = connection.through(block, None, carry, None)
+      carry = run_sublayers(connection, number, carry, params, outputs)
     hidden, _ = blocks[-1].finish(carry)
     return outputs | {"final": _rms(hidden) * params["final_norm"]}
 

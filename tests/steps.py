@@ -40,6 +40,13 @@ def prepare(cfg, **jit_options) -> tuple[Callable, nnx.State]:
   return jax.jit(step, **jit_options), state
 
 
+def set_zero(state: nnx.State, *ends: str) -> None:
+  """Sets the parameters to zero whose paths end so."""
+  for path, variable in nnx.to_flat_state(state["model"].filter(nnx.Param)):
+    if "/".join(map(str, path)).endswith(ends):
+      variable.set_value(0 * variable.get_value())
+
+
 def value_and_gradients(cfg, data=None):
   """(loss, aux, gradients by path) of a random model on a batch, random if not given, through MaxText's own loss."""
   model = models.build(cfg)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from maxtext_mudd.model import counts
-from tests import models
+from tests import models, steps
 from tests.blocks import BLOCKS, config_of, packed
 
 ATTNRES = {"mudd": True, "depth_connection": "attnres"}
@@ -86,3 +86,17 @@ def test_settings_that_do_not_work(keys, sentence):
   with pytest.raises(ValueError) as error:
     models.config(**(ATTNRES | keys))
   assert str(error.value) == sentence
+
+
+def test_metrics():
+  """With equal weights all but one of N goes to older sources."""
+  step, state = steps.prepare(models.config(**ATTNRES, record_internal_nn_metrics=1))
+  steps.set_zero(state, "depth_queries/query")
+  scalars = step(state, models.batch(models.config()))[1]["scalar"]
+  found = {key: float(x) for key, x in scalars.items() if key.startswith("mudd/older_weight")}
+  assert found == pytest.approx(
+    {f"mudd/older_weight/attention/da_{i:03d}": 1 - 1 / (2 * i + 1) for i in range(3)}
+    | {f"mudd/older_weight/ffn/da_{i:03d}": 1 - 1 / (2 * i + 2) for i in range(3)}
+    | {"mudd/older_weight/x/da_003": 1 - 1 / 7},
+    abs=1e-6,
+  )

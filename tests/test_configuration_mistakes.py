@@ -161,11 +161,6 @@ MISTAKES = {
     "dropout_rate=0.1 does not work with depth_connection=hyper_connections: MaxText drops parts of the one residual "
     "stream, and this family has none or several; set it to 0.",
   ),
-  "hyper-connections with metrics": (
-    ["depth_connection=hyper_connections", "record_internal_nn_metrics=1"],
-    "record_internal_nn_metrics=1 does not work with depth_connection=hyper_connections: MaxText measures the one "
-    "residual stream, and this family has none or several; set it to 0.",
-  ),
   "hyper-connections in Pythia": (
     ["depth_connection=hyper_connections", "mudd_decoder_layer=pythia", "decoder_block=gpt3", "mlp_activations=[gelu]"],
     "mudd_decoder_layer=pythia does not work with depth_connection=hyper_connections: its attention and FFN read one "

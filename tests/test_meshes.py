@@ -56,17 +56,30 @@ def test_five_steps(name, scan):
     assert eight["elsewhere"] == []
 
 
+FAMILIES = {
+  "hyper_connections": {},
+  "mhc": {},
+  "attnres": {"mudd_attnres_block": 3},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
-@pytest.mark.parametrize("family", ["hyper_connections", "mhc"])
-def test_residual_streams(family, scan):
+@pytest.mark.parametrize(
+  ("name", "scan"), [("tensor 2, FSDP 4", False), ("context 2, FSDP 4", True), ("expert 4, FSDP 2", True)]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(family, name, scan):
   """Stock layers shard every array that they take or return."""
-  keys = DENSE | {"mudd_pre_norm": False, "mudd_post_norm": False, "depth_connection": family}
+  mesh, keys = MESHES[name]
+  keys = keys | {"mudd_pre_norm": False, "mudd_post_norm": False, "depth_connection": family, **FAMILIES[family]}
   one = train(1, **keys, scan_layers=scan, per_device_batch_size=8)
-  eight = train(8, **keys, scan_layers=scan, per_device_batch_size=1, **MESHES["tensor 2, FSDP 4"][0])
+  eight = train(8, **keys, scan_layers=scan, per_device_batch_size=1, **mesh)
   # Random streams are badly conditioned: the fifth loss has been seen to differ by 5e-4, the third by less than 5e-5.
   assert eight["losses"][:3] == pytest.approx(one["losses"][:3], rel=5e-5)
   assert len(set(one["losses"])) == len(one["losses"])
+  assert eight["in_aggregates"] == []
+  if "tensor" not in name:
+    assert eight["elsewhere"] == []
 
 
 def test_what_counts_as_gathered():

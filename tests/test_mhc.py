@@ -8,7 +8,7 @@ import pytest
 
 from maxtext_mudd.connections.mhc.connection import SINKHORN, ManifoldWeights, permutations
 from maxtext_mudd.model import counts
-from tests import models
+from tests import golden_connections, models, steps
 from tests.blocks import BLOCKS, config_of, packed
 
 MHC = {"mudd": True, "depth_connection": "mhc"}
@@ -152,3 +152,45 @@ def test_counts():
   assert cost.parameters == 6 * (2 * 32 * 8 + 8 + 3) + (2 * 32 * 2 + 2 + 1)
   assert cost.flops == 6 * 2 * (2 * 32 * 8 + 2 * 3 * 32 + 2 * 32) + 2 * (2 * 32 * 2 + 2 * 32)
   assert cost.activations == 3
+
+
+def test_metrics_at_the_start():
+  """All mixing matrices are 1/n, σ is 1/2: an input is half the sum of the streams, an output goes to each."""
+  cfg = models.config(**MHC, record_internal_nn_metrics=1)
+  step, state = steps.prepare(cfg)
+  steps.set_zero(state, "alpha", "b_pre", "b_post", "b_res")
+  scalars = step(state, models.batch(cfg))[1]["scalar"]
+  expected = {"read_weight": 2, "write_weight": 4, "row_sum": 1, "column_sum": 1}
+  for statistic, value in expected.items():
+    for sublayer in ("attention", "ffn"):
+      for i in range(3):
+        assert float(scalars[f"mudd/{statistic}/{sublayer}/da_{i:03d}"]) == pytest.approx(value, rel=1e-4)
+
+
+def test_product_of_mixing_matrices():
+  """With random weights; the plain product of what each sublayer was given."""
+  keys = {"depth_connection": "hyper_connections", "record_internal_nn_metrics": 1}
+  _, blocks = golden_connections.build("float32", 2, 16, **keys)
+  rng, given, params = np.random.default_rng(0), [], {}
+  for s in range(4):
+    params |= {f"norm.{s}": np.ones(16), f"w.{s}": rng.normal(size=(16, 16)), f"v.{s}": rng.normal(size=(16, 16))}
+  carry = blocks[0].start(jnp.asarray(rng.normal(size=(2, 3, 16)), jnp.float32))
+  for number, connection in enumerate(blocks):
+    for name in ("attention", "feed_forward"):
+      weights = getattr(connection, name)
+      weights.static_alpha[...] = weights.static_alpha[...] + jnp.asarray(rng.normal(size=(4, 5)) / 3)
+      weights.w_alpha[...] = jnp.asarray(rng.normal(size=(16, 5)), jnp.float32)
+      weights.alpha_scale[...] = jnp.ones(1)
+
+      def record(streams, s, weights=weights):
+        w, beta = weights(streams, s)
+        given.append(np.asarray(w[..., 1:, :], np.float64))
+        return w, beta
+
+      setattr(connection, name, record)
+    carry = golden_connections.run_sublayers(connection, number, carry, params, {})
+  expected = given[3] @ given[2] @ given[1] @ given[0]
+  np.testing.assert_allclose(carry.product, expected, atol=1e-5 * np.abs(expected).max())
+  sown = nnx.state(blocks[1], nnx.Intermediate)
+  assert float(sown["mudd_row_sum_ffn"].get_value()[0]) == pytest.approx(np.abs(expected).sum(-1).max(), rel=1e-5)
+  assert float(sown["mudd_column_sum_ffn"].get_value()[0]) == pytest.approx(np.abs(expected).sum(-2).max(), rel=1e-5)

@@ -121,7 +121,7 @@ class HistoryConnection(PlainConnection):
         streams = {stream: jnp.where(connected, x, output) for stream, x in streams.items()}
       if self.config.record_internal_nn_metrics:
         weights = self._weights(module, number, output, False)
-        metrics.sow(module, output, weights, streams, column=self._newest_column(number))
+        metrics.sow_aggregate(module, output, weights, streams, self._newest_column(number))
     if "x" in streams and not any(table.separate_norms):
       return streams["x"]
     choose = None
@@ -146,7 +146,8 @@ class HistoryConnection(PlainConnection):
     (hidden,) = streams = module.streams(sums, output)
     if self.config.record_internal_nn_metrics:
       named = dict(zip(site.streams, streams))
-      metrics.sow(module, output, module.weights(output, len(site.sources) - 1, None), named, column=-1)
+      weights = module.weights(output, len(site.sources) - 1, None)
+      metrics.sow_aggregate(module, output, weights, named, -1, last=True)
     return hidden, sown
 
   def _link(self, carry, module: Aggregate | None, site: Site | None, weights: Callable, block: Callable | None = None):

@@ -72,9 +72,3 @@ def sublayer_refusals(config) -> Iterator[Refusal]:
     family,
     "MaxText drops parts of the one residual stream, and this family has none or several; set it to 0",
   )
-  yield Refusal(
-    bool(config.record_internal_nn_metrics),
-    f"record_internal_nn_metrics={config.record_internal_nn_metrics}",
-    family,
-    "MaxText measures the one residual stream, and this family has none or several; set it to 0",
-  )

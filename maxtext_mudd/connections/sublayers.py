@@ -5,19 +5,21 @@ A stock layer computes `norm(x)`, attention of that, and `x + attention`; then t
 makes of the sublayer's output. The layer's `__call__` does not change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import operator
 from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 from maxtext.layers.normalizations import RMSNorm
 from maxtext.models.gpt3 import Gpt3LayerNorm
 
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.classes import change_class
+from maxtext_mudd.connections.connection import PlainConnection
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +30,8 @@ class SublayerInput:
   Attributes:
     read: the input of the sublayer's norm, [B,T,D].
     carried: other arrays [B,T,D] that `write` needs.
-    write: from `carried` and the sublayer's output to what comes next: the next SublayerInput or, after the FFN, what
-      the connection's `write` takes.
+    write: from `carried` and the sublayer's output to what comes next: the next SublayerInput or, after the FFN, a
+      LayerOutput.
   """
 
   read: Any
@@ -40,6 +42,48 @@ class SublayerInput:
     return self.write(self.carried, output)
 
   __radd__ = __add__
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerOutput:
+  """What a stock layer returns. Stock layers shard every array in it as a [B,T,D] array, and measure all of them as one
+  array where `record_internal_nn_metrics` is on.
+
+  Attributes:
+    arrays: what the family keeps of the layer, in arrays [B,T,D].
+    carry: from `arrays` to the carry, which has what a layer cannot shard.
+  """
+
+  arrays: Any
+  carry: Callable = dataclasses.field(metadata={"static": True})
+
+  def __jax_array__(self) -> Float[Array, "K B T D"]:
+    return jnp.stack(jax.tree.leaves(self.arrays))
+
+  def __eq__(self, other):
+    return jnp.asarray(self) == other
+
+  __hash__ = None
+
+
+class SublayerConnection(PlainConnection):
+  """The connection of a family that makes an input for each sublayer. What `read` returns, a `SublayerInput`, becomes a
+  `LayerOutput` when the outputs of attention and of the FFN are added."""
+
+  def __init__(self, config, blocks: Sequence[int], *, starts: bool, finishes: bool):
+    super().__init__(blocks, starts=starts, finishes=finishes)
+    self.config = config
+
+  def adapt(self, layer: nnx.Module) -> None:
+    """Makes the norms of the layer before attention and before the FFN read a `SublayerInput`."""
+    block = block_spec(self.config)
+    for path in (block.attention_norm, block.feed_forward_norm):
+      norm = operator.attrgetter(path)(layer)
+      change_class(norm, _READING[type(norm)])
+
+  def write(self, output: LayerOutput) -> Any:
+    return output.carry(output.arrays)
 
 
 class ReadingRMSNorm(RMSNorm):
@@ -57,11 +101,3 @@ class ReadingGpt3LayerNorm(Gpt3LayerNorm):
 
 
 _READING = {RMSNorm: ReadingRMSNorm, Gpt3LayerNorm: ReadingGpt3LayerNorm}
-
-
-def read_sublayer_inputs(layer: nnx.Module, config) -> None:
-  """Makes the norms of a stock layer before attention and before the FFN read a `SublayerInput`."""
-  block = block_spec(config)
-  for path in (block.attention_norm, block.feed_forward_norm):
-    norm = operator.attrgetter(path)(layer)
-    change_class(norm, _READING[type(norm)])

@@ -46,25 +46,29 @@ def with_connection_metrics(stock):
       name = next((match for match in map(SOWN.fullmatch, keys) if match), None)
       if name is None:
         continue
-      statistic, stream = name.groups()
+      last, statistic, stream = name.groups()
       # MaxText sums what layers sow over the microbatches of a step.
-      for after, mean in _by_aggregate(keys, value / config.gradient_accumulation_steps, config):
+      for after, mean in _by_aggregate(keys, value / config.gradient_accumulation_steps, config, bool(last)):
         output_metrics["scalar"][f"mudd/{statistic}/{stream}/da_{after:03d}"] = mean
 
   return record
 
 
-def _by_aggregate(keys: list[str], value, config):
-  """Yields (number of the aggregate, its value) for a value that was sown under a path. Scanned layers sow the values
-  of all their aggregates in one array."""
+def _by_aggregate(keys: list[str], value, config, is_last: bool):
+  """Yields (number of the block before, its value) for a value that was sown under a path. Scanned layers sow the
+  values of all blocks in one array.
+
+  Args:
+    is_last: whether it is of what follows the last block.
+  """
   layer = next((re.fullmatch(r"layers_(\d+)", key) for key in keys if key.startswith("layers_")), None)
-  is_last = any(module in keys for module in connections.family(config).finish_modules)
-  if layer:
-    yield int(layer.group(1)) + is_last, value
-  elif is_last:
+  if is_last:
     yield config.num_decoder_layers, value
+  elif layer:
+    yield int(layer.group(1)), value
   else:
     plan = connections.plan(config)
     group = next((int(key.removeprefix("group_")) for key in keys if key.startswith("group_")), 0)
     blocks = ffn_widths.groups(config)[group]
-    yield from ((block - 1, mean) for block, mean in zip(blocks, value) if plan.before(block))
+    # In a stack with sites, blocks without one sow what nothing reads.
+    yield from ((block - 1, mean) for block, mean in zip(blocks, value) if plan.before(block) or not plan.sites)

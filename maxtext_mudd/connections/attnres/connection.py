@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from maxtext_mudd.connections import metrics
 from maxtext_mudd.connections.attnres import keys
-from maxtext_mudd.connections.connection import PlainConnection
 from maxtext_mudd.connections.mesh import passes, source_sharding
 from maxtext_mudd.connections.scored_sources import ScannedSources, SourceBuffer, SourceList
-from maxtext_mudd.connections.sublayers import SublayerInput, read_sublayer_inputs
+from maxtext_mudd.connections.sublayers import LayerOutput, SublayerConnection, SublayerInput
 from maxtext_mudd.kernels import accumulation_dtype
 
 
@@ -65,35 +65,17 @@ class AttnResCarry:
   sublayer: Int[Array, ""] | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BlockOutput:
-  """What a stock layer returns.
-
-  Attributes:
-    newest: as in `AttnResCarry`, [B,T,D]; the layer may shard it.
-    carry: from `newest` to the carry.
-  """
-
-  newest: Any
-  carry: Callable = dataclasses.field(metadata={"static": True})
-
-
-class AttnResConnection(PlainConnection):
+class AttnResConnection(SublayerConnection):
   """The connection of one block, or of all blocks of a scanned stack. All queries belong to the connection that starts:
   the logits of a source for every later query are made when the source is made."""
 
   rematerialises = True
 
   def __init__(self, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, *, starts: bool, finishes: bool):
-    super().__init__(blocks, starts=starts, finishes=finishes)
-    self.config = config
+    super().__init__(config, blocks, starts=starts, finishes=finishes)
     self.mesh = mesh
     if starts:
       self.depth_queries = DepthQueries(config)
-
-  def adapt(self, layer: nnx.Module) -> None:
-    read_sublayer_inputs(layer, self.config)
 
   def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> AttnResCarry:
     queries = self.depth_queries()
@@ -108,30 +90,30 @@ class AttnResConnection(PlainConnection):
     return carry.sources.through(block, state, carry, arguments)
 
   def read(self, carry: AttnResCarry) -> SublayerInput:
-    """The input of attention. Adding attention's output makes that of the FFN."""
     first = 2 * (self.blocks[0] - 1) if carry.sublayer is None else carry.sublayer
 
     def after_feed_forward(carry):
       after = None if carry.sublayer is None else carry.sublayer + 2
-      return BlockOutput(carry.newest, lambda newest: dataclasses.replace(carry, newest=newest, sublayer=after))
+      return LayerOutput(carry.newest, lambda newest: dataclasses.replace(carry, newest=newest, sublayer=after))
 
     def after_attention(carry):
-      return self._sublayer_input(carry, first + 1, after_feed_forward)
+      return self._sublayer_input("ffn", carry, first + 1, after_feed_forward)
 
-    return self._sublayer_input(carry, first, after_attention)
-
-  def write(self, output: BlockOutput) -> AttnResCarry:
-    return output.carry(output.newest)
+    return self._sublayer_input("attention", carry, first, after_attention)
 
   def finish(self, carry: AttnResCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
     carry, sown = carry.sources.finish(carry, sown)
-    hidden, _ = self.aggregate(carry, keys.sublayers(self.config))
+    hidden, _ = self.aggregate("x", carry, keys.sublayers(self.config))
     return hidden, sown
 
   def aggregate(
-    self, carry: AttnResCarry, sublayer: int | Int[Array, ""]
+    self, reader: str, carry: AttnResCarry, sublayer: int | Int[Array, ""]
   ) -> tuple[Float[Array, "B T D"], AttnResCarry]:
-    """h_s, and the carry with its newest source among the sources."""
+    """h_s, and the carry with its newest source among the sources.
+
+    Args:
+      reader: what reads it, for metrics: attention, ffn; x after the last block.
+    """
     config, newest = self.config, carry.newest
     count = keys.count_sources(config, sublayer)
     logits = source_logits(newest, carry.queries, config.normalization_layer_epsilon, config.matmul_precision.value)
@@ -139,11 +121,15 @@ class AttnResConnection(PlainConnection):
     logits, sources = sources.take_logits(sublayer, count)
     weights = jnp.moveaxis(jax.nn.softmax(logits, axis=0), 0, -1)[..., None, :]
     (hidden,), sources = sources.mix(passes(config, self.mesh, newest.shape), weights, count)
+    if config.record_internal_nn_metrics:
+      metrics.sow_aggregate(self, newest, weights, {reader: hidden}, count - 1, last=reader == "x")
     return hidden, dataclasses.replace(carry, sources=sources)
 
-  def _sublayer_input(self, carry: AttnResCarry, sublayer: int | Int[Array, ""], after: Callable) -> SublayerInput:
+  def _sublayer_input(
+    self, reader: str, carry: AttnResCarry, sublayer: int | Int[Array, ""], after: Callable
+  ) -> SublayerInput:
     """The input of one sublayer; `after` takes the carry that the sublayer's output makes."""
-    hidden, carry = self.aggregate(carry, sublayer)
+    hidden, carry = self.aggregate(reader, carry, sublayer)
 
     def write(carried, output):
       (newest,) = carried

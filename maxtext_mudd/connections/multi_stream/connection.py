@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any, Protocol
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maxtext_mudd.connections.connection import PlainConnection
-from maxtext_mudd.connections.sublayers import SublayerInput, read_sublayer_inputs
+from maxtext_mudd.connections import metrics
+from maxtext_mudd.connections.sublayers import LayerOutput, SublayerConnection, SublayerInput
 from maxtext_mudd.kernels import accumulation_dtype, mix
 
 StreamList = Sequence[Float[Array, "B T D"]]
@@ -25,25 +24,18 @@ StreamList = Sequence[Float[Array, "B T D"]]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ResidualStreams:
-  """H: n residual streams, one [B,T,D] array each, never stacked. Not a tuple: stock layers unpack tuples."""
-
-  streams: tuple[Float[Array, "B T D"], ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class StreamsCarry:
-  """What flows between blocks. Stock layers see `residual` alone: they shard every array that they take or return as a
-  [B,T,D] array.
+  """What flows between blocks.
 
   Attributes:
-    residual: the residual streams.
+    streams: H: n residual streams, one array each, never stacked.
     sublayer: number of the sublayer that reads them next, from 0; known at run time only where layers are scanned.
+    product: of M[1:] over all sublayers so far, each as a matrix [target, source]; None unless metrics are recorded.
   """
 
-  residual: ResidualStreams
+  streams: tuple[Float[Array, "B T D"], ...]
   sublayer: Int[Array, ""]
+  product: Float[Array, "B T n n"] | None = None
 
 
 class SublayerWeights(Protocol):
@@ -59,7 +51,7 @@ class SublayerWeights(Protocol):
     """
 
 
-class StreamsConnection(PlainConnection):
+class StreamsConnection(SublayerConnection):
   """The connection of one block: W and β before attention, and before the FFN. Where layers are scanned, those of all
   blocks of a stack; the carry knows the number of the sublayer.
 
@@ -78,8 +70,7 @@ class StreamsConnection(PlainConnection):
     starts: bool,
     finishes: bool,
   ):
-    super().__init__(blocks, starts=starts, finishes=finishes)
-    self.config = config
+    super().__init__(config, blocks, starts=starts, finishes=finishes)
     if blocks:
       first = 2 * (blocks[0] - 1)
       self.attention = make(first)
@@ -87,43 +78,62 @@ class StreamsConnection(PlainConnection):
     if finishes:
       self.head = head
 
-  def adapt(self, layer: nnx.Module) -> None:
-    read_sublayer_inputs(layer, self.config)
-
   def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> StreamsCarry:
-    streams = ResidualStreams((embedding,) * self.config.mudd_expansion_rate)
-    return StreamsCarry(streams, jnp.zeros((), jnp.int32))
+    n, product = self.config.mudd_expansion_rate, None
+    if self.config.record_internal_nn_metrics:
+      wide = accumulation_dtype(embedding.dtype)
+      product = jnp.broadcast_to(jnp.eye(n, dtype=wide), (*embedding.shape[:2], n, n))
+    return StreamsCarry((embedding,) * n, jnp.zeros((), jnp.int32), product)
 
-  def through(self, block: Callable, state: Any, carry: StreamsCarry, arguments: Any) -> tuple[StreamsCarry, Any]:
-    residual, _, rest = block(state, carry.residual, carry.sublayer, arguments)
-    return StreamsCarry(residual, carry.sublayer + 2), rest
+  def read(self, carry: StreamsCarry) -> SublayerInput:
+    def after_feed_forward(carry):
+      return LayerOutput(carry.streams, lambda streams: dataclasses.replace(carry, streams=streams))
 
-  def read(self, residual: ResidualStreams, sublayer: Int[Array, ""]) -> SublayerInput:
-    """M[0] and M[1:] of attention. Adding attention's output makes those of the FFN, and adding the FFN's the
-    streams."""
+    def after_attention(carry):
+      return self.sublayer_input("ffn", self.feed_forward, carry, after_feed_forward)
 
-    def feed_forward_input(residual):
-      return self.sublayer_input(self.feed_forward, residual, sublayer + 1, after=lambda streams: streams)
-
-    return self.sublayer_input(self.attention, residual, sublayer, after=feed_forward_input)
+    return self.sublayer_input("attention", self.attention, carry, after_attention)
 
   def sublayer_input(
-    self, weights: SublayerWeights, residual: ResidualStreams, sublayer: Int[Array, ""], after: Callable
+    self, name: str, weights: SublayerWeights, carry: StreamsCarry, after: Callable[[StreamsCarry], Any]
   ) -> SublayerInput:
-    """M of one sublayer; `after` takes the streams that the sublayer's output makes."""
+    """M[0] and M[1:] of one sublayer.
+
+    Args:
+      name: of the sublayer, for metrics.
+      after: takes the carry that the sublayer's output makes.
+    """
     with jax.default_matmul_precision(self.config.matmul_precision.value):
-      w, beta = weights(residual.streams, sublayer)
+      w, beta = weights(carry.streams, carry.sublayer)
     # In plain JAX: XLA can fuse this with the writes before it, which are n times as many bytes as a sublayer's output.
-    mixed = mix(residual.streams, w, implementation="xla")
+    mixed = mix(carry.streams, w, implementation="xla")
+    product = carry.product
+    if product is not None:
+      product = jnp.einsum("...ij,...jk->...ik", w[..., 1:, :], product, precision=jax.lax.Precision.HIGHEST)
+      self._sow(name, w, beta, mixed[0], product)
+    carry = dataclasses.replace(carry, sublayer=carry.sublayer + 1, product=product)
 
     def write(carried, output):
       added = (m.astype(w.dtype) + b * output.astype(w.dtype) for m, b in zip(carried, beta))
-      return after(ResidualStreams(tuple(x.astype(output.dtype) for x in added)))
+      return after(dataclasses.replace(carry, streams=tuple(x.astype(output.dtype) for x in added)))
 
     return SublayerInput(mixed[0], tuple(mixed[1:]), write)
 
+  def _sow(self, name: str, w, beta, read: Float[Array, "B T D"], product: Float[Array, "B T n n"]) -> None:
+    """Sows, of one sublayer: the sums of its absolute weights W[0] and β, averaged over tokens; the root mean square of
+    its input; and the largest sums of absolute entries of a row and of a column, among all tokens, of the product of
+    mixing matrices so far: how much a stream, or its gradient, may have grown (Section 3.1 of arXiv 2512.24880)."""
+    statistics = {
+      "read_weight": jnp.abs(w[..., 0, :]).sum(-1).mean(),
+      "write_weight": sum(jnp.abs(b).mean() for b in beta),
+      "norm": metrics.root_mean_square(read),
+      "row_sum": jnp.abs(product).sum(-1).max(),
+      "column_sum": jnp.abs(product).sum(-2).max(),
+    }
+    metrics.sow(self, name, statistics)
+
   def finish(self, carry: StreamsCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
-    return self.head(carry.residual.streams), sown
+    return self.head(carry.streams), sown
 
 
 def total(streams: StreamList) -> Float[Array, "B T D"]:

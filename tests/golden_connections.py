@@ -283,7 +283,8 @@ def attnres(case: dict, dtype) -> Callable:
     set_parameters(connection.depth_queries, {key: rows * params[key] for key in ("query", "key_norm")})
     carry = connection.start(sources[0])
     for number, source in enumerate(sources):
-      mixed, carry = connection.aggregate("x", dataclasses.replace(carry, newest=source), number)
+      carry = connection.put_newest(dataclasses.replace(carry, newest=source), number)
+    mixed, carry = connection.mix("x", carry, s)
     if "output_norm" in params:
       mixed = _rms(mixed) * params["output_norm"]
     return {"mixed": mixed, "weights": weights_of(carry, s, len(sources))}
@@ -294,17 +295,17 @@ def attnres(case: dict, dtype) -> Callable:
     size = min(case["block_sublayers"], sublayers)
     _, blocks = build(dtype, sublayers // 2, inputs["embedding"].shape[-1], **keys, mudd_attnres_block=size)
     set_parameters(blocks[0].depth_queries, {key: params[key] for key in ("query", "key_norm")})
-    outputs, aggregate = {}, attnres_connection.AttnResConnection.aggregate
+    outputs, mix = {}, attnres_connection.AttnResConnection.mix
 
     def recorded(self, reader, carry, s):
-      mixed, carry = aggregate(self, reader, carry, s)
+      mixed, carry = mix(self, reader, carry, s)
       outputs[f"mixed.{s}"] = mixed
       outputs[f"weights.{s}"] = weights_of(carry, s, len(carry.sources.sources))
       return mixed, carry
 
     carry = blocks[0].start(inputs["embedding"])
     for number, connection in enumerate(blocks):
-      connection.aggregate = functools.partial(recorded, connection)
+      connection.mix = functools.partial(recorded, connection)
       carry = run_sublayers(connection, number, carry, params, outputs)
     hidden, _ = blocks[-1].finish(carry)
     return outputs | {"final": _rms(hidden) * params["final_norm"]}

@@ -1,5 +1,7 @@
 """Scanned layers: the model of single layers; what they keep for the backward pass; padding that stays zero."""
 
+import functools
+
 from flax import nnx
 import jax
 from maxtext.trainers.pre_train import train
@@ -87,10 +89,11 @@ CASES = {
   },
   "AttnRes": {"base_num_decoder_layers": 3, "depth_connection": "attnres"},
   "AttnRes of blocks of 2": {"base_num_decoder_layers": 4, "depth_connection": "attnres", "mudd_attnres_block": 2},
-  "AttnRes of blocks of 3, fused, groups": {
+  "AttnRes of blocks of 3": {"base_num_decoder_layers": 4, "depth_connection": "attnres", "mudd_attnres_block": 3},
+  "AttnRes of blocks of 4, fused, groups": {
     "base_num_decoder_layers": 4,
     "depth_connection": "attnres",
-    "mudd_attnres_block": 3,
+    "mudd_attnres_block": 4,
     "mudd_kernel": "pallas_interpret",
     "mudd_ffn_reallocation": True,
     "mudd_ffn_groups": 2,
@@ -106,6 +109,15 @@ CASES = {
   },
   "blocks first in parameters": {**SMALL, **BOTH_NORMS, "param_scan_axis": 0},
   "multi-token prediction": {**SMALL, **BOTH_NORMS, "mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1},
+  **{
+    f"{family}, multi-token prediction": {
+      **SMALL,
+      "depth_connection": family,
+      "mtp_num_layers": 1,
+      "mtp_loss_scaling_factor": 0.1,
+    }
+    for family in ("attnres", "mhc")
+  },
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
 }
@@ -284,18 +296,28 @@ def test_dropout_is_the_same_in_both_passes():
 
 @pytest.fixture(scope="module")
 def fully_rematerialised():
-  cfg = models.config(mudd=True, **CASES["both norms"], scan_layers=True, remat_policy="full")
-  single = models.config(mudd=True, **CASES["both norms"])
-  values = layout.stack(random_values(single), cfg)
-  return values, *run(cfg, values, neighbours(values))
+  """From the name of a case to (values, results, results at neighbouring values)."""
+
+  @functools.cache
+  def of(case):
+    cfg = models.config(mudd=True, **CASES[case], scan_layers=True, remat_policy="full")
+    values = layout.stack(random_values(models.config(mudd=True, **CASES[case])), cfg)
+    return values, *run(cfg, values, neighbours(values))
+
+  return of
+
+
+# Residual streams are in MaxText's own loop, whatever the policy.
+BY_POLICY = [("both norms", x) for x in POLICIES] + [("AttnRes of blocks of 3", x) for x in POLICIES]
+BY_POLICY += [("mHC", "minimal"), ("mHC", "custom")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [x for x in POLICIES if x != "full"])
-def test_remat_policies_change_nothing(policy, fully_rematerialised):
-  values, (_, loss, _, gradients), (*_, rounded) = fully_rematerialised
+@pytest.mark.parametrize(("case", "policy"), BY_POLICY)
+def test_remat_policies_change_nothing(case, policy, fully_rematerialised):
+  values, (_, loss, _, gradients), (*_, rounded) = fully_rematerialised(case)
   keys = {"decoder_layer_input": "offload", "out_proj": "device"} if policy == "custom" else {}
-  cfg = models.config(mudd=True, **CASES["both norms"], scan_layers=True, remat_policy=policy, **keys)
+  cfg = models.config(mudd=True, **CASES[case], scan_layers=True, remat_policy=policy, **keys)
   [(_, found_loss, _, found)] = run(cfg, values)
   assert found_loss == pytest.approx(loss, rel=RELATIVE)
   check_gradients(found, gradients, rounded)
@@ -328,13 +350,24 @@ def residuals(cfg, override: str | None = None):
   ],
 )
 def test_the_history_is_kept_once(policy, norms, of_blocks):
-  """Four blocks, so a buffer of five; batch, length and width are like nothing else's. The buffer is there twice: as it
-  leaves the last block, and as `close` returns it, which is the same array."""
+  """Four blocks, so a buffer of five; batch, length and width are like nothing else's."""
   sizes = {"per_device_batch_size": 3, "max_target_length": 7, "base_emb_dim": 40, "base_num_decoder_layers": 4}
   keys = {**sizes, **(BOTH_NORMS if norms else {})}
   kept = residuals(models.config(mudd=True, **keys, scan_layers=True, remat_policy=policy))
   histories = [shape for shape in kept if shape[-3:] == (3, 7, 40) and len(shape) > 3]
-  assert sorted(histories) == [(4, 3, 7, 40)] * of_blocks + [(5, 3, 7, 40)] * 2
+  assert sorted(histories) == [(4, 3, 7, 40)] * of_blocks + [(5, 3, 7, 40)]
+
+
+@pytest.mark.parametrize(("policy", "of_blocks"), [("full", 1), ("minimal", 2)])
+def test_sources_of_sublayers_are_kept_once(policy, of_blocks):
+  """Eight sublayers, so blocks of 2 make four sums, and there are five sources with logits of nine queries. Besides,
+  the newest source of each block is kept, and attention's product where the policy keeps it."""
+  sizes = {"per_device_batch_size": 3, "max_target_length": 7, "base_emb_dim": 40, "base_num_decoder_layers": 4}
+  keys = {**sizes, "depth_connection": "attnres", "mudd_attnres_block": 2}
+  kept = residuals(models.config(mudd=True, **keys, scan_layers=True, remat_policy=policy))
+  sources = [shape for shape in kept if shape[-3:] == (3, 7, 40) and len(shape) > 3]
+  assert sorted(sources) == [(4, 3, 7, 40)] * of_blocks + [(5, 3, 7, 40)]
+  assert [shape for shape in kept if shape[-3:] == (9, 3, 7) and len(shape) > 3] == [(5, 9, 3, 7)]
 
 
 def test_a_policy_for_one_step_goes_before_the_configuration():

@@ -101,6 +101,13 @@ class ScannedSources:
       of_logits = NamedSharding(sharding.mesh, P(None, *(*sharding.spec, None, None)[:2]))
     return cls(ScanBuffer.zeros([like, logits], number, [sharding, of_logits], rematerialise))
 
+  def put(
+    self, index: Int[Array, ""], source: Float[Array, "B T D"], logits: Float[Array, "M B T"]
+  ) -> "ScannedSources":
+    """With another source at `index`, the last or the one after it."""
+    entries = SourceBuffer(*self.buffer.entries).put(index, source, logits)
+    return ScannedSources(dataclasses.replace(self.buffer, entries=[entries.sources, entries.logits]))
+
   def through(self, block: Callable, state: Any, carry: Any, arguments: Any) -> tuple[Any, Any]:
     """The carry that holds these sources after one block, and what else the block returned."""
 

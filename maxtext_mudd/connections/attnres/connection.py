@@ -102,23 +102,29 @@ class AttnResConnection(SublayerConnection):
     return self._sublayer_input("attention", carry, first, after_attention)
 
   def finish(self, carry: AttnResCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+    sublayers = keys.sublayers(self.config)
+    carry = self.put_newest(carry, sublayers)
     carry, sown = carry.sources.finish(carry, sown)
-    hidden, _ = self.aggregate("x", carry, keys.sublayers(self.config))
-    return hidden, sown
+    return self.mix("x", carry, sublayers)[0], sown
 
-  def aggregate(
+  def put_newest(self, carry: AttnResCarry, sublayer: int | Int[Array, ""]) -> AttnResCarry:
+    """The carry with its newest source among the sources, for a sublayer that reads it."""
+    config, newest = self.config, carry.newest
+    logits = source_logits(newest, carry.queries, config.normalization_layer_epsilon, config.matmul_precision.value)
+    sources = carry.sources.put(keys.count_sources(config, sublayer) - 1, newest, logits)
+    return dataclasses.replace(carry, sources=sources)
+
+  def mix(
     self, reader: str, carry: AttnResCarry, sublayer: int | Int[Array, ""]
   ) -> tuple[Float[Array, "B T D"], AttnResCarry]:
-    """h_s, and the carry with its newest source among the sources.
+    """h_s, and the carry for what reads the sources next.
 
     Args:
-      reader: what reads it, for metrics: attention, ffn; x after the last block.
+      reader: what reads h_s, for metrics: attention, ffn; x after the last block.
     """
     config, newest = self.config, carry.newest
     count = keys.count_sources(config, sublayer)
-    logits = source_logits(newest, carry.queries, config.normalization_layer_epsilon, config.matmul_precision.value)
-    sources = carry.sources.put(count - 1, newest, logits)
-    logits, sources = sources.take_logits(sublayer, count)
+    logits, sources = carry.sources.take_logits(sublayer, count)
     weights = jnp.moveaxis(jax.nn.softmax(logits, axis=0), 0, -1)[..., None, :]
     (hidden,), sources = sources.mix(passes(config, self.mesh, newest.shape), weights, count)
     if config.record_internal_nn_metrics:
@@ -129,7 +135,7 @@ class AttnResConnection(SublayerConnection):
     self, reader: str, carry: AttnResCarry, sublayer: int | Int[Array, ""], after: Callable
   ) -> SublayerInput:
     """The input of one sublayer; `after` takes the carry that the sublayer's output makes."""
-    hidden, carry = self.aggregate(reader, carry, sublayer)
+    hidden, carry = self.mix(reader, self.put_newest(carry, sublayer), sublayer)
 
     def write(carried, output):
       (newest,) = carried

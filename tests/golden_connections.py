@@ -23,6 +23,8 @@ from safetensors.numpy import load_file
 from maxtext_mudd import connections, plugin
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections.attnres import connection as attnres_connection
+from maxtext_mudd.connections.base import Site
+from maxtext_mudd.connections.dca.connection import StaticWeights
 from maxtext_mudd.connections.mhc.connection import SINKHORN
 from tests import models
 
@@ -273,7 +275,7 @@ def attnres(case: dict, dtype) -> Callable:
   keys = {"depth_connection": "attnres", "normalization_layer_epsilon": EPSILON}
 
   def weights_of(carry, s: int, count: int):
-    return jax.nn.softmax(carry.sources.take_logits(s, count)[0], axis=0)
+    return jax.nn.softmax(carry.sources.take_logits(s, 1, count)[0][:, 0], axis=0)
 
   def op(inputs, params):
     sources = [inputs[f"source.{j}"] for j in range(len(inputs))]
@@ -313,9 +315,66 @@ def attnres(case: dict, dtype) -> Callable:
   return op if "op" in case else model
 
 
+def dca(case: dict, dtype) -> Callable:
+  epsilon = float(np.finfo(np.dtype(dtype)).eps)  # PyTorch's default
+  keys = {"depth_connection": "dca", "normalization_layer_epsilon": epsilon}
+
+  def norm(x):
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+
+  def op(inputs, params):
+    number, ways = case["sources"], case["outputs_o"]
+    cfg, blocks = build(dtype, number, inputs["source.0"].shape[-1], **keys)
+    connection, site = blocks[0], Site(number - 1, tuple(range(number)), "qkv"[:ways])
+    at = jnp.arange(3 * number + 1)[:, None] - 3 * site.block
+    w = sum(jnp.where(at == o, params["grn_w"][o], 0) for o in range(ways))
+    scale = jnp.broadcast_to(params["grn_norm"], (number + 1, len(params["grn_norm"])))
+    set_parameters(connection.depth_queries, {"w": w, "key_norm": scale})
+    module = StaticWeights(cfg, site)
+    set_parameters(module, {"b": jnp.swapaxes(params["grn_b"], 1, 2)})
+    carry = connection.start(inputs["source.0"])
+    for j in range(number):
+      carry = connection.put_newest(dataclasses.replace(carry, newest=inputs[f"source.{j}"]), j)
+    return {"mixed": jnp.stack(connection.mix(site.streams, carry, site.block, module, site.sources)[0])}
+
+  def model(inputs, params):
+    number, k = case["blocks"], min(case["past_layers_k"], case["blocks"])
+    chosen = {"mudd_dca_sources": "first_and_last", "mudd_dca_last": k}
+    _, blocks = build(dtype, number, inputs["embedding"].shape[-1], **keys, **chosen)
+    ends = [*range(number), "final"]
+    w, scale = (
+      jnp.concatenate([jnp.atleast_2d(params[f"{key}.{end}"]) for end in ends]) for key in ("grn_w", "grn_norm")
+    )
+    set_parameters(blocks[0].depth_queries, {"w": w, "key_norm": scale})
+    for end, connection in zip(ends, blocks):
+      set_parameters(connection.depth_aggregate, {"b": jnp.swapaxes(params[f"grn_b.{end}"], 1, 2)})
+    set_parameters(blocks[-1].final_depth_aggregate, {"b": jnp.swapaxes(params["grn_b.final"], 1, 2)})
+    outputs, carry = {}, blocks[0].start(inputs["embedding"])
+    for i, connection in enumerate(blocks):
+
+      def block(_, carry, __, connection=connection, i=i):
+        x = connection.read(carry)
+        streams = {"q": x.q, "k": x.k, "v": x.v}
+        outputs.update({f"{name}.{i}": stream for name, stream in streams.items()})
+        read = sum(_rms(x) * params[f"norm_{name}.{i}"] @ params[f"w_{name}.{i}"] for name, x in streams.items())
+        length = jnp.arange(1, read.shape[1] + 1, dtype=read.dtype)[:, None]
+        x = x + jnp.tanh(jnp.cumsum(read, axis=1) / length) @ params[f"w_o.{i}"]
+        hidden = jnp.tanh(norm(x.read) * params[f"ff_norm.{i}"] @ params[f"w_1.{i}"])
+        x = x + hidden @ params[f"w_2.{i}"]
+        outputs[f"block.{i}"] = x.arrays
+        return connection.write(x), None, None
+
+      carry, _ = connection.through(block, None, carry, None)
+    outputs["hidden"], _ = blocks[-1].finish(carry)
+    return outputs | {"final": norm(outputs["hidden"]) * params["final_norm"]}
+
+  return op if "op" in case else model
+
+
 KINDS = {
   "attnres_block": attnres,
   "attnres_full": attnres,
+  "dca": dca,
   "denseformer": denseformer,
   "hyper_connections": hyper_connections,
   "mhc": mhc,

@@ -99,6 +99,23 @@ CASES = {
     "mudd_ffn_groups": 2,
     "mudd_ffn_round_to": 8,
   },
+  "DCA": {"base_num_decoder_layers": 3, "depth_connection": "dca"},
+  "GRN-v1, first and last": {
+    "base_num_decoder_layers": 5,
+    "depth_connection": "dca",
+    "mudd_dca_weights": "v1",
+    "mudd_dca_sources": "first_and_last",
+    "mudd_dca_last": 1,
+  },
+  "DCA with the sum of middle sources, groups": {
+    "base_num_decoder_layers": 5,
+    "depth_connection": "dca",
+    "mudd_dca_sources": "middle_sum",
+    "mudd_dca_last": 2,
+    "mudd_ffn_reallocation": True,
+    "mudd_ffn_groups": 2,
+    "mudd_ffn_round_to": 8,
+  },
   "fused": {**SMALL, **BOTH_NORMS, "mudd_kernel": "pallas_interpret"},
   "fused, 2x2": {
     "base_num_decoder_layers": 4,
@@ -116,12 +133,12 @@ CASES = {
       "mtp_num_layers": 1,
       "mtp_loss_scaling_factor": 0.1,
     }
-    for family in ("attnres", "mhc")
+    for family in ("attnres", "dca", "mhc")
   },
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
 }
-FAST = ("MUDD", "hyper-connections", "AttnRes of blocks of 2")
+FAST = ("MUDD", "hyper-connections", "AttnRes of blocks of 2", "DCA")
 
 
 def run(cfg, *parameters):
@@ -430,6 +447,10 @@ METRICS = {
   "attnres": (
     {"mudd_attnres_block": 3},
     {"older_weight/attention": (1, 2, 3), "older_weight/ffn": (0, 1, 2, 3), "older_weight/x": (4,), "norm/x": (4,)},
+  ),
+  "dca": (
+    {"mudd_dca_sources": "middle_sum"},
+    {"older_weight/q": (1, 2, 3), "older_weight/v": (1, 2, 3), "norm/k": (0, 1, 2, 3), "norm/x": (4,)},
   ),
 }
 

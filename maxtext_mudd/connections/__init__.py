@@ -8,6 +8,7 @@ import sys
 
 from maxtext_mudd.connections.attnres import AttentionResiduals
 from maxtext_mudd.connections.base import Family, Plan
+from maxtext_mudd.connections.dca import DeepCrossAttention
 from maxtext_mudd.connections.family_keys import FamilyKeys
 from maxtext_mudd.connections.hyper_connections import HyperConnections
 from maxtext_mudd.connections.mhc import ManifoldHyperConnections
@@ -17,6 +18,7 @@ from maxtext_mudd.connections.residual import Residual
 DEFAULT = "dense"
 FAMILIES: dict[str, type[Family]] = {
   "attnres": AttentionResiduals,
+  "dca": DeepCrossAttention,
   DEFAULT: Dense,
   "hyper_connections": HyperConnections,
   "mhc": ManifoldHyperConnections,

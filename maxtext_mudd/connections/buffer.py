@@ -60,7 +60,8 @@ class HistoryBuffer:
     def step(entries, parameters, count, newest, state, arguments):
       (sources,), output, sums = entries, newest, []
       if newest is None:
-        output, sources = scan_buffer.take(sources, count - 1)
+        taken, sources = scan_buffer.take(sources, count - 1, 1)
+        output = taken[0]
       if link.weights is not None:
         weights = link.weights(parameters, count, output, newest is None)
         sums, sources = kernels.chained(link.passes, kernels.Buffer(sources, count), weights)

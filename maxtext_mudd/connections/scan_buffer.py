@@ -132,19 +132,19 @@ def put(entries: Float[Array, "S ..."], index: Int[Array, ""], entry: Float[Arra
   return jax.lax.dynamic_update_index_in_dim(entries, entry, index, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def take(entries: Array, index: Int[Array, ""], axis: int = 0) -> tuple[Array, Array]:
-  """One entry along an axis, and the entries for what reads them next."""
-  return jax.lax.dynamic_index_in_dim(entries, index, axis, keepdims=False), entries
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def take(entries: Array, index: Int[Array, ""], number: int, axis: int = 0) -> tuple[Array, Array]:
+  """So many entries along an axis, from `index` on, and the entries for what reads them next."""
+  return jax.lax.dynamic_slice_in_dim(entries, index, number, axis), entries
 
 
-def _add_at(axis, index, cotangents):
-  to_entry, totals = cotangents
-  total = jax.lax.dynamic_index_in_dim(totals, index, axis, keepdims=False) + to_entry
-  return jax.lax.dynamic_update_index_in_dim(totals, total, index, axis), None
+def _add_at(number, axis, index, cotangents):
+  to_taken, totals = cotangents
+  total = jax.lax.dynamic_slice_in_dim(totals, index, number, axis) + to_taken
+  return jax.lax.dynamic_update_slice_in_dim(totals, total, index, axis), None
 
 
-take.defvjp(lambda entries, index, axis: (take(entries, index, axis), index), _add_at)
+take.defvjp(lambda entries, index, number, axis: (take(entries, index, number, axis), index), _add_at)
 
 
 @jax.custom_vjp

@@ -1,9 +1,10 @@
-"""Sources whose logits for the queries of all later aggregates are made once, when the source is made.
+"""Sources whose logits for the queries of all aggregates are made once, when the source is made.
 
-Single layers hold them as a list, scanned layers as a buffer; both have the same methods.
+Single layers hold them as a list, scanned layers as a buffer; both have the same methods. A family derives from
+`ScoredConnection` and says which sources an aggregate reads, and how their logits become weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -15,7 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from maxtext_mudd import kernels
 from maxtext_mudd.connections import scan_buffer
+from maxtext_mudd.connections.mesh import source_sharding
 from maxtext_mudd.connections.scan_buffer import ScanBuffer
+from maxtext_mudd.connections.sublayers import LayerOutput, SublayerConnection
 
 
 @jax.tree_util.register_dataclass
@@ -32,18 +35,33 @@ class SourceList:
   logits: tuple[Float[Array, "M B T"], ...] = ()
 
   def put(self, index: int, source: Float[Array, "B T D"], logits: Float[Array, "M B T"]) -> "SourceList":
-    """With another source at `index`, the last or the one after it."""
-    return SourceList((*self.sources[:index], source), (*self.logits[:index], logits))
+    """With another source at `index`, or after the last one."""
+    sources, of_sources = list(self.sources), list(self.logits)
+    sources[index : index + 1], of_sources[index : index + 1] = [source], [logits]
+    return SourceList(tuple(sources), tuple(of_sources))
 
-  def take_logits(self, query: int, count: int) -> tuple[Float[Array, "N B T"], "SourceList"]:
-    """The logits of the sources for one query, and the sources for what reads them next."""
-    return jnp.stack([x[query] for x in self.logits]), self
+  def take(self, index: int) -> tuple[Float[Array, "B T D"], "SourceList"]:
+    """A source, and the sources for what reads them next."""
+    return self.sources[index], self
+
+  def take_logits(self, query: int, number: int, count: int) -> tuple[Float[Array, "N Q B T"], "SourceList"]:
+    """The logits of the sources for so many queries, from `query` on, and the sources for what reads them next.
+
+    Args:
+      count: how many sources there are.
+    """
+    return jnp.stack([x[query : query + number] for x in self.logits]), self
 
   def mix(
-    self, passes: kernels.Passes, weights: Float[Array, "B T C N"], count: int
+    self, passes: kernels.Passes, weights: kernels.Weights, count: int, chosen: Sequence[int] | None = None
   ) -> tuple[list[Float[Array, "B T D"]], "SourceList"]:
-    """Streams, and the sources for what reads them next."""
-    return kernels.differentiable(passes, list(self.sources), weights), self
+    """Streams, and the sources for what reads them next.
+
+    Args:
+      chosen: which sources the weights are for; None: all.
+    """
+    chosen = range(len(self.sources)) if chosen is None else chosen
+    return kernels.differentiable(passes, [self.sources[j] for j in chosen], weights), self
 
   def through(self, block: Callable, state: Any, carry: Any, arguments: Any) -> tuple[Any, Any]:
     """The carry that holds these sources after one block, and what else the block returned."""
@@ -64,16 +82,21 @@ class SourceBuffer:
   logits: Float[Array, "S M B T"]
 
   def put(self, index: Int[Array, ""], source: Float[Array, "B T D"], logits: Float[Array, "M B T"]) -> "SourceBuffer":
-    """With another source at `index`, the last or the one after it."""
     return SourceBuffer(scan_buffer.put(self.sources, index, source), scan_buffer.put(self.logits, index, logits))
 
-  def take_logits(self, query: Int[Array, ""], count: Int[Array, ""]) -> tuple[Float[Array, "S B T"], "SourceBuffer"]:
+  def take(self, index: Int[Array, ""]) -> tuple[Float[Array, "B T D"], "SourceBuffer"]:
+    taken, sources = scan_buffer.take(self.sources, index, 1)
+    return taken[0], dataclasses.replace(self, sources=sources)
+
+  def take_logits(
+    self, query: Int[Array, ""], number: int, count: Int[Array, ""]
+  ) -> tuple[Float[Array, "S Q B T"], "SourceBuffer"]:
     """Logits of all entries, those of entries that are no sources yet being -inf."""
-    taken, logits = scan_buffer.take(self.logits, query, axis=1)
-    is_source = (jnp.arange(len(taken)) < count)[:, None, None]
+    taken, logits = scan_buffer.take(self.logits, query, number, axis=1)
+    is_source = (jnp.arange(len(taken)) < count)[:, None, None, None]
     return jnp.where(is_source, taken, -jnp.inf), dataclasses.replace(self, logits=logits)
 
-  def mix(self, passes: kernels.Passes, weights: Float[Array, "B T C S"], count: Int[Array, ""]):
+  def mix(self, passes: kernels.Passes, weights: kernels.Weights, count: int | Int[Array, ""]):
     streams, sources = kernels.chained(passes, kernels.Buffer(self.sources, jnp.asarray(count)), weights)
     return streams, dataclasses.replace(self, sources=sources)
 
@@ -81,7 +104,7 @@ class SourceBuffer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScannedSources:
-  """Sources between scanned layers."""
+  """Sources between scanned layers. Methods are those of `SourceList`."""
 
   buffer: ScanBuffer
 
@@ -104,9 +127,14 @@ class ScannedSources:
   def put(
     self, index: Int[Array, ""], source: Float[Array, "B T D"], logits: Float[Array, "M B T"]
   ) -> "ScannedSources":
-    """With another source at `index`, the last or the one after it."""
-    entries = SourceBuffer(*self.buffer.entries).put(index, source, logits)
-    return ScannedSources(dataclasses.replace(self.buffer, entries=[entries.sources, entries.logits]))
+    return self._with(SourceBuffer(*self.buffer.entries).put(index, source, logits))
+
+  def take(self, index: Int[Array, ""]) -> tuple[Float[Array, "B T D"], "ScannedSources"]:
+    taken, sources = SourceBuffer(*self.buffer.entries).take(index)
+    return taken, self._with(sources)
+
+  def _with(self, sources: SourceBuffer) -> "ScannedSources":
+    return ScannedSources(dataclasses.replace(self.buffer, entries=[sources.sources, sources.logits]))
 
   def through(self, block: Callable, state: Any, carry: Any, arguments: Any) -> tuple[Any, Any]:
     """The carry that holds these sources after one block, and what else the block returned."""
@@ -123,3 +151,87 @@ class ScannedSources:
     """The carry after the last block with its sources as a `SourceBuffer`, and `sown` as losses have to read it."""
     entries, (carry, sown) = self.buffer.close((dataclasses.replace(carry, sources=None), sown))
     return dataclasses.replace(carry, sources=SourceBuffer(*entries)), sown
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoredCarry:
+  """What flows between blocks.
+
+  Attributes:
+    sources: that aggregates have read so far.
+    newest: the source that no aggregate has read yet; each aggregate puts it among the sources first.
+    queries: of all aggregates, each times the scale of its key norm.
+    blocks: how many blocks came before; None in single layers, whose connections know it.
+    others: arrays [B,T,D] that the family carries besides.
+  """
+
+  sources: SourceList | ScannedSources | SourceBuffer
+  newest: Float[Array, "B T D"]
+  queries: Float[Array, "M D"]
+  blocks: Int[Array, ""] | None
+  others: tuple[Float[Array, "B T D"], ...] = ()
+
+
+class ScoredConnection(SublayerConnection):
+  """The connection of one block, or of all blocks of a scanned stack. The queries of all blocks belong to the
+  connection that starts, so that the logits of a source for later queries can be made when the source is made.
+
+  Args:
+    queries: a module that returns the queries [M,D]; None where the connection does not start.
+    number: of sources that there are after the last block.
+  """
+
+  rematerialises = True
+
+  def __init__(
+    self,
+    config,
+    blocks: Sequence[int],
+    mesh: jax.sharding.Mesh,
+    queries: Callable | None,
+    number: int,
+    *,
+    starts: bool,
+    finishes: bool,
+  ):
+    super().__init__(config, blocks, starts=starts, finishes=finishes)
+    self.mesh = mesh
+    self.number = number
+    if starts:
+      self.depth_queries = queries
+
+  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> ScoredCarry:
+    queries = self.depth_queries()
+    if not self.config.scan_layers:
+      return ScoredCarry(SourceList(), embedding, queries, None)
+    sharding = source_sharding(self.config, self.mesh, embedding.shape)
+    sources = ScannedSources.zeros(embedding, len(queries), self.number, sharding, rematerialise)
+    return ScoredCarry(sources, embedding, queries, jnp.zeros((), jnp.int32))
+
+  def through(self, block: Callable, state: Any, carry: ScoredCarry, arguments: Any) -> tuple[ScoredCarry, Any]:
+    return carry.sources.through(block, state, carry, arguments)
+
+  def blocks_before(self, carry: ScoredCarry) -> int | Int[Array, ""]:
+    return self.blocks[0] - 1 if carry.blocks is None else carry.blocks
+
+  def layer_output(self, carry: ScoredCarry) -> LayerOutput:
+    """What the layer returns, from the carry after its sublayers."""
+    after = None if carry.blocks is None else carry.blocks + 1
+    return LayerOutput(carry.newest, lambda newest: dataclasses.replace(carry, newest=newest, blocks=after))
+
+  def put(self, carry: ScoredCarry, index: int | Int[Array, ""], source: Float[Array, "B T D"]) -> ScoredCarry:
+    """The carry with another source at `index`."""
+    config = self.config
+    logits = source_logits(source, carry.queries, config.normalization_layer_epsilon, config.matmul_precision.value)
+    return dataclasses.replace(carry, sources=carry.sources.put(index, source, logits))
+
+
+def source_logits(
+  source: Float[Array, "B T D"], queries: Float[Array, "M D"], epsilon: float, precision: str
+) -> Float[Array, "M B T"]:
+  """q_s · (RMS(V) ⊙ g_s) for all queries q ⊙ g, in float32 or wider. The norm is applied to the product."""
+  source = source.astype(kernels.accumulation_dtype(source.dtype))
+  inverse = jax.lax.rsqrt(jnp.square(source).mean(-1) + epsilon)
+  with jax.default_matmul_precision(precision):
+    return jnp.einsum("btd,md->mbt", source, queries.astype(source.dtype)) * inverse

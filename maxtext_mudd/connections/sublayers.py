@@ -79,8 +79,7 @@ class SublayerConnection(PlainConnection):
     """Makes the norms of the layer before attention and before the FFN read a `SublayerInput`."""
     block = block_spec(self.config)
     for path in (block.attention_norm, block.feed_forward_norm):
-      norm = operator.attrgetter(path)(layer)
-      change_class(norm, _READING[type(norm)])
+      read_sublayer_input(layer, path)
 
   def write(self, output: LayerOutput) -> Any:
     return output.carry(output.arrays)
@@ -101,3 +100,9 @@ class ReadingGpt3LayerNorm(Gpt3LayerNorm):
 
 
 _READING = {RMSNorm: ReadingRMSNorm, Gpt3LayerNorm: ReadingGpt3LayerNorm}
+
+
+def read_sublayer_input(layer: nnx.Module, path: str) -> None:
+  """Makes the norm at a path of a stock layer read a `SublayerInput`."""
+  norm = operator.attrgetter(path)(layer)
+  change_class(norm, _READING[type(norm)])

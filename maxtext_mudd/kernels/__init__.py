@@ -9,6 +9,7 @@ from maxtext_mudd.kernels.passes import Passes
 from maxtext_mudd.kernels.tpu import DTYPES
 from maxtext_mudd.kernels.weights import (
   ACTIVATIONS,
+  ChannelWeights,
   HiddenLayer,
   WeightMLP,
   Weights,
@@ -22,6 +23,7 @@ __all__ = [
   "ACTIVATIONS",
   "DTYPES",
   "Buffer",
+  "ChannelWeights",
   "Gradients",
   "HiddenLayer",
   "Passes",

@@ -12,7 +12,14 @@ import numpy as np
 from maxtext_mudd.kernels import tpu
 from maxtext_mudd.kernels.operands import Buffer, Sources
 from maxtext_mudd.kernels.passes import IMPLEMENTATIONS, Passes
-from maxtext_mudd.kernels.weights import ACTIVATIONS, HiddenLayer, WeightMLP, Weights, number_of_ways
+from maxtext_mudd.kernels.weights import (
+  ACTIVATIONS,
+  ChannelWeights,
+  HiddenLayer,
+  WeightMLP,
+  Weights,
+  number_of_ways,
+)
 
 
 def mix(
@@ -34,7 +41,8 @@ def mix(
     sources: N floating-point arrays of one shape and dtype, oldest first; or, with `count`, one buffer of S entries,
       for loops over layers that are traced once.
     weights: W as an array [B,T,C,N], or [C,N] for all tokens; or a `WeightMLP`, from which W is computed. The fused
-      kernels compute it in fast memory and never write it to HBM. With a buffer, N is S.
+      kernels compute it in fast memory and never write it to HBM. Or `ChannelWeights`, which "xla" alone takes. With a
+      buffer, N is S.
     count: how many entries of the buffer are valid, from 1 to S. The newest source is entry count - 1. A traced count
       is clipped to this range. The other entries and their columns of the weights are ignored, even if they are NaN.
       Their gradients are zero.
@@ -55,6 +63,10 @@ def mix(
   """
   operands, source = _check_sources(sources, count)
   _check_weights(weights, source, len(sources))
+  if isinstance(weights, ChannelWeights):
+    if implementation not in ("auto", "xla"):
+      raise ValueError(f"implementation={implementation!r} takes no ChannelWeights; use 'xla' or 'auto'.")
+    implementation = "xla"
   platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
   passes = Passes(
     resolve(implementation, platform, source.dtype), sharding, strict=implementation == "pallas_interpret"
@@ -211,10 +223,21 @@ def _check_weights(weights: Weights, source, num_sources: int) -> None:
   arrays = {"weights": weights}
   if isinstance(weights, WeightMLP):
     arrays = {"w1": weights.w1, "w2": weights.w2, "a": weights.a}
+  elif isinstance(weights, ChannelWeights):
+    arrays = {"w": weights.w, "a": weights.a}
   for name, x in arrays.items():
     dtype = getattr(x, "dtype", type(x).__name__)
     if not hasattr(x, "dtype") or not jnp.issubdtype(dtype, jnp.floating):
       raise ValueError(f"{name} is {dtype}; give a floating-point array.")
+  if isinstance(weights, ChannelWeights):
+    ways = number_of_ways(weights)
+    for name, x, expected in (
+      ("w", weights.w, (*source.shape[:2], ways, num_sources)),
+      ("a", weights.a, (ways, source.shape[-1], num_sources)),
+    ):
+      if x.shape != expected:
+        raise ValueError(f"{name} has shape {list(x.shape)}; the other arguments need {list(expected)}.")
+    return
   if not isinstance(weights, WeightMLP):
     fits = weights.shape[-1:] == (num_sources,) and weights.shape[:-2] in ((), source.shape[:2])
     if len(weights.shape) < 2 or not fits:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from maxtext_mudd.kernels.operands import Buffer, Gradients, Pending
 from maxtext_mudd.kernels.weights import (
   Activations,
+  ChannelWeights,
   HiddenLayer,
   WeightMLP,
   Weights,
@@ -36,7 +37,7 @@ def forward(sources: Sequence[Float[Array, "B T D"]], weights: Weights) -> list[
   # Each stream is a sum of its own. With one array [B,T,C,D] for all streams, a train step on a CPU takes 1.1 to 1.2
   # times as long: XLA writes the array, then copies the streams out of it.
   for c in range(w.shape[2]):
-    total = sum(w[:, :, c, j, None] * x.astype(w.dtype) for j, x in enumerate(sources))
+    total = sum(_of(w, weights, c, j) * x.astype(w.dtype) for j, x in enumerate(sources))
     streams.append(total.astype(sources[-1].dtype))
   return streams
 
@@ -56,10 +57,13 @@ def backward(
   grad_streams = [x.astype(dtype) for x in gradients]
   grad_near = []
   for k, j in enumerate(near):
-    total = _source_gradient(w, grad_streams, j)
+    total = _source_gradient(w, weights, grad_streams, j)
     grad_near.append(total if totals is None else total + totals[k].astype(dtype))
   grad_w = jnp.stack([jnp.stack([jnp.sum(g * x.astype(dtype), -1) for x in sources], -1) for g in grad_streams], -2)
   grad_weights, grad_newest = _weight_gradients(sources, weights, hidden, grad_w)
+  if isinstance(weights, ChannelWeights):
+    by_stream = [jnp.stack([jnp.sum(g * x.astype(dtype), (0, 1)) for x in sources], -1) for g in grad_streams]
+    grad_weights = ChannelWeights(grad_w, jnp.stack(by_stream))
   if grad_newest is not None:
     grad_near[-1] += grad_newest
   return Gradients(
@@ -77,10 +81,14 @@ def push(
   dtype = pushed[0].gradients[0].dtype
   sum_dtype = accumulation_dtype(dtype)
   terms = [
-    (token_weights(aggregate.gradients, aggregate.weights)[0], [x.astype(sum_dtype) for x in aggregate.gradients])
+    (
+      token_weights(aggregate.gradients, aggregate.weights)[0],
+      aggregate.weights,
+      [x.astype(sum_dtype) for x in aggregate.gradients],
+    )
     for aggregate in pushed
   ]
-  sums = [sum(_source_gradient(w, grad_streams, j) for w, grad_streams in terms) for j in range(count)]
+  sums = [sum(_source_gradient(*term, j) for term in terms) for j in range(count)]
   if totals is not None:
     sums = [x + total.astype(sum_dtype) for x, total in zip(sums, totals)]
   return [x.astype(dtype) for x in sums]
@@ -127,9 +135,12 @@ def backward_buffer(
 def token_weights(
   sources: Sequence[Float[Array, "B T D"]], weights: Weights
 ) -> tuple[Float[Array, "B T C N"], Activations | None]:
-  """W of every token, in float32 or wider; and the hidden layer of a `WeightMLP`, None for other weights."""
+  """W of every token, in float32 or wider, without the static part of `ChannelWeights`; and the hidden layer of a
+  `WeightMLP`, None for other weights."""
   shape, dtype = sources[-1].shape, sources[-1].dtype
   sum_dtype = accumulation_dtype(dtype)
+  if isinstance(weights, ChannelWeights):
+    return weights.w.astype(sum_dtype), None
   if not isinstance(weights, WeightMLP | HiddenLayer):
     return jnp.broadcast_to(weights.astype(sum_dtype), (*shape[:2], *weights.shape[-2:])), None
   hidden = None
@@ -141,6 +152,8 @@ def token_weights(
 
 def _weight_gradients(sources, weights: Weights, hidden: Activations | None, grad_w: Float[Array, "B T C N"]):
   """The gradient of the weights; and that of the newest source through a `WeightMLP`, None for other weights."""
+  if isinstance(weights, ChannelWeights):
+    return None, None
   if not isinstance(weights, WeightMLP | HiddenLayer):
     return (grad_w if weights.ndim == 4 else grad_w.sum((0, 1))), None
   value = weights.hidden if hidden is None else hidden.value.astype(sources[-1].dtype)
@@ -162,10 +175,16 @@ def _newest(sources, weights: WeightMLP) -> Float[Array, "B T D"]:
 
 
 def _source_gradient(
-  w: Float[Array, "B T C N"], grad_streams: Sequence[Float[Array, "B T D"]], j: int
+  w: Float[Array, "B T C N"], weights: Weights, grad_streams: Sequence[Float[Array, "B T D"]], j: int
 ) -> Float[Array, "B T D"]:
   """What the gradients of the streams of one aggregate contribute to the gradient of source j."""
-  return sum(w[:, :, c, j, None] * x for c, x in enumerate(grad_streams))
+  return sum(_of(w, weights, c, j) * x for c, x in enumerate(grad_streams))
+
+
+def _of(w: Float[Array, "B T C N"], weights: Weights, c: int, j: int) -> Float[Array, "B T 1"] | Float[Array, "B T D"]:
+  """The weights of one source in one stream, from those of `token_weights`."""
+  of_tokens = w[:, :, c, j, None]
+  return of_tokens + weights.a[c, :, j].astype(w.dtype) if isinstance(weights, ChannelWeights) else of_tokens
 
 
 def _valid(buffer: Buffer, weights: Weights, size: int) -> tuple[list[Float[Array, "B T D"]], Weights]:

@@ -23,9 +23,9 @@ from jaxtyping import Array, Float, Int
 
 from maxtext_mudd.connections import metrics
 from maxtext_mudd.connections.attnres import keys
-from maxtext_mudd.connections.mesh import passes, source_sharding
-from maxtext_mudd.connections.scored_sources import ScannedSources, SourceBuffer, SourceList
-from maxtext_mudd.connections.sublayers import LayerOutput, SublayerConnection, SublayerInput
+from maxtext_mudd.connections.mesh import passes
+from maxtext_mudd.connections.scored_sources import ScoredCarry, ScoredConnection
+from maxtext_mudd.connections.sublayers import SublayerInput
 from maxtext_mudd.kernels import accumulation_dtype
 
 
@@ -46,77 +46,39 @@ class DepthQueries(nnx.Module):
     return self.query[...].astype(wide) * self.key_norm[...].astype(wide)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AttnResCarry:
-  """What flows between blocks.
+class AttnResConnection(ScoredConnection):
+  """The connection of one block, or of all blocks of a scanned stack.
 
-  Attributes:
-    sources: that aggregates have read so far, the embedding first.
-    newest: the sum of the block of S sublayers so far, or the last finished one: the source that no aggregate has read
-      yet. Every aggregate puts it after the sources, or in place of the last one, an earlier value of the same sum.
-    queries: of all aggregates.
-    sublayer: number of the sublayer that comes next; None in single layers, whose connections know it.
+  `newest` of its carry is the sum of the block of S sublayers so far, or the last finished one. An aggregate puts it
+  after the sources, or in place of the last one where that is an earlier value of the same sum.
   """
 
-  sources: SourceList | ScannedSources | SourceBuffer
-  newest: Float[Array, "B T D"]
-  queries: Float[Array, "M D"]
-  sublayer: Int[Array, ""] | None
-
-
-class AttnResConnection(SublayerConnection):
-  """The connection of one block, or of all blocks of a scanned stack. All queries belong to the connection that starts:
-  the logits of a source for every later query are made when the source is made."""
-
-  rematerialises = True
-
   def __init__(self, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, *, starts: bool, finishes: bool):
-    super().__init__(config, blocks, starts=starts, finishes=finishes)
-    self.mesh = mesh
-    if starts:
-      self.depth_queries = DepthQueries(config)
+    queries = DepthQueries(config) if starts else None
+    number = keys.count_sources(config, keys.sublayers(config))
+    super().__init__(config, blocks, mesh, queries, number, starts=starts, finishes=finishes)
 
-  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> AttnResCarry:
-    queries = self.depth_queries()
-    if not self.config.scan_layers:
-      return AttnResCarry(SourceList(), embedding, queries, None)
-    number = keys.count_sources(self.config, keys.sublayers(self.config))
-    sharding = source_sharding(self.config, self.mesh, embedding.shape)
-    sources = ScannedSources.zeros(embedding, len(queries), number, sharding, rematerialise)
-    return AttnResCarry(sources, embedding, queries, jnp.zeros((), jnp.int32))
-
-  def through(self, block: Callable, state: Any, carry: AttnResCarry, arguments: Any) -> tuple[AttnResCarry, Any]:
-    return carry.sources.through(block, state, carry, arguments)
-
-  def read(self, carry: AttnResCarry) -> SublayerInput:
-    first = 2 * (self.blocks[0] - 1) if carry.sublayer is None else carry.sublayer
-
-    def after_feed_forward(carry):
-      after = None if carry.sublayer is None else carry.sublayer + 2
-      return LayerOutput(carry.newest, lambda newest: dataclasses.replace(carry, newest=newest, sublayer=after))
+  def read(self, carry: ScoredCarry) -> SublayerInput:
+    first = 2 * self.blocks_before(carry)
 
     def after_attention(carry):
-      return self._sublayer_input("ffn", carry, first + 1, after_feed_forward)
+      return self._sublayer_input("ffn", carry, first + 1, self.layer_output)
 
     return self._sublayer_input("attention", carry, first, after_attention)
 
-  def finish(self, carry: AttnResCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+  def finish(self, carry: ScoredCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
     sublayers = keys.sublayers(self.config)
     carry = self.put_newest(carry, sublayers)
     carry, sown = carry.sources.finish(carry, sown)
     return self.mix("x", carry, sublayers)[0], sown
 
-  def put_newest(self, carry: AttnResCarry, sublayer: int | Int[Array, ""]) -> AttnResCarry:
+  def put_newest(self, carry: ScoredCarry, sublayer: int | Int[Array, ""]) -> ScoredCarry:
     """The carry with its newest source among the sources, for a sublayer that reads it."""
-    config, newest = self.config, carry.newest
-    logits = source_logits(newest, carry.queries, config.normalization_layer_epsilon, config.matmul_precision.value)
-    sources = carry.sources.put(keys.count_sources(config, sublayer) - 1, newest, logits)
-    return dataclasses.replace(carry, sources=sources)
+    return self.put(carry, keys.count_sources(self.config, sublayer) - 1, carry.newest)
 
   def mix(
-    self, reader: str, carry: AttnResCarry, sublayer: int | Int[Array, ""]
-  ) -> tuple[Float[Array, "B T D"], AttnResCarry]:
+    self, reader: str, carry: ScoredCarry, sublayer: int | Int[Array, ""]
+  ) -> tuple[Float[Array, "B T D"], ScoredCarry]:
     """h_s, and the carry for what reads the sources next.
 
     Args:
@@ -124,15 +86,15 @@ class AttnResConnection(SublayerConnection):
     """
     config, newest = self.config, carry.newest
     count = keys.count_sources(config, sublayer)
-    logits, sources = carry.sources.take_logits(sublayer, count)
-    weights = jnp.moveaxis(jax.nn.softmax(logits, axis=0), 0, -1)[..., None, :]
+    logits, sources = carry.sources.take_logits(sublayer, 1, count)
+    weights = jnp.moveaxis(jax.nn.softmax(logits, axis=0), (0, 1), (3, 2))
     (hidden,), sources = sources.mix(passes(config, self.mesh, newest.shape), weights, count)
     if config.record_internal_nn_metrics:
       metrics.sow_aggregate(self, newest, weights, {reader: hidden}, count - 1, last=reader == "x")
     return hidden, dataclasses.replace(carry, sources=sources)
 
   def _sublayer_input(
-    self, reader: str, carry: AttnResCarry, sublayer: int | Int[Array, ""], after: Callable
+    self, reader: str, carry: ScoredCarry, sublayer: int | Int[Array, ""], after: Callable
   ) -> SublayerInput:
     """The input of one sublayer; `after` takes the carry that the sublayer's output makes."""
     hidden, carry = self.mix(reader, self.put_newest(carry, sublayer), sublayer)
@@ -143,13 +105,3 @@ class AttnResConnection(SublayerConnection):
       return after(dataclasses.replace(carry, newest=newest))
 
     return SublayerInput(hidden, (carry.newest,), write)
-
-
-def source_logits(
-  source: Float[Array, "B T D"], queries: Float[Array, "M D"], epsilon: float, precision: str
-) -> Float[Array, "M B T"]:
-  """q_s · (RMS(V) ⊙ g_s) for all queries q ⊙ g, in float32 or wider. The norm is applied to the product."""
-  source = source.astype(accumulation_dtype(source.dtype))
-  inverse = jax.lax.rsqrt(jnp.square(source).mean(-1) + epsilon)
-  with jax.default_matmul_precision(precision):
-    return jnp.einsum("btd,md->mbt", source, queries.astype(source.dtype)) * inverse

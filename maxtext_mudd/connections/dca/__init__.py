@@ -1,0 +1,55 @@
+"""DeepCrossAttention, DCA (arXiv 2502.06785): queries, keys and values of a block read sums of earlier block outputs
+whose weights depend on the channel, and on the source itself."""
+
+from typing import ClassVar
+
+from maxtext_mudd.blocks import norm_parameters
+from maxtext_mudd.connections.base import BaseFamily, Cost, Plan
+from maxtext_mudd.connections.dca import keys
+from maxtext_mudd.connections.family_keys import sublayer_refusals
+
+
+class DeepCrossAttention(BaseFamily):
+  """`depth_connection: dca`."""
+
+  Keys = keys.DcaKeys
+  reads = "sublayer"
+  depth_axes: ClassVar = {"b": (None, None, "sources")}
+  start_modules = ("depth_queries",)
+  finish_modules = ("final_depth_aggregate",)
+
+  @classmethod
+  def check_sizes(cls, config) -> None:
+    keys.check_sizes(config)
+
+  @classmethod
+  def refusals(cls, config):
+    return sublayer_refusals(config)
+
+  @classmethod
+  def plan(cls, config) -> Plan:
+    return keys.plan(config)
+
+  @classmethod
+  def cost(cls, config) -> Cost:
+    """Counts b, and of GRN-v3 the queries and the scales of their norm; and that each block has three attention norms.
+    FLOPs are those of each source's logits for all queries, and of mixing, with the addition of both weights in v3.
+    Sums of middle sources are sources, and are kept besides the outputs of blocks."""
+    width, blocks, weights = config.emb_dim, config.num_decoder_layers, config.mudd_dca_weights
+    sites = keys.plan(config).sites
+    mixed = sum(site.ways * len(site.sources) for site in sites.values())
+    sums = sum(keys.has_middle_sum(config, block) for block in sites)
+    parameters = mixed * (1 if weights == "v1" else width) + 2 * norm_parameters(config) * blocks
+    if weights == "v3":
+      parameters += (keys.queries(config) + blocks + 1) * width
+    return Cost(
+      parameters=parameters,
+      flops=2 * keys.queries(config) * (blocks + 1 + sums) * width + (3 if weights == "v3" else 2) * mixed * width,
+      activations=sums,
+    )
+
+  @classmethod
+  def build(cls, config, blocks, mesh, rngs, *, starts, finishes):
+    from maxtext_mudd.connections.dca.connection import DcaConnection
+
+    return DcaConnection(config, blocks, mesh, starts=starts, finishes=finishes)

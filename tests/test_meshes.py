@@ -60,6 +60,7 @@ FAMILIES = {
   "hyper_connections": {},
   "mhc": {},
   "attnres": {"mudd_attnres_block": 3},
+  "dca": {"mudd_dca_sources": "middle_sum"},
 }
 
 

@@ -1,5 +1,6 @@
 """Calls of `mix` and `depth_aggregate`: arguments that do not fit, which implementation runs, and what it reads."""
 
+import dataclasses
 import functools
 
 import jax
@@ -47,6 +48,7 @@ NAMES = "auto, xla, pallas, pallas_interpret"
 WANTED = "the sources need [2, 5, C, 3], or [C, 3] for all tokens."
 HIDDEN = kernels.HiddenLayer(jnp.zeros((B, T, K)), jnp.zeros((K, C, N)), jnp.zeros((C, N)))
 OF_THE_FIRST = kernels.WeightMLP(jnp.zeros((D, K)), jnp.zeros((K, C, N)), jnp.zeros((C, N)), source=0)
+CHANNELS = kernels.ChannelWeights(jnp.zeros((B, T, C, N)), jnp.zeros((C, D, N)))
 REFUSED = [
   ("list", {"implementation": "cuda"}, f"implementation='cuda' does not exist; use one of {NAMES}."),
   ("list", {"activation": "relu"}, "activation='relu' does not exist; use one of gelu, gelu_tanh."),
@@ -102,6 +104,26 @@ REFUSED = [
     "mix",
     {"weights": OF_THE_FIRST},
     "weights has source=0, which only `Passes` accepts; give that source as newest.",
+  ),
+  (
+    "mix",
+    {"weights": dataclasses.replace(CHANNELS, a=jnp.zeros((C, 9, N)))},
+    "a has shape [4, 9, 3]; the other arguments need [4, 8, 3].",
+  ),
+  (
+    "mix",
+    {"weights": dataclasses.replace(CHANNELS, w=jnp.zeros((B, 4, C, N)))},
+    "w has shape [2, 4, 4, 3]; the other arguments need [2, 5, 4, 3].",
+  ),
+  (
+    "mix",
+    {"weights": dataclasses.replace(CHANNELS, a=jnp.zeros((C, D, N), jnp.int32))},
+    "a is int32; give a floating-point array.",
+  ),
+  (
+    "mix",
+    {"weights": CHANNELS, "implementation": "pallas"},
+    "implementation='pallas' takes no ChannelWeights; use 'xla' or 'auto'.",
   ),
   (
     "mix",

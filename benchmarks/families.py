@@ -45,13 +45,15 @@ COLUMNS += ["temporaries GB", "compile, s"]
 NOTES = """
 All figures are those of one chip and one step, and none was measured on a TPU. TFLOP: what the model needs, by
 MaxText's formula, without rematerialisation. HBM: bytes of the final HLO, as benchmarks/tpu_step_traffic.py counts
-them. Units: arrays of [B,T,D] in bfloat16, with B per device. Temporaries: the most memory held beside the arguments.
+them; kernels read the sources that there are. Units: arrays of [B,T,D] in bfloat16, with B per device. Temporaries:
+the most memory held beside the arguments.
 
 Floor: what the connections have to move beyond the plain model if each pass reads each source or stream once and
 writes what it makes once. An aggregate of N sources and C streams: forward N + C; backward, which makes the streams
 again, N sources, N gradients of sources in and out, C streams and C gradients of streams: 4N + 3C in all. A sublayer
 with n residual streams: forward n in, n out, its input and its output; backward n streams, n gradients in and out, and
-its input, its output and their gradients; less that of a plain sublayer: 5n - 2. Ratio: units beyond plain by the floor.
+its input, its output and their gradients; less that of a plain sublayer: 5n - 2. Ratio: units beyond plain, by the
+floor.
 """
 RUN_COLUMNS = ["family", "step, ms", "of the plain model's", "quartiles", "extremes", "last loss"]
 RUN_NOTES = """
@@ -84,6 +86,22 @@ def floor_units(config) -> int:
   return sum(4 * sources + 3 * ways for sources, ways in sites)
 
 
+def buffer_of(config) -> tuple[int, float] | None:
+  """Number of entries of the buffer of sources, and the share of them that an aggregate reads on average."""
+  from maxtext_mudd.connections.attnres import keys as attnres
+
+  if not config.mudd:
+    return None
+  if config.depth_connection == "dense":
+    entries, counts = config.num_decoder_layers + 1, range(1, config.num_decoder_layers + 1)
+  elif config.depth_connection == "attnres":
+    number = attnres.sublayers(config)
+    entries, counts = attnres.count_sources(config, number), [attnres.count_sources(config, s) for s in range(number)]
+  else:
+    return None
+  return entries, sum(counts) / len(counts) / entries
+
+
 # ---------------------------------------------------------------- compiled for TPUs
 
 
@@ -106,7 +124,7 @@ def measure(family: str, yaml: str, topology: str, batch: float, layers: int) ->
     "floor_units": floor_units(config),
     "temporary_bytes": memory.temp_size_in_bytes,
     "compile_seconds": seconds,
-  } | tpu_step_traffic.step_bytes(compiled.as_text())
+  } | tpu_step_traffic.step_bytes(compiled.as_text(), buffer_of(config))
 
 
 def cells(row: dict, plain: dict | None) -> list[str]:

@@ -1,6 +1,7 @@
 """Counts the HBM bytes that a compiled TPU program moves, from the text of its final HLO.
 
 An instruction counts as reading its operands and writing its results once, times the trips of the loops around it.
+In a loop, where a fusion slices an operand, or updates one in place, the slice or the update counts.
 """
 
 import collections
@@ -87,42 +88,144 @@ def computations(hlo: str) -> dict[str, list[Instruction]]:
   return by_name
 
 
-def hlo_bytes(program: dict[str, list[Instruction]], name: str = "", kernels: bool = False) -> collections.Counter:
+def hlo_bytes(
+  program: dict[str, list[Instruction]],
+  name: str = "",
+  kernels: bool = False,
+  buffer: tuple[int, float] | None = None,
+  in_loop: bool = False,
+) -> collections.Counter:
   """HBM bytes of each instruction, by name: operands read and results written, times the trips of loops around it.
+
+  In loops, of an operand that a fusion slices, the slice counts; of one that it updates in place, the update. Of the
+  branches of a conditional the mean counts.
 
   Args:
     program: what `computations` returned.
     name: the computation to count, with those that it calls.
     kernels: whether Pallas kernels are counted, as if each read and wrote every array once. An array that a kernel
       updates in place counts as read once and written once.
+    buffer: (S, share): of arrays [S, ...] of more than two axes, kernels move this share, on average over the loop.
+    in_loop: whether the computation is part of a loop.
 
   Raises:
     MeasurementError: the bytes of an instruction cannot be counted.
   """
   total = collections.Counter()
   results = {x.name: x.result for x in program[name]}
+
+  def inner(computation, in_loop=in_loop):
+    return hlo_bytes(program, computation, kernels, buffer, in_loop)
+
   for x in program[name]:
     written = array_bytes(x.result)
     if x.opcode in FREE or x.opcode.endswith("-done") or "ConcatBitcast" in x.line:
       continue
-    if KERNEL in x.line and not kernels:
+    if KERNEL in x.line:
+      if kernels:
+        types = [x.result, *(results[y] for y in x.operands)]
+        total[x.name] += sum(_moved_by_kernel(part, buffer) for part in types)
       continue
     if x.opcode == "while":
-      trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', x.line)
-      if not trips:
-        raise MeasurementError(f"The HLO loop {x.name} has no known number of trips.")
-      for inner, size in hlo_bytes(program, re.search(r"body=%([\w.\-]+)", x.line)[1], kernels).items():
-        total[inner] += size * int(trips[1])
-    elif x.opcode in ("call", "conditional", "async-start"):
+      for part, size in inner(re.search(r"body=%([\w.\-]+)", x.line)[1], True).items():
+        total[part] += size * _trips(program, x)
+    elif x.opcode == "conditional":
+      named = re.search(r"branch_computations=\{([^}]*)\}", x.line)
+      branches = _NAME.findall(named[1] if named else x.line.partition("true_computation=")[2].split(", metadata")[0])
+      for branch in branches:
+        for part, size in inner(branch).items():
+          total[part] += size / len(branches)
+    elif x.opcode in ("call", "async-start"):
       raise MeasurementError(f"The HLO instruction {x.name} is a {x.opcode}, whose bytes are not counted here.")
     elif x.opcode in DMA:  # its result names source and target, in either order
       plain = min(array_bytes(x.result.replace("S(1)", ""))[:2])
       total[x.name] += plain * sum(size > 0 for size in written[:2])
     elif x.opcode in ("slice", "dynamic-slice", "gather"):
       total[x.name] += 2 * sum(written)
+    elif x.opcode == "dynamic-update-slice" and in_loop:
+      total[x.name] += 2 * sum(array_bytes(results[x.operands[1]]))
+    elif x.opcode == "fusion" and in_loop:
+      total[x.name] += _moved_by_fusion(program, x, results)
     else:
       total[x.name] += sum(sum(array_bytes(results[y])) for y in x.operands) + sum(written)
   return total
+
+
+def _trips(program: dict[str, list[Instruction]], loop: Instruction) -> int:
+  """How often a loop runs its body, by its annotation, or by the one number in its condition."""
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line)
+  if known:
+    return int(known[1])
+  condition = program[re.search(r"condition=%([\w.\-]+)", loop.line)[1]]
+  numbers = [found[1] for x in condition if (found := re.search(r" constant\((\d+)\)", x.line))]
+  if len(numbers) != 1 or not any(x.opcode == "compare" and "direction=LT" in x.line for x in condition):
+    raise MeasurementError(f"The HLO loop {loop.name} has no known number of trips.")
+  return int(numbers[0])
+
+
+def _moved_by_kernel(types: str, buffer: tuple[int, float] | None) -> float:
+  total = 0
+  for (_, dimensions, _), size in zip(_ARRAY.findall(types), array_bytes(types)):
+    axes = dimensions.split(",")
+    total += size * (buffer[1] if buffer and len(axes) > 2 and axes[0] == str(buffer[0]) else 1)
+  return total
+
+
+def _moved_by_fusion(program: dict[str, list[Instruction]], x: Instruction, results: dict[str, str]) -> int:
+  """Bytes that a fusion reads and writes; `results` are the types of its operands, by name."""
+  called = re.search(r"calls=%([\w.\-]+)", x.line)[1]
+  total = 0
+  for k, operand in enumerate(x.operands):
+    whole = sum(array_bytes(results[operand]))
+    part = _read_of_parameter(program, called, k) if whole else 0
+    total += whole if part is None else min(part, whole)
+  sizes = array_bytes(x.result)
+  updates = _updates(program, called)
+  return total + sum(min(size, update) if update is not None else size for size, update in zip(sizes, updates))
+
+
+def _read_of_parameter(program: dict[str, list[Instruction]], name: str, number: int) -> int | None:
+  """Bytes that a computation reads of a parameter, where it only slices or updates it; None: it reads all."""
+  parameter = next(x for x in program[name] if x.opcode == "parameter" and f"parameter({number})" in x.line)
+  return _read(program, name, parameter.name)
+
+
+def _read(program: dict[str, list[Instruction]], name: str, value: str) -> int | None:
+  total = 0
+  for x in program[name]:
+    for k in (k for k, operand in enumerate(x.operands) if operand == value):
+      if x.opcode in ("dynamic-slice", "slice") and k == 0:
+        part = sum(array_bytes(x.result))
+      elif x.opcode == "dynamic-update-slice" and k == 0:
+        part = 0
+      elif x.opcode == "bitcast":
+        part = _read(program, name, x.name)
+      elif x.opcode == "fusion":
+        part = _read_of_parameter(program, re.search(r"calls=%([\w.\-]+)", x.line)[1], k)
+      else:
+        return None
+      if part is None:
+        return None
+      total += part
+  return total
+
+
+def _updates(program: dict[str, list[Instruction]], name: str) -> list[int | None]:
+  """For each result of a fused computation, the bytes that it changes of an operand; None: it makes the whole."""
+  by_name = {x.name: x for x in program[name]}
+  root = next(x for x in program[name] if x.line.lstrip().startswith("ROOT "))
+
+  def update(x: Instruction) -> int | None:
+    if x.opcode == "bitcast":
+      return update(by_name[x.operands[0]])
+    if x.opcode == "dynamic-update-slice":
+      return sum(array_bytes(by_name[x.operands[1]].result))
+    if x.opcode == "fusion":
+      (inside,) = _updates(program, re.search(r"calls=%([\w.\-]+)", x.line)[1])[:1]
+      return inside
+    return None
+
+  return [update(by_name[y]) for y in root.operands] if root.opcode == "tuple" else [update(root)]
 
 
 def vmem_bytes(x: Instruction) -> int:

@@ -55,12 +55,16 @@ def measure(form: str, yaml: str, topology: str, keys: dict, keep: str | None) -
   } | step_bytes(hlo)
 
 
-def step_bytes(hlo: str) -> dict:
-  """HBM bytes of one chip: in all, by Pallas kernel (with the number of calls), and by opcode for the rest."""
+def step_bytes(hlo: str, buffer: tuple[int, float] | None = None) -> dict:
+  """HBM bytes of one chip: in all, by Pallas kernel (with the number of calls), and by opcode for the rest.
+
+  Args:
+    buffer: as in `tpu_hlo.hlo_bytes`.
+  """
   program = tpu_hlo.computations(hlo)
   instructions = {x.name: x for part in program.values() for x in part}
   kernels, calls, opcodes = collections.Counter(), collections.Counter(), collections.Counter()
-  for name, size in tpu_hlo.hlo_bytes(program, kernels=True).items():
+  for name, size in tpu_hlo.hlo_bytes(program, kernels=True, buffer=buffer).items():
     if tpu_hlo.KERNEL in instructions[name].line:
       kernel = name.rstrip(".0123456789")
       kernels[kernel] += size

@@ -91,6 +91,31 @@ def check_greedy(model, row, prompt: int, number: int) -> None:
   np.testing.assert_array_equal(logits[prompt - 1 : -1].argmax(-1), row[prompt : prompt + number])
 
 
+FAMILIES = {
+  "hyper_connections": {},
+  "mhc": {},
+  "attnres": {"mudd_attnres_block": 3},
+  "dca": {"mudd_dca_sources": "middle_sum", "mudd_dca_last": 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(family, scan):
+  """Prompts whole and in chunks, for the same tokens."""
+  keys = {"mudd": True, "depth_connection": family, **FAMILIES[family], "scan_layers": scan, "max_target_length": 24}
+  found = []
+  for chunk in ({}, {"use_chunked_prefill": True, "prefill_chunk_size": 4}):
+    config = models.config(**keys, **chunk)
+    model = models.build(config)
+    models.randomise(model)
+    found.append(maxtext_mudd.generate(model, config, [[5, 9, 3, 7, 1, 8], [2, 4]], 6))
+  for row, prompt in zip(found[0], (6, 2)):
+    check_greedy(model, row, prompt, 6)
+  np.testing.assert_array_equal(found[1], found[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 4], ids=["whole", "chunks"])
 @pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])

@@ -79,6 +79,77 @@ def test_bytes_of_an_hlo():
   assert sizes == {"fusion.1": 2 * row, "copy.1": small * 3, "copy-start.1": small, "negate.1": 3 * 2 * 8 * 128 * 2}
 
 
+LOOP = """HloModule jit_f, is_scheduled=true
+
+%sliced (p.1: bf16[8,8,128], p.2: s32[], p.3: bf16[8,128]) -> bf16[8,128] {
+  %p.1 = bf16[8,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p.2 = s32[] parameter(1)
+  %p.3 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(2)
+  %slice.1 = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p.1, %p.2), dynamic_slice_sizes={1,8,128}
+  %bitcast.1 = bf16[8,128]{1,0:T(8,128)(2,1)} bitcast(%slice.1)
+  ROOT %add.1 = bf16[8,128]{1,0:T(8,128)(2,1)} add(%bitcast.1, %p.3)
+}
+
+%updated (q.1: bf16[8,8,128], q.2: bf16[8,128], q.3: s32[]) -> bf16[8,8,128] {
+  %q.1 = bf16[8,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %q.2 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %q.3 = s32[] parameter(2)
+  %bitcast.2 = bf16[1,8,128]{2,1,0:T(8,128)(2,1)} bitcast(%q.2)
+  ROOT %update.1 = bf16[8,8,128]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%q.1, %bitcast.2, %q.3)
+}
+
+%one (o.1: bf16[8,128]) -> bf16[8,128] {
+  %o.1 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %negate.1 = bf16[8,128]{1,0:T(8,128)(2,1)} negate(%o.1)
+}
+
+%other (o.2: bf16[8,128]) -> bf16[8,128] {
+  ROOT %o.2 = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+}
+
+%body (carry: (s32[], bf16[8,8,128], bf16[8,128])) -> (s32[], bf16[8,8,128], bf16[8,128]) {
+  %carry = (s32[], bf16[8,8,128]{2,1,0:T(8,128)(2,1)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%carry), index=0
+  %all.1 = bf16[8,8,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=1
+  %x.1 = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=2
+  %read.1 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%all.1, %i.1, %x.1), kind=kLoop, calls=%sliced
+  %kernel.1 = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%all.1), custom_call_target="tpu_custom_call"
+  %if.1 = bf16[8,128]{1,0:T(8,128)(2,1)} conditional(%i.1, %read.1, %x.1), branch_computations={%one, %other}
+  %written.1 = bf16[8,8,128]{2,1,0:T(8,128)(2,1)} fusion(%all.1, %if.1, %i.1), kind=kLoop, calls=%updated
+  ROOT %out.1 = (s32[], bf16[8,8,128], bf16[8,128]) tuple(%i.1, %written.1, %if.1)
+}
+
+%condition (carry.2: (s32[], bf16[8,8,128], bf16[8,128])) -> pred[] {
+  %carry.2 = (s32[], bf16[8,8,128]{2,1,0:T(8,128)(2,1)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%carry.2), index=0
+  %n.1 = s32[] constant(7)
+  ROOT %less.1 = pred[] compare(%i.2, %n.1), direction=LT
+}
+
+ENTRY %main (start: (s32[], bf16[8,8,128], bf16[8,128])) -> (s32[], bf16[8,8,128], bf16[8,128]) {
+  %start = (s32[], bf16[8,8,128]{2,1,0:T(8,128)(2,1)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  ROOT %while.1 = (s32[], bf16[8,8,128], bf16[8,128]) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_bytes_of_a_loop():
+  """Seven trips: a slice and an update of one of eight entries count as one entry, a branch of two as half of it."""
+  sizes = tpu_hlo.hlo_bytes(tpu_hlo.computations(LOOP), kernels=True, buffer=(8, 0.5))
+  entry = 8 * 128 * 2
+  assert sizes == {
+    "read.1": 7 * (3 * entry + 4),  # the slice, x, the result; the number of the trip
+    "kernel.1": 7 * (0.5 * 8 + 1) * entry,
+    "negate.1": 7 * 2 * entry / 2,
+    "written.1": 7 * (2 * entry + 4),
+  }
+
+
+def test_a_loop_without_a_number_of_trips():
+  with pytest.raises(record.MeasurementError, match="has no known number of trips"):
+    tpu_hlo.hlo_bytes(tpu_hlo.computations(LOOP.replace("constant(7)", "parameter(1)")))
+
+
 @pytest.mark.parametrize("cores", [1, 2])
 def test_bytes_of_a_kernel(cores):
   """The last block is cut short, a block that stays is read once per core, one that is visited again, again."""

@@ -123,8 +123,9 @@ def hlo_bytes(
       continue
     if KERNEL in x.line:
       if kernels:
-        types = [x.result, *(results[y] for y in x.operands)]
-        total[x.name] += sum(_moved_by_kernel(part, buffer) for part in types)
+        # A kernel takes a buffer of sources as one operand for each entry.
+        types = [x.result, *(results[y] for y in dict.fromkeys(x.operands))]
+        total[x.name] += sum(_moved_by_kernel(part, buffer if in_loop else None) for part in types)
       continue
     if x.opcode == "while":
       for part, size in inner(re.search(r"body=%([\w.\-]+)", x.line)[1], True).items():

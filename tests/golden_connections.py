@@ -335,11 +335,13 @@ def dca(case: dict, dtype) -> Callable:
     carry = connection.start(inputs["source.0"])
     for j in range(number):
       carry = connection.put_newest(dataclasses.replace(carry, newest=inputs[f"source.{j}"]), j)
-    return {"mixed": jnp.stack(connection.mix(site.streams, carry, site.block, module, site.sources)[0])}
+    return {
+      "mixed": jnp.stack(connection.mix(site.streams, carry, site.block, module, connection.reading(site.block))[0])
+    }
 
   def model(inputs, params):
-    number, k = case["blocks"], min(case["past_layers_k"], case["blocks"])
-    chosen = {"mudd_dca_sources": "first_and_last", "mudd_dca_last": k}
+    number, k = case["blocks"], case["past_layers_k"]
+    chosen = {"mudd_dca_sources": "first_and_last", "mudd_dca_k": k} if 2 * k <= number else {}
     _, blocks = build(dtype, number, inputs["embedding"].shape[-1], **keys, **chosen)
     ends = [*range(number), "final"]
     w, scale = (

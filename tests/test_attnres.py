@@ -40,10 +40,10 @@ def test_parameters_are_counted(keys):
 @pytest.mark.parametrize(
   ("size", "mixed", "kept"),
   [
-    (1, 1 + 2 + 3 + 4 + 5 + 6 + 7, 3),  # the outputs of three attentions
-    (2, 1 + 2 + 2 + 3 + 3 + 4 + 4, 0),
-    (3, 1 + 2 + 2 + 2 + 3 + 3 + 3, 1),  # a block of 3 ends after an attention
-    (6, 1 + 2 + 2 + 2 + 2 + 2 + 2, 0),
+    (1, 1 + 2 + 3 + 4 + 5 + 6 + 7, 6 + 3),  # gradients of 7 sources but one; outputs of three attentions
+    (2, 1 + 2 + 2 + 3 + 3 + 4 + 4, 3),
+    (3, 1 + 2 + 2 + 2 + 3 + 3 + 3, 2 + 1),  # a block of 3 ends after an attention
+    (6, 1 + 2 + 2 + 2 + 2 + 2 + 2, 1),
   ],
 )
 def test_counts(size, mixed, kept):
@@ -60,7 +60,7 @@ def test_counts(size, mixed, kept):
     ({"mudd_attnres_block": 0}, "mudd_attnres_block=0 is not valid: input should be greater than or equal to 1."),
     (
       {"mudd_attnres_block": 7},
-      "mudd_attnres_block=7 is more than the 6 sublayers of 3 blocks; use at most 6.",
+      "mudd_attnres_block=7 is more than the 6 sublayers of 3 Transformer blocks; use at most 6.",
     ),
     (
       {"mudd_ways": 1},
@@ -77,8 +77,8 @@ def test_counts(size, mixed, kept):
     ),
     (
       {"enable_dropout": True, "dropout_rate": 0.1},
-      "dropout_rate=0.1 does not work with depth_connection=attnres: MaxText drops parts of the one residual stream, "
-      "and this family has none or several; set it to 0.",
+      "dropout_rate=0.1 does not work with depth_connection=attnres: MaxText drops parts of one residual stream, which "
+      "this family does not have; set dropout_rate=0.",
     ),
   ],
 )

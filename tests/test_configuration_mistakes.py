@@ -158,8 +158,8 @@ MISTAKES = {
   ),
   "hyper-connections with dropout": (
     ["depth_connection=hyper_connections", "enable_dropout=true", "dropout_rate=0.1"],
-    "dropout_rate=0.1 does not work with depth_connection=hyper_connections: MaxText drops parts of the one residual "
-    "stream, and this family has none or several; set it to 0.",
+    "dropout_rate=0.1 does not work with depth_connection=hyper_connections: MaxText drops parts of one residual "
+    "stream, which this family does not have; set dropout_rate=0.",
   ),
   "hyper-connections in Pythia": (
     ["depth_connection=hyper_connections", "mudd_decoder_layer=pythia", "decoder_block=gpt3", "mlp_activations=[gelu]"],

@@ -18,7 +18,7 @@ FORMS = {
   "v1": {"mudd_dca_weights": "v1"},
   "v2": {"mudd_dca_weights": "v2"},
   "v3": {},
-  "sum of the middle": {"mudd_dca_sources": "middle_sum", "mudd_dca_last": 1},
+  "sum of the middle": {"mudd_dca_sources": "middle_sum", "mudd_dca_k": 1},
 }
 
 
@@ -53,7 +53,7 @@ def test_queries_can_learn_from_zero():
 def test_sum_of_middle_sources(k):
   """A block reads the embedding, the last k outputs and the sum of those between, each with weights of its own."""
   blocks_of_model, width = 5, 16
-  keys = {"depth_connection": "dca", "mudd_dca_sources": "middle_sum", "mudd_dca_last": k}
+  keys = {"depth_connection": "dca", "mudd_dca_sources": "middle_sum", "mudd_dca_k": k}
   _, blocks = golden_connections.build("float32", blocks_of_model, width, **keys)
   rng = np.random.default_rng(0)
   queries = blocks[0].depth_queries
@@ -62,14 +62,14 @@ def test_sum_of_middle_sources(k):
   outputs = rng.standard_normal((blocks_of_model + 1, 2, 3, width))
   carry = blocks[0].start(jnp.asarray(outputs[0], jnp.float32))
   for i, connection in enumerate(blocks):
-    module, site = connection.depth_aggregate, connection.table.sites[0]
+    module = connection.depth_aggregate
     b = rng.standard_normal(module.b[...].shape)
     module.b[...] = jnp.asarray(b, jnp.float32)
     x = connection.read(dataclasses.replace(carry, newest=jnp.asarray(outputs[i], jnp.float32)))
     sources = list(outputs[: i + 1])
     if i > k:
       sources = [sources[0], sum(sources[1 : i + 1 - k]), *sources[i + 1 - k :]]
-    assert len(site.sources) == len(sources)
+    assert b.shape[-1] == len(sources)
     normed = [y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * scale[i] for y in sources]
     for o, stream in enumerate((x.q, x.k, x.v)):
       dynamic = [np.maximum(y @ w[3 * i + o], 0)[..., None] for y in normed]
@@ -80,9 +80,9 @@ def test_sum_of_middle_sources(k):
 
 
 def test_numbers_of_sources():
-  cfg = models.config(**DCA, base_num_decoder_layers=6, mudd_dca_sources="first_and_last", mudd_dca_last=2)
+  cfg = models.config(**DCA, base_num_decoder_layers=6, mudd_dca_sources="first_and_last", mudd_dca_k=2)
   assert [dca_keys.sources(cfg, i) for i in (0, 3, 4, 6)] == [(0,), (0, 1, 2, 3), (0, 1, 3, 4), (0, 1, 5, 6)]
-  cfg = models.config(**DCA, base_num_decoder_layers=6, mudd_dca_sources="middle_sum", mudd_dca_last=2)
+  cfg = models.config(**DCA, base_num_decoder_layers=6, mudd_dca_sources="middle_sum", mudd_dca_k=2)
   assert [dca_keys.sources(cfg, i) for i in (0, 2, 3, 6)] == [(0,), (0, 1, 2), (0, 1, 2, 3), (0, 4, 5, 6)]
 
 
@@ -103,28 +103,41 @@ def test_counts():
   cost = counts.connections_cost(models.config(**keys))
   assert cost.parameters == mixed * 32 + 2 * 2 * 32 + (7 + 3) * 32
   assert cost.flops == 2 * 7 * 3 * 32 + 3 * mixed * 32
-  assert cost.activations == 0
+  assert cost.activations == 3 - 1 + 2  # gradients of three sources but one, streams q, k and v for one
   cost = counts.connections_cost(models.config(**keys, mudd_dca_weights="v1"))
   assert (cost.parameters, cost.flops) == (mixed + 2 * 2 * 32, 2 * mixed * 32)
-  cost = counts.connections_cost(models.config(**keys, mudd_dca_sources="middle_sum", mudd_dca_last=1))
-  assert cost.activations == 1  # before the hidden state, G_1 is in the sum
+  cost = counts.connections_cost(models.config(**DCA, mudd_dca_sources="middle_sum", mudd_dca_k=1))
+  mixed = 3 * (1 + 2 + 3) + 3  # the hidden state reads the embedding, G_1 + G_2 and G_3
+  assert cost.parameters == mixed * 32 + 3 * 2 * 32 + (10 + 4) * 32
+  assert cost.flops == 2 * 10 * (4 + 4) * 32 + 3 * mixed * 32
+  assert cost.activations == 3 - 1 + 2 + 4
 
 
 @pytest.mark.parametrize(
   ("keys", "sentence"),
   [
     (
-      {"mudd_dca_last": 1},
-      "mudd_dca_last=1 does nothing with mudd_dca_sources=all; leave it at 2, or set mudd_dca_sources=middle_sum or "
+      {"mudd_dca_k": 1},
+      "mudd_dca_k=1 does nothing with mudd_dca_sources=all; leave it at 2, or set mudd_dca_sources=middle_sum or "
       "first_and_last.",
     ),
     (
-      {"mudd_dca_sources": "middle_sum", "mudd_dca_last": 0},
-      "mudd_dca_last=0 is not valid: input should be greater than or equal to 1.",
+      {"mudd_dca_sources": "middle_sum", "mudd_dca_k": 0},
+      "mudd_dca_k=0 is not valid: input should be greater than or equal to 1.",
     ),
     (
-      {"mudd_dca_sources": "first_and_last", "mudd_dca_last": 4},
-      "mudd_dca_last=4 is more than the 3 blocks of the model; use at most that, or mudd_dca_sources=all.",
+      {"mudd_dca_sources": "first_and_last", "mudd_dca_k": 4, "base_num_decoder_layers": 7},
+      "mudd_dca_k=4 with mudd_dca_sources=first_and_last reads all 8 sources of 7 blocks; use at most 3, or "
+      "mudd_dca_sources=all.",
+    ),
+    (
+      {"mudd_dca_sources": "middle_sum"},
+      "mudd_dca_k=2 with mudd_dca_sources=middle_sum reads all 4 sources of 3 blocks; use at most 1, or "
+      "mudd_dca_sources=all.",
+    ),
+    (
+      {"mudd_dca_sources": "middle_sum", "base_num_decoder_layers": 2},
+      "mudd_dca_k=2 with mudd_dca_sources=middle_sum reads all 3 sources of 2 blocks; use mudd_dca_sources=all.",
     ),
     (
       {"mudd_dynamic": False},

@@ -95,7 +95,7 @@ FAMILIES = {
   "hyper_connections": {},
   "mhc": {},
   "attnres": {"mudd_attnres_block": 3},
-  "dca": {"mudd_dca_sources": "middle_sum", "mudd_dca_last": 1},
+  "dca": {"mudd_dca_sources": "middle_sum", "mudd_dca_k": 1},
 }
 
 

@@ -59,14 +59,20 @@ def test_five_steps(name, scan):
 FAMILIES = {
   "hyper_connections": {},
   "mhc": {},
-  "attnres": {"mudd_attnres_block": 3},
+  "attnres": {"mudd_attnres_block": 3, "mudd_kernel": "pallas_interpret"},
   "dca": {"mudd_dca_sources": "middle_sum"},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("name", "scan"), [("tensor 2, FSDP 4", False), ("context 2, FSDP 4", True), ("expert 4, FSDP 2", True)]
+  ("name", "scan"),
+  [
+    ("tensor 2, FSDP 4", False),
+    ("tensor 2, FSDP 4", True),
+    ("context 2, FSDP 4", True),
+    ("expert 4, FSDP 2", True),
+  ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families(family, name, scan):

@@ -22,6 +22,7 @@ ZERO = 1e-7  # of the norm of all gradients together: what rounding leaves of a 
 SMALL = {"base_num_decoder_layers": 3}
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
 
+DCA_SUM = "DCA with the sum of middle sources, groups"
 CASES = {
   "MUDD": SMALL,
   "both norms": {"base_num_decoder_layers": 4, **BOTH_NORMS},
@@ -105,13 +106,13 @@ CASES = {
     "depth_connection": "dca",
     "mudd_dca_weights": "v1",
     "mudd_dca_sources": "first_and_last",
-    "mudd_dca_last": 1,
+    "mudd_dca_k": 1,
   },
-  "DCA with the sum of middle sources, groups": {
+  DCA_SUM: {
     "base_num_decoder_layers": 5,
     "depth_connection": "dca",
     "mudd_dca_sources": "middle_sum",
-    "mudd_dca_last": 2,
+    "mudd_dca_k": 2,
     "mudd_ffn_reallocation": True,
     "mudd_ffn_groups": 2,
     "mudd_ffn_round_to": 8,
@@ -255,10 +256,20 @@ def test_same_as_single_layers(case):
 
 
 @pytest.mark.slow
-def test_gradients_of_what_is_sown_alone():
+SOWN_ALONE = {  # and a parameter of the second block, which has a gradient
+  "MUDD": (BOTH_NORMS, "decoder/layers_1/connection/depth_aggregate/w1"),
+  "attnres": ({"mudd_attnres_block": 2}, "decoder/layers_0/connection/depth_queries/query"),
+  "dca": ({"mudd_dca_sources": "middle_sum", "mudd_dca_k": 1}, "decoder/layers_1/connection/depth_aggregate/b"),
+}
+
+
+@pytest.mark.parametrize("family", [pytest.param(x, marks=pytest.mark.slow) if x != "MUDD" else x for x in SOWN_ALONE])
+def test_gradients_of_what_is_sown_alone(family):
   """A router's loss reads no hidden state behind the last block; its gradients need the history all the same."""
   keys, _ = BLOCKS["mixtral"]
-  keys = {"mudd": True, **SMALL, **BOTH_NORMS, "decoder_block": "mixtral", **keys}
+  more, has_gradient = SOWN_ALONE[family]
+  keys = {"mudd": True, **SMALL, **more, "decoder_block": "mixtral", **keys}
+  keys["depth_connection"] = "dense" if family == "MUDD" else family
   single = models.config(**keys)
   scanned = models.config(**keys, scan_layers=True)
   values = random_values(single)
@@ -282,7 +293,7 @@ def test_gradients_of_what_is_sown_alone():
   [found] = gradients(scanned, layout.stack(values, scanned))
   found = layout.unstack(found, scanned)
   expected, rounded = gradients(single, values, neighbours(values))
-  assert largest(expected["decoder/layers_1/connection/depth_aggregate/w1"]) > 0
+  assert largest(expected[has_gradient]) > 0
   check_gradients(found, {path: x for path, x in expected.items() if x.any()}, rounded)
   assert not any(found[path].any() for path, x in expected.items() if not x.any())
 
@@ -326,7 +337,7 @@ def fully_rematerialised():
 
 # Residual streams are in MaxText's own loop, whatever the policy.
 BY_POLICY = [("both norms", x) for x in POLICIES] + [("AttnRes of blocks of 3", x) for x in POLICIES]
-BY_POLICY += [("mHC", "minimal"), ("mHC", "custom")]
+BY_POLICY += [(case, policy) for case in ("mHC", DCA_SUM) for policy in ("minimal", "custom")]
 
 
 @pytest.mark.slow
@@ -435,6 +446,43 @@ def test_a_new_model_is_the_plain_transformer():
   np.testing.assert_allclose(models.jitted_logits(model, data), models.jitted_logits(stock, data), atol=2e-6)
   spread = np.asarray(model.decoder.layers.connection.depth_aggregate.w1[...])[:, 1:].std()
   assert spread == pytest.approx(cfg.emb_dim**-0.5, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("family", "keys"),
+  [("attnres", {"mudd_attnres_block": 3}), ("dca", {}), ("dca", {"mudd_dca_sources": "middle_sum"})],
+)
+def test_a_new_model_of_another_family(family, keys):
+  """It is the plain model, its parameters are those of new single layers, and padding is zero."""
+  keys = {"base_num_decoder_layers": 4, "scan_layers": True, "mudd": True, "depth_connection": family, **keys}
+  cfg, stock = models.config(**keys), models.config(base_num_decoder_layers=4, scan_layers=True)
+  model = models.build(cfg)
+  values = {path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()}
+  for path, x in layout.stack(layout.unstack(values, cfg), cfg).items():
+    np.testing.assert_array_equal(values[path], x)
+  data = models.batch(cfg)
+  found, plain = (np.asarray(models.jitted_logits(m, data)) for m in (model, models.build(stock)))
+  # The epsilon of norms weighs more where their input is divided by the number of sources.
+  np.testing.assert_allclose(found, plain, atol=(1e-4 if family == "attnres" else 2e-6) * largest(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["AttnRes", "AttnRes of blocks of 3", "DCA", DCA_SUM])
+def test_bfloat16(case):
+  """Losses and gradients of scanned layers are as near those in float32 as those of single layers."""
+  keys = {"mudd": True, **CASES[case]}
+  single = models.config(**keys)
+  values = random_values(single)
+  [(_, exact, _, expected)] = run(single, values)
+  errors = []
+  for scan in (False, True):
+    cfg = models.config(**keys, dtype="bfloat16", scan_layers=scan)
+    [(_, loss, _, found)] = run(cfg, layout.stack(values, cfg) if scan else values)
+    found = layout.unstack(found, cfg) if scan else found
+    assert loss == pytest.approx(exact, rel=0.01)
+    errors.append(norm_of({path: found[path] - x for path, x in expected.items()}))
+  assert 0 < errors[1] <= 1.5 * errors[0] < 0.15 * norm_of(expected)
 
 
 METRICS = {

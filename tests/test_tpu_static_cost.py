@@ -128,6 +128,8 @@ LOOP = """HloModule jit_f, is_scheduled=true
 
 ENTRY %main (start: (s32[], bf16[8,8,128], bf16[8,128])) -> (s32[], bf16[8,8,128], bf16[8,128]) {
   %start = (s32[], bf16[8,8,128]{2,1,0:T(8,128)(2,1)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %all.2 = bf16[8,8,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%start), index=1
+  %kernel.2 = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%all.2, %all.2), custom_call_target="tpu_custom_call"
   ROOT %while.1 = (s32[], bf16[8,8,128], bf16[8,128]) while(%start), condition=%condition, body=%body
 }
 """
@@ -140,6 +142,7 @@ def test_bytes_of_a_loop():
   assert sizes == {
     "read.1": 7 * (3 * entry + 4),  # the slice, x, the result; the number of the trip
     "kernel.1": 7 * (0.5 * 8 + 1) * entry,
+    "kernel.2": (8 + 1) * entry,  # outside the loop; the buffer is two operands
     "negate.1": 7 * 2 * entry / 2,
     "written.1": 7 * (2 * entry + 4),
   }

@@ -64,11 +64,12 @@ def kernel_refusals(config) -> Iterator[Refusal]:
 
 
 def sublayer_refusals(config) -> Iterator[Refusal]:
-  """What families do not work with that make an input for each sublayer: layers then return no [B,T,D] array."""
+  """Settings that do not work with families that make an input for each sublayer: their layers return a pytree, not one
+  [B,T,D] array."""
   family = f"depth_connection={config.depth_connection}"
   yield Refusal(
     config.enable_dropout and config.dropout_rate > 0,
     f"dropout_rate={config.dropout_rate}",
     family,
-    "MaxText drops parts of the one residual stream, and this family has none or several; set it to 0",
+    "MaxText drops parts of one residual stream, which this family does not have; set dropout_rate=0",
   )

@@ -51,7 +51,7 @@ class ScanBuffer:
 
     Args:
       entry: arrays like those of one entry.
-      shardings: of them; None: one device.
+      shardings: one for each of these arrays; None on one device.
     """
 
     def make(x, sharding):
@@ -64,16 +64,16 @@ class ScanBuffer:
     return cls(entries, mirror, rematerialise)
 
   def append(self, index: Int[Array, ""], entry: Sequence[Float[Array, "..."]]) -> "ScanBuffer":
-    """The buffer with an entry at `index`, which nothing has written or read yet."""
+    """The buffer with an entry at `index`, which nothing has written or read yet; `put` is for other entries."""
     return dataclasses.replace(self, entries=[_append(x, index, y) for x, y in zip(self.entries, entry)])
 
   def through(self, step: Callable, *inputs) -> tuple["ScanBuffer", Any]:
     """The buffer after one block, and what else the block returns.
 
     Args:
-      step: (entries, *inputs) -> (entries, outputs), a pure function. It may read only entries that it or an earlier
-        block wrote, and write only entries that no earlier block reads, unless that block writes them first: the
-        backward pass calls it on the final entries.
+      step: (entries, *inputs) -> (entries, outputs), a pure function. The backward pass calls it on the final entries.
+        So its results may depend only on entries that it or an earlier block wrote, and an entry that an earlier block
+        reads may be overwritten only if the earlier block itself writes it before it reads it.
     """
     rematerialise = self.rematerialise
     # Traced here, during the model's call: quantization by interception, for one, is no longer active when the backward
@@ -134,7 +134,7 @@ def put(entries: Float[Array, "S ..."], index: Int[Array, ""], entry: Float[Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def take(entries: Array, index: Int[Array, ""], number: int, axis: int = 0) -> tuple[Array, Array]:
-  """So many entries along an axis, from `index` on, and the entries for what reads them next."""
+  """`number` entries along an axis, from `index` on; and all entries, for what reads them next."""
   return jax.lax.dynamic_slice_in_dim(entries, index, number, axis), entries
 
 

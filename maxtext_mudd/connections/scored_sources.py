@@ -1,7 +1,11 @@
 """Sources whose logits for the queries of all aggregates are made once, when the source is made.
 
-Single layers hold them as a list, scanned layers as a buffer; both have the same methods. A family derives from
-`ScoredConnection` and says which sources an aggregate reads, and how their logits become weights.
+Single layers hold them as a list, scanned layers as a buffer: `SourceBuffer` within a block, `ScannedSources` between
+blocks. A family derives from `ScoredConnection` and says which sources an aggregate reads, and how their logits become
+weights.
+
+Scanned layers keep the newest source of each block for the backward pass, as stock layers keep their input. Where it is
+also among the final sources, as with Full AttnRes and DeepCrossAttention, it is kept twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +39,7 @@ class SourceList:
   logits: tuple[Float[Array, "M B T"], ...] = ()
 
   def put(self, index: int, source: Float[Array, "B T D"], logits: Float[Array, "M B T"]) -> "SourceList":
-    """With another source at `index`, or after the last one."""
+    """Replaces the source at `index`, or appends it after the last one."""
     sources, of_sources = list(self.sources), list(self.logits)
     sources[index : index + 1], of_sources[index : index + 1] = [source], [logits]
     return SourceList(tuple(sources), tuple(of_sources))
@@ -53,15 +57,10 @@ class SourceList:
     return jnp.stack([x[query : query + number] for x in self.logits]), self
 
   def mix(
-    self, passes: kernels.Passes, weights: kernels.Weights, count: int, chosen: Sequence[int] | None = None
+    self, passes: kernels.Passes, weights: kernels.Weights, count: int
   ) -> tuple[list[Float[Array, "B T D"]], "SourceList"]:
-    """Streams, and the sources for what reads them next.
-
-    Args:
-      chosen: which sources the weights are for; None: all.
-    """
-    chosen = range(len(self.sources)) if chosen is None else chosen
-    return kernels.differentiable(passes, [self.sources[j] for j in chosen], weights), self
+    """Streams, and the sources for what reads them next."""
+    return kernels.differentiable(passes, list(self.sources), weights), self
 
   def through(self, block: Callable, state: Any, carry: Any, arguments: Any) -> tuple[Any, Any]:
     """The carry that holds these sources after one block, and what else the block returned."""
@@ -76,7 +75,7 @@ class SourceList:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SourceBuffer:
-  """Sources of scanned layers, as one block reads them. Methods are those of `SourceList`."""
+  """Sources of scanned layers, as one block reads them, with the methods of `SourceList` that it calls."""
 
   sources: Float[Array, "S B T D"]
   logits: Float[Array, "S M B T"]
@@ -104,7 +103,7 @@ class SourceBuffer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScannedSources:
-  """Sources between scanned layers. Methods are those of `SourceList`."""
+  """Sources between scanned layers, with the methods of `SourceList` that are called there."""
 
   buffer: ScanBuffer
 
@@ -159,7 +158,7 @@ class ScoredCarry:
   """What flows between blocks.
 
   Attributes:
-    sources: that aggregates have read so far.
+    sources: those that an aggregate has read already.
     newest: the source that no aggregate has read yet; each aggregate puts it among the sources first.
     queries: of all aggregates, each times the scale of its key norm.
     blocks: how many blocks came before; None in single layers, whose connections know it.

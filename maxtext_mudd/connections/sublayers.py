@@ -61,7 +61,7 @@ class LayerOutput:
   def __jax_array__(self) -> Float[Array, "K B T D"]:
     return jnp.stack(jax.tree.leaves(self.arrays))
 
-  def __eq__(self, other):
+  def __eq__(self, other):  # MaxText counts zeros by `layer_output == 0`
     return jnp.asarray(self) == other
 
   __hash__ = None

@@ -24,7 +24,7 @@ from maxtext_mudd.kernels.weights import (
 
 def mix(
   sources: Sequence[Float[Array, "B T D"]] | Float[Array, "S B T D"],
-  weights: Weights,
+  weights: Weights | ChannelWeights,
   *,
   count: int | Int[Array, ""] | None = None,
   implementation: str = "auto",
@@ -165,7 +165,8 @@ def chained(
   passes: Passes, buffer: Buffer, weights: Weights
 ) -> tuple[list[Float[Array, "B T D"]], Float[Array, "S B T D"]]:
   """(streams, entries of the buffer for what reads them next). The backward pass adds its gradients of the sources to
-  those of what reads them next."""
+  those of what reads them next. Entries from `count` on have to be written before they are read next: their gradients
+  may be anything."""
   return passes.forward(buffer, weights), buffer.entries
 
 

@@ -18,7 +18,15 @@ from jaxtyping import Array, Float
 
 from maxtext_mudd.kernels import tpu, xla
 from maxtext_mudd.kernels.operands import Buffer, Gradients, Pending, Sources
-from maxtext_mudd.kernels.weights import Activations, HiddenLayer, WeightMLP, Weights, hidden_gradients, hidden_layer
+from maxtext_mudd.kernels.weights import (
+  Activations,
+  ChannelWeights,
+  HiddenLayer,
+  WeightMLP,
+  Weights,
+  hidden_gradients,
+  hidden_layer,
+)
 
 IMPLEMENTATIONS = ("xla", "pallas", "pallas_interpret")
 
@@ -43,6 +51,8 @@ class Passes:
     """x^c = sum_j W[..., c, j] * X_j (paper, Eq. 5)."""
     if self.implementation == "xla":
       return (xla.forward_buffer if isinstance(sources, Buffer) else xla.forward)(sources, weights)
+    if isinstance(weights, ChannelWeights):
+      raise ValueError(f"implementation={self.implementation!r} takes no ChannelWeights; use 'xla'.")
     layout = _Layout(self.sharding)
 
     def on_device(sources, weights):

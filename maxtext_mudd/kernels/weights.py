@@ -1,12 +1,12 @@
 """The mixing weights of an aggregate: an array, or the MLP that computes them for each token (paper, Eq. 6).
 
-Weights have one of five types. A gradient of weights has the same type as the weights.
+Weights have one of these types. A gradient of weights has the same type as the weights.
 
   array [C,N]        static weights, the same for all tokens
   array [B,T,C,N]    weights of each token
   WeightMLP          the MLP that computes the weights of each token
   HiddenLayer        a WeightMLP whose hidden layer has been computed
-  ChannelWeights     weights of each token, plus static weights of each channel
+  ChannelWeights     weights of each token, plus static weights of each channel; `mix` alone takes them
 """
 
 from collections.abc import Callable
@@ -64,23 +64,23 @@ class HiddenLayer:
 @dataclasses.dataclass(frozen=True)
 class ChannelWeights:
   """W[b,t,c,d,j] = w[b,t,c,j] + a[c,d,j]: a source's channels have different weights, as in DeepCrossAttention. Only
-  plain JAX mixes with them."""
+  plain JAX mixes with them, and no `HistoryFamily` may have them."""
 
   w: Float[Array, "B T C N"]
   a: Float[Array, "C D N"]
 
 
-Weights = WeightMLP | HiddenLayer | ChannelWeights | Float[Array, "B T C N"] | Float[Array, "C N"]
+Weights = WeightMLP | HiddenLayer | Float[Array, "B T C N"] | Float[Array, "C N"]
 
 
-def number_of_ways(weights: Weights) -> int:
+def number_of_ways(weights: Weights | ChannelWeights) -> int:
   """C, the number of streams."""
   if isinstance(weights, ChannelWeights):
     return weights.w.shape[-2]
   return (weights.a if isinstance(weights, WeightMLP | HiddenLayer) else weights).shape[-2]
 
 
-def map_columns(weights: Weights, function: Callable) -> Weights:
+def map_columns(weights: Weights | ChannelWeights, function: Callable) -> Weights | ChannelWeights:
   """Applies a function to every array whose last axis is that of the sources; it may select, mask or permute them."""
   if isinstance(weights, WeightMLP | HiddenLayer):
     return dataclasses.replace(weights, w2=function(weights.w2), a=function(weights.a))

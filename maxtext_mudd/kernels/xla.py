@@ -30,14 +30,14 @@ from maxtext_mudd.kernels.weights import (
 PARTS, SMALLEST_PART = 4, 8
 
 
-def forward(sources: Sequence[Float[Array, "B T D"]], weights: Weights) -> list[Float[Array, "B T D"]]:
+def forward(sources: Sequence[Float[Array, "B T D"]], weights: Weights | ChannelWeights) -> list[Float[Array, "B T D"]]:
   """x^c = sum_j W[..., c, j] * X_j (Eq. 5), summed in float32 or wider, rounded once."""
   w, _ = token_weights(sources, weights)
   streams = []
   # Each stream is a sum of its own. With one array [B,T,C,D] for all streams, a train step on a CPU takes 1.1 to 1.2
   # times as long: XLA writes the array, then copies the streams out of it.
   for c in range(w.shape[2]):
-    total = sum(_of(w, weights, c, j) * x.astype(w.dtype) for j, x in enumerate(sources))
+    total = sum(_weights_of_source(w, weights, c, j) * x.astype(w.dtype) for j, x in enumerate(sources))
     streams.append(total.astype(sources[-1].dtype))
   return streams
 
@@ -60,10 +60,7 @@ def backward(
     total = _source_gradient(w, weights, grad_streams, j)
     grad_near.append(total if totals is None else total + totals[k].astype(dtype))
   grad_w = jnp.stack([jnp.stack([jnp.sum(g * x.astype(dtype), -1) for x in sources], -1) for g in grad_streams], -2)
-  grad_weights, grad_newest = _weight_gradients(sources, weights, hidden, grad_w)
-  if isinstance(weights, ChannelWeights):
-    by_stream = [jnp.stack([jnp.sum(g * x.astype(dtype), (0, 1)) for x in sources], -1) for g in grad_streams]
-    grad_weights = ChannelWeights(grad_w, jnp.stack(by_stream))
+  grad_weights, grad_newest = _weight_gradients(sources, weights, hidden, grad_streams, grad_w)
   if grad_newest is not None:
     grad_near[-1] += grad_newest
   return Gradients(
@@ -150,10 +147,13 @@ def token_weights(
   return product(weights.hidden, weights.w2.astype(dtype), 2, 0) + weights.a.astype(sum_dtype), hidden
 
 
-def _weight_gradients(sources, weights: Weights, hidden: Activations | None, grad_w: Float[Array, "B T C N"]):
+def _weight_gradients(
+  sources, weights: Weights | ChannelWeights, hidden: Activations | None, grad_streams, grad_w: Float[Array, "B T C N"]
+):
   """The gradient of the weights; and that of the newest source through a `WeightMLP`, None for other weights."""
   if isinstance(weights, ChannelWeights):
-    return None, None
+    by_stream = [jnp.stack([jnp.sum(g * x.astype(g.dtype), (0, 1)) for x in sources], -1) for g in grad_streams]
+    return ChannelWeights(grad_w, jnp.stack(by_stream)), None
   if not isinstance(weights, WeightMLP | HiddenLayer):
     return (grad_w if weights.ndim == 4 else grad_w.sum((0, 1))), None
   value = weights.hidden if hidden is None else hidden.value.astype(sources[-1].dtype)
@@ -178,10 +178,12 @@ def _source_gradient(
   w: Float[Array, "B T C N"], weights: Weights, grad_streams: Sequence[Float[Array, "B T D"]], j: int
 ) -> Float[Array, "B T D"]:
   """What the gradients of the streams of one aggregate contribute to the gradient of source j."""
-  return sum(_of(w, weights, c, j) * x for c, x in enumerate(grad_streams))
+  return sum(_weights_of_source(w, weights, c, j) * x for c, x in enumerate(grad_streams))
 
 
-def _of(w: Float[Array, "B T C N"], weights: Weights, c: int, j: int) -> Float[Array, "B T 1"] | Float[Array, "B T D"]:
+def _weights_of_source(
+  w: Float[Array, "B T C N"], weights: Weights, c: int, j: int
+) -> Float[Array, "B T 1"] | Float[Array, "B T D"]:
   """The weights of one source in one stream, from those of `token_weights`."""
   of_tokens = w[:, :, c, j, None]
   return of_tokens + weights.a[c, :, j].astype(w.dtype) if isinstance(weights, ChannelWeights) else of_tokens

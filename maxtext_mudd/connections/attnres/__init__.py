@@ -23,9 +23,9 @@ class AttentionResiduals(BaseFamily):
 
   @classmethod
   def cost(cls, config) -> Cost:
-    """Counts a query and a key norm for each sublayer and for the final aggregate. FLOPs are those of each source's
-    logits for all queries, and of mixing. The outputs of attention that end a block are kept besides those of blocks.
-    """
+    """Counts a query and a key norm for each sublayer and for the final aggregate. FLOPs are those of the logits for
+    all queries, which each sublayer makes of the newest sum, and of mixing. Kept are the gradients of all sources but
+    one, and the sums of S sublayers that end with an attention: other sums are outputs of layers."""
     width, sublayers = config.emb_dim, keys.sublayers(config)
     queries = sublayers + 1
     mixed = sum(keys.count_sources(config, s) for s in range(queries))
@@ -33,7 +33,7 @@ class AttentionResiduals(BaseFamily):
     return Cost(
       parameters=2 * queries * width,
       flops=2 * queries * queries * width + 2 * mixed * width,
-      activations=sum(s % 2 for s in ends),
+      activations=keys.count_sources(config, sublayers) - 1 + sum(s % 2 for s in ends),
     )
 
   @classmethod

@@ -9,7 +9,9 @@ over the embedding, the sums of finished blocks of S sublayers, and the sum of i
 normed and logits are not scaled. With q_s = 0, as at the start, all weights are equal: h_s is the residual stream of
 the plain model divided by the number of sources, which the norm of the sublayer removes up to its ε.
 
-The paper calls a sublayer a layer, and counts S in sublayers.
+The paper calls a sublayer a layer, and counts S in sublayers. This is `naive_attnres` of flash-linear-attention
+(bc3b101), and the pseudo-code in the authors' README with `layer_number` from 0 and `blocks=[]` at the start, with one
+more aggregate before the final norm.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,9 +49,9 @@ class DepthQueries(nnx.Module):
 
 
 class AttnResConnection(ScoredConnection):
-  """The connection of one block, or of all blocks of a scanned stack.
+  """The connection of one Transformer block, or of all of a scanned stack.
 
-  `newest` of its carry is the sum of the block of S sublayers so far, or the last finished one. An aggregate puts it
+  `newest` of its carry is the sum of S sublayers as far as it goes, or the last finished sum. An aggregate puts it
   after the sources, or in place of the last one where that is an earlier value of the same sum.
   """
 

@@ -9,8 +9,8 @@ class AttnResKeys(HistoryKeys):
 
   mudd_attnres_block: int = key(
     1,
-    "S: sublayers whose outputs are summed to one source of later blocks; 1 is Full AttnRes, in which every sublayer's "
-    "output is a source. A block has two sublayers, attention and FFN.",
+    "S: number of sublayers whose outputs are summed to one source, a block of Block AttnRes; 1 is Full AttnRes, in "
+    "which every sublayer's output is a source. A Transformer block has two sublayers, attention and FFN.",
     ge=1,
   )
 
@@ -21,8 +21,8 @@ def sublayers(config) -> int:
 
 
 def count_sources(config, sublayer):
-  """How many sources a sublayer reads: the embedding, the finished blocks, and the sum of its own block, which the
-  block's first sublayer does not have.
+  """How many sources a sublayer reads: the embedding, the finished sums of S sublayers, and the sum so far of its own
+  S sublayers, which the first of them does not have.
 
   Args:
     sublayer: its number, from 0; an int or an array. The number of sublayers stands for the final aggregate.
@@ -35,5 +35,5 @@ def check_sizes(config) -> None:
   if config.mudd_attnres_block > sublayers(config):
     raise ValueError(
       f"mudd_attnres_block={config.mudd_attnres_block} is more than the {sublayers(config)} sublayers of "
-      f"{config.num_decoder_layers} blocks; use at most {sublayers(config)}."
+      f"{config.num_decoder_layers} Transformer blocks; use at most {sublayers(config)}."
     )

@@ -34,18 +34,19 @@ class DeepCrossAttention(BaseFamily):
   def cost(cls, config) -> Cost:
     """Counts b, and of GRN-v3 the queries and the scales of their norm; and that each block has three attention norms.
     FLOPs are those of each source's logits for all queries, and of mixing, with the addition of both weights in v3.
-    Sums of middle sources are sources, and are kept besides the outputs of blocks."""
+    Kept are the gradients of the sources of one aggregate but one, two more streams, and the sums of middle sources."""
     width, blocks, weights = config.emb_dim, config.num_decoder_layers, config.mudd_dca_weights
     sites = keys.plan(config).sites
     mixed = sum(site.ways * len(site.sources) for site in sites.values())
-    sums = sum(keys.has_middle_sum(config, block) for block in sites)
+    sums = blocks + 1 if config.mudd_dca_sources == "middle_sum" else 0  # zero ones, too, as single layers do
     parameters = mixed * (1 if weights == "v1" else width) + 2 * norm_parameters(config) * blocks
     if weights == "v3":
-      parameters += (keys.queries(config) + blocks + 1) * width
+      parameters += (keys.count_queries(config) + blocks + 1) * width
     return Cost(
       parameters=parameters,
-      flops=2 * keys.queries(config) * (blocks + 1 + sums) * width + (3 if weights == "v3" else 2) * mixed * width,
-      activations=sums,
+      flops=2 * keys.count_queries(config) * (blocks + 1 + sums) * width
+      + (3 if weights == "v3" else 2) * mixed * width,
+      activations=max(len(site.sources) for site in sites.values()) - 1 + 2 + sums,
     )
 
   @classmethod

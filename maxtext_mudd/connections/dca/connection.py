@@ -9,15 +9,16 @@ block, and once before the final norm, a generalised residual network (GRN) sums
   a = Attention(LN_q(q), LN_k(k), LN_v(v));    G_{i+1} = a + FFN(LN(a + q))
 
 so q is also the residual stream, which is no part of the source. With b = 1 and w = 0, as at the start, all streams are
-the sum of all sources, and the model is the plain Transformer.
+the sum of all sources, and the model is the plain Transformer; not so with `first_and_last`, which leaves sources out.
 
-k-DCA reads fewer sources. `mudd_dca_sources: middle_sum` is how the paper describes it, as later sources report it; its
-full text was not at hand. `first_and_last` is the public code (lucidrains, at 35a0046).
+The formula of GRN and `mudd_dca_sources: first_and_last`, its k-DCA, are those of the public code (lucidrains, at
+35a0046; the authors released none), whose norm has the machine's ε where this one has `normalization_layer_epsilon`.
+`middle_sum` is k-DCA as descriptions of the paper have it; the paper's full text was not at hand.
 """
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -32,22 +33,26 @@ from maxtext_mudd.connections.base import Site
 from maxtext_mudd.connections.dca import keys
 from maxtext_mudd.connections.scored_sources import ScoredCarry, ScoredConnection
 from maxtext_mudd.connections.sublayers import SublayerInput, read_sublayer_input
-from maxtext_mudd.kernels import ChannelWeights, Passes, Weights, accumulation_dtype
+from maxtext_mudd.kernels import ChannelWeights, Passes, Weights, accumulation_dtype, differentiable
 
 
-class DepthQueries(nnx.Module):
-  """The queries of all M aggregates of GRN-v3: q, k and v of each block, and the hidden state.
+class GrnQueries(nnx.Module):
+  """The queries of all M aggregates: q, k and v of each block, and the hidden state. Only GRN-v3 has any.
 
   Parameters, in `weight_dtype`: `w` [M,D] zero, `key_norm` [L+1,D] one.
   """
 
   def __init__(self, config):
-    width, dtype = config.emb_dim, config.weight_dtype
-    self.w = nnx.Param(jnp.zeros((keys.queries(config), width), dtype), out_sharding=(None, "embed"))
-    self.key_norm = nnx.Param(jnp.ones((config.num_decoder_layers + 1, width), dtype), out_sharding=(None, "embed"))
+    self.config = config
+    if keys.count_queries(config):
+      width, dtype = config.emb_dim, config.weight_dtype
+      self.w = nnx.Param(jnp.zeros((keys.count_queries(config), width), dtype), out_sharding=(None, "embed"))
+      self.key_norm = nnx.Param(jnp.ones((config.num_decoder_layers + 1, width), dtype), out_sharding=(None, "embed"))
 
   def __call__(self) -> Float[Array, "M D"]:
     """w_o ⊙ g, in float32 or wider."""
+    if not keys.count_queries(self.config):
+      return jnp.zeros((0, self.config.emb_dim))
     w, scale = self.w[...], self.key_norm[...]
     wide = accumulation_dtype(w.dtype)
     of_blocks = jnp.repeat(scale[:-1], 3, axis=0)
@@ -66,23 +71,30 @@ class StaticWeights(nnx.Module):
     self.b = nnx.Param(jnp.ones(shape, config.weight_dtype), out_sharding=(None, None if is_scalar else "embed", None))
 
 
+class Reading(NamedTuple):
+  """Which sources an aggregate reads: for each, where it is among those that are carried, which column of b is for it,
+  and whether it is there at all; in an array for all blocks of a stack, some have fewer sources."""
+
+  slots: Any
+  columns: Any
+  is_there: Any
+
+
 class DcaConnection(ScoredConnection):
   """The connection of one block, or of all blocks of a scanned stack. `newest` of its carry is G_i. Where middle
   sources are summed, the sum is the first of the sources, zero as long as there are none, and in `others`."""
 
   def __init__(self, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, *, starts: bool, finishes: bool):
-    has_queries = starts and keys.queries(config)
-    queries = DepthQueries(config) if has_queries else lambda: jnp.zeros((0, config.emb_dim))
+    queries = GrnQueries(config) if starts else None
     self.has_sum = config.mudd_dca_sources == "middle_sum"
     number = config.num_decoder_layers + 1 + self.has_sum
     super().__init__(config, blocks, mesh, queries, number, starts=starts, finishes=finishes)
     plan = keys.plan(config)
     if blocks:
-      self.table = layout.table(plan, blocks, padded=config.scan_layers)
-      self.depth_aggregate = StaticWeights(config, self.table.padded)
+      site = layout.table(plan, blocks, padded=config.scan_layers).padded
+      self.depth_aggregate = StaticWeights(config, site)
     if finishes:
-      self.final_site = plan.sites[plan.num_blocks]
-      self.final_depth_aggregate = StaticWeights(config, self.final_site)
+      self.final_depth_aggregate = StaticWeights(config, plan.sites[plan.num_blocks])
 
   def adapt(self, layer: nnx.Module) -> None:
     """Attention has three norms, each of which reads a stream; the FFN's norm reads the sum with attention."""
@@ -96,24 +108,22 @@ class DcaConnection(ScoredConnection):
 
   def read(self, carry: ScoredCarry) -> Streams:
     block = self.blocks_before(carry)
-    slots = self._slots(block) if carry.blocks is None else jnp.asarray(self._all_slots())[block + 1 - self.blocks[0]]
-    carry = self.put_newest(carry, block)
-    (q, k, v), carry = self.mix("qkv", carry, block, self.depth_aggregate, slots)
+    reading = self.reading(block) if carry.blocks is None else self._reading_in_stack(block + 1 - self.blocks[0])
+    (q, k, v), carry = self.mix("qkv", self.put_newest(carry, block), block, self.depth_aggregate, reading)
 
-    def after_attention(_, attention):
-      return SublayerInput(q + attention, (attention,), after_feed_forward)
+    def after_attention(carried, attention):
+      return SublayerInput(carried[0] + attention, (attention,), after_feed_forward)
 
     def after_feed_forward(carried, output):
-      (attention,) = carried
-      return self.layer_output(dataclasses.replace(carry, newest=attention + output))
+      return self.layer_output(dataclasses.replace(carry, newest=carried[0] + output))
 
-    return Streams(q, k, v, SublayerInput(q, (), after_attention))
+    return Streams(q, k, v, SublayerInput(q, (q,), after_attention))
 
   def finish(self, carry: ScoredCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
     blocks = self.config.num_decoder_layers
     carry = self.put_newest(carry, blocks)
     carry, sown = carry.sources.finish(carry, sown)
-    (hidden,), _ = self.mix("x", carry, blocks, self.final_depth_aggregate, self._slots(blocks))
+    (hidden,), _ = self.mix("x", carry, blocks, self.final_depth_aggregate, self.reading(blocks))
     return hidden, sown
 
   def put_newest(self, carry: ScoredCarry, block: int | Int[Array, ""]) -> ScoredCarry:
@@ -122,7 +132,7 @@ class DcaConnection(ScoredConnection):
     if not self.has_sum:
       return self.put(carry, block, newest)
     (total,) = carry.others
-    leaves = block - self.config.mudd_dca_last
+    leaves = block - self.config.mudd_dca_k
     if not isinstance(block, int):
       taken, sources = carry.sources.take(1 + jnp.maximum(leaves, 1))
       carry, total = dataclasses.replace(carry, sources=sources), jnp.where(leaves >= 1, total + taken, total)
@@ -133,48 +143,67 @@ class DcaConnection(ScoredConnection):
     return self.put(carry, 1 + block, newest)
 
   def mix(
-    self, names: str, carry: ScoredCarry, block: int | Int[Array, ""], module: StaticWeights, slots
+    self, names: str, carry: ScoredCarry, block: int | Int[Array, ""], module: StaticWeights, reading: Reading
   ) -> tuple[list[Float[Array, "B T D"]], ScoredCarry]:
     """The streams of one aggregate, and the carry for what reads the sources next.
 
     Args:
       names: of the streams.
       block: how many blocks came before.
-      slots: which of the carried sources each column of b is for; more than there are, where it is for none.
     """
-    newest, sources, b = carry.newest, carry.sources, module.b[...]
+    config, sources, b = self.config, carry.sources, module.b[...]
     count = block + 1 + self.has_sum
-    logits = jnp.zeros((self.number, len(names), *newest.shape[:2]), accumulation_dtype(newest.dtype))
-    if keys.queries(self.config):
+    shape = (*carry.newest.shape[:2], len(names))
+    dynamic = jnp.zeros((*shape, self.number), accumulation_dtype(carry.newest.dtype))
+    if keys.count_queries(config):
       logits, sources = sources.take_logits(3 * block, len(names), count)
-    # Unlike jax.nn.relu, maximum has a gradient at zero, so that w can leave its initial value.
-    dynamic = jnp.maximum(jnp.moveaxis(logits, (0, 1), (3, 2)), 0)
-    if self.config.scan_layers:
-      slots = jnp.asarray(slots)
-      b = jnp.zeros((*b.shape[:2], self.number), b.dtype).at[..., slots].set(b, mode="drop")
-      is_read = jnp.zeros((self.number,), bool).at[slots].set(True, mode="drop")
-      weights = self._weights(jnp.where(is_read, dynamic, 0), b)
+      # Unlike jax.nn.relu, maximum has a gradient at zero, so that w can leave its initial value.
+      dynamic = jnp.maximum(jnp.moveaxis(logits, (0, 1), (3, 2)), 0)
+    if config.scan_layers and config.mudd_dca_sources == "all":
+      b = jnp.pad(b, [(0, 0), (0, 0), (0, self.number - b.shape[-1])])
+      weights = self._weights(dynamic, b)
       streams, sources = sources.mix(Passes("xla"), weights, count)
     else:
-      weights = self._weights(dynamic[..., np.array(slots)], b)
-      streams, sources = sources.mix(Passes("xla"), weights, count, slots)
-    if self.config.record_internal_nn_metrics:
-      total = weights if isinstance(weights, jax.Array) else weights.w + weights.a.mean(1)
-      column = count - 1 if self.config.scan_layers else -1
-      metrics.sow_aggregate(self, newest, total, dict(zip(names, streams)), column, last=names == "x")
+      slots, columns, is_there = reading
+      chosen = []
+      for k in range(len(slots)):
+        source, sources = sources.take(slots[k])
+        chosen.append(source)
+      weights = self._weights(*(jnp.where(is_there, x, 0) for x in (dynamic[..., slots], b[..., columns])))
+      streams = differentiable(Passes("xla"), chosen, weights)
+    if config.record_internal_nn_metrics:
+      self._sow(names, carry.newest, weights, streams, count)
     return streams, dataclasses.replace(carry, sources=sources)
 
-  def _weights(self, dynamic: Float[Array, "B T C N"], b) -> Weights:
+  def _weights(self, dynamic: Float[Array, "B T C N"], b: Float[Array, "C D N"]) -> Weights | ChannelWeights:
     return b[:, 0] if self.config.mudd_dca_weights == "v1" else ChannelWeights(dynamic, b)
 
-  def _slots(self, block: int) -> tuple[int, ...]:
-    """Where the sources that are mixed after a block are among those that are carried."""
-    middle = block - self.config.mudd_dca_last if keys.has_middle_sum(self.config, block) else None
-    return tuple(0 if j == middle else j + self.has_sum for j in keys.sources(self.config, block))
+  def _sow(self, names: str, newest, weights: Weights | ChannelWeights, streams, count) -> None:
+    """The statistics of the mean over channels of absolute weights."""
+    if isinstance(weights, ChannelWeights):
+      weights = jnp.abs(weights.w[..., None, :] + weights.a).mean(-2)
+    is_buffer = self.config.scan_layers and self.config.mudd_dca_sources == "all"
+    column = count - 1 if is_buffer else -1
+    metrics.sow_aggregate(self, newest, weights, dict(zip(names, streams)), column, last=names == "x")
 
-  def _all_slots(self) -> np.ndarray:
-    """For each block of the stack, the slots of all columns of the padded b."""
-    table = np.full((len(self.blocks), len(self.table.padded.sources)), self.number)
-    for row, block in zip(table, self.blocks):
-      row[list(keys.sources(self.config, block - 1))] = self._slots(block - 1)
-    return table
+  def reading(self, block: int, number: int | None = None) -> Reading:
+    """What is read after a block, of a single layer.
+
+    Args:
+      number: of sources, to which those that are not there are added at the front, so that the newest is the last.
+    """
+    numbers = keys.sources(self.config, block)
+    middle = block - self.config.mudd_dca_k if keys.has_middle_sum(self.config, block) else None
+    slots = [0 if j == middle else j + self.has_sum for j in numbers]
+    missing = 0 if number is None else number - len(slots)
+    columns = range(len(slots)) if number is None else numbers  # b has a column for each source where it is padded
+    front = [0] * missing
+    return Reading(
+      np.array([*front, *slots]), np.array([*front, *columns]), np.array([False] * missing + [True] * len(slots))
+    )
+
+  def _reading_in_stack(self, row: Int[Array, ""]) -> Reading:
+    """What is read before a block of the stack, by its place there."""
+    number = max(len(keys.sources(self.config, block - 1)) for block in self.blocks)
+    readings = [self.reading(block - 1, number) for block in self.blocks]
+    return Reading(*(jnp.asarray(np.stack(x))[row] for x in zip(*readings)))

@@ -121,8 +121,9 @@ class StreamsConnection(SublayerConnection):
 
   def _sow(self, name: str, w, beta, read: Float[Array, "B T D"], product: Float[Array, "B T n n"]) -> None:
     """Sows, of one sublayer: the sums of its absolute weights W[0] and β, averaged over tokens; the root mean square of
-    its input; and the largest sums of absolute entries of a row and of a column, among all tokens, of the product of
-    mixing matrices so far: how much a stream, or its gradient, may have grown (Section 3.1 of arXiv 2512.24880)."""
+    its input; and the largest sums of absolute entries of a row and of a column, among all tokens of a microbatch, of
+    the product of mixing matrices so far: how much a stream, or its gradient, may have grown (Section 3.1 of arXiv
+    2512.24880)."""
     statistics = {
       "read_weight": jnp.abs(w[..., 0, :]).sum(-1).mean(),
       "write_weight": sum(jnp.abs(b).mean() for b in beta),

@@ -1,11 +1,12 @@
-"""Compares what the families of depth connections cost: a train step of one body, compiled for TPUs, or run here.
+"""Compares what the families of depth connections cost in the same Transformer++: compiled for TPUs, or run here.
 
     .venv/bin/python benchmarks/families.py
     .venv/bin/python benchmarks/families.py --run
 
 The first compiles the step of a plain model and of the same model with each family, ahead of time for a TPU topology,
 with scanned layers and full rematerialisation; no TPU is needed, only libtpu, and nothing runs. The second trains small
-models in turn on the devices of this machine. No FFN is re-allocated. Results go to benchmarks/results/.
+models in turn on the devices of this machine. No FFN is re-allocated. With --output NAME the results go to
+benchmarks/results/.
 """
 
 import argparse
@@ -27,10 +28,10 @@ FAMILIES = {
   PLAIN: {"mudd": False},
   "MUDD": {},
   "DenseFormer": {"mudd_ways": 1, "mudd_dynamic": False},
-  "DDFormer": {"mudd_ways": 1},
+  "DDFormer": {"mudd_ways": 1, "mudd_last_hidden_expansion": 1.0},
   "DHC×4": {"depth_connection": "hyper_connections"},
   "mHC×4": {"depth_connection": "mhc"},
-  "mHC-lite×4": {"depth_connection": "mhc", "mudd_mhc_mixing": "permutations"},
+  "mHC×4, permutations": {"depth_connection": "mhc", "mudd_mhc_mixing": "permutations"},
   "AttnRes": {"depth_connection": "attnres"},
   "block AttnRes": {"depth_connection": "attnres", "mudd_attnres_block": None},  # of 8 blocks
   "DCA": {"depth_connection": "dca"},
@@ -40,20 +41,20 @@ COMPILED = {"mudd_ffn_reallocation": False, "remat_policy": "full", "scan_layers
 RUN = {"enable_checkpointing": False, "dataset_type": "synthetic", "log_config": False, "run_name": "families"}
 FIXED = "yaml/transformer_tiny.yml"
 
-COLUMNS = ["family", "parameters", "TFLOP", "HBM GB", "beyond plain, units", "floor, units", "ratio"]
+COLUMNS = ["family", "parameters", "TFLOP", "HBM GB", "HBM beyond plain, units", "floor, units", "beyond plain / floor"]
 COLUMNS += ["temporaries GB", "compile, s"]
 NOTES = """
 All figures are those of one chip and one step, and none was measured on a TPU. TFLOP: what the model needs, by
 MaxText's formula, without rematerialisation. HBM: bytes of the final HLO, as benchmarks/tpu_step_traffic.py counts
-them; kernels read the sources that there are. Units: arrays of [B,T,D] in bfloat16, with B per device. Temporaries:
-the most memory held beside the arguments.
+them; kernels read the sources that there are. MUDD, DenseFormer, DDFormer and AttnRes run fused kernels, DHC, mHC and
+DCA plain JAX. Units: arrays of [B,T,D] in bfloat16, with B per device. Temporaries: the most memory held beside the
+arguments.
 
 Floor: what the connections have to move beyond the plain model if each pass reads each source or stream once and
 writes what it makes once. An aggregate of N sources and C streams: forward N + C; backward, which makes the streams
 again, N sources, N gradients of sources in and out, C streams and C gradients of streams: 4N + 3C in all. A sublayer
 with n residual streams: forward n in, n out, its input and its output; backward n streams, n gradients in and out, and
-its input, its output and their gradients; less that of a plain sublayer: 5n - 2. Ratio: units beyond plain, by the
-floor.
+its input, its output and their gradients; less that of a plain sublayer: 5n - 2.
 """
 RUN_COLUMNS = ["family", "step, ms", "of the plain model's", "quartiles", "extremes", "last loss"]
 RUN_NOTES = """

@@ -255,7 +255,6 @@ def test_same_as_single_layers(case):
     np.testing.assert_array_equal(found[path], x, err_msg=f"padding of {path} has a gradient")
 
 
-@pytest.mark.slow
 SOWN_ALONE = {  # and a parameter of the second block, which has a gradient
   "MUDD": (BOTH_NORMS, "decoder/layers_1/connection/depth_aggregate/w1"),
   "attnres": ({"mudd_attnres_block": 2}, "decoder/layers_0/connection/depth_queries/query"),

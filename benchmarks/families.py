@@ -31,7 +31,7 @@ FAMILIES = {
   "DDFormer": {"mudd_ways": 1, "mudd_last_hidden_expansion": 1.0},
   "DHC×4": {"depth_connection": "hyper_connections"},
   "mHC×4": {"depth_connection": "mhc"},
-  "mHC×4, permutations": {"depth_connection": "mhc", "mudd_mhc_mixing": "permutations"},
+  "mHC×4 of permutations": {"depth_connection": "mhc", "mudd_mhc_mixing": "permutations"},
   "AttnRes": {"depth_connection": "attnres"},
   "block AttnRes": {"depth_connection": "attnres", "mudd_attnres_block": None},  # of 8 blocks
   "DCA": {"depth_connection": "dca"},

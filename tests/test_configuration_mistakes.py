@@ -234,15 +234,15 @@ MISTAKES = {
   ),
   "fused_qkv": (
     ["fused_qkv=true"],
-    "fused_qkv=True does not work with mudd=True: q, k and v have separate inputs; set fused_qkv=False.",
+    "fused_qkv=True does not work with mudd=True: q, k and v may have separate inputs; set fused_qkv=False.",
   ),
   "share_kv_projections": (
     ["share_kv_projections=true"],
-    "share_kv_projections=True does not work with mudd=True: k and v have separate inputs; set it to False.",
+    "share_kv_projections=True does not work with mudd=True: k and v may have separate inputs; set it to False.",
   ),
   "MLA": (
     ["attention_type=mla"],
-    "attention_type='mla' does not work with mudd=True: its latent is made of one input; use 'global'.",
+    "attention_type='mla' does not work with mudd=True: its latent is made of one input, not of several; use 'global'.",
   ),
   "pipeline": (
     ["ici_pipeline_parallelism=2", "num_pipeline_microbatches=2"],
@@ -316,7 +316,7 @@ MISTAKES = {
   ),
   "Muon": (
     ["opt_type=muon"],
-    "opt_type=muon does not work with mudd=True: it would orthogonalise the static weights of the aggregates; use "
+    "opt_type=muon does not work with mudd=True: it would orthogonalise matrices that hold weights of connections; use "
     "adamw.",
   ),
   "unknown tokenizer of this package": (

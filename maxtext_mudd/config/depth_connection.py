@@ -52,17 +52,20 @@ def refusals(config) -> Iterator[Refusal]:
     interval > 1,
     f"inhomogeneous_layer_cycle_interval={interval}",
     mudd,
-    "an aggregate follows each single block; set it to 1",
+    "connections are made for single blocks; set it to 1",
   )
-  yield Refusal(config.fused_qkv, "fused_qkv=True", mudd, "q, k and v have separate inputs; set fused_qkv=False")
+  yield Refusal(config.fused_qkv, "fused_qkv=True", mudd, "q, k and v may have separate inputs; set fused_qkv=False")
   yield Refusal(
     config.share_kv_projections,
     "share_kv_projections=True",
     mudd,
-    "k and v have separate inputs; set it to False",
+    "k and v may have separate inputs; set it to False",
   )
   yield Refusal(
-    config.attention_type == "mla", "attention_type='mla'", mudd, "its latent is made of one input; use 'global'"
+    config.attention_type == "mla",
+    "attention_type='mla'",
+    mudd,
+    "its latent is made of one input, not of several; use 'global'",
   )
   yield Refusal(
     config.using_pipeline_parallelism,
@@ -74,7 +77,7 @@ def refusals(config) -> Iterator[Refusal]:
     config.mhc_expansion_rate > 1,
     f"mhc_expansion_rate={config.mhc_expansion_rate}",
     mudd,
-    "it is another depth connection; set it to 1",
+    "it is MaxText's own mHC; set it to 1, and use depth_connection=mhc with mudd_expansion_rate",
   )
   yield Refusal(bool(config.engram_layers), "engram_layers", mudd, "only deepseek has them; leave it empty")
   yield Refusal(
@@ -87,7 +90,7 @@ def refusals(config) -> Iterator[Refusal]:
     config.opt_type.value == "muon",
     "opt_type=muon",
     mudd,
-    "it would orthogonalise the static weights of the aggregates; use adamw",
+    "it would orthogonalise matrices that hold weights of connections; use adamw",
   )
   yield Refusal(
     config.use_multimodal, "use_multimodal=True", mudd, "visual features are added between layers; set it to False"

@@ -21,6 +21,10 @@ and orientation of the logits are used:
   permutations  mHC-lite itself: a convex sum of all n! permutation matrices [source, target], weighted by a softmax.
                 Rows and columns are exact. The norm of lite.
 
+Other keys set how streams end and how parameters start. With the default end and initial values, deepseek is
+DeepSeek-V4 but for transformers' φ (`mudd_mhc_phi_init: normal`) and α of 1. Megatron-LM ends in the mean. mHC-lite and
+its baseline end in the sum, with `mudd_mhc_phi_init: zero` and `mudd_mhc_bias_init: identity`.
+
 Logits of one orientation mean the transposed matrices in the other: a checkpoint belongs to one value of the key. ε of
 the norm is `normalization_layer_epsilon`, 1e-6 in all these codes. φ is cast to `dtype`, as in MaxText; products, norms
 and S are computed in at least float32.
@@ -84,7 +88,7 @@ class ManifoldWeights(nnx.Module):
   Parameters, in `weight_dtype`, where M is n², or n! with permutations: `phi_pre` and `phi_post` [n,D,n], `phi_res`
   [n,D,M], `alpha` [3], `b_pre` and `b_post` [n], `b_res` [M]; `norm_scale` [n,D] where the norm has one.
   With `mudd_mhc_bias_init: zero` streams that are equal stay equal up to what φ makes of them, and the model starts as
-  the plain Transformer up to that: it reads x and writes x + F.
+  the plain Transformer up to that: it reads n/2 times x, which the sublayer's norm rescales, and writes x + F.
   """
 
   def __init__(self, config, sublayer: int, rngs: nnx.Rngs):

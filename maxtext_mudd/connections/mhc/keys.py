@@ -33,7 +33,7 @@ class ManifoldKeys(StreamsKeys):
   mudd_mhc_bias_init: Literal["zero", "identity"] = key(
     "zero",
     "How the static logits start: zero, so that all streams are read, mixed and written alike; or identity, as in "
-    "mHC-lite, so that each sublayer reads one stream and streams hardly mix.",
+    "mHC-lite: each sublayer reads one stream with weight 0.73, the others with 0.27, and streams hardly mix.",
   )
   mudd_mhc_end: Literal["weighted", "sum", "mean"] = key(
     "weighted", "What the streams become behind the last block: a sum with weights of every token, their sum, or mean."

@@ -160,7 +160,8 @@ class Family(Protocol):
 
   @classmethod
   def plan(cls, config) -> Plan:
-    """Its aggregates, from a configuration with sizes; none where something else than a history is carried."""
+    """Its aggregates at the inputs of blocks, from a configuration with sizes; none where sublayers or residual streams
+    read instead."""
 
   @classmethod
   def cost(cls, config) -> Cost:

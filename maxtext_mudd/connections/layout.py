@@ -17,7 +17,7 @@ from maxtext_mudd import connections
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.connections.base import Plan, Site
 
-AGGREGATE = "depth_aggregate"  # name of the module in `HistoryConnection`, and so in the paths of parameters
+AGGREGATE = "depth_aggregate"  # the module of a connection to which `Family.depth_axes` applies, in parameters' paths
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,6 +84,7 @@ def pytest_collection_modifyitems(config, items):
     "test_runs.py",
     "test_training.py",
     "test_scan.py",
+    "test_scan_backward.py",
     "test_model_backward.py",
     "test_mix.py",
     "test_yaml.py",

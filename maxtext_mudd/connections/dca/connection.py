@@ -133,7 +133,7 @@ class DcaConnection(ScoredConnection):
       return self.put(carry, block, newest)
     (total,) = carry.others
     leaves = block - self.config.mudd_dca_k
-    if not isinstance(block, int):
+    if carry.blocks is not None:  # as block is an array
       taken, sources = carry.sources.take(1 + jnp.maximum(leaves, 1))
       carry, total = dataclasses.replace(carry, sources=sources), jnp.where(leaves >= 1, total + taken, total)
     elif leaves >= 1:

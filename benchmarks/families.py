@@ -183,9 +183,9 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
     bars = axis.barh([x["family"] for x in others], ratios, color="tab:blue")
     axis.bar_label(bars, [f" {x:.2f}" for x in ratios])
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set(title=f"{title}, plain model: 1", xlim=(0, 1.15 * max(ratios)))
+    axis.set(title=title, xlim=(0, 1.15 * max(ratios)))
   axes[0].invert_yaxis()
-  figure.suptitle(f"{pathlib.Path(plain['yaml']).stem}, compiled for {plain['topology']}; nothing ran")
+  figure.suptitle(f"{pathlib.Path(plain['yaml']).stem}, by the plain model; compiled for {plain['topology']}, not run")
   figure.savefig(path, dpi=120)
 
 

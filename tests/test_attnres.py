@@ -98,5 +98,5 @@ def test_metrics():
     {f"mudd/older_weight/attention/da_{i:03d}": 1 - 1 / (2 * i + 1) for i in range(3)}
     | {f"mudd/older_weight/ffn/da_{i:03d}": 1 - 1 / (2 * i + 2) for i in range(3)}
     | {"mudd/older_weight/x/da_003": 1 - 1 / 7},
-    abs=1e-6,
+    abs=3e-7,  # one rounding of float32, 4e-8, was seen
   )

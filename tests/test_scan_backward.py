@@ -126,7 +126,8 @@ METRICS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", METRICS)
 def test_metrics_are_those_of_single_layers(family):
-  """And they are there for each block, or where there are sites. Nine in ten of the numbers differ from all others."""
+  """And they are there for each block, or where there are sites. MUDD's numbers differ from each other, nine in ten of
+  the others' do: sums of mixing matrices of mHC are all near 1."""
   more, there = METRICS[family]
   keys = {"mudd": True, "base_num_decoder_layers": 4, "record_internal_nn_metrics": 1, **more}
   keys["depth_connection"] = "dense" if family == "MUDD" else family
@@ -141,7 +142,9 @@ def test_metrics_are_those_of_single_layers(family):
   expected, found = ({key: float(x) for key, x in scalars.items() if key.startswith("mudd/")} for scalars in logged)
   assert found.keys() == expected.keys()
   assert {f"mudd/{name}/da_{after:03d}" for name, afters in there.items() for after in afters} <= found.keys()
+  afters = {2, 4} if family == "MUDD" else set(range(5 if family in ("attnres", "dca") else 4))
+  assert {key.rsplit("/", 1)[1] for key in expected} == {f"da_{after:03d}" for after in afters}
   for key, x in expected.items():
     assert found[key] == pytest.approx(x, rel=1.5e-6, abs=1e-12), key  # the error seen is 2e-7
   numbers = [x for x in expected.values() if x]
-  assert len(set(numbers)) >= 0.9 * len(numbers) > 5
+  assert len(set(numbers)) >= (1 if family == "MUDD" else 0.9) * len(numbers) > 5

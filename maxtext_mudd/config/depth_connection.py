@@ -77,7 +77,7 @@ def refusals(config) -> Iterator[Refusal]:
     config.mhc_expansion_rate > 1,
     f"mhc_expansion_rate={config.mhc_expansion_rate}",
     mudd,
-    "it is MaxText's own mHC; set it to 1, and use depth_connection=mhc with mudd_expansion_rate",
+    "it is a depth connection of MaxText's; set it to 1",
   )
   yield Refusal(bool(config.engram_layers), "engram_layers", mudd, "only deepseek has them; leave it empty")
   yield Refusal(

@@ -286,7 +286,7 @@ def attnres(case: dict, dtype) -> Callable:
     carry = connection.start(sources[0])
     for number, source in enumerate(sources):
       carry = connection.put_newest(dataclasses.replace(carry, newest=source), number)
-    mixed, carry = connection.mix("x", carry, s)
+    (mixed,), carry = connection.mix(["x"], carry, s)
     if "output_norm" in params:
       mixed = _rms(mixed) * params["output_norm"]
     return {"mixed": mixed, "weights": weights_of(carry, s, len(sources))}
@@ -299,11 +299,11 @@ def attnres(case: dict, dtype) -> Callable:
     set_parameters(blocks[0].depth_queries, {key: params[key] for key in ("query", "key_norm")})
     outputs, mix = {}, attnres_connection.AttnResConnection.mix
 
-    def recorded(self, reader, carry, s):
-      mixed, carry = mix(self, reader, carry, s)
-      outputs[f"mixed.{s}"] = mixed
+    def recorded(self, readers, carry, s):
+      streams, carry = mix(self, readers, carry, s)
+      (outputs[f"mixed.{s}"],) = streams
       outputs[f"weights.{s}"] = weights_of(carry, s, len(carry.sources.sources))
-      return mixed, carry
+      return streams, carry
 
     carry = blocks[0].start(inputs["embedding"])
     for number, connection in enumerate(blocks):

@@ -95,6 +95,13 @@ CASES = {
     "mudd_ffn_groups": 2,
     "mudd_ffn_round_to": 8,
   },
+  "AttnRes of blocks of 3, of heads, with a value route": {
+    "base_num_decoder_layers": 4,
+    "depth_connection": "attnres",
+    "mudd_attnres_block": 3,
+    "mudd_attnres_heads": 4,
+    "mudd_attnres_value_route": True,
+  },
   "DCA": {"base_num_decoder_layers": 3, "depth_connection": "dca"},
   "GRN-v1, first and last": {
     "base_num_decoder_layers": 5,

@@ -95,6 +95,11 @@ FAMILIES = {
   "hyper_connections": {},
   "mhc": {},
   "attnres": {"mudd_attnres_block": 3},
+  "attnres of heads": {
+    "depth_connection": "attnres",
+    "mudd_attnres_heads": 4,
+    "mudd_attnres_value_route": True,
+  },
   "dca": {"mudd_dca_sources": "middle_sum", "mudd_dca_k": 1},
 }
 
@@ -104,7 +109,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families(family, scan):
   """Prompts whole and in chunks, for the same tokens."""
-  keys = {"mudd": True, "depth_connection": family, **FAMILIES[family], "scan_layers": scan, "max_target_length": 24}
+  keys = {"mudd": True, "depth_connection": family, "scan_layers": scan, "max_target_length": 24, **FAMILIES[family]}
   found = []
   for chunk in ({}, {"use_chunked_prefill": True, "prefill_chunk_size": 4}):
     config = models.config(**keys, **chunk)

@@ -60,6 +60,12 @@ FAMILIES = {
   "hyper_connections": {},
   "mhc": {},
   "attnres": {"mudd_attnres_block": 3, "mudd_kernel": "pallas_interpret"},
+  "attnres of heads": {
+    "depth_connection": "attnres",
+    "mudd_attnres_block": 3,
+    "mudd_attnres_heads": 4,
+    "mudd_attnres_value_route": True,
+  },
   "dca": {"mudd_dca_sources": "middle_sum"},
 }
 
@@ -78,7 +84,7 @@ FAMILIES = {
 def test_other_families(family, name, scan):
   """Stock layers shard every array that they take or return."""
   mesh, keys = MESHES[name]
-  keys = keys | {"mudd_pre_norm": False, "mudd_post_norm": False, "depth_connection": family, **FAMILIES[family]}
+  keys = keys | {"mudd_pre_norm": False, "mudd_post_norm": False, "depth_connection": family} | FAMILIES[family]
   one = train(1, **keys, scan_layers=scan, per_device_batch_size=8)
   eight = train(8, **keys, scan_layers=scan, per_device_batch_size=1, **mesh)
   # Random streams are badly conditioned: the fifth loss has been seen to differ by 5e-4, the third by less than 5e-5.

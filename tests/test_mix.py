@@ -244,11 +244,13 @@ def test_scan_is_the_unrolled_loop(implementation):
   assert max(map(mixing.error, found, map(np.asarray, expected))) <= 3e-6
 
 
+@pytest.mark.parametrize(("heads", "has_static"), [(1, True), (2, True), (4, False)])
 @pytest.mark.parametrize("is_buffer", [False, True], ids=["list", "buffer"])
-def test_weights_of_each_channel(is_buffer):
-  """W[b,t,c,d,j] = w[b,t,c,j] + a[c,d,j], in float64 NumPy; entries of a buffer that are not valid are NaN."""
+def test_weights_of_each_channel(is_buffer, heads, has_static):
+  """W[b,t,c,d,j] = w[b,t,c,h(d),j] + a[c,d,j], in float64 NumPy; entries of a buffer that are not valid are NaN."""
   rng = np.random.default_rng(0)
-  x, w, a = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 2, 3, 8), (2, 3, 2, 5), (2, 8, 5)))
+  shapes = (5, 2, 3, 8), (2, 3, 2, heads, 5), (2, 8, 5)
+  x, w, a = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
   to_streams = rng.standard_normal((2, 2, 3, 8)).astype(np.float32)
   valid = 4 if is_buffer else 5
   if is_buffer:
@@ -256,16 +258,17 @@ def test_weights_of_each_channel(is_buffer):
 
   def mixed(x, w, a):
     sources, count = (x, jnp.asarray(valid)) if is_buffer else (list(x), None)
-    return jnp.stack(kernels.mix(sources, kernels.ChannelWeights(w, a), count=count))
+    return jnp.stack(kernels.mix(sources, kernels.ChannelWeights(w, a if has_static else None), count=count))
 
   streams, vjp = jax.vjp(mixed, x, w, a)
   wide_x, wide_w, wide_a, g = (np.asarray(value, np.float64) for value in (x, w, a, to_streams))
-  total = (wide_w[:, :, :, None] + wide_a)[..., :valid]
+  total = (wide_w[:, :, :, np.arange(8) * heads // 8] + (wide_a if has_static else 0))[..., :valid]
+  to_channels = np.einsum("jbtd,cbtd->btcdj", wide_x[:valid], g)
   expected = [
     np.einsum("btcdj,jbtd->cbtd", total, wide_x[:valid]),
     np.einsum("btcdj,cbtd->jbtd", total, g),
-    np.einsum("jbtd,cbtd->btcj", wide_x[:valid], g),
-    np.einsum("jbtd,cbtd->cdj", wide_x[:valid], g),
+    to_channels.reshape(*to_channels.shape[:3], heads, -1, valid).sum(-2),
+    to_channels.sum((0, 1)) * has_static,
   ]
   to_x, to_w, to_a = vjp(jnp.asarray(to_streams))
   found = [streams, to_x[:valid], to_w[..., :valid], to_a[..., :valid]]
@@ -273,27 +276,3 @@ def test_weights_of_each_channel(is_buffer):
     np.testing.assert_allclose(value, right, rtol=0, atol=8e-7 * np.abs(right).max())
   for rest in (to_x[valid:], to_w[..., valid:], to_a[..., valid:]):
     assert not np.any(rest)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_readings_one_after_another_add_their_gradients(implementation):
-  """Of three readings of one buffer, the gradients are those of three separate readings."""
-  rng = np.random.default_rng(0)
-  entries = jnp.asarray(rng.standard_normal((5, 2, 8, 128)), jnp.float32)
-  weights = [jnp.asarray(rng.standard_normal((2, 8, 1, 5)), jnp.float32) for _ in range(3)]
-  passes, counts = kernels.Passes(implementation), [jnp.asarray(n) for n in (2, 4, 5)]
-
-  def chained(entries, weights):
-    total = 0
-    for factor, (count, w) in enumerate(zip(counts, weights)):
-      (stream,), entries = kernels.chained(passes, kernels.Buffer(entries, count), w)
-      total += (factor + 1) * jnp.sum(jnp.sin(stream))
-    return total
-
-  def separate(entries, weights):
-    streams = [kernels.mix(entries, w, count=count, implementation="xla")[0] for count, w in zip(counts, weights)]
-    return sum((factor + 1) * jnp.sum(jnp.sin(stream)) for factor, stream in enumerate(streams))
-
-  found, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(entries, weights) for f in (chained, separate))
-  for value, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
-    np.testing.assert_allclose(value, right, rtol=0, atol=2e-6 * np.abs(right).max())

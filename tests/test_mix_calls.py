@@ -48,7 +48,7 @@ NAMES = "auto, xla, pallas, pallas_interpret"
 WANTED = "the sources need [2, 5, C, 3], or [C, 3] for all tokens."
 HIDDEN = kernels.HiddenLayer(jnp.zeros((B, T, K)), jnp.zeros((K, C, N)), jnp.zeros((C, N)))
 OF_THE_FIRST = kernels.WeightMLP(jnp.zeros((D, K)), jnp.zeros((K, C, N)), jnp.zeros((C, N)), source=0)
-CHANNELS = kernels.ChannelWeights(jnp.zeros((B, T, C, N)), jnp.zeros((C, D, N)))
+CHANNELS = kernels.ChannelWeights(jnp.zeros((B, T, C, 2, N)), jnp.zeros((C, D, N)))
 REFUSED = [
   ("list", {"implementation": "cuda"}, f"implementation='cuda' does not exist; use one of {NAMES}."),
   ("list", {"activation": "relu"}, "activation='relu' does not exist; use one of gelu, gelu_tanh."),
@@ -112,8 +112,13 @@ REFUSED = [
   ),
   (
     "mix",
-    {"weights": dataclasses.replace(CHANNELS, w=jnp.zeros((B, 4, C, N)))},
-    "w has shape [2, 4, 4, 3]; the other arguments need [2, 5, 4, 3].",
+    {"weights": dataclasses.replace(CHANNELS, w=jnp.zeros((B, 4, C, 2, N)))},
+    "w has shape [2, 4, 4, 2, 3]; the other arguments need [2, 5, 4, 2, 3].",
+  ),
+  (
+    "mix",
+    {"weights": dataclasses.replace(CHANNELS, w=jnp.zeros((B, T, C, 3, N)))},
+    "w has shape [2, 5, 4, 3, 3]; give [B,T,C,H,N] with H that divides 8.",
   ),
   (
     "mix",

@@ -59,12 +59,12 @@ class Plan:
   Attributes:
     num_blocks: L.
     sites: maps i to the description of DA_i. Where i is missing, block i+1 reads X_i as all its streams.
-    first_block_has_separate_norms: whether block 1, whose streams are all the embedding, has LN_q, LN_k and LN_v.
+    separate_norms: blocks that have LN_q, LN_k and LN_v, beside those that read several streams of a site.
   """
 
   num_blocks: int
   sites: Mapping[int, Site] = dataclasses.field(default_factory=dict)
-  first_block_has_separate_norms: bool = False
+  separate_norms: Sequence[int] = ()
 
   def before(self, block: int) -> Site | None:
     """The aggregate whose streams `block` reads; None where it reads the output of the block before."""
@@ -73,7 +73,7 @@ class Plan:
   def has_separate_norms(self, block: int) -> bool:
     """Whether a block has LN_q, LN_k and LN_v in place of one attention norm."""
     site = self.before(block)
-    return (site is not None and site.streams != "x") or (block == 1 and self.first_block_has_separate_norms)
+    return (site is not None and site.streams != "x") or block in self.separate_norms
 
 
 def check_plan(plan: Plan) -> None:

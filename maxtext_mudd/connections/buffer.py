@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from maxtext_mudd import kernels
-from maxtext_mudd.connections import scan_buffer
 from maxtext_mudd.connections.base import Link
 from maxtext_mudd.connections.scan_buffer import ScanBuffer
 
@@ -44,11 +42,11 @@ class HistoryBuffer:
   ) -> "HistoryBuffer":
     """The buffer before the first block, `sharding` being that of one source."""
     buffer = ScanBuffer.zeros([source], num_blocks + 1, [sharding], rematerialise)
-    return cls(buffer.append(jnp.zeros((), jnp.int32), [source]), jnp.ones((), jnp.int32), newest)
+    return cls(_append(buffer, jnp.zeros((), jnp.int32), source), jnp.ones((), jnp.int32), newest)
 
   @property
   def output_shape(self) -> tuple[int, ...]:
-    return self.buffer.entries[0].shape[1:]
+    return self.buffer.parts[0].array.shape[1:]
 
   def through(self, link: Link, parameters: Any, state: Any, arguments: Any) -> tuple["HistoryBuffer", Any]:
     """The buffer after a block, and what else the block returned. Sums are recomputed in the backward pass.
@@ -57,20 +55,20 @@ class HistoryBuffer:
       parameters: of the aggregate, state: of the block; they may hold the same arrays.
     """
 
-    def step(entries, parameters, count, newest, state, arguments):
-      (sources,), output, sums = entries, newest, []
+    def step(parts, parameters, count, newest, state, arguments):
+      (sources,), output, sums = parts, newest, []
       if newest is None:
-        taken, sources = scan_buffer.take(sources, count - 1, 1)
+        taken, sources = sources.take(count - 1, 1)
         output = taken[0]
       if link.weights is not None:
         weights = link.weights(parameters, count, output, newest is None)
-        sums, sources = kernels.chained(link.passes, kernels.Buffer(sources, count), weights)
+        sums, sources = sources.mix(link.passes, count, weights)
       source, output, rest = link.block(state, count, sums, output, arguments)
       return [sources], (source, None if newest is None else output, rest)
 
     inputs = (parameters, self.count, self.newest, state, arguments)
     buffer, (source, newest, rest) = self.buffer.through(step, *inputs)
-    return HistoryBuffer(buffer.append(self.count, [source]), self.count + 1, newest), rest
+    return HistoryBuffer(_append(buffer, self.count, source), self.count + 1, newest), rest
 
   def finish(self, link: Link | None, parameters: Any, sown: Any):
     """(sums of the site after the last block or None, X_L, `sown`).
@@ -79,10 +77,16 @@ class HistoryBuffer:
       sown: floating arrays that blocks left beside the buffer, such as the losses of routers. A loss has to read them
         as they are returned.
     """
-    (sources,), (newest, sown) = self.buffer.close((self.newest, sown))
-    output = sources[-1] if newest is None else newest
+    buffer, (newest, sown) = self.buffer.close((self.newest, sown))
+    (sources,) = buffer.parts
+    output = sources.array[-1] if newest is None else newest
     if link is None:
       return None, output, sown
-    count = jnp.asarray(len(sources))
+    count = jnp.asarray(len(sources.array))
     weights = link.weights(parameters, count, output, newest is None)
-    return kernels.differentiable(link.passes, kernels.Buffer(sources, count), weights), output, sown
+    return sources.mix(link.passes, count, weights)[0], output, sown
+
+
+def _append(buffer: ScanBuffer, index: Int[Array, ""], source: Float[Array, "B T D"]) -> ScanBuffer:
+  (sources,) = buffer.parts
+  return dataclasses.replace(buffer, parts=[sources.append(index, source)])

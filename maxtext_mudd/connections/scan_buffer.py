@@ -1,14 +1,17 @@
 """Arrays that the blocks of scanned layers write entry by entry, kept once for the backward pass.
 
-If JAX differentiated the loop over blocks, it would keep one copy of these arrays for each block. But a block leaves
-the entries of earlier blocks as they are, so that one copy, from after the last block, has what every block read. It
-reaches the backward pass of each block as a cotangent. In the forward pass `ScanBuffer.mirror` is zero and nothing
-reads it. The backward pass of `close` returns the final entries as the cotangent of `mirror`; that of each block runs
-the block again from them and passes them to the block before.
+If JAX differentiated the loop over blocks, it would keep one copy of these arrays for each block. But a block changes
+few entries. So the backward pass starts with the array as it is after the last block, and takes back what was written,
+last first; each operation gets the array that it read in the forward pass.
 
-Where a block reads the entries several times, the gradients of these readings are added within the passes that make
-them: each reading returns the entries to the next (`take`, `kernels.chained`). If all of them read the same variable,
-JAX would add arrays as large as the buffer.
+The array reaches the backward pass of an operation as the cotangent of a second array, its `mirror`. In the forward
+pass the mirror is zero and nothing reads it. The backward pass of `close` returns the final array as the cotangent of
+the mirror; `put` returns the array without what it wrote; other operations return the array as it is. The backward pass
+of a block runs the block again in between.
+
+Where a block reads an array several times, the gradients of these readings are added within the passes that make them:
+each reading returns the array to the next. If all of them read the same variable, JAX would add arrays as large as the
+buffer.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +25,45 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from maxtext_mudd import kernels
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Entries:
+  """One array of the buffer, for the operation that comes next.
+
+  Attributes:
+    array: what was written so far.
+    mirror: zeros, whose cotangent is `array`; None after the last block.
+  """
+
+  array: Float[Array, "S ..."]
+  mirror: Float[Array, "S ..."] | None = None
+
+  def append(self, index: Int[Array, ""], entry: Float[Array, "..."]) -> "Entries":
+    """Writes an entry that nothing has written or read yet."""
+    return dataclasses.replace(self, array=_append(self.array, index, entry))
+
+  def put(self, index: Int[Array, ""], entry: Float[Array, "..."]) -> "Entries":
+    """Writes an entry, which may replace another."""
+    return Entries(*_put(self.array, self.mirror, index, entry))
+
+  def take(self, index: Int[Array, ""], number: int, axis: int = 0) -> tuple[Array, "Entries"]:
+    """`number` entries along an axis, from `index` on."""
+    taken, array = _take(self.array, index, number, axis)
+    return taken, dataclasses.replace(self, array=array)
+
+  def mix(
+    self, passes: kernels.Passes, count: Int[Array, ""], weights: kernels.Weights
+  ) -> tuple[list[Float[Array, "B T D"]], "Entries"]:
+    """Sums of the first `count` entries. Entries from `count` on have to be written before they are read next: their
+    gradients may be anything."""
+    if self.mirror is None:
+      return kernels.differentiable(passes, kernels.Buffer(self.array, count), weights), self
+    streams, *entries = _mix(passes, self.array, self.mirror, count, weights)
+    return streams, Entries(*entries)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +71,12 @@ class ScanBuffer:
   """A part of the carry of scanned layers.
 
   Attributes:
-    entries: arrays [S, ...].
-    mirror: zeros, whose cotangent is the final `entries`.
+    parts: its arrays.
     rematerialise: wraps the function of a block in `jax.checkpoint` with a policy; None: the whole block is recomputed
       in the backward pass.
   """
 
-  entries: list[Float[Array, "S ..."]]
-  mirror: list[Float[Array, "S ..."]]
+  parts: list[Entries]
   rematerialise: Callable | None = dataclasses.field(metadata={"static": True})
 
   @classmethod
@@ -60,82 +100,116 @@ class ScanBuffer:
         return zeros
       return jax.lax.with_sharding_constraint(zeros, NamedSharding(sharding.mesh, P(None, *sharding.spec)))
 
-    entries, mirror = ([make(*x) for x in zip(entry, shardings)] for _ in range(2))
-    return cls(entries, mirror, rematerialise)
-
-  def append(self, index: Int[Array, ""], entry: Sequence[Float[Array, "..."]]) -> "ScanBuffer":
-    """The buffer with an entry at `index`, which nothing has written or read yet; `put` is for other entries."""
-    return dataclasses.replace(self, entries=[_append(x, index, y) for x, y in zip(self.entries, entry)])
+    return cls([Entries(make(*x), make(*x)) for x in zip(entry, shardings)], rematerialise)
 
   def through(self, step: Callable, *inputs) -> tuple["ScanBuffer", Any]:
     """The buffer after one block, and what else the block returns.
 
     Args:
-      step: (entries, *inputs) -> (entries, outputs), a pure function. The backward pass calls it on the final entries.
-        So its results may depend only on entries that it or an earlier block wrote, and an entry that an earlier block
-        reads may be overwritten only if the earlier block itself writes it before it reads it.
+      step: (parts, *inputs) -> (parts, outputs), a pure function. The backward pass calls it on the parts as they are
+        after the block. So its results may depend only on entries that it writes before it reads them, or that only
+        earlier blocks write.
     """
     rematerialise = self.rematerialise
+
+    def block(parts, *inputs):
+      parts, outputs = step(parts, *inputs)
+      return [Entries(*_remember(x.array, x.mirror)) for x in parts], outputs
+
     # Traced here, during the model's call: quantization by interception, for one, is no longer active when the backward
     # pass is traced.
-    step, closed_over = jax.closure_convert(step, self.entries, *inputs)
-    pullback = _Pullback(rematerialise(step) if rematerialise else step)
+    block, closed_over = jax.closure_convert(block, self.parts, *inputs)
+    pullback = _Pullback(rematerialise(block) if rematerialise else block)
 
     @jax.custom_vjp
-    def call(entries, mirror, inputs):
-      entries, outputs = step(entries, *inputs)
-      return entries, mirror, outputs
+    def call(parts, inputs):
+      return block(parts, *inputs)
 
-    def forward(entries, mirror, inputs):
+    def forward(parts, inputs):
       if rematerialise is None:
-        return call(entries, mirror, inputs), inputs
-      (entries, outputs), residuals = pullback.forward(entries, inputs)
-      return (entries, mirror, outputs), residuals
+        return call(parts, inputs), inputs
+      return pullback.forward(parts, inputs)
 
     def backward(kept, cotangents):
-      totals, entries, to_outputs = cotangents  # the mirror's cotangent is the final buffer
+      after, _ = cotangents
+      parts = [Entries(x.mirror, x.mirror) for x in after]  # the mirror's cotangent is the array after the block
       if rematerialise is None:
-        (entries, _), vjp = jax.vjp(step, entries, *kept)
+        _, vjp = jax.vjp(block, parts, *kept)
       else:
-        vjp = pullback.restore(entries, kept)
-      totals, *to_inputs = vjp((totals, to_outputs))
-      return totals, entries, tuple(to_inputs)
+        vjp = pullback.restore(parts, kept)
+      before, *to_inputs = vjp(cotangents)
+      return before, tuple(to_inputs)
 
     call.defvjp(forward, backward)
-    entries, mirror, outputs = call(self.entries, self.mirror, (*inputs, *closed_over))
-    return dataclasses.replace(self, entries=entries, mirror=mirror), outputs
+    parts, outputs = call(self.parts, (*inputs, *closed_over))
+    return dataclasses.replace(self, parts=parts), outputs
 
-  def close(self, others: Any) -> tuple[Any, Any]:
-    """The final entries, and `others` as they are.
+  def close(self, others: Any) -> tuple["ScanBuffer", Any]:
+    """The buffer after the last block, for readings only, and `others` as they are.
 
     Args:
       others: all that a loss may read of the loop's other results. If it read the original ones only, the backward pass
-        of `close` would not run, and blocks would get zeros in place of the final entries.
+        of `close` would not run, and blocks would get zeros in place of the final arrays.
     """
-    return _close(self.entries, self.mirror, others)
+    arrays, others = _close(self.parts, others)
+    return dataclasses.replace(self, parts=[Entries(x) for x in arrays]), others
 
 
 @jax.custom_vjp
-def _append(entries, index, entry):
-  return jax.lax.dynamic_update_index_in_dim(entries, entry, index, 0)
+def _append(array, index, entry):
+  return jax.lax.dynamic_update_index_in_dim(array, entry, index, 0)
 
 
 # JAX's derivative would set the gradient of the entry before to zero, which nothing reads, in a copy of the array.
 _append.defvjp(
-  lambda entries, index, entry: (_append(entries, index, entry), index),
+  lambda array, index, entry: (_append(array, index, entry), index),
   lambda index, totals: (totals, None, jax.lax.dynamic_index_in_dim(totals, index, keepdims=False)),
 )
 
 
-def put(entries: Float[Array, "S ..."], index: Int[Array, ""], entry: Float[Array, "..."]) -> Float[Array, "S ..."]:
-  """The entries with another one at `index`."""
-  return jax.lax.dynamic_update_index_in_dim(entries, entry, index, 0)
+@jax.custom_vjp
+def _put(array, mirror, index, entry):
+  return jax.lax.dynamic_update_index_in_dim(array, entry, index, 0), mirror
+
+
+def _put_forward(array, mirror, index, entry):
+  before, index = _read_before_writing(array, index)
+  return _put(array, mirror, index, entry), (index, before)
+
+
+def _put_backward(kept, cotangents):
+  (index, before), (totals, array) = kept, cotangents
+  # The gradient of the entry is there after its last reading, so that the entry is taken back after that.
+  to_entry, index = _read_before_writing(totals, index)
+  totals = jax.lax.dynamic_update_index_in_dim(totals, jnp.zeros_like(to_entry), index, 0)
+  return totals, jax.lax.dynamic_update_index_in_dim(array, before, index, 0), None, to_entry
+
+
+def _read_before_writing(array, index):
+  """The entry at `index`, and `index` for what is written after this reading. Without the barrier XLA may do both at
+  once, in a copy of the array."""
+  return jax.lax.optimization_barrier((jax.lax.dynamic_index_in_dim(array, index, keepdims=False), index))
+
+
+_put.defvjp(_put_forward, _put_backward)
+
+
+@jax.custom_vjp
+def _remember(array, mirror):
+  """Both as they are. The backward pass of a block starts with the array that it itself made: later blocks do not take
+  back what they wrote over an entry of this block."""
+  return array, mirror
+
+
+_remember.defvjp(
+  lambda array, mirror: ((array, mirror), array),
+  lambda array, cotangents: (cotangents[0], array),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def take(entries: Array, index: Int[Array, ""], number: int, axis: int = 0) -> tuple[Array, Array]:
-  """`number` entries along an axis, from `index` on; and all entries, for what reads them next."""
-  return jax.lax.dynamic_slice_in_dim(entries, index, number, axis), entries
+def _take(array, index, number, axis):
+  return jax.lax.dynamic_slice_in_dim(array, index, number, axis), array
 
 
 def _add_at(number, axis, index, cotangents):
@@ -144,33 +218,51 @@ def _add_at(number, axis, index, cotangents):
   return jax.lax.dynamic_update_slice_in_dim(totals, total, index, axis), None
 
 
-take.defvjp(lambda entries, index, number, axis: (take(entries, index, number, axis), index), _add_at)
+_take.defvjp(lambda array, index, number, axis: (_take(array, index, number, axis), index), _add_at)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mix(passes, array, mirror, count, weights):
+  return passes.forward(kernels.Buffer(array, count), weights), array, mirror
+
+
+def _mix_backward(passes, kept, cotangents):
+  (count, weights), (gradients, totals, array) = kept, cotangents
+  to_buffer, to_weights = kernels.gradients(passes, kernels.Buffer(array, count), weights, gradients, totals)
+  return to_buffer.entries, array, None, to_weights
+
+
+_mix.defvjp(
+  lambda passes, array, mirror, count, weights: (_mix(passes, array, mirror, count, weights), (count, weights)),
+  _mix_backward,
+)
 
 
 @jax.custom_vjp
-def _close(entries, mirror, others):
-  return entries, others
+def _close(parts, others):
+  return [x.array for x in parts], others
 
 
 _close.defvjp(
-  lambda entries, mirror, others: ((entries, others), entries),
-  lambda final, cotangents: (cotangents[0], final, cotangents[1]),
+  lambda parts, others: (([x.array for x in parts], others), [x.array for x in parts]),
+  lambda final, cotangents: ([Entries(*x) for x in zip(cotangents[0], final)], cotangents[1]),
 )
 
 
 class _Pullback:
-  """`jax.vjp` of a block in two halves, of which the second may come from another trace. The entries are not kept."""
+  """`jax.vjp` of a block in two halves, of which the second may come from another trace. The arrays of the buffer are
+  not kept."""
 
   def __init__(self, step: Callable):
     self.step = step
 
-  def forward(self, entries, inputs):
-    returned, vjp = jax.vjp(self.step, entries, *inputs)
+  def forward(self, parts, inputs):
+    returned, vjp = jax.vjp(self.step, parts, *inputs)
     residuals, self.tree = jax.tree.flatten(vjp)
-    entries = jax.tree.leaves(entries)
-    self.places = [next((k for k, x in enumerate(entries) if x is residual), None) for residual in residuals]
+    arrays = jax.tree.leaves(parts)
+    self.places = [next((k for k, x in enumerate(arrays) if x is residual), None) for residual in residuals]
     return returned, [residual for residual, place in zip(residuals, self.places) if place is None]
 
-  def restore(self, entries, kept):
-    entries, kept = jax.tree.leaves(entries), iter(kept)
-    return jax.tree.unflatten(self.tree, [next(kept) if place is None else entries[place] for place in self.places])
+  def restore(self, parts, kept):
+    arrays, kept = jax.tree.leaves(parts), iter(kept)
+    return jax.tree.unflatten(self.tree, [next(kept) if place is None else arrays[place] for place in self.places])

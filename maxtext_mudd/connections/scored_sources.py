@@ -1,8 +1,7 @@
 """Sources whose logits for the queries of all aggregates are made once, when the source is made.
 
-Single layers hold them as a list, scanned layers as a buffer: `SourceBuffer` within a block, `ScannedSources` between
-blocks. A family derives from `ScoredConnection` and says which sources an aggregate reads, and how their logits become
-weights.
+Single layers hold them as a list, scanned layers as a buffer. A family derives from `ScoredConnection` and says which
+sources an aggregate reads, and how their logits become weights.
 
 Scanned layers keep the newest source of each block for the backward pass, as stock layers keep their input. Where it is
 also among the final sources, as with Full AttnRes and DeepCrossAttention, it is kept twice.
@@ -13,15 +12,15 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from maxtext_mudd import kernels
-from maxtext_mudd.connections import scan_buffer
 from maxtext_mudd.connections.mesh import source_sharding
-from maxtext_mudd.connections.scan_buffer import ScanBuffer
+from maxtext_mudd.connections.scan_buffer import Entries, ScanBuffer
 from maxtext_mudd.connections.sublayers import LayerOutput, SublayerConnection
 
 
@@ -32,7 +31,7 @@ class SourceList:
 
   Attributes:
     sources: arrays [B,T,D], oldest first.
-    logits: of each source for all M queries, in float32 or wider.
+    logits: of each source for all heads of all queries, M in all, in float32 or wider.
   """
 
   sources: tuple[Float[Array, "B T D"], ...] = ()
@@ -49,7 +48,7 @@ class SourceList:
     return self.sources[index], self
 
   def take_logits(self, query: int, number: int, count: int) -> tuple[Float[Array, "N Q B T"], "SourceList"]:
-    """The logits of the sources for so many queries, from `query` on, and the sources for what reads them next.
+    """The logits of the sources for so many of these, from `query` on, and the sources for what reads them next.
 
     Args:
       count: how many sources there are.
@@ -75,35 +74,12 @@ class SourceList:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SourceBuffer:
-  """Sources of scanned layers, as one block reads them, with the methods of `SourceList` that it calls."""
+  """Sources of scanned layers, with the methods of `SourceList`.
 
-  sources: Float[Array, "S B T D"]
-  logits: Float[Array, "S M B T"]
-
-  def put(self, index: Int[Array, ""], source: Float[Array, "B T D"], logits: Float[Array, "M B T"]) -> "SourceBuffer":
-    return SourceBuffer(scan_buffer.put(self.sources, index, source), scan_buffer.put(self.logits, index, logits))
-
-  def take(self, index: Int[Array, ""]) -> tuple[Float[Array, "B T D"], "SourceBuffer"]:
-    taken, sources = scan_buffer.take(self.sources, index, 1)
-    return taken[0], dataclasses.replace(self, sources=sources)
-
-  def take_logits(
-    self, query: Int[Array, ""], number: int, count: Int[Array, ""]
-  ) -> tuple[Float[Array, "S Q B T"], "SourceBuffer"]:
-    """Logits of all entries, those of entries that are no sources yet being -inf."""
-    taken, logits = scan_buffer.take(self.logits, query, number, axis=1)
-    is_source = (jnp.arange(len(taken)) < count)[:, None, None, None]
-    return jnp.where(is_source, taken, -jnp.inf), dataclasses.replace(self, logits=logits)
-
-  def mix(self, passes: kernels.Passes, weights: kernels.Weights, count: int | Int[Array, ""]):
-    streams, sources = kernels.chained(passes, kernels.Buffer(self.sources, jnp.asarray(count)), weights)
-    return streams, dataclasses.replace(self, sources=sources)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ScannedSources:
-  """Sources between scanned layers, with the methods of `SourceList` that are called there."""
+  Attributes:
+    buffer: of two arrays: the sources [S,B,T,D], and their logits for all heads of all queries [S,M,B,T], in float32 or
+      wider.
+  """
 
   buffer: ScanBuffer
 
@@ -115,7 +91,7 @@ class ScannedSources:
     number: int,
     sharding: NamedSharding | None,
     rematerialise: Callable | None,
-  ) -> "ScannedSources":
+  ) -> "SourceBuffer":
     """A buffer for this number of sources, `sharding` being that of one source."""
     logits = jax.ShapeDtypeStruct((queries, *like.shape[:2]), kernels.accumulation_dtype(like.dtype))
     of_logits = None
@@ -123,33 +99,50 @@ class ScannedSources:
       of_logits = NamedSharding(sharding.mesh, P(None, *(*sharding.spec, None, None)[:2]))
     return cls(ScanBuffer.zeros([like, logits], number, [sharding, of_logits], rematerialise))
 
-  def put(
-    self, index: Int[Array, ""], source: Float[Array, "B T D"], logits: Float[Array, "M B T"]
-  ) -> "ScannedSources":
-    return self._with(SourceBuffer(*self.buffer.entries).put(index, source, logits))
+  def put(self, index: Int[Array, ""], source: Float[Array, "B T D"], logits: Float[Array, "M B T"]) -> "SourceBuffer":
+    sources, of_sources = self.buffer.parts
+    return self._with(sources.put(index, source), of_sources.put(index, logits))
 
-  def take(self, index: Int[Array, ""]) -> tuple[Float[Array, "B T D"], "ScannedSources"]:
-    taken, sources = SourceBuffer(*self.buffer.entries).take(index)
-    return taken, self._with(sources)
+  def take(self, index: Int[Array, ""]) -> tuple[Float[Array, "B T D"], "SourceBuffer"]:
+    sources, logits = self.buffer.parts
+    taken, sources = sources.take(index, 1)
+    return taken[0], self._with(sources, logits)
 
-  def _with(self, sources: SourceBuffer) -> "ScannedSources":
-    return ScannedSources(dataclasses.replace(self.buffer, entries=[sources.sources, sources.logits]))
+  def take_logits(
+    self, query: Int[Array, ""], number: int, count: Int[Array, ""]
+  ) -> tuple[Float[Array, "S Q B T"], "SourceBuffer"]:
+    """Logits of all entries, those of entries that are no sources yet being -inf."""
+    sources, logits = self.buffer.parts
+    taken, logits = logits.take(query, number, axis=1)
+    # Mixing wants the sources in the last dimension. In a buffer of this layout, XLA would pad them to 128.
+    taken = with_layout_constraint(taken, Layout(major_to_minor=tuple(range(taken.ndim))))
+    is_source = (jnp.arange(len(taken)) < count)[:, None, None, None]
+    return jnp.where(is_source, taken, -jnp.inf), self._with(sources, logits)
+
+  def mix(self, passes: kernels.Passes, weights: kernels.Weights, count: int | Int[Array, ""]):
+    sources, logits = self.buffer.parts
+    streams, sources = sources.mix(passes, jnp.asarray(count), weights)
+    return streams, self._with(sources, logits)
 
   def through(self, block: Callable, state: Any, carry: Any, arguments: Any) -> tuple[Any, Any]:
     """The carry that holds these sources after one block, and what else the block returned."""
+    rematerialise = self.buffer.rematerialise
 
-    def step(entries, others, state, arguments):
-      after, _, rest = block(state, dataclasses.replace(others, sources=SourceBuffer(*entries)), arguments)
-      entries = [after.sources.sources, after.sources.logits]
-      return entries, (dataclasses.replace(after, sources=None), rest)
+    def step(parts, others, state, arguments):
+      sources = SourceBuffer(ScanBuffer(parts, rematerialise))
+      after, _, rest = block(state, dataclasses.replace(others, sources=sources), arguments)
+      return after.sources.buffer.parts, (dataclasses.replace(after, sources=None), rest)
 
     buffer, (carry, rest) = self.buffer.through(step, dataclasses.replace(carry, sources=None), state, arguments)
-    return dataclasses.replace(carry, sources=ScannedSources(buffer)), rest
+    return dataclasses.replace(carry, sources=SourceBuffer(buffer)), rest
 
   def finish(self, carry: Any, sown: Any) -> tuple[Any, Any]:
-    """The carry after the last block with its sources as a `SourceBuffer`, and `sown` as losses have to read it."""
-    entries, (carry, sown) = self.buffer.close((dataclasses.replace(carry, sources=None), sown))
-    return dataclasses.replace(carry, sources=SourceBuffer(*entries)), sown
+    """The carry after the last block, whose sources may be read once more, and `sown` as losses have to read it."""
+    buffer, (carry, sown) = self.buffer.close((dataclasses.replace(carry, sources=None), sown))
+    return dataclasses.replace(carry, sources=SourceBuffer(buffer)), sown
+
+  def _with(self, *parts: Entries) -> "SourceBuffer":
+    return SourceBuffer(dataclasses.replace(self.buffer, parts=list(parts)))
 
 
 @jax.tree_util.register_dataclass
@@ -165,7 +158,7 @@ class ScoredCarry:
     others: arrays [B,T,D] that the family carries besides.
   """
 
-  sources: SourceList | ScannedSources | SourceBuffer
+  sources: SourceList | SourceBuffer
   newest: Float[Array, "B T D"]
   queries: Float[Array, "M D"]
   blocks: Int[Array, ""] | None
@@ -179,6 +172,7 @@ class ScoredConnection(SublayerConnection):
   Args:
     queries: a module that returns the queries [M,D]; None where the connection does not start.
     number: of sources that there are after the last block.
+    heads: parts of the channels of a source, each with its own logits.
   """
 
   rematerialises = True
@@ -191,12 +185,14 @@ class ScoredConnection(SublayerConnection):
     queries: Callable | None,
     number: int,
     *,
+    heads: int = 1,
     starts: bool,
     finishes: bool,
   ):
     super().__init__(config, blocks, starts=starts, finishes=finishes)
     self.mesh = mesh
     self.number = number
+    self.heads = heads
     if starts:
       self.depth_queries = queries
 
@@ -205,7 +201,7 @@ class ScoredConnection(SublayerConnection):
     if not self.config.scan_layers:
       return ScoredCarry(SourceList(), embedding, queries, None)
     sharding = source_sharding(self.config, self.mesh, embedding.shape)
-    sources = ScannedSources.zeros(embedding, len(queries), self.number, sharding, rematerialise)
+    sources = SourceBuffer.zeros(embedding, len(queries) * self.heads, self.number, sharding, rematerialise)
     return ScoredCarry(sources, embedding, queries, jnp.zeros((), jnp.int32))
 
   def through(self, block: Callable, state: Any, carry: ScoredCarry, arguments: Any) -> tuple[ScoredCarry, Any]:
@@ -222,15 +218,18 @@ class ScoredConnection(SublayerConnection):
   def put(self, carry: ScoredCarry, index: int | Int[Array, ""], source: Float[Array, "B T D"]) -> ScoredCarry:
     """The carry with another source at `index`."""
     config = self.config
-    logits = source_logits(source, carry.queries, config.normalization_layer_epsilon, config.matmul_precision.value)
+    with jax.default_matmul_precision(config.matmul_precision.value):
+      logits = source_logits(source, carry.queries, config.normalization_layer_epsilon, self.heads)
     return dataclasses.replace(carry, sources=carry.sources.put(index, source, logits))
 
 
 def source_logits(
-  source: Float[Array, "B T D"], queries: Float[Array, "M D"], epsilon: float, precision: str
-) -> Float[Array, "M B T"]:
-  """q_s · (RMS(V) ⊙ g_s) for all queries q ⊙ g, in float32 or wider. The norm is applied to the product."""
+  source: Float[Array, "B T D"], queries: Float[Array, "M D"], epsilon: float, heads: int
+) -> Float[Array, "MH B T"]:
+  """q_s · (RMS(V) ⊙ g_s) for all queries q ⊙ g and the channels of each head, in float32 or wider. The norm, over all
+  channels, is applied to the product."""
   source = source.astype(kernels.accumulation_dtype(source.dtype))
   inverse = jax.lax.rsqrt(jnp.square(source).mean(-1) + epsilon)
-  with jax.default_matmul_precision(precision):
-    return jnp.einsum("btd,md->mbt", source, queries.astype(source.dtype)) * inverse
+  parts, of_parts = (x.reshape(*x.shape[:-1], heads, -1) for x in (source, queries.astype(source.dtype)))
+  logits = jnp.einsum("bthd,mhd->mhbt", parts, of_parts)
+  return logits.reshape(-1, *inverse.shape) * inverse

@@ -19,6 +19,7 @@ from maxtext.models.gpt3 import Gpt3LayerNorm
 
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.classes import change_class
+from maxtext_mudd.blocks.streams import decouple
 from maxtext_mudd.connections.connection import PlainConnection
 
 
@@ -69,17 +70,27 @@ class LayerOutput:
 
 class SublayerConnection(PlainConnection):
   """The connection of a family that makes an input for each sublayer. What `read` returns, a `SublayerInput`, becomes a
-  `LayerOutput` when the outputs of attention and of the FFN are added."""
+  `LayerOutput` when the outputs of attention and of the FFN are added.
+
+  Attributes:
+    decouples: whether attention reads `Streams` in place of a `SublayerInput`.
+  """
+
+  decouples = False
 
   def __init__(self, config, blocks: Sequence[int], *, starts: bool, finishes: bool):
     super().__init__(blocks, starts=starts, finishes=finishes)
     self.config = config
 
   def adapt(self, layer: nnx.Module) -> None:
-    """Makes the norms of the layer before attention and before the FFN read a `SublayerInput`."""
+    """Makes the norms of the layer before attention and before the FFN read a `SublayerInput`; or attention have three
+    norms, each of which reads a stream."""
     block = block_spec(self.config)
-    for path in (block.attention_norm, block.feed_forward_norm):
-      read_sublayer_input(layer, path)
+    if self.decouples:
+      decouple(layer, block.attention_norm)
+    else:
+      read_sublayer_input(layer, block.attention_norm)
+    read_sublayer_input(layer, block.feed_forward_norm)
 
   def write(self, output: LayerOutput) -> Any:
     return output.carry(output.arrays)

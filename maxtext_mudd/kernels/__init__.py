@@ -3,7 +3,7 @@
 README.md in this folder describes the operation, its fused TPU kernels and its cost.
 """
 
-from maxtext_mudd.kernels.api import chained, depth_aggregate, differentiable, mix, resolve
+from maxtext_mudd.kernels.api import depth_aggregate, differentiable, gradients, mix, resolve
 from maxtext_mudd.kernels.operands import Buffer, Gradients, Pending, Sources
 from maxtext_mudd.kernels.passes import Passes
 from maxtext_mudd.kernels.tpu import DTYPES
@@ -32,9 +32,9 @@ __all__ = [
   "WeightMLP",
   "Weights",
   "accumulation_dtype",
-  "chained",
   "depth_aggregate",
   "differentiable",
+  "gradients",
   "map_columns",
   "mix",
   "replace_static",

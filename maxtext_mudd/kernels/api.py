@@ -149,31 +149,20 @@ def _forward(passes, sources, weights):
   return passes.forward(sources, weights), (sources, weights)
 
 
-def _backward(passes, inputs, gradients, totals=None):
-  sources, weights = inputs
-  is_buffer = isinstance(sources, Buffer)
-  grads = passes.backward(sources, weights, gradients, totals=totals)
-  grad_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), grads.weights, weights)
-  return Buffer(grads.sources, None) if is_buffer else grads.sources, grad_weights
+def gradients(
+  passes: Passes,
+  sources: Sources,
+  weights: Weights,
+  of_streams: Sequence[Float[Array, "B T D"]],
+  totals: Float[Array, "S B T D"] | None = None,
+) -> tuple[Sources, Weights]:
+  """Gradients of the sources, added to `totals`, and of the weights, in their dtypes, from those of the streams."""
+  grads = passes.backward(sources, weights, of_streams, totals=totals)
+  of_weights = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), grads.weights, weights)
+  return Buffer(grads.sources, None) if isinstance(sources, Buffer) else grads.sources, of_weights
 
 
-differentiable.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def chained(
-  passes: Passes, buffer: Buffer, weights: Weights
-) -> tuple[list[Float[Array, "B T D"]], Float[Array, "S B T D"]]:
-  """(streams, entries of the buffer for what reads them next). The backward pass adds its gradients of the sources to
-  those of what reads them next. Entries from `count` on have to be written before they are read next: their gradients
-  may be anything."""
-  return passes.forward(buffer, weights), buffer.entries
-
-
-chained.defvjp(
-  lambda passes, buffer, weights: (chained(passes, buffer, weights), (buffer, weights)),
-  lambda passes, inputs, cotangents: _backward(passes, inputs, *cotangents),
-)
+differentiable.defvjp(_forward, lambda passes, inputs, of_streams: gradients(passes, *inputs, of_streams))
 
 
 def _check_sources(sources, count) -> tuple[Sources, jax.Array | jax.ShapeDtypeStruct]:
@@ -225,19 +214,19 @@ def _check_weights(weights: Weights, source, num_sources: int) -> None:
   if isinstance(weights, WeightMLP):
     arrays = {"w1": weights.w1, "w2": weights.w2, "a": weights.a}
   elif isinstance(weights, ChannelWeights):
-    arrays = {"w": weights.w, "a": weights.a}
+    arrays = {"w": weights.w} | ({} if weights.a is None else {"a": weights.a})
   for name, x in arrays.items():
     dtype = getattr(x, "dtype", type(x).__name__)
     if not hasattr(x, "dtype") or not jnp.issubdtype(dtype, jnp.floating):
       raise ValueError(f"{name} is {dtype}; give a floating-point array.")
   if isinstance(weights, ChannelWeights):
-    ways = number_of_ways(weights)
-    for name, x, expected in (
-      ("w", weights.w, (*source.shape[:2], ways, num_sources)),
-      ("a", weights.a, (ways, source.shape[-1], num_sources)),
-    ):
-      if x.shape != expected:
-        raise ValueError(f"{name} has shape {list(x.shape)}; the other arguments need {list(expected)}.")
+    if weights.w.ndim != 5 or weights.w.shape[3] < 1 or source.shape[-1] % weights.w.shape[3]:
+      raise ValueError(f"w has shape {list(weights.w.shape)}; give [B,T,C,H,N] with H that divides {source.shape[-1]}.")
+    ways, heads = weights.w.shape[2:4]
+    shapes = {"w": (*source.shape[:2], ways, heads, num_sources), "a": (ways, source.shape[-1], num_sources)}
+    for name, x in arrays.items():
+      if x.shape != shapes[name]:
+        raise ValueError(f"{name} has shape {list(x.shape)}; the other arguments need {list(shapes[name])}.")
     return
   if not isinstance(weights, WeightMLP):
     fits = weights.shape[-1:] == (num_sources,) and weights.shape[:-2] in ((), source.shape[:2])

@@ -6,7 +6,7 @@ Weights have one of these types. A gradient of weights has the same type as the 
   array [B,T,C,N]    weights of each token
   WeightMLP          the MLP that computes the weights of each token
   HiddenLayer        a WeightMLP whose hidden layer has been computed
-  ChannelWeights     weights of each token, plus static weights of each channel; `mix` alone takes them
+  ChannelWeights     weights that differ between channels; `mix` alone takes them
 """
 
 from collections.abc import Callable
@@ -63,11 +63,16 @@ class HiddenLayer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChannelWeights:
-  """W[b,t,c,d,j] = w[b,t,c,j] + a[c,d,j]: a source's channels have different weights, as in DeepCrossAttention. Only
-  plain JAX mixes with them, and no `HistoryFamily` may have them."""
+  """W[b,t,c,d,j] = w[b,t,c,h(d),j] + a[c,d,j]: a source's channels have different weights. Head h has the channels
+  h·D/H up to (h+1)·D/H. Only plain JAX mixes with them, and no `HistoryFamily` may have them.
 
-  w: Float[Array, "B T C N"]
-  a: Float[Array, "C D N"]
+  Attributes:
+    w: weights of each token and head.
+    a: static weights of each channel; None: zeros.
+  """
+
+  w: Float[Array, "B T C H N"]
+  a: Float[Array, "C D N"] | None = None
 
 
 Weights = WeightMLP | HiddenLayer | Float[Array, "B T C N"] | Float[Array, "C N"]
@@ -76,7 +81,7 @@ Weights = WeightMLP | HiddenLayer | Float[Array, "B T C N"] | Float[Array, "C N"
 def number_of_ways(weights: Weights | ChannelWeights) -> int:
   """C, the number of streams."""
   if isinstance(weights, ChannelWeights):
-    return weights.w.shape[-2]
+    return weights.w.shape[2]
   return (weights.a if isinstance(weights, WeightMLP | HiddenLayer) else weights).shape[-2]
 
 
@@ -85,7 +90,7 @@ def map_columns(weights: Weights | ChannelWeights, function: Callable) -> Weight
   if isinstance(weights, WeightMLP | HiddenLayer):
     return dataclasses.replace(weights, w2=function(weights.w2), a=function(weights.a))
   if isinstance(weights, ChannelWeights):
-    return ChannelWeights(function(weights.w), function(weights.a))
+    return jax.tree.map(function, weights)
   return function(weights)
 
 

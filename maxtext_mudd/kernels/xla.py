@@ -37,7 +37,7 @@ def forward(sources: Sequence[Float[Array, "B T D"]], weights: Weights | Channel
   # Each stream is a sum of its own. With one array [B,T,C,D] for all streams, a train step on a CPU takes 1.1 to 1.2
   # times as long: XLA writes the array, then copies the streams out of it.
   for c in range(w.shape[2]):
-    total = sum(_weights_of_source(w, weights, c, j) * x.astype(w.dtype) for j, x in enumerate(sources))
+    total = sum(_weights_of_source(w, weights, c, j, x.shape[-1]) * x.astype(w.dtype) for j, x in enumerate(sources))
     streams.append(total.astype(sources[-1].dtype))
   return streams
 
@@ -59,7 +59,7 @@ def backward(
   for k, j in enumerate(near):
     total = _source_gradient(w, weights, grad_streams, j)
     grad_near.append(total if totals is None else total + totals[k].astype(dtype))
-  grad_w = jnp.stack([jnp.stack([jnp.sum(g * x.astype(dtype), -1) for x in sources], -1) for g in grad_streams], -2)
+  grad_w = _token_gradients(sources, weights, grad_streams)
   grad_weights, grad_newest = _weight_gradients(sources, weights, hidden, grad_streams, grad_w)
   if grad_newest is not None:
     grad_near[-1] += grad_newest
@@ -132,8 +132,8 @@ def backward_buffer(
 def token_weights(
   sources: Sequence[Float[Array, "B T D"]], weights: Weights
 ) -> tuple[Float[Array, "B T C N"], Activations | None]:
-  """W of every token, in float32 or wider, without the static part of `ChannelWeights`; and the hidden layer of a
-  `WeightMLP`, None for other weights."""
+  """W of every token, in float32 or wider; of `ChannelWeights` w [B,T,C,H,N]; and the hidden layer of a `WeightMLP`,
+  None for other weights."""
   shape, dtype = sources[-1].shape, sources[-1].dtype
   sum_dtype = accumulation_dtype(dtype)
   if isinstance(weights, ChannelWeights):
@@ -147,13 +147,27 @@ def token_weights(
   return product(weights.hidden, weights.w2.astype(dtype), 2, 0) + weights.a.astype(sum_dtype), hidden
 
 
-def _weight_gradients(
-  sources, weights: Weights | ChannelWeights, hidden: Activations | None, grad_streams, grad_w: Float[Array, "B T C N"]
-):
+def _token_gradients(
+  sources, weights: Weights | ChannelWeights, grad_streams
+) -> Float[Array, "B T C N"] | Float[Array, "B T C H N"]:
+  """The gradient of what `token_weights` returns."""
+  heads = weights.w.shape[3:4] if isinstance(weights, ChannelWeights) else ()
+
+  def of_source(gradient, x):
+    product = gradient * x.astype(gradient.dtype)
+    return product.reshape(*product.shape[:2], *heads, -1).sum(-1)
+
+  return jnp.stack([jnp.stack([of_source(g, x) for x in sources], -1) for g in grad_streams], 2)
+
+
+def _weight_gradients(sources, weights: Weights | ChannelWeights, hidden: Activations | None, grad_streams, grad_w):
   """The gradient of the weights; and that of the newest source through a `WeightMLP`, None for other weights."""
   if isinstance(weights, ChannelWeights):
-    by_stream = [jnp.stack([jnp.sum(g * x.astype(g.dtype), (0, 1)) for x in sources], -1) for g in grad_streams]
-    return ChannelWeights(grad_w, jnp.stack(by_stream)), None
+    grad_a = None
+    if weights.a is not None:
+      by_stream = [jnp.stack([jnp.sum(g * x.astype(g.dtype), (0, 1)) for x in sources], -1) for g in grad_streams]
+      grad_a = jnp.stack(by_stream)
+    return ChannelWeights(grad_w, grad_a), None
   if not isinstance(weights, WeightMLP | HiddenLayer):
     return (grad_w if weights.ndim == 4 else grad_w.sum((0, 1))), None
   value = weights.hidden if hidden is None else hidden.value.astype(sources[-1].dtype)
@@ -178,15 +192,19 @@ def _source_gradient(
   w: Float[Array, "B T C N"], weights: Weights, grad_streams: Sequence[Float[Array, "B T D"]], j: int
 ) -> Float[Array, "B T D"]:
   """What the gradients of the streams of one aggregate contribute to the gradient of source j."""
-  return sum(_weights_of_source(w, weights, c, j) * x for c, x in enumerate(grad_streams))
+  return sum(_weights_of_source(w, weights, c, j, x.shape[-1]) * x for c, x in enumerate(grad_streams))
 
 
 def _weights_of_source(
-  w: Float[Array, "B T C N"], weights: Weights, c: int, j: int
+  w, weights: Weights | ChannelWeights, c: int, j: int, width: int
 ) -> Float[Array, "B T 1"] | Float[Array, "B T D"]:
   """The weights of one source in one stream, from those of `token_weights`."""
-  of_tokens = w[:, :, c, j, None]
-  return of_tokens + weights.a[c, :, j].astype(w.dtype) if isinstance(weights, ChannelWeights) else of_tokens
+  if not isinstance(weights, ChannelWeights):
+    return w[:, :, c, j, None]
+  of_channels = w[:, :, c, :, j]
+  if of_channels.shape[-1] > 1:
+    of_channels = jnp.repeat(of_channels, width // of_channels.shape[-1], axis=-1)
+  return of_channels if weights.a is None else of_channels + weights.a[c, :, j].astype(w.dtype)
 
 
 def _valid(buffer: Buffer, weights: Weights, size: int) -> tuple[list[Float[Array, "B T D"]], Weights]:

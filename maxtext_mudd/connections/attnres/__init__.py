@@ -1,12 +1,15 @@
 """Attention Residuals, AttnRes (arXiv 2603.15031): each sublayer reads a softmax-weighted sum of earlier outputs."""
 
+from maxtext_mudd.blocks import norm_parameters
 from maxtext_mudd.connections.attnres import keys
-from maxtext_mudd.connections.base import BaseFamily, Cost
+from maxtext_mudd.connections.base import BaseFamily, Cost, Plan
 from maxtext_mudd.connections.family_keys import kernel_refusals, sublayer_refusals
+from maxtext_mudd.keys import Refusal
 
 
 class AttentionResiduals(BaseFamily):
-  """`depth_connection: attnres`: Full AttnRes, or Block AttnRes with `mudd_attnres_block` sublayers a block."""
+  """`depth_connection: attnres`: Full AttnRes, or Block AttnRes with `mudd_attnres_block` sublayers a block; with
+  several heads or a route of its own for values as options."""
 
   Keys = keys.AttnResKeys
   reads = "sublayer"
@@ -17,23 +20,35 @@ class AttentionResiduals(BaseFamily):
     keys.check_sizes(config)
 
   @classmethod
+  def plan(cls, config) -> Plan:
+    blocks = range(1, config.num_decoder_layers + 1)
+    return Plan(len(blocks), separate_norms=blocks if config.mudd_attnres_value_route else ())
+
+  @classmethod
   def refusals(cls, config):
     yield from kernel_refusals(config)
     yield from sublayer_refusals(config)
+    yield Refusal(
+      config.mudd_attnres_heads > 1 and config.mudd_kernel.startswith("pallas"),
+      f"mudd_attnres_heads={config.mudd_attnres_heads}",
+      f"mudd_kernel={config.mudd_kernel}",
+      "the fused kernels have one weight for all channels of a source; use mudd_kernel=auto or xla",
+    )
 
   @classmethod
   def cost(cls, config) -> Cost:
-    """Counts a query and a key norm for each sublayer and for the final aggregate. FLOPs are those of the logits for
-    all queries, which each sublayer makes of the newest sum, and of mixing. Kept are the gradients of all sources but
-    one, and the sums of S sublayers that end with an attention: other sums are outputs of layers."""
-    width, sublayers = config.emb_dim, keys.sublayers(config)
-    queries = sublayers + 1
-    mixed = sum(keys.count_sources(config, s) for s in range(queries))
+    """Counts a query and a key norm for each sublayer and for the final aggregate; with a value route, two for each
+    attention, and its three norms. FLOPs are those of the logits for all queries, which each sublayer makes of the
+    newest sum, and of mixing. Kept are the gradients of all sources but one, the stream of values, and the sums of S
+    sublayers that end with an attention: other sums are outputs of layers."""
+    width, sublayers, queries = config.emb_dim, keys.sublayers(config), keys.count_queries(config)
+    mixed = sum(keys.count_sources(config, s) * keys.count_ways(config, s) for s in range(sublayers + 1))
     ends = range(config.mudd_attnres_block, sublayers, config.mudd_attnres_block)
+    has_route = config.mudd_attnres_value_route
     return Cost(
-      parameters=2 * queries * width,
-      flops=2 * queries * queries * width + 2 * mixed * width,
-      activations=keys.count_sources(config, sublayers) - 1 + sum(s % 2 for s in ends),
+      parameters=2 * queries * width + (2 * norm_parameters(config) * config.num_decoder_layers if has_route else 0),
+      flops=2 * queries * (sublayers + 1) * width + 2 * mixed * width,
+      activations=keys.count_sources(config, sublayers) - 1 + has_route + sum(s % 2 for s in ends),
     )
 
   @classmethod

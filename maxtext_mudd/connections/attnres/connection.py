@@ -9,6 +9,11 @@ over the embedding, the sums of finished blocks of S sublayers, and the sum of i
 normed and logits are not scaled. With q_s = 0, as at the start, all weights are equal: h_s is the residual stream of
 the plain model divided by the number of sources, which the norm of the sublayer removes up to its ε.
 
+With H heads (`mudd_attnres_heads`) the channels are H equal parts, and p is a softmax for each part. The logit of a
+head is the product over its part; RMS is over all channels. With `mudd_attnres_value_route` the values of attention
+read an aggregate with a query of its own, as in MUDD's streams. The paper's models have neither; H = 16 is in its
+Table 4.
+
 The paper calls a sublayer a layer, and counts S in sublayers. This is `naive_attnres` of flash-linear-attention
 (bc3b101), and the pseudo-code in the authors' README with `layer_number` from 0 and `blocks=[]` at the start, with one
 more aggregate before the final norm.
@@ -23,12 +28,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from maxtext_mudd.blocks.streams import Streams
 from maxtext_mudd.connections import metrics
 from maxtext_mudd.connections.attnres import keys
 from maxtext_mudd.connections.mesh import passes
 from maxtext_mudd.connections.scored_sources import ScoredCarry, ScoredConnection
 from maxtext_mudd.connections.sublayers import SublayerInput
-from maxtext_mudd.kernels import accumulation_dtype
+from maxtext_mudd.kernels import ChannelWeights, Passes, accumulation_dtype
 
 
 class DepthQueries(nnx.Module):
@@ -38,7 +44,7 @@ class DepthQueries(nnx.Module):
   """
 
   def __init__(self, config):
-    shape, dtype = (keys.sublayers(config) + 1, config.emb_dim), config.weight_dtype
+    shape, dtype = (keys.count_queries(config), config.emb_dim), config.weight_dtype
     self.query = nnx.Param(jnp.zeros(shape, dtype), out_sharding=(None, "embed"))
     self.key_norm = nnx.Param(jnp.ones(shape, dtype), out_sharding=(None, "embed"))
 
@@ -58,52 +64,63 @@ class AttnResConnection(ScoredConnection):
   def __init__(self, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, *, starts: bool, finishes: bool):
     queries = DepthQueries(config) if starts else None
     number = keys.count_sources(config, keys.sublayers(config))
-    super().__init__(config, blocks, mesh, queries, number, starts=starts, finishes=finishes)
+    super().__init__(
+      config, blocks, mesh, queries, number, heads=config.mudd_attnres_heads, starts=starts, finishes=finishes
+    )
+    self.decouples = config.mudd_attnres_value_route
 
-  def read(self, carry: ScoredCarry) -> SublayerInput:
+  def read(self, carry: ScoredCarry) -> SublayerInput | Streams:
     first = 2 * self.blocks_before(carry)
 
     def after_attention(carry):
-      return self._sublayer_input("ffn", carry, first + 1, self.layer_output)
+      return self._sublayer_input(["ffn"], carry, first + 1, self.layer_output)[0]
 
-    return self._sublayer_input("attention", carry, first, after_attention)
+    if not self.decouples:
+      return self._sublayer_input(["attention"], carry, first, after_attention)[0]
+    x, (q, v) = self._sublayer_input(["attention", "value"], carry, first, after_attention)
+    return Streams(q, q, v, x)
 
   def finish(self, carry: ScoredCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
     sublayers = keys.sublayers(self.config)
     carry = self.put_newest(carry, sublayers)
     carry, sown = carry.sources.finish(carry, sown)
-    return self.mix("x", carry, sublayers)[0], sown
+    (hidden,), _ = self.mix(["x"], carry, sublayers)
+    return hidden, sown
 
   def put_newest(self, carry: ScoredCarry, sublayer: int | Int[Array, ""]) -> ScoredCarry:
     """The carry with its newest source among the sources, for a sublayer that reads it."""
     return self.put(carry, keys.count_sources(self.config, sublayer) - 1, carry.newest)
 
   def mix(
-    self, reader: str, carry: ScoredCarry, sublayer: int | Int[Array, ""]
-  ) -> tuple[Float[Array, "B T D"], ScoredCarry]:
-    """h_s, and the carry for what reads the sources next.
+    self, readers: Sequence[str], carry: ScoredCarry, sublayer: int | Int[Array, ""]
+  ) -> tuple[list[Float[Array, "B T D"]], ScoredCarry]:
+    """h_s, and with a value route that of values; and the carry for what reads the sources next.
 
     Args:
-      reader: what reads h_s, for metrics: attention, ffn; x after the last block.
+      readers: what reads each of them, for metrics: attention, value, ffn; x after the last block.
     """
-    config, newest = self.config, carry.newest
-    count = keys.count_sources(config, sublayer)
-    logits, sources = carry.sources.take_logits(sublayer, 1, count)
-    weights = jnp.moveaxis(jax.nn.softmax(logits, axis=0), (0, 1), (3, 2))
-    (hidden,), sources = sources.mix(passes(config, self.mesh, newest.shape), weights, count)
+    config, newest, heads = self.config, carry.newest, self.heads
+    count, query = keys.count_sources(config, sublayer), keys.query(config, sublayer)
+    logits, sources = carry.sources.take_logits(query * heads, len(readers) * heads, count)
+    by_reader = jnp.moveaxis(jax.nn.softmax(logits, axis=0), (0, 1), (3, 2))
+    how, weights = passes(config, self.mesh, newest.shape), by_reader
+    if heads > 1:
+      by_head = by_reader.reshape(*by_reader.shape[:2], len(readers), heads, -1)
+      how, weights, by_reader = Passes("xla"), ChannelWeights(by_head), by_head.mean(3)
+    streams, sources = sources.mix(how, weights, count)
     if config.record_internal_nn_metrics:
-      metrics.sow_aggregate(self, newest, weights, {reader: hidden}, count - 1, last=reader == "x")
-    return hidden, dataclasses.replace(carry, sources=sources)
+      metrics.sow_aggregate(self, newest, by_reader, dict(zip(readers, streams)), count - 1, last="x" in readers)
+    return streams, dataclasses.replace(carry, sources=sources)
 
   def _sublayer_input(
-    self, reader: str, carry: ScoredCarry, sublayer: int | Int[Array, ""], after: Callable
-  ) -> SublayerInput:
-    """The input of one sublayer; `after` takes the carry that the sublayer's output makes."""
-    hidden, carry = self.mix(reader, self.put_newest(carry, sublayer), sublayer)
+    self, readers: Sequence[str], carry: ScoredCarry, sublayer: int | Int[Array, ""], after: Callable
+  ) -> tuple[SublayerInput, list[Float[Array, "B T D"]]]:
+    """The input of one sublayer, and all streams that are read; `after` takes the carry that its output makes."""
+    streams, carry = self.mix(readers, self.put_newest(carry, sublayer), sublayer)
 
     def write(carried, output):
       (newest,) = carried
       newest = jnp.where(sublayer % self.config.mudd_attnres_block == 0, output, newest + output)
       return after(dataclasses.replace(carry, newest=newest))
 
-    return SublayerInput(hidden, (carry.newest,), write)
+    return SublayerInput(streams[0], (carry.newest,), write), streams

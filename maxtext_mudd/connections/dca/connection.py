@@ -26,13 +26,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from maxtext_mudd.blocks import spec as block_spec
-from maxtext_mudd.blocks.streams import Streams, decouple
+from maxtext_mudd.blocks.streams import Streams
 from maxtext_mudd.connections import layout, metrics
 from maxtext_mudd.connections.base import Site
 from maxtext_mudd.connections.dca import keys
 from maxtext_mudd.connections.scored_sources import ScoredCarry, ScoredConnection
-from maxtext_mudd.connections.sublayers import SublayerInput, read_sublayer_input
+from maxtext_mudd.connections.sublayers import SublayerInput
 from maxtext_mudd.kernels import ChannelWeights, Passes, Weights, accumulation_dtype, differentiable
 
 
@@ -84,6 +83,8 @@ class DcaConnection(ScoredConnection):
   """The connection of one block, or of all blocks of a scanned stack. `newest` of its carry is G_i. Where middle
   sources are summed, the sum is the first of the sources, zero as long as there are none, and in `others`."""
 
+  decouples = True
+
   def __init__(self, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, *, starts: bool, finishes: bool):
     queries = GrnQueries(config) if starts else None
     self.has_sum = config.mudd_dca_sources == "middle_sum"
@@ -95,12 +96,6 @@ class DcaConnection(ScoredConnection):
       self.depth_aggregate = StaticWeights(config, site)
     if finishes:
       self.final_depth_aggregate = StaticWeights(config, plan.sites[plan.num_blocks])
-
-  def adapt(self, layer: nnx.Module) -> None:
-    """Attention has three norms, each of which reads a stream; the FFN's norm reads the sum with attention."""
-    block = block_spec(self.config)
-    decouple(layer, block.attention_norm)
-    read_sublayer_input(layer, block.feed_forward_norm)
 
   def start(self, embedding: Float[Array, "B T D"], rematerialise=None) -> ScoredCarry:
     carry = super().start(embedding, rematerialise)
@@ -176,12 +171,12 @@ class DcaConnection(ScoredConnection):
     return streams, dataclasses.replace(carry, sources=sources)
 
   def _weights(self, dynamic: Float[Array, "B T C N"], b: Float[Array, "C D N"]) -> Weights | ChannelWeights:
-    return b[:, 0] if self.config.mudd_dca_weights == "v1" else ChannelWeights(dynamic, b)
+    return b[:, 0] if self.config.mudd_dca_weights == "v1" else ChannelWeights(dynamic[:, :, :, None], b)
 
   def _sow(self, names: str, newest, weights: Weights | ChannelWeights, streams, count) -> None:
     """The statistics of the mean over channels of absolute weights."""
     if isinstance(weights, ChannelWeights):
-      weights = jnp.abs(weights.w[..., None, :] + weights.a).mean(-2)
+      weights = jnp.abs(weights.w + weights.a).mean(-2)
     is_buffer = self.config.scan_layers and self.config.mudd_dca_sources == "all"
     column = count - 1 if is_buffer else -1
     metrics.sow_aggregate(self, newest, weights, dict(zip(names, streams)), column, last=names == "x")

@@ -33,7 +33,7 @@ def plan(config) -> Plan:
       expansion = config.mudd_last_hidden_expansion if is_last else config.mudd_hidden_expansion
       hidden = hidden_width(len(streams), len(sources), expansion=expansion, round_to=config.mudd_hidden_round_to)
     sites[block] = Site(block, sources, streams, hidden)
-  return Plan(num_blocks, sites, first_block_has_separate_norms=config.mudd_first_block_norms == "separate")
+  return Plan(num_blocks, sites, separate_norms=(1,) if config.mudd_first_block_norms == "separate" else ())
 
 
 def _streams(config, is_last: bool) -> str:

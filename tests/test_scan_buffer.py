@@ -1,0 +1,140 @@
+"""Arrays that scanned blocks write: each operation of the backward pass must get the array that it read."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxtext_mudd import kernels
+from maxtext_mudd.connections.scan_buffer import Entries, ScanBuffer
+
+ENTRIES, BLOCKS, SHAPE = 6, 5, (2, 8, 128)
+SAVE_NOTHING = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+SAVE_PRODUCTS = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+
+
+class PlainEntries:
+  """The same operations for JAX to differentiate."""
+
+  def __init__(self, array):
+    self.array = array
+
+  def put(self, index, entry):
+    return PlainEntries(self.array.at[index].set(entry))
+
+  def take(self, index, number, axis=0):
+    return jax.lax.dynamic_slice_in_dim(self.array, index, number, axis), self
+
+  def mix(self, passes, count, weights):
+    return kernels.mix(self.array, weights, count=count, implementation="xla"), self
+
+
+def block(parts, number, x, weights):
+  """Writes two entries, of which the second replaces the first in odd blocks, and reads all of them three times."""
+  passes = kernels.Passes("xla")
+  (sources,) = parts
+  sources = sources.put(number, jnp.sin(x))
+  (first,), sources = sources.mix(passes, number + 1, weights["first"])
+  second_index = number + 1 - number % 2
+  sources = sources.put(second_index, jnp.cos(first + x))
+  streams, sources = sources.mix(passes, second_index + 1, weights["second"])
+  taken, sources = sources.take(number, 1)
+  return [sources], x + jnp.tanh(streams[0] * streams[1]) + taken[0] ** 2
+
+
+def run(arguments, make, through, close):
+  """A number that depends on all blocks, on the array after the last, and on the place that is written there."""
+  x, weights = arguments
+  buffer = make()
+
+  def body(carry, of_block):
+    buffer, x = carry
+    number, w = of_block
+    return through(buffer, number, x, w), jnp.sum(x)
+
+  (buffer, x), sown = jax.lax.scan(body, (buffer, x), (jnp.arange(BLOCKS), weights))
+  (sources,), (x, sown) = close(buffer, (x, sown))
+  (last,), _ = sources.mix(kernels.Passes("xla"), jnp.asarray(ENTRIES), weights["first"][0])
+  return jnp.sum(jnp.sin(last) + x) + jnp.sum(jnp.sin(sown))
+
+
+def kept_once(rematerialise, arguments):
+  def through(buffer, number, x, weights):
+    return buffer.through(block, number, x, weights)
+
+  def close(buffer, others):
+    (sources,) = buffer.parts
+    buffer = ScanBuffer([sources.put(jnp.asarray(ENTRIES - 1), others[0])], buffer.rematerialise)
+    buffer, others = buffer.close(others)
+    return buffer.parts, others
+
+  def make():
+    return ScanBuffer.zeros([jax.ShapeDtypeStruct(SHAPE, jnp.float32)], ENTRIES, [None], rematerialise)
+
+  return run(arguments, make, through, close)
+
+
+def plain(arguments):
+  def through(array, number, x, weights):
+    (sources,), x = block([PlainEntries(array)], number, x, weights)
+    return sources.array, x
+
+  def close(array, others):
+    return [PlainEntries(array).put(ENTRIES - 1, others[0])], others
+
+  return run(arguments, lambda: jnp.zeros((ENTRIES, *SHAPE)), through, close)
+
+
+@pytest.fixture(scope="module")
+def arguments():
+  rng = np.random.default_rng(0)
+  weights = {
+    "first": rng.standard_normal((BLOCKS, *SHAPE[:2], 1, ENTRIES)),
+    "second": rng.standard_normal((BLOCKS, *SHAPE[:2], 2, ENTRIES)),
+  }
+  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (rng.standard_normal(SHAPE), weights))
+
+
+@pytest.fixture(scope="module")
+def expected(arguments):
+  return jax.jit(jax.value_and_grad(plain))(arguments)
+
+
+@pytest.mark.parametrize("rematerialise", [None, SAVE_NOTHING, SAVE_PRODUCTS], ids=["full", "nothing", "products"])
+def test_gradients_are_those_of_jax(arguments, expected, rematerialise):
+  found = jax.jit(jax.value_and_grad(functools.partial(kept_once, rematerialise)))(arguments)
+  for value, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(value, right, rtol=0, atol=1e-6 * np.abs(right).max())
+
+
+@pytest.mark.parametrize("implementation", kernels.passes.IMPLEMENTATIONS[::2])
+def test_readings_of_one_array_add_their_gradients(implementation):
+  """The gradients of three readings, one after another, are those of three separate readings."""
+  rng = np.random.default_rng(0)
+  array = jnp.asarray(rng.standard_normal((5, 2, 8, 128)), jnp.float32)
+  weights = [jnp.asarray(rng.standard_normal((2, 8, 1, 5)), jnp.float32) for _ in range(3)]
+  passes, counts = kernels.Passes(implementation), [jnp.asarray(n) for n in (2, 4, 5)]
+
+  def total(streams):
+    return sum((factor + 1) * jnp.sum(jnp.sin(x)) for factor, x in enumerate(streams))
+
+  def one_after_another(array, weights):
+    def step(parts, weights):
+      (sources,), streams = parts, []
+      for count, w in zip(counts, weights):
+        (stream,), sources = sources.mix(passes, count, w)
+        streams.append(stream)
+      return [sources], streams
+
+    buffer = ScanBuffer([Entries(array, jnp.zeros_like(array))], None)
+    buffer, streams = buffer.through(step, weights)
+    return total(buffer.close(streams)[1])
+
+  def separate(array, weights):
+    return total(kernels.mix(array, w, count=count, implementation="xla")[0] for count, w in zip(counts, weights))
+
+  found, right = (jax.jit(jax.grad(f, argnums=(0, 1)))(array, weights) for f in (one_after_another, separate))
+  for value, expected in zip(jax.tree.leaves(found), jax.tree.leaves(right)):
+    np.testing.assert_allclose(value, expected, rtol=0, atol=2e-6 * np.abs(expected).max())

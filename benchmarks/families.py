@@ -19,6 +19,7 @@ import compiled_step
 import paired
 import record
 from record import MeasurementError
+import tpu_hlo
 import tpu_step_traffic
 
 from maxtext_mudd import versions
@@ -42,13 +43,15 @@ RUN = {"enable_checkpointing": False, "dataset_type": "synthetic", "log_config":
 FIXED = "yaml/transformer_tiny.yml"
 
 COLUMNS = ["family", "parameters", "TFLOP", "HBM GB", "HBM beyond plain, units", "floor, units", "beyond plain / floor"]
-COLUMNS += ["temporaries GB", "compile, s"]
+COLUMNS += ["forward, D per sublayer", "temporaries GB", "compile, s"]
+PLAIN_FORWARD = 3  # a residual stream and an output are read, and a residual stream is written
 NOTES = """
 All figures are those of one chip and one step, and none was measured on a TPU. TFLOP: what the model needs, by
 MaxText's formula, without rematerialisation. HBM: bytes of the final HLO, as benchmarks/tpu_step_traffic.py counts
 them; kernels read the sources that there are. MUDD, DenseFormer, DDFormer and AttnRes run fused kernels, DHC, mHC and
 DCA plain JAX. Units: arrays of [B,T,D] in bfloat16, with B per device. Temporaries: the most memory held beside the
-arguments.
+arguments. Forward: arrays of D numbers for each token that the connection of a sublayer reads and writes
+in the forward pass, if that of the plain model reads two and writes one.
 
 Floor: what the connections have to move beyond the plain model if each pass reads each source or stream once and
 writes what it makes once. An aggregate of N sources and C streams: forward N + C; backward, which makes the streams
@@ -114,7 +117,8 @@ def measure(family: str, yaml: str, topology: str, batch: float, layers: int) ->
 
   keys = COMPILED | keys_of(family, layers) | {"per_device_batch_size": batch, "base_num_decoder_layers": layers}
   config, compiled, seconds = compiled_step.compile_step(yaml, topology, keys)
-  memory = compiled.memory_analysis()
+  memory, hlo, buffer = compiled.memory_analysis(), compiled.as_text(), buffer_of(config)
+  forward, _ = tpu_hlo.loop_bytes(tpu_hlo.computations(hlo), layers, kernels=True, buffer=buffer)  # and backward
   return {
     "family": family,
     "yaml": yaml,
@@ -122,10 +126,12 @@ def measure(family: str, yaml: str, topology: str, batch: float, layers: int) ->
     "unit_bytes": int(2 * batch * config.max_target_length * config.emb_dim),
     "parameters": counts.parameters(config),
     "tflops": maxtext_utils.calculate_tflops_training_per_device(config, log=False)[0],
+    "sublayers": 2 * layers,
+    "forward_bytes": forward,
     "floor_units": floor_units(config),
     "temporary_bytes": memory.temp_size_in_bytes,
     "compile_seconds": seconds,
-  } | tpu_step_traffic.step_bytes(compiled.as_text(), buffer_of(config))
+  } | tpu_step_traffic.step_bytes(hlo, buffer)
 
 
 def cells(row: dict, plain: dict | None) -> list[str]:
@@ -134,9 +140,10 @@ def cells(row: dict, plain: dict | None) -> list[str]:
   floor = row["floor_units"]
   if plain and floor:
     beyond = (row["hbm_bytes"] - plain["hbm_bytes"]) / row["unit_bytes"]
-    line += [f"{beyond:.0f}", str(floor), f"{beyond / floor:.2f}"]
+    forward = PLAIN_FORWARD + (row["forward_bytes"] - plain["forward_bytes"]) / row["unit_bytes"] / row["sublayers"]
+    line += [f"{beyond:.0f}", str(floor), f"{beyond / floor:.2f}", f"{forward:.1f}"]
   else:
-    line += ["-"] * 3
+    line += ["-"] * 3 + [str(PLAIN_FORWARD)]
   return [*line, f"{row['temporary_bytes'] / 1e9:.2f}", f"{row['compile_seconds']:.0f}"]
 
 

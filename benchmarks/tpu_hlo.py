@@ -152,6 +152,18 @@ def hlo_bytes(
   return total
 
 
+def loop_bytes(
+  program: dict[str, list[Instruction]], trips: int, kernels: bool = False, buffer: tuple[int, float] | None = None
+) -> list[float]:
+  """HBM bytes of each loop of the entry computation that runs so many times, in order; arguments as in `hlo_bytes`."""
+  bodies = [
+    re.search(r"body=%([\w.\-]+)", x.line)[1]
+    for x in program[""]
+    if x.opcode == "while" and _trips(program, x) == trips
+  ]
+  return [trips * hlo_bytes(program, body, kernels, buffer, True).total() for body in bodies]
+
+
 def _trips(program: dict[str, list[Instruction]], loop: Instruction) -> int:
   """How often a loop runs its body, by its annotation, or by the one number in its condition."""
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line)

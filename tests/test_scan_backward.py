@@ -35,13 +35,18 @@ def fully_rematerialised():
   return of
 
 
-# Residual streams are in MaxText's own loop, whatever the policy.
-BY_POLICY = [("both norms", x) for x in POLICIES] + [("AttnRes of blocks of 3", x) for x in POLICIES]
-BY_POLICY += [(case, policy) for case in ("mHC", DCA_SUM) for policy in ("minimal", "custom")]
+OF_FAMILIES = (
+  "both norms",
+  "hyper-connections",
+  "mHC",
+  "AttnRes of blocks of 3, of heads, with a value route",
+  DCA_SUM,
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "policy"), BY_POLICY)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("case", OF_FAMILIES)
 def test_remat_policies_change_nothing(case, policy, fully_rematerialised):
   values, (_, loss, _, gradients), (*_, rounded) = fully_rematerialised(case)
   keys = {"decoder_layer_input": "offload", "out_proj": "device"} if policy == "custom" else {}

@@ -48,10 +48,10 @@ PLAIN_FORWARD = 3  # a residual stream and an output are read, and a residual st
 NOTES = """
 All figures are those of one chip and one step, and none was measured on a TPU. TFLOP: what the model needs, by
 MaxText's formula, without rematerialisation. HBM: bytes of the final HLO, as benchmarks/tpu_step_traffic.py counts
-them; kernels read the sources that there are. MUDD, DenseFormer, DDFormer and AttnRes run fused kernels, DHC, mHC and
-DCA plain JAX. Units: arrays of [B,T,D] in bfloat16, with B per device. Temporaries: the most memory held beside the
-arguments. Forward: arrays of D numbers for each token that the connection of a sublayer reads and writes
-in the forward pass, if that of the plain model reads two and writes one.
+them; kernels read the sources that there are. DHC and mHC run in plain JAX, the others fused kernels. Units: arrays of
+[B,T,D] in bfloat16, with B per device. Temporaries: the most memory held beside the arguments. Forward: arrays of D
+numbers for each token that the connection of a sublayer reads and writes in the forward pass, if that of the plain
+model reads two and writes one.
 
 Floor: what the connections have to move beyond the plain model if each pass reads each source or stream once and
 writes what it makes once. An aggregate of N sources and C streams: forward N + C; backward, which makes the streams
@@ -96,7 +96,8 @@ def buffer_of(config) -> tuple[int, float] | None:
 
   if not config.mudd:
     return None
-  if config.depth_connection == "dense":
+  reads_all = config.depth_connection == "dca" and config.mudd_dca_sources == "all"
+  if config.depth_connection == "dense" or reads_all:
     entries, counts = config.num_decoder_layers + 1, range(1, config.num_decoder_layers + 1)
   elif config.depth_connection == "attnres":
     number = attnres.sublayers(config)

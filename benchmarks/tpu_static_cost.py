@@ -60,7 +60,7 @@ LISTS = {  # the options that take several names, with the names that they take
   "chips": CHIPS,
   "shapes": shapes.PAPER,
   "implementations": ("xla", "pallas"),
-  "weights": ("mlp", "array"),
+  "weights": ("mlp", "array", "channels"),
   "directions": ("forward", "backward"),
 }
 DEFAULTS = {"weights": "mlp"}  # the other options take all names by default
@@ -165,6 +165,9 @@ def compile_case(case: Case):
   if case.weights == "mlp":
     w2, a = array(case.hidden, case.ways, case.sources), array(case.ways, case.sources)
     weights = kernels.WeightMLP(array(case.width, case.hidden), w2, a)
+  elif case.weights == "channels":
+    of_tokens = array(case.batch, case.length, case.ways, 1, case.sources)
+    weights = kernels.ChannelWeights(of_tokens, array(case.ways, case.width, case.sources))
   else:
     weights = array(case.batch, case.length, case.ways, case.sources)
   call = functools.partial(kernels.mix, implementation=case.implementation)
@@ -185,7 +188,11 @@ def floor_bytes(case: Case) -> int:
   """HBM bytes if every input is read once and every output is written once, in bfloat16."""
   tokens, columns = case.batch * case.length, case.ways * case.sources
   row = tokens * case.width
-  weights = tokens * columns if case.weights == "array" else case.width * case.hidden + columns * (case.hidden + 1)
+  weights = {
+    "array": tokens * columns,
+    "channels": (tokens + case.width) * columns,
+    "mlp": case.width * case.hidden + columns * (case.hidden + 1),
+  }[case.weights]
   rows = case.sources + case.ways if case.direction == "forward" else 2 * case.sources + case.ways
   return 2 * (rows * row + weights * (1 if case.direction == "forward" else 2))
 

@@ -1,8 +1,9 @@
 """Mixing in depth in float64 NumPy, written from Eqs. 5 and 6 and their derivatives; shares no code with the package.
 
-Weights are a dict of arrays by name, in one of four forms:
+Weights are a dict of arrays by name, in one of five forms:
 
   array [B,T,C,N]                              of every token
+  w [B,T,C,1,N], a [C,D,N]                     of every token, and of every channel
   a [C,N]                                      static
   a [C,N], w2 [K,C,N], hidden [B,T,K]          of a hidden layer
   a [C,N], w2 [K,C,N], w1 [D,K]                of an MLP on a source, or on `newest` [B,T,D], where there is that, too
@@ -42,7 +43,7 @@ def mix(sources, weights: dict, cotangents, count=None, source=-1, activation="g
   x = np.stack([_wide(x) for x in sources[:valid]])
   to_streams = np.stack([_wide(x) for x in cotangents])
   weights = {name: _wide(value) for name, value in weights.items()}
-  weights |= {name: weights[name][..., :valid] for name in ("array", "a", "w2") if name in weights}
+  weights |= {name: weights[name][..., :valid] for name in ("array", "a", "w", "w2") if name in weights}
   hidden = None
   if "w1" in weights:
     newest = weights.get("newest", x[source])
@@ -52,10 +53,14 @@ def mix(sources, weights: dict, cotangents, count=None, source=-1, activation="g
   # Eq. 5: x^c = sum_j W_cj X_j
   w = _token_weights(weights, hidden, x.shape[1:3])
   streams = np.einsum("btcn,nbtd->cbtd", w, x, optimize=True)
-
   to_x = np.einsum("btcn,cbtd->nbtd", w, to_streams, optimize=True)
+  if "w" in weights:
+    streams += np.einsum("cdn,nbtd->cbtd", weights["a"], x, optimize=True)
+    to_x += np.einsum("cdn,cbtd->nbtd", weights["a"], to_streams, optimize=True)
   to_w = np.einsum("cbtd,nbtd->btcn", to_streams, x, optimize=True)
   to_weights = {"array": to_w} if "array" in weights else {"a": to_w.sum((0, 1))}
+  if "w" in weights:
+    to_weights = {"w": to_w[:, :, :, None], "a": np.einsum("cbtd,nbtd->cdn", to_streams, x, optimize=True)}
   if "w2" in weights:
     value = weights["hidden"] if hidden is None else hidden
     to_weights["w2"] = np.einsum("btk,btcn->kcn", value, to_w, optimize=True)
@@ -77,7 +82,7 @@ def mix(sources, weights: dict, cotangents, count=None, source=-1, activation="g
     missing[axis] = (0, number - valid)
     return np.pad(gradient, missing)
 
-  to_weights |= {name: whole(to_weights[name], -1) for name in ("array", "a", "w2") if name in to_weights}
+  to_weights |= {name: whole(to_weights[name], -1) for name in ("array", "a", "w", "w2") if name in to_weights}
   return Mixed(streams, whole(to_x, 0), to_weights, hidden)
 
 
@@ -100,6 +105,8 @@ def _token_weights(weights: dict, hidden, tokens) -> np.ndarray:
   """W [B,T,C,N]. Eq. 6: W = act(RMSNorm(newest) W1) W2 + a."""
   if "array" in weights:
     return weights["array"]
+  if "w" in weights:
+    return weights["w"][:, :, :, 0]
   static = np.broadcast_to(weights["a"], (*tokens, *weights["a"].shape))
   if "w2" not in weights:
     return static

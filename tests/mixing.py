@@ -13,7 +13,8 @@ import numpy as np
 from maxtext_mudd import kernels
 from tests import kernel_oracle
 
-FORMS = ("static", "array", "mlp", "newest")  # of weights; "newest": an MLP on an array that is not among the sources
+# Of weights; "newest": an MLP on an array that is not among the sources.
+FORMS = ("static", "array", "channels", "mlp", "newest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Draw:
     *tokens, width = case.shape
     if form in ("static", "array"):
       return self(*(tokens if form == "array" else ()), case.ways, columns, dtype=case.weight_dtype)
+    if form == "channels":
+      w, a = (self(*shape, columns, dtype=case.weight_dtype) for shape in ((*tokens, case.ways, 1), (case.ways, width)))
+      return kernels.ChannelWeights(w, a)
     a = self(case.ways, columns, dtype=case.weight_dtype)
     w2 = self(case.hidden, case.ways, columns, scale=case.hidden**-0.5).astype(case.weight_dtype)
     if form == "hidden":
@@ -129,7 +133,7 @@ def errors(inputs: Inputs, implementation: str) -> dict[str, float]:
   valid = len(inputs.sources) if inputs.count is None else int(inputs.count)
   assert not any(np.any(x) for x in to_sources[valid:])
   assert to_weights.keys() == expected.weights.keys()
-  for name in to_weights.keys() & {"array", "a", "w2"}:
+  for name in to_weights.keys() & {"array", "a", "w", "w2"}:
     assert not np.any(to_weights[name][..., valid:])
   return {
     "streams": largest_error(streams, expected.streams),

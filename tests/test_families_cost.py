@@ -34,6 +34,7 @@ def test_floors(keys, units):
 def test_shares_of_buffers():
   """Three blocks read 1, 2 and 3 of four sources; six sublayers 1, 2, 2, 2, 3 and 3 of three."""
   assert families.buffer_of(models.config(mudd=True)) == (4, 0.5)
+  assert families.buffer_of(models.config(mudd=True, depth_connection="dca")) == (4, 0.5)
   found = families.buffer_of(models.config(mudd=True, depth_connection="attnres", mudd_attnres_block=3))
   assert found == (3, pytest.approx(13 / 18))
   assert families.buffer_of(models.config(mudd=True, depth_connection="mhc")) is None

@@ -244,7 +244,7 @@ def test_scan_is_the_unrolled_loop(implementation):
   assert max(map(mixing.error, found, map(np.asarray, expected))) <= 3e-6
 
 
-@pytest.mark.parametrize(("heads", "has_static"), [(1, True), (2, True), (4, False)])
+@pytest.mark.parametrize(("heads", "has_static"), [(2, True), (4, False)])
 @pytest.mark.parametrize("is_buffer", [False, True], ids=["list", "buffer"])
 def test_weights_of_each_channel(is_buffer, heads, has_static):
   """W[b,t,c,d,j] = w[b,t,c,h(d),j] + a[c,d,j], in float64 NumPy; entries of a buffer that are not valid are NaN."""

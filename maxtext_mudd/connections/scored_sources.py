@@ -230,6 +230,7 @@ def source_logits(
   channels, is applied to the product."""
   source = source.astype(kernels.accumulation_dtype(source.dtype))
   inverse = jax.lax.rsqrt(jnp.square(source).mean(-1) + epsilon)
-  parts, of_parts = (x.reshape(*x.shape[:-1], heads, -1) for x in (source, queries.astype(source.dtype)))
+  width = source.shape[-1] // heads
+  parts, of_parts = (x.reshape(*x.shape[:-1], heads, width) for x in (source, queries.astype(source.dtype)))
   logits = jnp.einsum("bthd,mhd->mhbt", parts, of_parts)
-  return logits.reshape(-1, *inverse.shape) * inverse
+  return logits.reshape(len(queries) * heads, *inverse.shape) * inverse

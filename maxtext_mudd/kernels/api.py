@@ -41,8 +41,8 @@ def mix(
     sources: N floating-point arrays of one shape and dtype, oldest first; or, with `count`, one buffer of S entries,
       for loops over layers that are traced once.
     weights: W as an array [B,T,C,N], or [C,N] for all tokens; or a `WeightMLP`, from which W is computed. The fused
-      kernels compute it in fast memory and never write it to HBM. Or `ChannelWeights`, which "xla" alone takes. With a
-      buffer, N is S.
+      kernels compute it in fast memory and never write it to HBM. Or `ChannelWeights`; with several heads "xla" alone
+      takes them. With a buffer, N is S.
     count: how many entries of the buffer are valid, from 1 to S. The newest source is entry count - 1. A traced count
       is clipped to this range. The other entries and their columns of the weights are ignored, even if they are NaN.
       Their gradients are zero.
@@ -63,9 +63,9 @@ def mix(
   """
   operands, source = _check_sources(sources, count)
   _check_weights(weights, source, len(sources))
-  if isinstance(weights, ChannelWeights):
+  if isinstance(weights, ChannelWeights) and weights.w.shape[3] > 1:
     if implementation not in ("auto", "xla"):
-      raise ValueError(f"implementation={implementation!r} takes no ChannelWeights; use 'xla' or 'auto'.")
+      raise ValueError(f"implementation={implementation!r} takes one head, not {weights.w.shape[3]}; use 'xla'.")
     implementation = "xla"
   platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
   passes = Passes(

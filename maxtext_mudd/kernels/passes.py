@@ -51,8 +51,6 @@ class Passes:
     """x^c = sum_j W[..., c, j] * X_j (paper, Eq. 5)."""
     if self.implementation == "xla":
       return (xla.forward_buffer if isinstance(sources, Buffer) else xla.forward)(sources, weights)
-    if isinstance(weights, ChannelWeights):
-      raise ValueError(f"implementation={self.implementation!r} takes no ChannelWeights; use 'xla'.")
     layout = _Layout(self.sharding)
 
     def on_device(sources, weights):
@@ -215,6 +213,8 @@ class _Layout:
       return dataclasses.replace(weights, w1=P(self.width or None, None), w2=P(), a=P(), newest=newest)
     if isinstance(weights, HiddenLayer):
       return HiddenLayer(self.tokens, P(), P())
+    if isinstance(weights, ChannelWeights):
+      return ChannelWeights(self.tokens, None if weights.a is None else P(None, self.width or None))
     return self.tokens if weights.ndim == 4 else P()
 
   def with_hidden(self, sources: Sources, weights: Weights | None) -> tuple[Weights | None, Activations | None]:
@@ -234,6 +234,9 @@ class _Layout:
       if isinstance(gradient, WeightMLP):
         return dataclasses.replace(summed, w1=_sum(gradient.w1, self.row_axes))
       return dataclasses.replace(summed, hidden=_sum(gradient.hidden, self.width))
+    if isinstance(gradient, ChannelWeights):
+      of_channels = None if gradient.a is None else _sum(gradient.a, self.row_axes)
+      return ChannelWeights(_sum(gradient.w, self.width), of_channels)
     return _sum(gradient, self.width if gradient.ndim == 4 else all_axes)
 
 

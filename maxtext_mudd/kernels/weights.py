@@ -64,7 +64,7 @@ class HiddenLayer:
 @dataclasses.dataclass(frozen=True)
 class ChannelWeights:
   """W[b,t,c,d,j] = w[b,t,c,h(d),j] + a[c,d,j]: a source's channels have different weights. Head h has the channels
-  h·D/H up to (h+1)·D/H. Only plain JAX mixes with them, and no `HistoryFamily` may have them.
+  h·D/H up to (h+1)·D/H. Only plain JAX mixes with several heads. No `HistoryFamily` may have these weights.
 
   Attributes:
     w: weights of each token and head.

@@ -6,7 +6,7 @@ from typing import ClassVar
 from maxtext_mudd.blocks import norm_parameters
 from maxtext_mudd.connections.base import BaseFamily, Cost, Plan
 from maxtext_mudd.connections.dca import keys
-from maxtext_mudd.connections.family_keys import sublayer_refusals
+from maxtext_mudd.connections.family_keys import kernel_refusals, sublayer_refusals
 
 
 class DeepCrossAttention(BaseFamily):
@@ -24,7 +24,8 @@ class DeepCrossAttention(BaseFamily):
 
   @classmethod
   def refusals(cls, config):
-    return sublayer_refusals(config)
+    yield from kernel_refusals(config)
+    yield from sublayer_refusals(config)
 
   @classmethod
   def plan(cls, config) -> Plan:

@@ -30,9 +30,10 @@ from maxtext_mudd.blocks.streams import Streams
 from maxtext_mudd.connections import layout, metrics
 from maxtext_mudd.connections.base import Site
 from maxtext_mudd.connections.dca import keys
+from maxtext_mudd.connections.mesh import passes
 from maxtext_mudd.connections.scored_sources import ScoredCarry, ScoredConnection
 from maxtext_mudd.connections.sublayers import SublayerInput
-from maxtext_mudd.kernels import ChannelWeights, Passes, Weights, accumulation_dtype, differentiable
+from maxtext_mudd.kernels import ChannelWeights, Weights, accumulation_dtype, differentiable
 
 
 class GrnQueries(nnx.Module):
@@ -147,6 +148,7 @@ class DcaConnection(ScoredConnection):
       block: how many blocks came before.
     """
     config, sources, b = self.config, carry.sources, module.b[...]
+    how = passes(config, self.mesh, carry.newest.shape)
     count = block + 1 + self.has_sum
     shape = (*carry.newest.shape[:2], len(names))
     dynamic = jnp.zeros((*shape, self.number), accumulation_dtype(carry.newest.dtype))
@@ -157,7 +159,7 @@ class DcaConnection(ScoredConnection):
     if config.scan_layers and config.mudd_dca_sources == "all":
       b = jnp.pad(b, [(0, 0), (0, 0), (0, self.number - b.shape[-1])])
       weights = self._weights(dynamic, b)
-      streams, sources = sources.mix(Passes("xla"), weights, count)
+      streams, sources = sources.mix(how, weights, count)
     else:
       slots, columns, is_there = reading
       chosen = []
@@ -165,7 +167,7 @@ class DcaConnection(ScoredConnection):
         source, sources = sources.take(slots[k])
         chosen.append(source)
       weights = self._weights(*(jnp.where(is_there, x, 0) for x in (dynamic[..., slots], b[..., columns])))
-      streams = differentiable(Passes("xla"), chosen, weights)
+      streams = differentiable(how, chosen, weights)
     if config.record_internal_nn_metrics:
       self._sow(names, carry.newest, weights, streams, count)
     return streams, dataclasses.replace(carry, sources=sources)

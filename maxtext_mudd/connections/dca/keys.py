@@ -3,11 +3,11 @@
 from typing import Literal
 
 from maxtext_mudd.connections.base import Plan, Site
-from maxtext_mudd.connections.family_keys import FamilyKeys
+from maxtext_mudd.connections.family_keys import HistoryKeys
 from maxtext_mudd.keys import key
 
 
-class DcaKeys(FamilyKeys):
+class DcaKeys(HistoryKeys):
   """The keys of `depth_connection=dca`."""
 
   mudd_dca_weights: Literal["v1", "v2", "v3"] = key(

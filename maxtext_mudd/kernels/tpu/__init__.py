@@ -19,7 +19,14 @@ from maxtext_mudd.kernels.tpu import common
 from maxtext_mudd.kernels.tpu import forward as _forward
 from maxtext_mudd.kernels.tpu import push as _push
 from maxtext_mudd.kernels.tpu.common import TOKENS, Recipe, RowWeights, Shape, WholeWeights
-from maxtext_mudd.kernels.weights import HiddenLayer, WeightMLP, Weights, map_columns, number_of_ways
+from maxtext_mudd.kernels.weights import (
+  ChannelWeights,
+  HiddenLayer,
+  WeightMLP,
+  Weights,
+  map_columns,
+  number_of_ways,
+)
 
 DTYPES = ("bfloat16", "float32")
 
@@ -189,6 +196,11 @@ def _by_source(shape: Shape, x):
 
 def _lay_out(shape: Shape, weights: Weights) -> tuple[RowWeights, WholeWeights]:
   """Splits weights into operands that the kernels read by blocks of rows, and operands that they read as a whole."""
+  if isinstance(weights, ChannelWeights):
+    rows, whole = _lay_out(shape, weights.w[:, :, :, 0])
+    if weights.a is None:
+      return rows, whole
+    return rows, whole._replace(channels=jnp.swapaxes(_by_group(shape, weights.a.astype(jnp.float32)), -2, -1))
   if not isinstance(weights, WeightMLP | HiddenLayer):
     by_group = _by_group(shape, weights.astype(jnp.float32))
     if weights.ndim == 2:
@@ -219,7 +231,11 @@ def _form_of_gradient(
     return _by_source(shape, x.reshape(*x.shape[:2], shape.ways, shape.slots))
 
   if outputs.weights.array is not None:
-    return by_source(outputs.weights.array).reshape(*lead, shape.ways, shape.sources)
+    grad_w = by_source(outputs.weights.array).reshape(*lead, shape.ways, shape.sources)
+    if not isinstance(weights, ChannelWeights):
+      return grad_w
+    grad_a = None if sums.channels is None else _by_source(shape, jnp.swapaxes(sums.channels, -2, -1))
+    return ChannelWeights(grad_w[:, :, :, None], grad_a)
   grad_a = _by_source(shape, sums.a.reshape(*sums.a.shape[:2], shape.slots, TOKENS).sum(-1))
   if not isinstance(weights, WeightMLP | HiddenLayer):
     return grad_a

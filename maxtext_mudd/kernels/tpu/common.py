@@ -97,11 +97,13 @@ class WholeWeights(NamedTuple):
     a: [G,C,1,8n] float32, each column repeated eight times.
     w2: [G,C,K,8n] in the dtype of the sources, each column repeated eight times.
     w1: [D,K] in the dtype of the sources.
+    channels: [G,C,n,D] float32, static weights of each channel.
   """
 
   a: jax.Array | None = None
   w2: jax.Array | None = None
   w1: jax.Array | None = None
+  channels: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

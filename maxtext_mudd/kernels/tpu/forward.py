@@ -71,7 +71,7 @@ def _body(shape: Shape, recipe: Recipe, *refs):
   if not shape.is_buffer:
     h, *_ = common.activations(shape, recipe, rows, whole, sources[recipe.source], block_start)
     common.fill_factors(scratch["factors"], shape, recipe, rows, whole, h, block_start)
-    mix_block(shape, block_start, sources, streams, scratch["factors"], scratch["tile"])
+    mix_block(shape, block_start, sources, streams, scratch["factors"], scratch["tile"], whole.channels)
     return
   group, sums = pl.program_id(1), scratch["sums"]
   num_valid = count[0][0] - group * shape.slots  # valid entries in this group and in later ones
@@ -86,7 +86,7 @@ def _body(shape: Shape, recipe: Recipe, *refs):
   def _():
     h = None if whole.w2 is None else scratch["h"][...]
     common.fill_factors(scratch["factors"], shape, recipe, rows, whole, h, block_start, group)
-    mix_block(shape, block_start, sources, sums, scratch["factors"], scratch["tile"], num_valid)
+    mix_block(shape, block_start, sources, sums, scratch["factors"], scratch["tile"], whole.channels, group, num_valid)
 
   @pl.when((num_valid > 0) & (num_valid <= shape.slots))
   def _():
@@ -94,11 +94,12 @@ def _body(shape: Shape, recipe: Recipe, *refs):
       stream[...] = sums[c].astype(shape.dtype)
 
 
-def mix_block(shape: Shape, block_start, sources, streams, factors, tile, num_valid=None):
+def mix_block(shape: Shape, block_start, sources, streams, factors, tile, channels, group=0, num_valid=None):
   """Computes the streams of a block of rows.
 
   Args:
     streams: where they are written: C arrays [block,D]; for one group of a buffer, float32 sums [C,block,D].
+    channels: as in `WholeWeights`; None: zeros.
     num_valid: number of valid entries in this group of a buffer and later ones; None for a list.
   """
 
@@ -107,11 +108,15 @@ def mix_block(shape: Shape, block_start, sources, streams, factors, tile, num_va
     for columns in common.chunks(shape.width):
       stacked = common.stack_rows(shape, sources, rows, block_start + g * common.TOKENS, columns, num_valid)
       mixed = common.mix_tile(tile[...], stacked, shape.ways)
-      for c in range(shape.ways):
+      mixed = [common.eight_rows(mixed, c) for c in range(shape.ways)]
+      for k in range(shape.slots) if channels is not None else ():
+        source = common.eight_rows(stacked, k).astype(jnp.float32)
+        mixed = [x + channels[group, c, pl.ds(k, 1), columns] * source for c, x in enumerate(mixed)]
+      for c, stream in enumerate(mixed):
         if num_valid is None:
-          write_stream(streams[c], rows, columns, common.eight_rows(mixed, c))
+          write_stream(streams[c], rows, columns, stream)
         else:
-          streams[c, rows, columns] += common.eight_rows(mixed, c)
+          streams[c, rows, columns] += stream
 
   common.for_each_eight_tokens(shape, eight_tokens)
 

@@ -128,10 +128,11 @@ def test_parameters_are_counted(keys):
 @pytest.mark.parametrize(
   ("size", "mixed", "kept"),
   [
-    (1, 1 + 2 + 3 + 4 + 5 + 6 + 7, 6 + 3),  # gradients of 7 sources but one; outputs of three attentions
-    (2, 1 + 2 + 2 + 3 + 3 + 4 + 4, 3),
-    (3, 1 + 2 + 2 + 2 + 3 + 3 + 3, 2 + 1),  # a block of 3 ends after an attention
-    (6, 1 + 2 + 2 + 2 + 2 + 2 + 2, 1),
+    # gradients of 7 sources but one; outputs of three attentions; 7 × 7 logits and as many gradients in arrays of 32
+    (1, 1 + 2 + 3 + 4 + 5 + 6 + 7, 6 + 3 + 4),
+    (2, 1 + 2 + 2 + 3 + 3 + 4 + 4, 3 + 2),
+    (3, 1 + 2 + 2 + 2 + 3 + 3 + 3, 2 + 1 + 2),  # a block of 3 ends after an attention
+    (6, 1 + 2 + 2 + 2 + 2 + 2 + 2, 1 + 1),
   ],
 )
 def test_counts(size, mixed, kept):
@@ -156,8 +157,8 @@ def test_counts(size, mixed, kept):
     ),
     (
       {"mudd_attnres_heads": 2, "mudd_kernel": "pallas_interpret"},
-      "mudd_attnres_heads=2 does not work with mudd_kernel=pallas_interpret: the fused kernels have one weight for all "
-      "channels of a source; use mudd_kernel=auto or xla.",
+      "mudd_attnres_heads=2 does not work with mudd_kernel=pallas_interpret: the fused kernels mix with one head; use "
+      "mudd_kernel=auto or xla.",
     ),
     (
       {"depth_connection": "dense", "mudd_attnres_value_route": True},
@@ -195,7 +196,7 @@ def test_counts_of_a_value_route():
   cost = counts.connections_cost(models.config(**ATTNRES, **BOTH))
   assert cost.parameters == 2 * 10 * 32 + 3 * 2 * 32
   assert cost.flops == 2 * 10 * 7 * 32 + 2 * (2 * 1 + 2 + 2 * 3 + 4 + 2 * 5 + 6 + 7) * 32
-  assert cost.activations == 6 + 3 + 1
+  assert cost.activations == 6 + 3 + 1 + 18  # 7 × 10 × 4 logits and as many gradients in arrays of 32
 
 
 def test_metrics():

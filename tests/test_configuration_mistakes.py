@@ -111,8 +111,8 @@ MISTAKES = {
   ),
   "family": (
     ["depth_connection=hyper_conection"],
-    "depth_connection='hyper_conection' is not valid: there is no such family of depth connections; the nearest is "
-    "hyper_connections.",
+    "depth_connection='hyper_conection' is not valid: there is no such family of depth connections; use attnres, "
+    "dca, dense, hyper_connections, mhc",
   ),
   "streams": (
     ["mudd_dense_streams=qx"],

@@ -49,16 +49,20 @@ def test_queries_can_learn_from_zero():
   assert (np.abs(queries).max(axis=1) > 0).all()
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_sum_of_middle_sources(k):
+@pytest.mark.parametrize(("k", "version"), [(1, "v3"), (2, "v3"), (1, "v2"), (2, "v1")])
+def test_sum_of_middle_sources(k, version):
   """A block reads the embedding, the last k outputs and the sum of those between, each with weights of its own."""
   blocks_of_model, width = 5, 16
-  keys = {"depth_connection": "dca", "mudd_dca_sources": "middle_sum", "mudd_dca_k": k}
+  keys = {"mudd_dca_sources": "middle_sum", "mudd_dca_k": k, "mudd_dca_weights": version}
+  keys |= {"depth_connection": "dca"}
   _, blocks = golden_connections.build("float32", blocks_of_model, width, **keys)
   rng = np.random.default_rng(0)
   queries = blocks[0].depth_queries
   w, scale = rng.standard_normal((3 * blocks_of_model + 1, width)), rng.uniform(0.5, 2, (blocks_of_model + 1, width))
-  queries.w[...], queries.key_norm[...] = jnp.asarray(w, jnp.float32), jnp.asarray(scale, jnp.float32)
+  if version == "v3":
+    queries.w[...], queries.key_norm[...] = jnp.asarray(w, jnp.float32), jnp.asarray(scale, jnp.float32)
+  else:
+    w = 0 * w
   outputs = rng.standard_normal((blocks_of_model + 1, 2, 3, width))
   carry = blocks[0].start(jnp.asarray(outputs[0], jnp.float32))
   for i, connection in enumerate(blocks):
@@ -69,7 +73,7 @@ def test_sum_of_middle_sources(k):
     sources = list(outputs[: i + 1])
     if i > k:
       sources = [sources[0], sum(sources[1 : i + 1 - k]), *sources[i + 1 - k :]]
-    assert b.shape[-1] == len(sources)
+    assert b.shape == (3, 1 if version == "v1" else width, len(sources))
     normed = [y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * scale[i] for y in sources]
     for o, stream in enumerate((x.q, x.k, x.v)):
       dynamic = [np.maximum(y @ w[3 * i + o], 0)[..., None] for y in normed]
@@ -103,14 +107,15 @@ def test_counts():
   cost = counts.connections_cost(models.config(**keys))
   assert cost.parameters == mixed * 32 + 2 * 2 * 32 + (7 + 3) * 32
   assert cost.flops == 2 * 7 * 3 * 32 + 3 * mixed * 32
-  assert cost.activations == 3 - 1 + 2  # gradients of three sources but one, streams q, k and v for one
+  # Gradients of three sources but one, streams q, k and v for one; 3 × 7 logits and gradients in arrays of 32.
+  assert cost.activations == 3 - 1 + 2 + 2
   cost = counts.connections_cost(models.config(**keys, mudd_dca_weights="v1"))
   assert (cost.parameters, cost.flops) == (mixed + 2 * 2 * 32, 2 * mixed * 32)
   cost = counts.connections_cost(models.config(**DCA, mudd_dca_sources="middle_sum", mudd_dca_k=1))
   mixed = 3 * (1 + 2 + 3) + 3  # the hidden state reads the embedding, G_1 + G_2 and G_3
   assert cost.parameters == mixed * 32 + 3 * 2 * 32 + (10 + 4) * 32
   assert cost.flops == 2 * 10 * (4 + 4) * 32 + 3 * mixed * 32
-  assert cost.activations == 3 - 1 + 2 + 4
+  assert cost.activations == 3 - 1 + 2 + 4 + 4  # and 5 × 10 logits and gradients
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pydantic import field_validator
 
 from maxtext_mudd import blocks, connections
-from maxtext_mudd.config import errors
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 
@@ -21,8 +20,10 @@ class DepthConnectionKeys(KeyGroup):
   @classmethod
   def _check_family(cls, name: str) -> str:
     if name not in connections.FAMILIES:
-      nearest = errors.nearest(name, connections.FAMILIES)
-      raise ValueError(f"there is no such family of depth connections; the nearest is {nearest}")
+      raise ValueError(
+        f"there is no such family of depth connections; use {', '.join(connections.FAMILIES)} (MUDD, DenseFormer and "
+        f"DDFormer are {connections.DEFAULT})"
+      )
     return name
 
 

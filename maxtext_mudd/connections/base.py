@@ -1,11 +1,13 @@
 """What a family of depth connections is. Imports neither JAX nor MaxText: command lines are checked before these are.
 
-The package uses a family as a class and calls its class methods alone, which `Family` lists. There are two kinds:
+The package uses a family as a class and calls its class methods alone, which `Family` lists. There are two kinds of
+families:
 
 - Families that mix the outputs of earlier blocks derive from `HistoryFamily` and bring a module that makes the weights
   (`Aggregate`). What flows between blocks is `history.History`, or `buffer.HistoryBuffer` where layers are scanned.
-- Families in which something else flows between blocks, such as n residual streams, or that make an input for each
-  sublayer, bring a `Connection` of their own.
+- Families in which something else flows between blocks, or that make an input for each sublayer, bring a `Connection`
+  of their own. `multi_stream` has what families of n residual streams share, `scored_sources` what families of sources
+  with logits share.
 
 Blocks count from 1, as in the paper: source 0 is the embedding, source i the output of block i.
 """
@@ -110,6 +112,12 @@ class Cost:
   activations: int = 0
 
 
+def logits_arrays(config, per_token: int) -> int:
+  """How many arrays [B,T,D] in `dtype` take as much memory as so many float32 logits for each token, and gradients."""
+  itemsize = 2 if str(getattr(config.dtype, "value", config.dtype)).endswith("16") else 4
+  return -(-2 * 4 * per_token // (itemsize * config.emb_dim))
+
+
 @dataclasses.dataclass(frozen=True)
 class Link:
   """What `History.through` and `HistoryBuffer.through` take besides arrays: DA_i and its reader, block i+1.
@@ -137,7 +145,8 @@ class Family(Protocol):
 
   Attributes:
     Keys: group of configuration keys, with their checks; `MuddConfig` inherits it.
-    reads: what the family makes an input for: each block, or each sublayer (attention and the FFN).
+    reads: "sublayer" if the family needs the outputs of attention and of the FFN one by one, since it makes an input
+      for each or adds them up by itself; otherwise "block".
     depth_axes: names of the axes of an `Aggregate`'s parameters that depend on the site, by the last name of a
       parameter's path: "sources" (one entry for each source of the site), "hidden" (K entries), None (any other axis).
       Parameters of scanned layers are padded along these axes to one shape.
@@ -160,8 +169,8 @@ class Family(Protocol):
 
   @classmethod
   def plan(cls, config) -> Plan:
-    """Its aggregates at the inputs of blocks, from a configuration with sizes; none where sublayers or residual streams
-    read instead."""
+    """Its aggregates at the inputs of blocks, from a configuration with sizes; none if it has aggregates for each
+    sublayer, or residual streams."""
 
   @classmethod
   def cost(cls, config) -> Cost:
@@ -215,8 +224,8 @@ class Connection(Protocol):
 
   The decoder calls `start` on the embedding, `through` for each block, and `finish` after the last one. Each layer
   receives a carry from the layer before it and returns a new one: X_i for the residual connection, X_0..X_i for
-  families with a history, the n residual streams for Hyper-Connections. It must not be a tuple, since MaxText's layers
-  unpack tuples.
+  families with a history, the n residual streams for Hyper-Connections, `ScoredCarry` for sources with logits. It must
+  not be a tuple, since MaxText's layers unpack tuples.
 
   Attributes:
     blocks: numbers of the blocks.

@@ -9,9 +9,10 @@ pass the mirror is zero and nothing reads it. The backward pass of `close` retur
 the mirror; `put` returns the array without what it wrote; other operations return the array as it is. The backward pass
 of a block runs the block again in between.
 
-Where a block reads an array several times, the gradients of these readings are added within the passes that make them:
-each reading returns the array to the next. If all of them read the same variable, JAX would add arrays as large as the
-buffer.
+**Use each `Entries` once**: every operation returns the `Entries` for the next one. If an operation is called on
+`Entries` and what it returns is dropped, its backward pass gets zeros in place of the array, and gradients are wrong
+without an error. Gradients of several readings are added within the passes that make them; separate readings would make
+JAX add arrays as large as the buffer.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from maxtext_mudd import kernels
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Entries:
-  """One array of the buffer, for the operation that comes next.
+  """One array of the buffer, for the one operation that comes next.
 
   Attributes:
     array: what was written so far.
@@ -55,7 +56,7 @@ class Entries:
     return taken, dataclasses.replace(self, array=array)
 
   def mix(
-    self, passes: kernels.Passes, count: Int[Array, ""], weights: kernels.Weights
+    self, passes: kernels.Passes, count: Int[Array, ""], weights: kernels.Weights | kernels.ChannelWeights
   ) -> tuple[list[Float[Array, "B T D"]], "Entries"]:
     """Sums of the first `count` entries. Entries from `count` on have to be written before they are read next: their
     gradients may be anything."""

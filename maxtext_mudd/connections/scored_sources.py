@@ -1,4 +1,7 @@
-"""Sources whose logits for the queries of all aggregates are made once, when the source is made.
+"""Sources that are scored once, when they are made: each gets logits for the queries of all aggregates.
+
+So a source is read once for all its logits. Some are never read: those for queries of earlier aggregates, and those of
+a sum that a later one replaces.
 
 Single layers hold them as a list, scanned layers as a buffer. A family derives from `ScoredConnection` and says which
 sources an aggregate reads, and how their logits become weights.
@@ -31,13 +34,13 @@ class SourceList:
 
   Attributes:
     sources: arrays [B,T,D], oldest first.
-    logits: of each source for all heads of all queries, M in all, in float32 or wider.
+    logits: of each source for all H heads of all M queries, in float32 or wider.
   """
 
   sources: tuple[Float[Array, "B T D"], ...] = ()
-  logits: tuple[Float[Array, "M B T"], ...] = ()
+  logits: tuple[Float[Array, "MH B T"], ...] = ()
 
-  def put(self, index: int, source: Float[Array, "B T D"], logits: Float[Array, "M B T"]) -> "SourceList":
+  def put(self, index: int, source: Float[Array, "B T D"], logits: Float[Array, "MH B T"]) -> "SourceList":
     """Replaces the source at `index`, or appends it after the last one."""
     sources, of_sources = list(self.sources), list(self.logits)
     sources[index : index + 1], of_sources[index : index + 1] = [source], [logits]
@@ -56,7 +59,7 @@ class SourceList:
     return jnp.stack([x[query : query + number] for x in self.logits]), self
 
   def mix(
-    self, passes: kernels.Passes, weights: kernels.Weights, count: int
+    self, passes: kernels.Passes, weights: kernels.Weights | kernels.ChannelWeights, count: int
   ) -> tuple[list[Float[Array, "B T D"]], "SourceList"]:
     """Streams, and the sources for what reads them next."""
     return kernels.differentiable(passes, list(self.sources), weights), self
@@ -74,11 +77,11 @@ class SourceList:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SourceBuffer:
-  """Sources of scanned layers, with the methods of `SourceList`.
+  """Sources of scanned layers, with the methods of `SourceList`. Each is used once: see `scan_buffer`.
 
   Attributes:
-    buffer: of two arrays: the sources [S,B,T,D], and their logits for all heads of all queries [S,M,B,T], in float32 or
-      wider.
+    buffer: of two arrays: the sources [S,B,T,D], and their logits [S,M·H,B,T] for all H heads of all M queries, in
+      float32 or wider.
   """
 
   buffer: ScanBuffer
@@ -99,7 +102,7 @@ class SourceBuffer:
       of_logits = NamedSharding(sharding.mesh, P(None, *(*sharding.spec, None, None)[:2]))
     return cls(ScanBuffer.zeros([like, logits], number, [sharding, of_logits], rematerialise))
 
-  def put(self, index: Int[Array, ""], source: Float[Array, "B T D"], logits: Float[Array, "M B T"]) -> "SourceBuffer":
+  def put(self, index: Int[Array, ""], source: Float[Array, "B T D"], logits: Float[Array, "MH B T"]) -> "SourceBuffer":
     sources, of_sources = self.buffer.parts
     return self._with(sources.put(index, source), of_sources.put(index, logits))
 
@@ -119,7 +122,9 @@ class SourceBuffer:
     is_source = (jnp.arange(len(taken)) < count)[:, None, None, None]
     return jnp.where(is_source, taken, -jnp.inf), self._with(sources, logits)
 
-  def mix(self, passes: kernels.Passes, weights: kernels.Weights, count: int | Int[Array, ""]):
+  def mix(
+    self, passes: kernels.Passes, weights: kernels.Weights | kernels.ChannelWeights, count: int | Int[Array, ""]
+  ) -> tuple[list[Float[Array, "B T D"]], "SourceBuffer"]:
     sources, logits = self.buffer.parts
     streams, sources = sources.mix(passes, jnp.asarray(count), weights)
     return streams, self._with(sources, logits)
@@ -168,6 +173,10 @@ class ScoredCarry:
 class ScoredConnection(SublayerConnection):
   """The connection of one block, or of all blocks of a scanned stack. The queries of all blocks belong to the
   connection that starts, so that the logits of a source for later queries can be made when the source is made.
+
+  A subclass brings `read`: it puts the newest source among the sources, takes logits, makes weights of them, mixes, and
+  returns a `SublayerInput` or `Streams`, whose last `write` returns `layer_output`. It brings `finish`: it puts the
+  newest source, calls `sources.finish`, and mixes.
 
   Args:
     queries: a module that returns the queries [M,D]; None where the connection does not start.

@@ -6,7 +6,7 @@ Weights have one of these types. A gradient of weights has the same type as the 
   array [B,T,C,N]    weights of each token
   WeightMLP          the MLP that computes the weights of each token
   HiddenLayer        a WeightMLP whose hidden layer has been computed
-  ChannelWeights     weights that differ between channels; `mix` alone takes them
+  ChannelWeights     weights that differ between channels; histories (`connections/history.py`) do not take them
 """
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ class HiddenLayer:
 @dataclasses.dataclass(frozen=True)
 class ChannelWeights:
   """W[b,t,c,d,j] = w[b,t,c,h(d),j] + a[c,d,j]: a source's channels have different weights. Head h has the channels
-  h·D/H up to (h+1)·D/H. Only plain JAX mixes with several heads. No `HistoryFamily` may have these weights.
+  h·D/H up to (h+1)·D/H. Only plain JAX mixes with several heads.
 
   Attributes:
     w: weights of each token and head.

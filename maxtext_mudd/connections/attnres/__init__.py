@@ -2,7 +2,7 @@
 
 from maxtext_mudd.blocks import norm_parameters
 from maxtext_mudd.connections.attnres import keys
-from maxtext_mudd.connections.base import BaseFamily, Cost, Plan
+from maxtext_mudd.connections.base import BaseFamily, Cost, Plan, logits_arrays
 from maxtext_mudd.connections.family_keys import kernel_refusals, sublayer_refusals
 from maxtext_mudd.keys import Refusal
 
@@ -32,15 +32,16 @@ class AttentionResiduals(BaseFamily):
       config.mudd_attnres_heads > 1 and config.mudd_kernel.startswith("pallas"),
       f"mudd_attnres_heads={config.mudd_attnres_heads}",
       f"mudd_kernel={config.mudd_kernel}",
-      "the fused kernels have one weight for all channels of a source; use mudd_kernel=auto or xla",
+      "the fused kernels mix with one head; use mudd_kernel=auto or xla",
     )
 
   @classmethod
   def cost(cls, config) -> Cost:
     """Counts a query and a key norm for each sublayer and for the final aggregate; with a value route, two for each
     attention, and its three norms. FLOPs are those of the logits for all queries, which each sublayer makes of the
-    newest sum, and of mixing. Kept are the gradients of all sources but one, the stream of values, and the sums of S
-    sublayers that end with an attention: other sums are outputs of layers."""
+    newest sum (the method needs fewer, see `scored_sources`), and of mixing. Kept are the gradients of all sources but
+    one, the logits and their gradients, the stream of values, and the sums of S sublayers that end with an attention:
+    other sums are outputs of layers."""
     width, sublayers, queries = config.emb_dim, keys.sublayers(config), keys.count_queries(config)
     mixed = sum(keys.count_sources(config, s) * keys.count_ways(config, s) for s in range(sublayers + 1))
     ends = range(config.mudd_attnres_block, sublayers, config.mudd_attnres_block)
@@ -48,7 +49,11 @@ class AttentionResiduals(BaseFamily):
     return Cost(
       parameters=2 * queries * width + (2 * norm_parameters(config) * config.num_decoder_layers if has_route else 0),
       flops=2 * queries * (sublayers + 1) * width + 2 * mixed * width,
-      activations=keys.count_sources(config, sublayers) - 1 + has_route + sum(s % 2 for s in ends),
+      activations=keys.count_sources(config, sublayers)
+      - 1
+      + has_route
+      + sum(s % 2 for s in ends)
+      + logits_arrays(config, keys.count_sources(config, sublayers) * queries * config.mudd_attnres_heads),
     )
 
   @classmethod

@@ -10,13 +10,13 @@ normed and logits are not scaled. With q_s = 0, as at the start, all weights are
 the plain model divided by the number of sources, which the norm of the sublayer removes up to its ε.
 
 With H heads (`mudd_attnres_heads`) the channels are H equal parts, and p is a softmax for each part. The logit of a
-head is the product over its part; RMS is over all channels. With `mudd_attnres_value_route` the values of attention
-read an aggregate with a query of its own, as in MUDD's streams. The paper's models have neither; H = 16 is in its
-Table 4.
+head is the product over its part; RMS is over all channels. The paper's main models have one head; its Table 4 tries
+16. With `mudd_attnres_value_route` the values of attention read an aggregate with a query of its own, as in MUDD's
+streams; this is not in the paper.
 
 The paper calls a sublayer a layer, and counts S in sublayers. This is `naive_attnres` of flash-linear-attention
-(bc3b101), and the pseudo-code in the authors' README with `layer_number` from 0 and `blocks=[]` at the start, with one
-more aggregate before the final norm.
+(bc3b101), and for even S the pseudo-code in the authors' README with `layer_number` from 0 and `blocks=[]` at the
+start, with one more aggregate before the final norm. The last block may have fewer sublayers.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ from maxtext_mudd.kernels import ChannelWeights, Passes, accumulation_dtype
 
 
 class DepthQueries(nnx.Module):
-  """The queries of all M aggregates: of each sublayer, and of the final norm.
+  """The M queries: one for each stream of the aggregate of a sublayer, and one for the final aggregate.
 
   Parameters, in `weight_dtype`: `query` [M,D] zero, `key_norm` [M,D] one.
   """

@@ -16,7 +16,7 @@ class AttnResKeys(HistoryKeys):
   mudd_attnres_heads: int = key(
     1,
     "H: heads of a query. Head h mixes the channels h·D/H up to (h+1)·D/H by a softmax of its own. With more than one, "
-    "aggregation is plain JAX.",
+    "aggregation is plain JAX. Logits take sources × queries × H float32 numbers for each token.",
     ge=1,
   )
   mudd_attnres_value_route: bool = key(

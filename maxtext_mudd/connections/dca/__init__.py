@@ -4,7 +4,7 @@ whose weights depend on the channel, and on the source itself."""
 from typing import ClassVar
 
 from maxtext_mudd.blocks import norm_parameters
-from maxtext_mudd.connections.base import BaseFamily, Cost, Plan
+from maxtext_mudd.connections.base import BaseFamily, Cost, Plan, logits_arrays
 from maxtext_mudd.connections.dca import keys
 from maxtext_mudd.connections.family_keys import kernel_refusals, sublayer_refusals
 
@@ -34,8 +34,9 @@ class DeepCrossAttention(BaseFamily):
   @classmethod
   def cost(cls, config) -> Cost:
     """Counts b, and of GRN-v3 the queries and the scales of their norm; and that each block has three attention norms.
-    FLOPs are those of each source's logits for all queries, and of mixing, with the addition of both weights in v3.
-    Kept are the gradients of the sources of one aggregate but one, two more streams, and the sums of middle sources."""
+    FLOPs are those of each source's logits for all queries (the method needs fewer, see `scored_sources`), and of
+    mixing, with the addition of both weights in v3. Kept are the gradients of the sources of one aggregate but one, the
+    logits and their gradients, two more streams, and the sums of middle sources."""
     width, blocks, weights = config.emb_dim, config.num_decoder_layers, config.mudd_dca_weights
     sites = keys.plan(config).sites
     mixed = sum(site.ways * len(site.sources) for site in sites.values())
@@ -47,7 +48,11 @@ class DeepCrossAttention(BaseFamily):
       parameters=parameters,
       flops=2 * keys.count_queries(config) * (blocks + 1 + sums) * width
       + (3 if weights == "v3" else 2) * mixed * width,
-      activations=max(len(site.sources) for site in sites.values()) - 1 + 2 + sums,
+      activations=max(len(site.sources) for site in sites.values())
+      - 1
+      + 2
+      + sums
+      + logits_arrays(config, keys.count_queries(config) * (blocks + 1 + bool(sums))),
     )
 
   @classmethod

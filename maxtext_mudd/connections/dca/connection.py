@@ -12,7 +12,9 @@ so q is also the residual stream, which is no part of the source. With b = 1 and
 the sum of all sources, and the model is the plain Transformer; not so with `first_and_last`, which leaves sources out.
 
 The formula of GRN and `mudd_dca_sources: first_and_last`, its k-DCA, are those of the public code (lucidrains, at
-35a0046; the authors released none), whose norm has the machine's ε where this one has `normalization_layer_epsilon`.
+35a0046; the authors released none), whose norm has the machine's ε where this one has `normalization_layer_epsilon`,
+and where the derivative of relu at zero is 0, so that w keeps its initial value, zero; here it is 1/2. The norm's scale
+g is one vector for q, k and v of a block.
 `middle_sum` is k-DCA as descriptions of the paper have it; the paper's full text was not at hand.
 """
 
@@ -72,8 +74,13 @@ class StaticWeights(nnx.Module):
 
 
 class Reading(NamedTuple):
-  """Which sources an aggregate reads: for each, where it is among those that are carried, which column of b is for it,
-  and whether it is there at all; in an array for all blocks of a stack, some have fewer sources."""
+  """Which R sources an aggregate reads.
+
+  Attributes:
+    slots: int [R], where they are among those that are carried.
+    columns: int [R], which columns of b are for them.
+    is_there: bool [R]; false for padding at the front, since all blocks of a scanned stack read equally many.
+  """
 
   slots: Any
   columns: Any

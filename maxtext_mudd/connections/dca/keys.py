@@ -64,6 +64,7 @@ def check_sizes(config) -> None:
   if config.mudd_dca_k > most:
     use = f"use at most {most}, or mudd_dca_sources=all" if most > 0 else "use mudd_dca_sources=all"
     raise ValueError(
-      f"mudd_dca_k={config.mudd_dca_k} with mudd_dca_sources={form} reads all {blocks + 1} sources of {blocks} blocks; "
+      f"mudd_dca_k={config.mudd_dca_k} with mudd_dca_sources={form} reads all {blocks + 1} sources of {blocks} "
+      f"block{'s' if blocks > 1 else ''}; "
       f"{use}."
     )

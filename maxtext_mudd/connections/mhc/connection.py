@@ -21,9 +21,9 @@ and orientation of the logits are used:
   permutations  mHC-lite itself: a convex sum of all n! permutation matrices [source, target], weighted by a softmax.
                 Rows and columns are exact. The norm of lite.
 
-Other keys set how streams end and how parameters start. With the default end and initial values, deepseek is
-DeepSeek-V4 but for transformers' φ (`mudd_mhc_phi_init: normal`) and α of 1. Megatron-LM ends in the mean. mHC-lite and
-its baseline end in the sum, with `mudd_mhc_phi_init: zero` and `mudd_mhc_bias_init: identity`.
+Other keys set how streams end and how parameters start. With the default values this is DeepSeek-V4 as in MaxText;
+transformers starts φ from N(0, 0.02²) (`mudd_mhc_phi_init: normal`) and α at 1. Megatron-LM ends in the mean. mHC-lite
+and its baseline end in the sum, with `mudd_mhc_phi_init: zero` and `mudd_mhc_bias_init: identity`.
 
 Logits of one orientation mean the transposed matrices in the other: a checkpoint belongs to one value of the key. ε of
 the norm is `normalization_layer_epsilon`, 1e-6 in all these codes. φ is cast to `dtype`, as in MaxText; products, norms

@@ -50,8 +50,10 @@ All figures are those of one chip and one step, and none was measured on a TPU. 
 MaxText's formula, without rematerialisation. HBM: bytes of the final HLO, as benchmarks/tpu_step_traffic.py counts
 them; kernels read the sources that there are. DHC and mHC run in plain JAX, the others fused kernels. Units: arrays of
 [B,T,D] in bfloat16, with B per device. Temporaries: the most memory held beside the arguments. Forward: arrays of D
-numbers for each token that the connection of a sublayer reads and writes in the forward pass, if that of the plain
-model reads two and writes one.
+numbers for each token that the connection of a sublayer reads and writes in the forward loop. It is what the loop moves
+beyond that of the plain model, over 2L, plus the 3 of a plain residual connection, which are not counted but two reads
+and one write. It includes what more norms read, logits, and what is kept for the backward pass, but not the final
+aggregate.
 
 Floor: what the connections have to move beyond the plain model if each pass reads each source or stream once and
 writes what it makes once. An aggregate of N sources and C streams: forward N + C; backward, which makes the streams
@@ -119,7 +121,11 @@ def measure(family: str, yaml: str, topology: str, batch: float, layers: int) ->
   keys = COMPILED | keys_of(family, layers) | {"per_device_batch_size": batch, "base_num_decoder_layers": layers}
   config, compiled, seconds = compiled_step.compile_step(yaml, topology, keys)
   memory, hlo, buffer = compiled.memory_analysis(), compiled.as_text(), buffer_of(config)
-  forward, _ = tpu_hlo.loop_bytes(tpu_hlo.computations(hlo), layers, kernels=True, buffer=buffer)  # and backward
+  loops = tpu_hlo.loop_bytes(tpu_hlo.computations(hlo), layers, kernels=True, buffer=buffer)
+  if len(loops) != 2:
+    raise MeasurementError(
+      f"The HLO has {len(loops)} loops of {layers} trips; one forward and one backward are needed."
+    )
   return {
     "family": family,
     "yaml": yaml,
@@ -128,7 +134,7 @@ def measure(family: str, yaml: str, topology: str, batch: float, layers: int) ->
     "parameters": counts.parameters(config),
     "tflops": maxtext_utils.calculate_tflops_training_per_device(config, log=False)[0],
     "sublayers": 2 * layers,
-    "forward_bytes": forward,
+    "forward_bytes": loops[0],
     "floor_units": floor_units(config),
     "temporary_bytes": memory.temp_size_in_bytes,
     "compile_seconds": seconds,

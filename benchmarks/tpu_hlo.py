@@ -155,7 +155,8 @@ def hlo_bytes(
 def loop_bytes(
   program: dict[str, list[Instruction]], trips: int, kernels: bool = False, buffer: tuple[int, float] | None = None
 ) -> list[float]:
-  """HBM bytes of each loop of the entry computation that runs so many times, in order; arguments as in `hlo_bytes`."""
+  """HBM bytes of each loop of the entry computation that runs so many times, in order; other arguments as in
+  `hlo_bytes`."""
   bodies = [
     re.search(r"body=%([\w.\-]+)", x.line)[1]
     for x in program[""]

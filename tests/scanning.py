@@ -102,7 +102,15 @@ CASES = {
     "mudd_attnres_heads": 4,
     "mudd_attnres_value_route": True,
   },
+  "AttnRes with a value route, fused": {
+    "base_num_decoder_layers": 3,
+    "depth_connection": "attnres",
+    "mudd_attnres_block": 2,
+    "mudd_attnres_value_route": True,
+    "mudd_kernel": "pallas_interpret",
+  },
   "DCA": {"base_num_decoder_layers": 3, "depth_connection": "dca"},
+  "DCA, fused": {"base_num_decoder_layers": 3, "depth_connection": "dca", "mudd_kernel": "pallas_interpret"},
   "GRN-v1, first and last": {
     "base_num_decoder_layers": 5,
     "depth_connection": "dca",
@@ -115,6 +123,7 @@ CASES = {
     "depth_connection": "dca",
     "mudd_dca_sources": "middle_sum",
     "mudd_dca_k": 2,
+    "mudd_kernel": "pallas_interpret",
     "mudd_ffn_reallocation": True,
     "mudd_ffn_groups": 2,
     "mudd_ffn_round_to": 8,

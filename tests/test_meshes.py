@@ -66,7 +66,7 @@ FAMILIES = {
     "mudd_attnres_heads": 4,
     "mudd_attnres_value_route": True,
   },
-  "dca": {"mudd_dca_sources": "middle_sum"},
+  "dca": {"mudd_kernel": "pallas_interpret"},
 }
 
 

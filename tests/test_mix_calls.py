@@ -128,7 +128,7 @@ REFUSED = [
   (
     "mix",
     {"weights": CHANNELS, "implementation": "pallas"},
-    "implementation='pallas' takes one head, not 2; use 'xla'.",
+    "w has 2 heads, and implementation='pallas' mixes with one; use 'xla'.",
   ),
   (
     "mix",

@@ -15,7 +15,7 @@ SHAPE, WAYS = shapes.PAPER["2p8b"], 4
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5p:2x2x1", "v6e:2x2x1"])
-@pytest.mark.parametrize("form", ["mlp", "array"])
+@pytest.mark.parametrize("form", ["mlp", "array", "channels"])
 @pytest.mark.parametrize("is_buffer", [False, True], ids=["list", "buffer"])
 def test_compiles_for(is_buffer, form, chip):
   topology = topologies.get_topology_desc(platform="tpu", topology_name=chip)
@@ -31,6 +31,9 @@ def test_compiles_for(is_buffer, form, chip):
   weights = array(*tokens, WAYS, number, dtype=jnp.float32)
   if form == "mlp":
     weights = kernels.WeightMLP(array(SHAPE.width, hidden), array(hidden, WAYS, number), array(WAYS, number))
+  elif form == "channels":
+    of_tokens = array(*tokens, WAYS, 1, number, dtype=jnp.float32)
+    weights = kernels.ChannelWeights(of_tokens, array(WAYS, SHAPE.width, number))
   sources, count = [row] * number, None
   if is_buffer:
     sources, count = array(number, *row.shape), array(dtype=jnp.int32)

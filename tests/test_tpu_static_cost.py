@@ -45,6 +45,13 @@ ENTRY %main (x.1: bf16[100,192], w.1: f32[3,5]) -> bf16[100,192] {
 """
 
 
+def test_bytes_of_loops():
+  """Three trips, each of which reads and writes an array [8,128] of bfloat16."""
+  program = tpu_hlo.computations(HLO)
+  assert tpu_hlo.loop_bytes(program, 3) == [3 * 2 * 2 * 8 * 128]
+  assert tpu_hlo.loop_bytes(program, 4) == []
+
+
 def test_a_schedule_weighs_its_loops():
   schedule = tpu_schedule.parse("kernel.1", SCHEDULE, SLOTS)
   assert schedule.grid == (1, 79) and schedule.names_core

@@ -1,13 +1,14 @@
 """Arrays that the blocks of scanned layers write entry by entry, kept once for the backward pass.
 
 If JAX differentiated the loop over blocks, it would keep one copy of these arrays for each block. But a block changes
-few entries. So the backward pass starts with the array as it is after the last block, and takes back what was written,
-last first; each operation gets the array that it read in the forward pass.
+few entries. So the backward pass starts with the array as it is after the last block. Within a block it takes back what
+was written, last first, so that each operation gets the array that it read. It does not restore an entry of an earlier
+block that this block wrote over: the backward pass of each block starts with the array that its own recomputation made.
+So only blocks may read, and what follows the last one.
 
 The array reaches the backward pass of an operation as the cotangent of a second array, its `mirror`. In the forward
 pass the mirror is zero and nothing reads it. The backward pass of `close` returns the final array as the cotangent of
-the mirror; `put` returns the array without what it wrote; other operations return the array as it is. The backward pass
-of a block runs the block again in between.
+the mirror; `put` returns the array with the entry that it found there; other operations return the array as it is.
 
 **Use each `Entries` once**: every operation returns the `Entries` for the next one. If an operation is called on
 `Entries` and what it returns is dropped, its backward pass gets zeros in place of the array, and gradients are wrong
@@ -56,7 +57,7 @@ class Entries:
     return taken, dataclasses.replace(self, array=array)
 
   def mix(
-    self, passes: kernels.Passes, count: Int[Array, ""], weights: kernels.Weights | kernels.ChannelWeights
+    self, passes: kernels.Passes, count: Int[Array, ""], weights: kernels.Weights
   ) -> tuple[list[Float[Array, "B T D"]], "Entries"]:
     """Sums of the first `count` entries. Entries from `count` on have to be written before they are read next: their
     gradients may be anything."""

@@ -6,7 +6,8 @@ a sum that a later one replaces.
 Single layers hold them as a list, scanned layers as a buffer. A family derives from `ScoredConnection` and says which
 sources an aggregate reads, and how their logits become weights.
 
-Scanned layers keep the newest source of each block for the backward pass, as stock layers keep their input. Where it is
+Scanned layers keep the newest source of each block for the backward pass, as stock layers keep their input, and k-DCA
+the sum of middle sources. Where it is
 also among the final sources, as with Full AttnRes and DeepCrossAttention, it is kept twice.
 """
 
@@ -50,16 +51,18 @@ class SourceList:
     """A source, and the sources for what reads them next."""
     return self.sources[index], self
 
-  def take_logits(self, query: int, number: int, count: int) -> tuple[Float[Array, "N Q B T"], "SourceList"]:
-    """The logits of the sources for so many of these, from `query` on, and the sources for what reads them next.
+  def take_logits(self, first: int, number: int, count: int) -> tuple[Float[Array, "N R B T"], "SourceList"]:
+    """Some rows of the logits of all sources, and the sources for what reads them next.
 
     Args:
+      first: the first row; m·H + h is that of head h of query m.
+      number: R, how many rows are taken.
       count: how many sources there are.
     """
-    return jnp.stack([x[query : query + number] for x in self.logits]), self
+    return jnp.stack([x[first : first + number] for x in self.logits]), self
 
   def mix(
-    self, passes: kernels.Passes, weights: kernels.Weights | kernels.ChannelWeights, count: int
+    self, passes: kernels.Passes, weights: kernels.Weights, count: int
   ) -> tuple[list[Float[Array, "B T D"]], "SourceList"]:
     """Streams, and the sources for what reads them next."""
     return kernels.differentiable(passes, list(self.sources), weights), self
@@ -112,18 +115,18 @@ class SourceBuffer:
     return taken[0], self._with(sources, logits)
 
   def take_logits(
-    self, query: Int[Array, ""], number: int, count: Int[Array, ""]
-  ) -> tuple[Float[Array, "S Q B T"], "SourceBuffer"]:
-    """Logits of all entries, those of entries that are no sources yet being -inf."""
+    self, first: Int[Array, ""], number: int, count: Int[Array, ""]
+  ) -> tuple[Float[Array, "S R B T"], "SourceBuffer"]:
+    """Rows of the logits of all entries, those of entries that are no sources yet being -inf."""
     sources, logits = self.buffer.parts
-    taken, logits = logits.take(query, number, axis=1)
+    taken, logits = logits.take(first, number, axis=1)
     # Mixing wants the sources in the last dimension. In a buffer of this layout, XLA would pad them to 128.
     taken = with_layout_constraint(taken, Layout(major_to_minor=tuple(range(taken.ndim))))
     is_source = (jnp.arange(len(taken)) < count)[:, None, None, None]
     return jnp.where(is_source, taken, -jnp.inf), self._with(sources, logits)
 
   def mix(
-    self, passes: kernels.Passes, weights: kernels.Weights | kernels.ChannelWeights, count: int | Int[Array, ""]
+    self, passes: kernels.Passes, weights: kernels.Weights, count: int | Int[Array, ""]
   ) -> tuple[list[Float[Array, "B T D"]], "SourceBuffer"]:
     sources, logits = self.buffer.parts
     streams, sources = sources.mix(passes, jnp.asarray(count), weights)

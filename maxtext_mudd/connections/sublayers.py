@@ -69,8 +69,8 @@ class LayerOutput:
 
 
 class SublayerConnection(PlainConnection):
-  """The connection of a family that makes an input for each sublayer. What `read` returns, a `SublayerInput`, becomes a
-  `LayerOutput` when the outputs of attention and of the FFN are added.
+  """The connection of a family that makes an input for each sublayer. `read` returns a `SublayerInput`, or `Streams`
+  whose residual stream is one. It becomes a `LayerOutput` when the outputs of attention and of the FFN are added.
 
   Attributes:
     decouples: whether attention reads `Streams` in place of a `SublayerInput`.
@@ -83,8 +83,8 @@ class SublayerConnection(PlainConnection):
     self.config = config
 
   def adapt(self, layer: nnx.Module) -> None:
-    """Makes the norms of the layer before attention and before the FFN read a `SublayerInput`; or attention have three
-    norms, each of which reads a stream."""
+    """Makes the norm before the FFN read a `SublayerInput`. The norm before attention reads one, too; with `decouples`
+    it becomes three, each of which reads a stream."""
     block = block_spec(self.config)
     if self.decouples:
       decouple(layer, block.attention_norm)

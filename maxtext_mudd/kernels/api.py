@@ -24,7 +24,7 @@ from maxtext_mudd.kernels.weights import (
 
 def mix(
   sources: Sequence[Float[Array, "B T D"]] | Float[Array, "S B T D"],
-  weights: Weights | ChannelWeights,
+  weights: Weights,
   *,
   count: int | Int[Array, ""] | None = None,
   implementation: str = "auto",
@@ -63,9 +63,7 @@ def mix(
   """
   operands, source = _check_sources(sources, count)
   _check_weights(weights, source, len(sources))
-  if isinstance(weights, ChannelWeights) and weights.w.shape[3] > 1:
-    if implementation not in ("auto", "xla"):
-      raise ValueError(f"implementation={implementation!r} takes one head, not {weights.w.shape[3]}; use 'xla'.")
+  if implementation == "auto" and isinstance(weights, ChannelWeights) and weights.w.shape[3] > 1:
     implementation = "xla"
   platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
   passes = Passes(

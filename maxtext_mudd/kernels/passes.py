@@ -51,6 +51,7 @@ class Passes:
     """x^c = sum_j W[..., c, j] * X_j (paper, Eq. 5)."""
     if self.implementation == "xla":
       return (xla.forward_buffer if isinstance(sources, Buffer) else xla.forward)(sources, weights)
+    self._check_channels(weights)
     layout = _Layout(self.sharding)
 
     def on_device(sources, weights):
@@ -90,6 +91,7 @@ class Passes:
       if is_buffer:
         return xla.backward_buffer(sources, weights, gradients, totals)
       return xla.backward(sources, weights, gradients, near, totals, recompute, keep_hidden)
+    self._check_channels(weights, recompute)
     layout = _Layout(self.sharding)
     keep_hidden = keep_hidden and isinstance(weights, WeightMLP)
     pass_of_device = functools.partial(tpu.backward, near=near, interpret=self._interpret, keep_hidden=keep_hidden)
@@ -126,10 +128,22 @@ class Passes:
     """
     if self.implementation == "xla":
       return xla.push(pushed, totals, count)
+    for aggregate in pushed:
+      self._check_channels(None, aggregate.weights)
     layout = _Layout(self.sharding)
     on_device = functools.partial(tpu.push, count=count, interpret=self._interpret)
     specs = [Pending(layout.rows, layout.weights(aggregate.weights)) for aggregate in pushed]
     return layout.map(on_device, (specs, layout.sources(totals)), layout.rows)(list(pushed), totals)
+
+  def _check_channels(self, weights: Weights | None, others: Weights | None = None) -> None:
+    """Raises ValueError for `ChannelWeights` that fused kernels do not take: with several heads, or in a push or for
+    streams that are recomputed (`others`)."""
+    if isinstance(weights, ChannelWeights) and weights.w.shape[3] > 1:
+      raise ValueError(
+        f"w has {weights.w.shape[3]} heads, and implementation={self.implementation!r} mixes with one; use 'xla'."
+      )
+    if isinstance(others, ChannelWeights):
+      raise ValueError(f"implementation={self.implementation!r} takes no ChannelWeights in a history; use 'xla'.")
 
   @property
   def _interpret(self):

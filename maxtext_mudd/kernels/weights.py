@@ -75,17 +75,17 @@ class ChannelWeights:
   a: Float[Array, "C D N"] | None = None
 
 
-Weights = WeightMLP | HiddenLayer | Float[Array, "B T C N"] | Float[Array, "C N"]
+Weights = WeightMLP | HiddenLayer | ChannelWeights | Float[Array, "B T C N"] | Float[Array, "C N"]
 
 
-def number_of_ways(weights: Weights | ChannelWeights) -> int:
+def number_of_ways(weights: Weights) -> int:
   """C, the number of streams."""
   if isinstance(weights, ChannelWeights):
     return weights.w.shape[2]
   return (weights.a if isinstance(weights, WeightMLP | HiddenLayer) else weights).shape[-2]
 
 
-def map_columns(weights: Weights | ChannelWeights, function: Callable) -> Weights | ChannelWeights:
+def map_columns(weights: Weights, function: Callable) -> Weights:
   """Applies a function to every array whose last axis is that of the sources; it may select, mask or permute them."""
   if isinstance(weights, WeightMLP | HiddenLayer):
     return dataclasses.replace(weights, w2=function(weights.w2), a=function(weights.a))

@@ -30,7 +30,7 @@ from maxtext_mudd.kernels.weights import (
 PARTS, SMALLEST_PART = 4, 8
 
 
-def forward(sources: Sequence[Float[Array, "B T D"]], weights: Weights | ChannelWeights) -> list[Float[Array, "B T D"]]:
+def forward(sources: Sequence[Float[Array, "B T D"]], weights: Weights) -> list[Float[Array, "B T D"]]:
   """x^c = sum_j W[..., c, j] * X_j (Eq. 5), summed in float32 or wider, rounded once."""
   w, _ = token_weights(sources, weights)
   streams = []
@@ -147,9 +147,7 @@ def token_weights(
   return product(weights.hidden, weights.w2.astype(dtype), 2, 0) + weights.a.astype(sum_dtype), hidden
 
 
-def _token_gradients(
-  sources, weights: Weights | ChannelWeights, grad_streams
-) -> Float[Array, "B T C N"] | Float[Array, "B T C H N"]:
+def _token_gradients(sources, weights: Weights, grad_streams) -> Float[Array, "B T C N"] | Float[Array, "B T C H N"]:
   """The gradient of what `token_weights` returns."""
   heads = weights.w.shape[3:4] if isinstance(weights, ChannelWeights) else ()
 
@@ -160,7 +158,7 @@ def _token_gradients(
   return jnp.stack([jnp.stack([of_source(g, x) for x in sources], -1) for g in grad_streams], 2)
 
 
-def _weight_gradients(sources, weights: Weights | ChannelWeights, hidden: Activations | None, grad_streams, grad_w):
+def _weight_gradients(sources, weights: Weights, hidden: Activations | None, grad_streams, grad_w):
   """The gradient of the weights; and that of the newest source through a `WeightMLP`, None for other weights."""
   if isinstance(weights, ChannelWeights):
     grad_a = None
@@ -196,7 +194,7 @@ def _source_gradient(
 
 
 def _weights_of_source(
-  w, weights: Weights | ChannelWeights, c: int, j: int, width: int
+  w, weights: Weights, c: int, j: int, width: int
 ) -> Float[Array, "B T 1"] | Float[Array, "B T D"]:
   """The weights of one source in one stream, from those of `token_weights`."""
   if not isinstance(weights, ChannelWeights):

@@ -100,16 +100,17 @@ class AttnResConnection(ScoredConnection):
       readers: what reads each of them, for metrics: attention, value, ffn; x after the last block.
     """
     config, newest, heads = self.config, carry.newest, self.heads
-    count, query = keys.count_sources(config, sublayer), keys.query(config, sublayer)
+    count, query = keys.count_sources(config, sublayer), keys.first_query(config, sublayer)
     logits, sources = carry.sources.take_logits(query * heads, len(readers) * heads, count)
-    by_reader = jnp.moveaxis(jax.nn.softmax(logits, axis=0), (0, 1), (3, 2))
-    how, weights = passes(config, self.mesh, newest.shape), by_reader
-    if heads > 1:
-      by_head = by_reader.reshape(*by_reader.shape[:2], len(readers), heads, -1)
-      how, weights, by_reader = Passes("xla"), ChannelWeights(by_head), by_head.mean(3)
-    streams, sources = sources.mix(how, weights, count)
+    of_rows = jnp.moveaxis(jax.nn.softmax(logits, axis=0), (0, 1), (3, 2))
+    per_head = of_rows.reshape(*of_rows.shape[:2], len(readers), heads, -1)
+    if heads == 1:
+      streams, sources = sources.mix(passes(config, self.mesh, newest.shape), of_rows, count)
+    else:
+      streams, sources = sources.mix(Passes("xla"), ChannelWeights(per_head), count)
     if config.record_internal_nn_metrics:
-      metrics.sow_aggregate(self, newest, by_reader, dict(zip(readers, streams)), count - 1, last="x" in readers)
+      per_reader, by_name = per_head.mean(3), dict(zip(readers, streams))
+      metrics.sow_aggregate(self, newest, per_reader, by_name, count - 1, last="x" in readers)
     return streams, dataclasses.replace(carry, sources=sources)
 
   def _sublayer_input(

@@ -31,7 +31,7 @@ def sublayers(config) -> int:
   return 2 * config.num_decoder_layers
 
 
-def query(config, sublayer):
+def first_query(config, sublayer):
   """The number of the first query of a sublayer; with a value route, attention has a second one.
 
   Args:
@@ -42,7 +42,7 @@ def query(config, sublayer):
 
 def count_queries(config) -> int:
   """M: the queries of all sublayers and of the final aggregate."""
-  return query(config, sublayers(config)) + 1
+  return first_query(config, sublayers(config)) + 1
 
 
 def count_ways(config, sublayer: int) -> int:

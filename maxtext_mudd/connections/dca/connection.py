@@ -179,10 +179,10 @@ class DcaConnection(ScoredConnection):
       self._sow(names, carry.newest, weights, streams, count)
     return streams, dataclasses.replace(carry, sources=sources)
 
-  def _weights(self, dynamic: Float[Array, "B T C N"], b: Float[Array, "C D N"]) -> Weights | ChannelWeights:
+  def _weights(self, dynamic: Float[Array, "B T C N"], b: Float[Array, "C D N"]) -> Weights:
     return b[:, 0] if self.config.mudd_dca_weights == "v1" else ChannelWeights(dynamic[:, :, :, None], b)
 
-  def _sow(self, names: str, newest, weights: Weights | ChannelWeights, streams, count) -> None:
+  def _sow(self, names: str, newest, weights: Weights, streams, count) -> None:
     """The statistics of the mean over channels of absolute weights."""
     if isinstance(weights, ChannelWeights):
       weights = jnp.abs(weights.w + weights.a).mean(-2)

@@ -395,11 +395,12 @@ def _products(
 def _channel_gradients(shape: Shape, block_start, rows: Rows, total, group) -> None:
   """Adds dO ∘ X, summed over a block of rows, to the gradient of the weights of each channel. The sums of some sources
   and columns stay in registers while all rows go by."""
-  for columns in common.chunks(shape.width):
+
+  def of_columns(columns):
     for lowest in range(0, shape.slots, SOURCES_PER_SUM):
       sources = range(lowest, min(lowest + SOURCES_PER_SUM, shape.slots))
 
-      def step(g, partial, columns=columns, sources=sources):
+      def step(g, partial, sources=sources):
         at = pl.ds(pl.multiple_of(g * TOKENS, TOKENS), TOKENS)
         first = block_start + g * TOKENS
         read = [common.valid(shape, first, x[at, columns]).astype(jnp.float32) for x in rows.gradients]
@@ -411,6 +412,13 @@ def _channel_gradients(shape: Shape, block_start, rows: Rows, total, group) -> N
       for c, of_way in enumerate(partial):
         for k, x in zip(sources, of_way):
           total[0, group, c, pl.ds(k, 1), columns] += jnp.sum(x, axis=0, keepdims=True)
+
+  whole = shape.width // common.CHUNK
+  if whole:  # a loop, since code for each chunk of columns takes long to compile
+    size = common.CHUNK
+    jax.lax.fori_loop(0, whole, lambda k, _: of_columns(pl.ds(pl.multiple_of(k * size, size), size)), None)
+  if shape.width % common.CHUNK:
+    of_columns(pl.ds(whole * common.CHUNK, shape.width % common.CHUNK))
 
 
 def _token_gradients(shape: Shape, sums: Sums, pairs, group):

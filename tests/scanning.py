@@ -111,6 +111,13 @@ CASES = {
   },
   "DCA": {"base_num_decoder_layers": 3, "depth_connection": "dca"},
   "DCA, fused": {"base_num_decoder_layers": 3, "depth_connection": "dca", "mudd_kernel": "pallas_interpret"},
+  "DCA with a sum of middle sources, fused": {
+    "base_num_decoder_layers": 4,
+    "depth_connection": "dca",
+    "mudd_dca_sources": "middle_sum",
+    "mudd_dca_k": 1,
+    "mudd_kernel": "pallas_interpret",
+  },
   "GRN-v1, first and last": {
     "base_num_decoder_layers": 5,
     "depth_connection": "dca",
@@ -123,7 +130,6 @@ CASES = {
     "depth_connection": "dca",
     "mudd_dca_sources": "middle_sum",
     "mudd_dca_k": 2,
-    "mudd_kernel": "pallas_interpret",
     "mudd_ffn_reallocation": True,
     "mudd_ffn_groups": 2,
     "mudd_ffn_round_to": 8,

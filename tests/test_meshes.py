@@ -59,13 +59,8 @@ def test_five_steps(name, scan):
 FAMILIES = {
   "hyper_connections": {},
   "mhc": {},
-  "attnres": {"mudd_attnres_block": 3, "mudd_kernel": "pallas_interpret"},
-  "attnres of heads": {
-    "depth_connection": "attnres",
-    "mudd_attnres_block": 3,
-    "mudd_attnres_heads": 4,
-    "mudd_attnres_value_route": True,
-  },
+  "attnres": {"mudd_attnres_block": 3, "mudd_attnres_value_route": True, "mudd_kernel": "pallas_interpret"},
+  "attnres of heads": {"depth_connection": "attnres", "mudd_attnres_block": 3, "mudd_attnres_heads": 2},
   "dca": {"mudd_kernel": "pallas_interpret"},
 }
 

@@ -7,6 +7,7 @@ Weights are a dict of arrays by name, in one of five forms:
   a [C,N]                                      static
   a [C,N], w2 [K,C,N], hidden [B,T,K]          of a hidden layer
   a [C,N], w2 [K,C,N], w1 [D,K]                of an MLP on a source, or on `newest` [B,T,D], where there is that, too
+  and scale [C,N]                              where the dynamic weights are bounded
 """
 
 from typing import NamedTuple
@@ -31,19 +32,20 @@ class Mixed(NamedTuple):
   hidden: np.ndarray | None
 
 
-def mix(sources, weights: dict, cotangents, count=None, source=-1, activation="gelu", epsilon=1e-6) -> Mixed:
+def mix(sources, weights: dict, cotangents, count=None, source=-1, activation="gelu", epsilon=1e-6, cap=None) -> Mixed:
   """The streams of N sources, and gradients of the inner products of the streams with `cotangents`.
 
   Args:
     count: the number of valid sources, the first ones; None: all.
     source: index of the source that an MLP reads.
+    cap: dynamic weights W are replaced by scale · cap · tanh(W / cap).
   """
   number = len(sources)
   valid = number if count is None else int(count)
   x = np.stack([_wide(x) for x in sources[:valid]])
   to_streams = np.stack([_wide(x) for x in cotangents])
   weights = {name: _wide(value) for name, value in weights.items()}
-  weights |= {name: weights[name][..., :valid] for name in ("array", "a", "w", "w2") if name in weights}
+  weights |= {name: weights[name][..., :valid] for name in ("array", "a", "w", "w2", "scale") if name in weights}
   hidden = None
   if "w1" in weights:
     newest = weights.get("newest", x[source])
@@ -51,7 +53,7 @@ def mix(sources, weights: dict, cotangents, count=None, source=-1, activation="g
     normed = newest / norm
     hidden, slope = ACTIVATIONS[activation](normed @ weights["w1"])
   # Eq. 5: x^c = sum_j W_cj X_j
-  w = _token_weights(weights, hidden, x.shape[1:3])
+  w = _token_weights(weights, hidden, x.shape[1:3], cap)
   streams = np.einsum("btcn,nbtd->cbtd", w, x, optimize=True)
   to_x = np.einsum("btcn,cbtd->nbtd", w, to_streams, optimize=True)
   if "w" in weights:
@@ -63,6 +65,11 @@ def mix(sources, weights: dict, cotangents, count=None, source=-1, activation="g
     to_weights = {"w": to_w[:, :, :, None], "a": np.einsum("cbtd,nbtd->cdn", to_streams, x, optimize=True)}
   if "w2" in weights:
     value = weights["hidden"] if hidden is None else hidden
+    if cap is not None:
+      share = np.tanh(np.tensordot(value, weights["w2"], 1) / cap)
+      if "scale" in weights:
+        to_weights["scale"] = (to_w * cap * share).sum((0, 1))
+      to_w = to_w * weights.get("scale", 1) * (1 - share**2)
     to_weights["w2"] = np.einsum("btk,btcn->kcn", value, to_w, optimize=True)
     to_hidden = np.einsum("btcn,kcn->btk", to_w, weights["w2"], optimize=True)
     if hidden is None:
@@ -82,7 +89,7 @@ def mix(sources, weights: dict, cotangents, count=None, source=-1, activation="g
     missing[axis] = (0, number - valid)
     return np.pad(gradient, missing)
 
-  to_weights |= {name: whole(to_weights[name], -1) for name in ("array", "a", "w", "w2") if name in to_weights}
+  to_weights |= {name: whole(to_weights[name], -1) for name in ("array", "a", "w", "w2", "scale") if name in to_weights}
   return Mixed(streams, whole(to_x, 0), to_weights, hidden)
 
 
@@ -90,18 +97,18 @@ def push(pushed) -> np.ndarray:
   """Gradients [N,B,T,D] of N sources through the streams of several aggregates, whose weights are no MLPs.
 
   Args:
-    pushed: pairs of the gradients of an aggregate's streams and its weights.
+    pushed: pairs of the gradients of an aggregate's streams and its weights, and the cap of dynamic weights if any.
   """
   total = 0
-  for cotangents, weights in pushed:
+  for cotangents, weights, *cap in pushed:
     to_streams = np.stack([_wide(x) for x in cotangents])
     weights = {name: _wide(value) for name, value in weights.items()}
-    w = _token_weights(weights, None, to_streams.shape[1:3])
+    w = _token_weights(weights, None, to_streams.shape[1:3], *cap)
     total = total + np.einsum("btcn,cbtd->nbtd", w, to_streams, optimize=True)
   return total
 
 
-def _token_weights(weights: dict, hidden, tokens) -> np.ndarray:
+def _token_weights(weights: dict, hidden, tokens, cap=None) -> np.ndarray:
   """W [B,T,C,N]. Eq. 6: W = act(RMSNorm(newest) W1) W2 + a."""
   if "array" in weights:
     return weights["array"]
@@ -110,7 +117,8 @@ def _token_weights(weights: dict, hidden, tokens) -> np.ndarray:
   static = np.broadcast_to(weights["a"], (*tokens, *weights["a"].shape))
   if "w2" not in weights:
     return static
-  return static + np.tensordot(weights["hidden"] if hidden is None else hidden, weights["w2"], 1)
+  dynamic = np.tensordot(weights["hidden"] if hidden is None else hidden, weights["w2"], 1)
+  return static + (dynamic if cap is None else weights.get("scale", 1) * cap * np.tanh(dynamic / cap))
 
 
 def _wide(x) -> np.ndarray:

@@ -13,8 +13,8 @@ import numpy as np
 from maxtext_mudd import kernels
 from tests import kernel_oracle
 
-# Of weights; "newest": an MLP on an array that is not among the sources.
-FORMS = ("static", "array", "channels", "mlp", "newest")
+# Of weights; "newest": an MLP on an array that is not among the sources; "bounded": an MLP with cap and scale.
+FORMS = ("static", "array", "channels", "mlp", "newest", "bounded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +74,14 @@ class Draw:
       return kernels.ChannelWeights(w, a)
     a = self(case.ways, columns, dtype=case.weight_dtype)
     w2 = self(case.hidden, case.ways, columns, scale=case.hidden**-0.5).astype(case.weight_dtype)
+    bound = {}
+    if form == "bounded":
+      bound = {"cap": 0.7 * case.gain, "scale": self(case.ways, columns, dtype=case.weight_dtype)}
     if form == "hidden":
       return kernels.HiddenLayer(self(*tokens, case.hidden), w2, a)
     w1 = self(width, case.hidden, scale=case.gain * width**-0.5).astype(case.weight_dtype)
     newest = self(*case.shape, scale=case.scale) if form == "newest" else None
-    return kernels.WeightMLP(w1, w2, a, newest, activation=case.activation, epsilon=case.epsilon)
+    return kernels.WeightMLP(w1, w2, a, newest, activation=case.activation, epsilon=case.epsilon, **bound)
 
 
 def draw(case: Case, seed: int = 0) -> Inputs:
@@ -114,7 +117,12 @@ def oracle(inputs: Inputs) -> kernel_oracle.Mixed:
   """The same by the oracle."""
   weights, settings = inputs.weights, {}
   if isinstance(weights, kernels.WeightMLP):
-    settings = {"source": weights.source, "activation": weights.activation, "epsilon": weights.epsilon}
+    settings = {
+      "source": weights.source,
+      "activation": weights.activation,
+      "epsilon": weights.epsilon,
+      "cap": weights.cap,
+    }
   return kernel_oracle.mix(inputs.sources, fields(weights), inputs.cotangents, inputs.count, **settings)
 
 
@@ -133,7 +141,7 @@ def errors(inputs: Inputs, implementation: str) -> dict[str, float]:
   valid = len(inputs.sources) if inputs.count is None else int(inputs.count)
   assert not any(np.any(x) for x in to_sources[valid:])
   assert to_weights.keys() == expected.weights.keys()
-  for name in to_weights.keys() & {"array", "a", "w", "w2"}:
+  for name in to_weights.keys() & {"array", "a", "w", "w2", "scale"}:
     assert not np.any(to_weights[name][..., valid:])
   return {
     "streams": largest_error(streams, expected.streams),

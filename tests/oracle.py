@@ -40,6 +40,7 @@ class Arch:
   window: int = 0
   pre_norm: bool = False
   post_norm: str = ""
+  cap: float = 0.0  # of dynamic weights
   static: bool = True
   depth_start: float = 0.0
   hyper: int = 0
@@ -166,7 +167,12 @@ class Oracle:
       act = gelu if arch.activation == "gelu" else gelu_tanh
       scale = self.parameters.get(f"{path}/weight_norm_scale", 1.0)
       hidden = act(self.rms(newest, scale) @ self[f"{path}/w1"])
-      weights = weights + np.einsum("btk,kcn->btcn", hidden, self[f"{path}/w2"])
+      dynamic = np.einsum("btk,kcn->btcn", hidden, self[f"{path}/w2"])
+      if arch.cap:
+        dynamic = arch.cap * np.tanh(dynamic / arch.cap)
+      if f"{path}/weight_scale" in self.parameters:
+        dynamic = self[f"{path}/weight_scale"] * np.tanh(dynamic)
+      weights = weights + dynamic
     streams = {}
     for c, name in enumerate(names):
       mixed = 0

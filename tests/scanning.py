@@ -36,6 +36,13 @@ CASES = {
     "mudd_dense_streams": "r",
     "mudd_depth_start": 0.5,
   },
+  "capped weights, fused": {**SMALL, "mudd_weight_cap": 0.3, "mudd_kernel": "pallas_interpret"},
+  "scaled weights, 2x2": {
+    "base_num_decoder_layers": 4,
+    "mudd_source_dilation": 2,
+    "mudd_block_period": 2,
+    "mudd_weight_scale": True,
+  },
   "static": {**SMALL, "mudd_dynamic": False},
   "dynamic": {**SMALL, "mudd_static": False},
   "dynamic, both norms": {**SMALL, "mudd_static": False, **BOTH_NORMS},

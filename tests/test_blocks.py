@@ -84,6 +84,8 @@ VARIANTS = {
     dataclasses.replace(FIVE, depth_start=0.5, streams="vr"),
   ),
   "plain residual": ({"depth_connection": "residual"}, dataclasses.replace(FIVE, ways=0)),
+  "capped weights": ({"mudd_weight_cap": 0.3}, dataclasses.replace(FIVE, cap=0.3)),
+  "scaled weights": ({"mudd_weight_scale": True}, FIVE),
   "SW2": ({"mudd_window": 2}, dataclasses.replace(FIVE, window=2)),
   "pre-norm": ({"mudd_pre_norm": True}, dataclasses.replace(FIVE, pre_norm=True)),
   "pre- and post-norm, released": (

@@ -118,6 +118,18 @@ MISTAKES = {
     ["mudd_dense_streams=qx"],
     "mudd_dense_streams='qx' must be some of the letters q, k, v and r, each at most once.",
   ),
+  "weights that are bounded twice": (
+    ["mudd_weight_cap=10", "mudd_weight_scale=true"],
+    "mudd_weight_cap=10.0 with mudd_weight_scale=True bounds the weights twice; use one of them.",
+  ),
+  "cap of static weights": (
+    ["mudd_weight_cap=10", "mudd_dynamic=false"],
+    "mudd_weight_cap=10.0 does nothing with mudd_dynamic=False; leave it at 0.0, or set mudd_dynamic=True.",
+  ),
+  "negative cap": (
+    ["mudd_weight_cap=-1"],
+    "mudd_weight_cap=-1 is not valid: input should be greater than or equal to 0.",
+  ),
   "key of another family": (
     ["depth_connection=hyper_connections", "mudd_window=2"],
     "mudd_window=2 does nothing with depth_connection=hyper_connections; leave it at 0, or set depth_connection=dense.",

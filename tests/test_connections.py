@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from maxtext_mudd.model import counts
 from tests import models
 from tests.blocks import BLOCKS, TOLERANCE, config_of, expected, packed
 from tests.oracle import Oracle
@@ -25,6 +26,8 @@ FAMILIES = {
     {"mudd_pre_norm": True, "mudd_post_norm": True, "mudd_weight_norm_scale": True},
     {"ways": 4, "pre_norm": True, "post_norm": "r"},
   ),
+  "MUDD, capped weights": ({"mudd_weight_cap": 0.3}, {"ways": 4, "cap": 0.3}),
+  "MUDD, scaled weights": ({"mudd_weight_scale": True}, {"ways": 4}),
   "DHC×4": ({"depth_connection": "hyper_connections"}, {"hyper": 4}),
   "SHC×3": (
     {"depth_connection": "hyper_connections", "mudd_expansion_rate": 3, "mudd_dynamic": False},
@@ -49,6 +52,14 @@ def model_and_oracle(family, block):
 def fast_or_slow(pairs):
   fast = {("MUDD", "llama2"), ("DHC×4", "llama2"), ("DHC×4", "gpt3")}
   return [pytest.param(*pair, marks=() if pair in fast else pytest.mark.slow) for pair in pairs]
+
+
+def test_scales_of_weights_are_counted():
+  """Three blocks: four streams of two and of three sources, and one stream of four."""
+  scaled, plain = (
+    counts.connections_cost(models.config(mudd=True, mudd_weight_scale=scale)).parameters for scale in (True, False)
+  )
+  assert scaled - plain == 4 * (2 + 3) + 4
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ WANTED = "the sources need [2, 5, C, 3], or [C, 3] for all tokens."
 HIDDEN = kernels.HiddenLayer(jnp.zeros((B, T, K)), jnp.zeros((K, C, N)), jnp.zeros((C, N)))
 OF_THE_FIRST = kernels.WeightMLP(jnp.zeros((D, K)), jnp.zeros((K, C, N)), jnp.zeros((C, N)), source=0)
 CHANNELS = kernels.ChannelWeights(jnp.zeros((B, T, C, 2, N)), jnp.zeros((C, D, N)))
+BOUNDED = kernels.WeightMLP(
+  jnp.zeros((D, K)), jnp.zeros((K, C, N)), jnp.zeros((C, N)), scale=jnp.zeros((C, N)), cap=1.0
+)
 REFUSED = [
   ("list", {"implementation": "cuda"}, f"implementation='cuda' does not exist; use one of {NAMES}."),
   ("list", {"activation": "relu"}, "activation='relu' does not exist; use one of gelu, gelu_tanh."),
@@ -104,6 +107,21 @@ REFUSED = [
     "mix",
     {"weights": OF_THE_FIRST},
     "weights has source=0, which only `Passes` accepts; give that source as newest.",
+  ),
+  (
+    "mix",
+    {"weights": dataclasses.replace(BOUNDED, cap=None)},
+    "scale goes with cap; give cap=1.0 for scale · tanh(W).",
+  ),
+  (
+    "mix",
+    {"weights": dataclasses.replace(BOUNDED, cap=0.0)},
+    "cap=0.0; give a positive number, or None for weights without a bound.",
+  ),
+  (
+    "mix",
+    {"weights": dataclasses.replace(BOUNDED, scale=jnp.zeros((C, 4)))},
+    "scale has shape [4, 4]; the other arguments need [4, 3].",
   ),
   (
     "mix",

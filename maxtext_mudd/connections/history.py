@@ -270,7 +270,9 @@ def _after(here: PlacedAggregate, history: History, weights: Weights, recomputes
     shape = (ahead.ways, len(ahead.sources))
     if isinstance(weights, WeightMLP):
       hidden = jnp.zeros((*like.shape[:-1], ahead.hidden), like.dtype)
-      kept = HiddenLayer(hidden, jnp.zeros((ahead.hidden, *shape), wide), jnp.zeros(shape, wide))
+      scale = None if weights.scale is None else jnp.zeros(shape, wide)
+      w2, a = jnp.zeros((ahead.hidden, *shape), wide), jnp.zeros(shape, wide)
+      kept = HiddenLayer(hidden, w2, a, scale, weights.cap)
     else:
       kept = jnp.zeros((*weights.shape[:-2], *shape), wide)  # of all tokens, or of each
     return Pending([jnp.zeros_like(like)] * ahead.ways, kept)
@@ -333,7 +335,8 @@ def _for_push(weights: Weights, hidden: Float[Array, "B T K"] | None, dtype) -> 
   """The weights as `push` takes them and `History.pending` holds them, for sources of this dtype."""
   wide = accumulation_dtype(dtype)
   if isinstance(weights, WeightMLP):
-    return HiddenLayer(hidden, weights.w2.astype(wide), weights.a.astype(wide))
+    scale = None if weights.scale is None else weights.scale.astype(wide)
+    return HiddenLayer(hidden, weights.w2.astype(wide), weights.a.astype(wide), scale, weights.cap)
   return weights.astype(wide)
 
 

@@ -211,6 +211,7 @@ def _check_weights(weights: Weights, source, num_sources: int) -> None:
   arrays = {"weights": weights}
   if isinstance(weights, WeightMLP):
     arrays = {"w1": weights.w1, "w2": weights.w2, "a": weights.a}
+    arrays |= {} if weights.scale is None else {"scale": weights.scale}
   elif isinstance(weights, ChannelWeights):
     arrays = {"w": weights.w} | ({} if weights.a is None else {"a": weights.a})
   for name, x in arrays.items():
@@ -235,16 +236,21 @@ def _check_weights(weights: Weights, source, num_sources: int) -> None:
     return
   if weights.source != -1:
     raise ValueError(f"weights has source={weights.source}, which only `Passes` accepts; give that source as newest.")
+  if weights.scale is not None and weights.cap is None:
+    raise ValueError("scale goes with cap; give cap=1.0 for scale · tanh(W).")
+  if weights.cap is not None and not weights.cap > 0:
+    raise ValueError(f"cap={weights.cap}; give a positive number, or None for weights without a bound.")
   if weights.activation not in ACTIVATIONS:
     raise ValueError(f"activation={weights.activation!r} does not exist; use one of {', '.join(ACTIVATIONS)}.")
   ways = number_of_ways(weights)
   hidden = weights.w1.shape[-1]
   for name, shape, expected in (
     ("a", weights.a.shape, (ways, num_sources)),
+    ("scale", None if weights.scale is None else weights.scale.shape, (ways, num_sources)),
     ("w1", weights.w1.shape, (source.shape[-1], weights.w2.shape[0])),
     ("w2", weights.w2.shape, (hidden, ways, num_sources)),
   ):
-    if shape != expected:
+    if shape is not None and shape != expected:
       raise ValueError(f"{name} has shape {list(shape)}; the other arguments need {list(expected)}.")
   if weights.newest is not None:
     _check_equal("newest", weights.newest, source)

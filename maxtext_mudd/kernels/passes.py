@@ -26,6 +26,7 @@ from maxtext_mudd.kernels.weights import (
   Weights,
   hidden_gradients,
   hidden_layer,
+  with_hidden,
 )
 
 IMPLEMENTATIONS = ("xla", "pallas", "pallas_interpret")
@@ -161,10 +162,11 @@ def _backward_on_device(
   grads = pass_of_device(sources, kernel_weights, gradients, totals=totals, recompute=recompute)
   if hidden is None:
     return grads._replace(weights=layout.sum_weights(grads.weights))
-  grad_hidden, grad_w2, grad_a = grads.weights.hidden, grads.weights.w2, grads.weights.a
+  grad_hidden = grads.weights.hidden
   newest = _newest(sources, weights)
   grad_newest, grad_w1 = hidden_gradients(newest, weights.w1, hidden, grad_hidden, **layout.width_parts)
-  grad_weights = dataclasses.replace(weights, w1=grad_w1, w2=grad_w2, a=grad_a)
+  of_second = {name: getattr(grads.weights, name) for name in ("w2", "a", "scale")}
+  grad_weights = dataclasses.replace(weights, w1=grad_w1, **of_second)
   grad_sources = grads.sources
   if weights.newest is not None:
     grad_weights = dataclasses.replace(grad_weights, newest=grad_newest.astype(newest.dtype))
@@ -224,9 +226,11 @@ class _Layout:
       return None
     if isinstance(weights, WeightMLP):
       newest = None if weights.newest is None else self.rows
-      return dataclasses.replace(weights, w1=P(self.width or None, None), w2=P(), a=P(), newest=newest)
-    if isinstance(weights, HiddenLayer):
-      return HiddenLayer(self.tokens, P(), P())
+      weights = dataclasses.replace(weights, w1=P(self.width or None, None), newest=newest)
+    elif isinstance(weights, HiddenLayer):
+      weights = dataclasses.replace(weights, hidden=self.tokens)
+    if isinstance(weights, WeightMLP | HiddenLayer):
+      return dataclasses.replace(weights, w2=P(), a=P(), scale=None if weights.scale is None else P())
     if isinstance(weights, ChannelWeights):
       return ChannelWeights(self.tokens, None if weights.a is None else P(None, self.width or None))
     return self.tokens if weights.ndim == 4 else P()
@@ -238,13 +242,14 @@ class _Layout:
       return weights, None
     newest = _newest(sources, weights)
     hidden = hidden_layer(newest, weights.w1, weights.activation, weights.epsilon, **self.width_parts)
-    return HiddenLayer(hidden.value.astype(newest.dtype), weights.w2, weights.a), hidden
+    return with_hidden(weights, hidden.value.astype(newest.dtype)), hidden
 
   def sum_weights(self, gradient: Weights) -> Weights:
     """The gradient of weights, summed over the devices that hold terms of it."""
     all_axes = self.row_axes + self.width
     if isinstance(gradient, WeightMLP | HiddenLayer):
-      summed = dataclasses.replace(gradient, w2=_sum(gradient.w2, all_axes), a=_sum(gradient.a, all_axes))
+      scale = None if gradient.scale is None else _sum(gradient.scale, all_axes)
+      summed = dataclasses.replace(gradient, w2=_sum(gradient.w2, all_axes), a=_sum(gradient.a, all_axes), scale=scale)
       if isinstance(gradient, WeightMLP):
         return dataclasses.replace(summed, w1=_sum(gradient.w1, self.row_axes))
       return dataclasses.replace(summed, hidden=_sum(gradient.hidden, self.width))

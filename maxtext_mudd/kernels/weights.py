@@ -28,7 +28,7 @@ ACTIVATIONS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightMLP:
-  """W = act(RMSNorm(newest) @ w1) @ w2 + a, one C × N matrix for each token.
+  """W = bounded(act(RMSNorm(newest) @ w1) @ w2) + a, one C × N matrix for each token.
 
   Attributes:
     w1: first matrix.
@@ -39,25 +39,31 @@ class WeightMLP:
       of the aggregate before sets another index, because the newest source of that aggregate is older.
     activation: "gelu" (exact) or "gelu_tanh".
     epsilon: added to the mean square in RMSNorm.
+    scale: see `bounded`; None: ones.
+    cap: see `bounded`; None: what `w2` gives is not bounded.
   """
 
   w1: Float[Array, "D K"]
   w2: Float[Array, "K C N"]
   a: Float[Array, "C N"]
   newest: Float[Array, "B T D"] | None = None
+  scale: Float[Array, "C N"] | None = None
   source: int = dataclasses.field(default=-1, metadata={"static": True})
   activation: str = dataclasses.field(default="gelu", metadata={"static": True})
   epsilon: float = dataclasses.field(default=1e-6, metadata={"static": True})
+  cap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HiddenLayer:
-  """W = hidden @ w2 + a: a `WeightMLP` whose hidden layer has been computed."""
+  """W = bounded(hidden @ w2) + a: a `WeightMLP` whose hidden layer has been computed."""
 
   hidden: Float[Array, "B T K"]
   w2: Float[Array, "K C N"]
   a: Float[Array, "C N"]
+  scale: Float[Array, "C N"] | None = None
+  cap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -88,10 +94,16 @@ def number_of_ways(weights: Weights) -> int:
 def map_columns(weights: Weights, function: Callable) -> Weights:
   """Applies a function to every array whose last axis is that of the sources; it may select, mask or permute them."""
   if isinstance(weights, WeightMLP | HiddenLayer):
-    return dataclasses.replace(weights, w2=function(weights.w2), a=function(weights.a))
+    scale = None if weights.scale is None else function(weights.scale)
+    return dataclasses.replace(weights, w2=function(weights.w2), a=function(weights.a), scale=scale)
   if isinstance(weights, ChannelWeights):
     return jax.tree.map(function, weights)
   return function(weights)
+
+
+def with_hidden(weights: WeightMLP, hidden: Float[Array, "B T K"]) -> HiddenLayer:
+  """The same weights, from a hidden layer that has been computed."""
+  return HiddenLayer(hidden, weights.w2, weights.a, weights.scale, weights.cap)
 
 
 def replace_static(weights: Weights, function: Callable) -> Weights:
@@ -99,6 +111,22 @@ def replace_static(weights: Weights, function: Callable) -> Weights:
   if isinstance(weights, WeightMLP | HiddenLayer):
     return dataclasses.replace(weights, a=function(weights.a))
   return function(weights)
+
+
+def bounded(dynamic, scale, cap: float | None):
+  """scale · cap · tanh(dynamic / cap), and its derivatives by `dynamic` and by `scale`.
+
+  Args:
+    dynamic: dynamic weights, in float32 or wider.
+    scale: learned scales, that go with them; None: ones.
+    cap: the largest absolute value before the scale; None: the dynamic weights are returned as they are, with None for
+      the derivatives.
+  """
+  if cap is None:
+    return dynamic, None, None
+  share = jnp.tanh(dynamic / cap)
+  scale = jnp.ones((), dynamic.dtype) if scale is None else scale.astype(dynamic.dtype)
+  return scale * cap * share, scale * (1 - share * share), cap * share
 
 
 class Activations(NamedTuple):

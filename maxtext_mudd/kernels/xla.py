@@ -18,10 +18,12 @@ from maxtext_mudd.kernels.weights import (
   WeightMLP,
   Weights,
   accumulation_dtype,
+  bounded,
   hidden_gradients,
   hidden_layer,
   map_columns,
   product,
+  with_hidden,
 )
 
 # A pass over a buffer reads the smallest of several prefixes that holds all valid entries. There are at most PARTS
@@ -143,8 +145,13 @@ def token_weights(
   hidden = None
   if isinstance(weights, WeightMLP):
     hidden = hidden_layer(_newest(sources, weights), weights.w1, weights.activation, weights.epsilon)
-    weights = HiddenLayer(hidden.value.astype(dtype), weights.w2, weights.a)
-  return product(weights.hidden, weights.w2.astype(dtype), 2, 0) + weights.a.astype(sum_dtype), hidden
+    weights = with_hidden(weights, hidden.value.astype(dtype))
+  dynamic, *_ = bounded(_dynamic(weights, dtype), weights.scale, weights.cap)
+  return dynamic + weights.a.astype(sum_dtype), hidden
+
+
+def _dynamic(weights: HiddenLayer, dtype) -> Float[Array, "B T C N"]:
+  return product(weights.hidden, weights.w2.astype(dtype), 2, 0)
 
 
 def _token_gradients(sources, weights: Weights, grad_streams) -> Float[Array, "B T C N"] | Float[Array, "B T C H N"]:
@@ -168,15 +175,21 @@ def _weight_gradients(sources, weights: Weights, hidden: Activations | None, gra
     return ChannelWeights(grad_w, grad_a), None
   if not isinstance(weights, WeightMLP | HiddenLayer):
     return (grad_w if weights.ndim == 4 else grad_w.sum((0, 1))), None
-  value = weights.hidden if hidden is None else hidden.value.astype(sources[-1].dtype)
+  dtype = sources[-1].dtype
+  value = weights.hidden if hidden is None else hidden.value.astype(dtype)
+  grad_a, grad_scale = grad_w.sum((0, 1)), None
+  if weights.cap is not None:
+    of_hidden = weights if hidden is None else with_hidden(weights, value)
+    _, slope, by_scale = bounded(_dynamic(of_hidden, dtype), weights.scale, weights.cap)
+    grad_scale = None if weights.scale is None else (grad_w * by_scale).sum((0, 1))
+    grad_w = grad_w * slope
   grad_w2 = product(value.astype(grad_w.dtype), grad_w, (0, 1), (0, 1))
   grad_hidden = product(grad_w, weights.w2.astype(value.dtype).astype(grad_w.dtype), (2, 3), (1, 2))
-  grad_a = grad_w.sum((0, 1))
   if hidden is None:
-    return HiddenLayer(grad_hidden, grad_w2, grad_a), None
+    return dataclasses.replace(weights, hidden=grad_hidden, w2=grad_w2, a=grad_a, scale=grad_scale), None
   newest = _newest(sources, weights)
   grad_newest, grad_w1 = hidden_gradients(newest, weights.w1, hidden, grad_hidden)
-  grad_weights = dataclasses.replace(weights, w1=grad_w1, w2=grad_w2, a=grad_a)
+  grad_weights = dataclasses.replace(weights, w1=grad_w1, w2=grad_w2, a=grad_a, scale=grad_scale)
   if weights.newest is None:
     return grad_weights, grad_newest
   return dataclasses.replace(grad_weights, newest=grad_newest.astype(newest.dtype)), None

@@ -10,7 +10,12 @@ class Dense(HistoryFamily):
   """`depth_connection: dense`: weights of all earlier block outputs, static or made from the newest one."""
 
   Keys = keys.DenseKeys
-  depth_axes: ClassVar = {"w1": (None, "hidden"), "w2": ("hidden", None, "sources"), "a": (None, "sources")}
+  depth_axes: ClassVar = {
+    "w1": (None, "hidden"),
+    "w2": ("hidden", None, "sources"),
+    "a": (None, "sources"),
+    "weight_scale": (None, "sources"),
+  }
 
   @classmethod
   def check_sizes(cls, config) -> None:

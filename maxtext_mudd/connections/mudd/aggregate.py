@@ -21,7 +21,8 @@ class DepthAggregate(nnx.Module):
   Parameters, in `weight_dtype`: `w1` [D,K] from N(0, 1/D), `w2` [K,C,N] zero, `a` [C,N] one at the newest source; or
   zero where pre- and post-norm are both on, for then X_i is added after the sum. With both norms or neither, the model
   starts as the plain Transformer. With only one of them, neither this model nor the released code does. Norm
-  scales [D] where `mudd_weight_norm_scale` or `mudd_post_norm` ask for them.
+  scales [D] where `mudd_weight_norm_scale` or `mudd_post_norm` ask for them; `weight_scale` [C,N] one where
+  `mudd_weight_scale` is on. Cap and scale of dynamic weights are practice of the authors since the paper.
   """
 
   def __init__(self, config, site: Site, mesh: jax.sharding.Mesh, rngs: nnx.Rngs):
@@ -38,6 +39,8 @@ class DepthAggregate(nnx.Module):
       self.w2 = nnx.Param(jnp.zeros((site.hidden, ways, sources), dtype), out_sharding=(None, None, None))
       if config.mudd_weight_norm_scale:
         self.weight_norm_scale = nnx.Param(jnp.ones((config.emb_dim,), dtype), out_sharding=("norm",))
+      if config.mudd_weight_scale:
+        self.weight_scale = nnx.Param(jnp.ones((ways, sources), dtype), out_sharding=(None, None))
     if config.mudd_static:
       self.a = nnx.Param(self._initial_static(dtype), out_sharding=(None, None))
     if config.mudd_post_norm:
@@ -63,11 +66,14 @@ class DepthAggregate(nnx.Module):
     w1 = self.w1[...]
     if config.mudd_weight_norm_scale:
       w1 = self.weight_norm_scale[...][:, None] * w1
+    has_scale = config.mudd_weight_scale
     return kernels.WeightMLP(
       self._by_width(w1),
       self.w2[...],
       a,
       output,
+      self.weight_scale[...] if has_scale else None,
+      cap=1.0 if has_scale else config.mudd_weight_cap or None,
       activation=config.mudd_activation,
       epsilon=config.normalization_layer_epsilon,
     )

@@ -19,13 +19,15 @@ def cost(config) -> Cost:
 
 
 def _other_parameters(config, plan) -> int:
-  """Static weights and the scales of norms."""
+  """Static weights, and the scales of norms and of dynamic weights."""
   width, total = config.emb_dim, 0
   for site in plan.sites.values():
     if config.mudd_static:
       total += site.ways * len(site.sources)
     if config.mudd_dynamic and config.mudd_weight_norm_scale:
       total += width
+    if config.mudd_weight_scale:
+      total += site.ways * len(site.sources)
     if config.mudd_post_norm:
       total += width * sum(stream == "x" or stream in config.mudd_post_norm_streams for stream in site.streams)
   return total + ((plan.num_blocks + 1) * width if config.mudd_pre_norm else 0)

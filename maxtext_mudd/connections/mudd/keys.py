@@ -27,6 +27,16 @@ class DenseKeys(WeightKeys, HistoryKeys):
   mudd_hidden_round_to: int = key(64, "K becomes (K // n + 1) * n, as released; 0: K exactly.", needs=_WEIGHT_MLP, ge=0)
   mudd_activation: Literal["gelu", "gelu_tanh"] = key("gelu", "Activation between W1 and W2.", needs=_WEIGHT_MLP)
   mudd_weight_norm_scale: bool = key(False, "Learned scale in the norm before W1.", needs=_WEIGHT_MLP)
+  mudd_weight_cap: float = key(
+    0.0,
+    "c: the dynamic weights W become c·tanh(W/c), before a is added; 0: no cap.",
+    needs=_WEIGHT_MLP,
+    ge=0,
+    allow_inf_nan=False,
+  )
+  mudd_weight_scale: bool = key(
+    False, "The dynamic weights W become s ⊙ tanh(W) with learned s [C,N], before a is added.", needs=_WEIGHT_MLP
+  )
   mudd_source_dilation: int = key(1, "k: a DA sees every k-th block output (Fig. 9).", ge=1)
   mudd_block_period: int = key(1, "p: a DA follows every p-th block (Fig. 9).", ge=1)
   mudd_depth_start: float = key(
@@ -50,6 +60,10 @@ class DenseKeys(WeightKeys, HistoryKeys):
       streams = getattr(self, name)
       if not streams or len(set(streams)) < len(streams) or set(streams) - set(STREAMS):
         raise ValueError(f"{name}={streams!r} must be some of the letters q, k, v and r, each at most once.")
+    if self.mudd_weight_cap and self.mudd_weight_scale:
+      raise ValueError(
+        f"mudd_weight_cap={self.mudd_weight_cap} with mudd_weight_scale=True bounds the weights twice; use one of them."
+      )
     if self.mudd_ways == 1 and self.mudd_dense_streams != STREAMS:
       raise ValueError(
         f"mudd_dense_streams={self.mudd_dense_streams!r} needs mudd_ways=4; with one way all streams are the same."

@@ -90,7 +90,7 @@ def backward(
     ),
     count,
     _backward.Rows(_flatten(totals), flat, _flatten(list(gradients)), None, rows, recomputed_rows),
-    _backward.Whole(whole, _flat_w2(shape, weights), recomputed_whole),
+    _backward.Whole(whole, _flat_w2(shape, weights), _flat_scale(shape, weights), recomputed_whole),
     interpret=interpret,
   )
   grad_sources = outputs.sources.reshape(sources.entries.shape) if near is None else _unflatten(outputs.sources, lead)
@@ -170,8 +170,8 @@ def _shape(sources: Sources, ways: int, arrays: Callable[[int, int], int]) -> Sh
 def _recipe(weights: Weights) -> Recipe:
   ways = number_of_ways(weights)
   if isinstance(weights, WeightMLP):
-    return Recipe(ways, weights.source, weights.activation, weights.epsilon)
-  return Recipe(ways)
+    return Recipe(ways, weights.source, weights.activation, weights.epsilon, weights.cap)
+  return Recipe(ways, cap=weights.cap if isinstance(weights, HiddenLayer) else None)
 
 
 def _without_invalid(sources: Sources, weights: Weights) -> Weights:
@@ -209,6 +209,9 @@ def _lay_out(shape: Shape, weights: Weights) -> tuple[RowWeights, WholeWeights]:
   _, whole = _lay_out(shape, weights.a)
   w2 = jnp.swapaxes(_by_group(shape, weights.w2.astype(shape.dtype)), 1, 2)
   whole = whole._replace(w2=common.repeat_columns(w2))
+  if weights.scale is not None:
+    scale = _by_group(shape, weights.scale.astype(jnp.float32))
+    whole = whole._replace(scale=common.repeat_columns(scale[:, :, None]))
   if isinstance(weights, HiddenLayer):
     return RowWeights(hidden=_flatten(weights.hidden)), whole
   return RowWeights(newest=_flatten(weights.newest)), whole._replace(w1=weights.w1.astype(shape.dtype))
@@ -220,6 +223,13 @@ def _flat_w2(shape: Shape, weights: Weights):
     return None
   w2 = _by_group(shape, weights.w2.astype(shape.dtype))
   return w2.reshape(*w2.shape[:2], -1)
+
+
+def _flat_scale(shape: Shape, weights: Weights):
+  """The scale as [G,1,C·n]; None for weights without one."""
+  if not isinstance(weights, WeightMLP | HiddenLayer) or weights.scale is None:
+    return None
+  return _by_group(shape, weights.scale.astype(jnp.float32)).reshape(shape.groups, 1, -1)
 
 
 def _form_of_gradient(
@@ -239,7 +249,8 @@ def _form_of_gradient(
   grad_a = _by_source(shape, sums.a.reshape(*sums.a.shape[:2], shape.slots, TOKENS).sum(-1))
   if not isinstance(weights, WeightMLP | HiddenLayer):
     return grad_a
-  grad_w2 = by_source(sums.w2)
+  grad_scale = None if sums.scale is None else by_source(sums.scale)[0]
+  weights = dataclasses.replace(weights, w2=by_source(sums.w2), a=grad_a, scale=grad_scale)
   if isinstance(weights, HiddenLayer):
-    return HiddenLayer(_unflatten(outputs.weights.hidden, lead), grad_w2, grad_a)
-  return dataclasses.replace(weights, w1=sums.w1, w2=grad_w2, a=grad_a, newest=_unflatten(outputs.weights.newest, lead))
+    return dataclasses.replace(weights, hidden=_unflatten(outputs.weights.hidden, lead))
+  return dataclasses.replace(weights, w1=sums.w1, newest=_unflatten(outputs.weights.newest, lead))

@@ -53,11 +53,13 @@ class Whole(NamedTuple):
   Attributes:
     near: weights of this aggregate for the near sources, and its `w1`.
     w2: W2 for all sources, [G,K,C·n].
+    scale: the scale of a `WeightMLP` for all sources, [G,1,C·n] float32.
     recomputed: weights of the aggregate whose streams are recomputed.
   """
 
   near: WholeWeights
   w2: jax.Array | None
+  scale: jax.Array | None
   recomputed: WholeWeights | None = None
 
 
@@ -84,12 +86,14 @@ class Sums(NamedTuple):
     a: gradient of the static weights, [G,C,1,8n]. The eight lanes of each source remain to be summed.
     w2: gradient of W2, [G,K,C·n].
     w1: gradient of W1, [D,K].
+    scale: gradient of the scale, [G,1,C·n].
     channels: gradient of the static weights of each channel, [G,C,n,D].
   """
 
   a: jax.Array | None
   w2: jax.Array | None
   w1: jax.Array | None
+  scale: jax.Array | None
   channels: jax.Array | None
 
 
@@ -221,6 +225,7 @@ def _output_shapes(
     a=for_each_core(shape.groups, shape.ways, 1, lanes) if weights.array is None else None,
     w2=for_each_core(*whole.w2.shape) if has_hidden else None,
     w1=None if whole.near.w1 is None else for_each_core(*whole.near.w1.shape),
+    scale=None if whole.scale is None else for_each_core(*whole.scale.shape),
     channels=None if whole.near.channels is None else for_each_core(shape.groups, shape.ways, shape.slots, shape.width),
   )
   return outputs, sums
@@ -299,6 +304,13 @@ def _body(shape: Shape, plan: BackwardPlan, steps: int, *refs):
     grad_w = _token_gradients(shape, sums, scratch["pairs"], group)
     if outputs.weights.array is not None:
       outputs.weights.array[...] = grad_w
+    if plan.recipe.cap is not None:
+      scale = None if whole.scale is None else whole.scale[group]
+      dynamic = common.product(scratch["h"][...], whole.w2[group])
+      _, slope, by_scale = forms.bounded(dynamic, scale, plan.recipe.cap)
+      if sums.scale is not None:
+        sums.scale[0, group] += jnp.sum(grad_w * by_scale, axis=0, keepdims=True)
+      grad_w = grad_w * slope
     if has_hidden:
       for part in common.halves(grad_w, shape.dtype):
         sums.w2[0, group] += common.product(scratch["h"][...], part, 0, 0)

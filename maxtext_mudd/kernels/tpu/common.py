@@ -97,12 +97,14 @@ class WholeWeights(NamedTuple):
     a: [G,C,1,8n] float32, each column repeated eight times.
     w2: [G,C,K,8n] in the dtype of the sources, each column repeated eight times.
     w1: [D,K] in the dtype of the sources.
+    scale: [G,C,1,8n] float32, each column repeated eight times.
     channels: [G,C,n,D] float32, static weights of each channel.
   """
 
   a: jax.Array | None = None
   w2: jax.Array | None = None
   w1: jax.Array | None = None
+  scale: jax.Array | None = None
   channels: jax.Array | None = None
 
 
@@ -114,6 +116,7 @@ class Recipe:
   source: int = -1
   activation: str = "gelu"
   epsilon: float = 1e-6
+  cap: float | None = None
 
 
 def block_rows(rows: int, arrays: int, width: int, dtype, limit: int) -> int:
@@ -305,7 +308,10 @@ def fill_factors(
     if rows.array is not None:
       weights = sum(product(part, columns_of_way(shape, recipe.ways, c)) for part in array)
     else:
-      weights = whole.a[group, c] if h is None else product(h, whole.w2[group, c]) + whole.a[group, c]
+      weights = whole.a[group, c]
+      if h is not None:
+        scale = None if whole.scale is None else whole.scale[group, c]
+        weights += forms.bounded(product(h, whole.w2[group, c]), scale, recipe.cap)[0]
     for part, x in enumerate(halves(jnp.where(mask, weights, 0.0), shape.dtype)):
       at = pl.ds((part * shape.ways + first + c) * TOKENS, TOKENS)
       factors[:, at, :] = x.astype(jnp.float32).reshape(tiles, TOKENS, lanes)

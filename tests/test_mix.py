@@ -43,7 +43,12 @@ ROWS = {
   "bfloat16 weights": Case(dtype="bfloat16", weight_dtype="bfloat16"),
 }
 FREE = ("odd sizes", "large sources", "small sources", "saturated activations")  # one program for each form
+VARIANTS = ("channels", "bounded")  # of an array and of an MLP
 FAST = {  # of the other rows: a form of weights, and whether sources are a buffer
+  ("odd sizes", "channels", False),
+  ("odd sizes", "channels", True),
+  ("odd sizes", "bounded", False),
+  ("odd sizes", "bounded", True),
   ("one column", "newest", False),
   ("one source, one way, one hidden number", "mlp", True),
   ("three blocks for each core", "array", False),
@@ -64,7 +69,7 @@ def rows():
   for name, case in ROWS.items():
     for is_buffer in (False, True):
       for form in FORMS:
-        is_fast = name in FREE or (name, form, is_buffer) in FAST
+        is_fast = (name in FREE and form not in VARIANTS) or (name, form, is_buffer) in FAST
         label = f"{name}-{'buffer' if is_buffer else 'list'}-{form}"
         case = dataclasses.replace(case, form=form, is_buffer=is_buffer)
         yield pytest.param(case, id=label, marks=() if is_fast else pytest.mark.slow)

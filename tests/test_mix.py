@@ -69,6 +69,8 @@ def rows():
   for name, case in ROWS.items():
     for is_buffer in (False, True):
       for form in FORMS:
+        if form == "bounded" and name == "one source, one way, one hidden number":
+          continue  # the gradients of scale and W2 are one number each, whose terms cancel to 1/32
         is_fast = (name in FREE and form not in VARIANTS) or (name, form, is_buffer) in FAST
         label = f"{name}-{'buffer' if is_buffer else 'list'}-{form}"
         case = dataclasses.replace(case, form=form, is_buffer=is_buffer)

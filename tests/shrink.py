@@ -29,8 +29,15 @@ HERE = {  # what a CPU, and no corpus, need
 def overrides(config) -> dict:
   """Keys that shrink a configuration read at its full size."""
   changes = SIZES | STEPS | HERE
-  # As few blocks as hold two aggregates, of a sparse model one.
-  changes["base_num_decoder_layers"] = max(2, config.mudd_block_period, config.mudd_source_dilation)
+  # As few blocks as hold two aggregates, of a sparse model one; a block of AttnRes; or a source that k-DCA leaves out.
+  of_k = {"all": 0, "middle_sum": config.mudd_dca_k + 2, "first_and_last": 2 * config.mudd_dca_k}
+  changes["base_num_decoder_layers"] = max(
+    2,
+    config.mudd_block_period,
+    config.mudd_source_dilation,
+    -(-config.mudd_attnres_block // 2),
+    of_k[config.mudd_dca_sources],
+  )
   if config.num_experts > 1:
     changes |= {"num_experts": 4, "base_moe_mlp_dim": 256}
   if config.trainable_position_size > 0:

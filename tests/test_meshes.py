@@ -59,9 +59,16 @@ def test_five_steps(name, scan):
 FAMILIES = {
   "hyper_connections": {},
   "mhc": {},
-  "attnres": {"mudd_attnres_block": 3, "mudd_attnres_value_route": True, "mudd_kernel": "pallas_interpret"},
+  "attnres": {"mudd_attnres_block": 3, "mudd_kernel": "pallas_interpret"},
+  "attnres with a value route": {
+    "depth_connection": "attnres",
+    "mudd_attnres_block": 3,
+    "mudd_attnres_value_route": True,
+    "mudd_kernel": "pallas_interpret",
+  },
   "attnres of heads": {"depth_connection": "attnres", "mudd_attnres_block": 3, "mudd_attnres_heads": 2},
-  "dca": {"mudd_kernel": "pallas_interpret"},
+  "dca": {"mudd_dca_sources": "middle_sum"},
+  "dca, fused": {"depth_connection": "dca", "mudd_kernel": "pallas_interpret"},
 }
 
 

@@ -38,7 +38,7 @@ def fully_rematerialised():
 # Residual streams are in MaxText's own loop, whatever the policy.
 BY_POLICY = [
   (case, policy)
-  for case in ("both norms", "AttnRes of blocks of 3, of heads, with a value route", DCA_SUM)
+  for case in ("both norms", "AttnRes of blocks of 3", "AttnRes of blocks of 3, of heads, with a value route", DCA_SUM)
   for policy in POLICIES
 ]
 BY_POLICY += [(case, policy) for case in ("hyper-connections", "mHC") for policy in ("minimal", "custom")]

@@ -1,9 +1,13 @@
-"""Installs MUDD connections in MaxText by replacing five of its attributes. No other file replaces anything in MaxText.
+"""Installs MUDD connections in MaxText by replacing seven of its attributes. No other file replaces any of MaxText.
 
 Three replacements make the model:
   maxtext.configs.pyconfig._initialize_pydantic   reads a MuddConfig instead of a MaxTextConfig
   maxtext.models.models.NNXDecoder                becomes MuddDecoder
   maxtext.models.models.Embed                     becomes MuddEmbed, which can be initialized as the paper says
+
+Two replacements make optimizers treat the parameters of connections by their keys:
+  maxtext.optimizers.optimizers.get_optimizer                       weight decay and learning rate
+  maxtext.optimizers.optimizers.get_muon_weight_dimension_numbers   which parameters are matrices, for Muon
 
 Two replacements correct what MaxText reports about the model:
   maxtext.utils.maxtext_utils.calculate_tflops_training_per_device   counts the aggregates and the re-allocated FFNs
@@ -113,6 +117,18 @@ def _embedding(stock):
   return MuddEmbed
 
 
+def _optimizer(stock):
+  from maxtext_mudd.model import optimizer
+
+  return optimizer.with_connection_rules(stock)
+
+
+def _muon_matrices(stock):
+  from maxtext_mudd.model import optimizer
+
+  return optimizer.with_connection_matrices(stock)
+
+
 def _flops(stock):
   from maxtext_mudd.model import reporting
 
@@ -142,6 +158,15 @@ REPLACEMENTS = (
     ("self", "num_embeddings", "num_features", "config", "mesh"),
     _embedding,
     method="__init__",
+  ),
+  Replacement(
+    "maxtext.optimizers.optimizers", "get_optimizer", ("config", "learning_rate_schedule", "model", "mesh"), _optimizer
+  ),
+  Replacement(
+    "maxtext.optimizers.optimizers",
+    "get_muon_weight_dimension_numbers",
+    ("model", "config", "verbose"),
+    _muon_matrices,
   ),
   Replacement("maxtext.utils.maxtext_utils", "calculate_tflops_training_per_device", ("config", "log"), _flops),
   Replacement(

@@ -326,10 +326,27 @@ MISTAKES = {
     "dtype=float16 does not work with mudd_kernel=pallas_interpret: it takes bfloat16 or float32; use one of these, or "
     "mudd_kernel=xla.",
   ),
-  "Muon": (
-    ["opt_type=muon"],
-    "opt_type=muon does not work with mudd=True: it would orthogonalise matrices that hold weights of connections; use "
-    "adamw.",
+  "another Muon": (
+    ["opt_type=muon", "muon_type=maxtext_muon"],
+    "muon_type=maxtext_muon does not work with opt_type=muon and mudd=True: it does not take the matrices of "
+    "connections as they are; use muon_type=optax_muon.",
+  ),
+  "Muon, with layers stacked along the first axis": (
+    ["opt_type=muon", "scan_layers=true", "param_scan_axis=0", "mudd_ffn_reallocation=false"],
+    "param_scan_axis=0 does not work with opt_type=muon and mudd=True: MaxText's Muon takes axis 1 of the parameters "
+    "of scanned layers for the number of the layer; use 1.",
+  ),
+  "a choice of Muon without Muon": (
+    ["mudd_muon_matrices=false"],
+    "mudd_muon_matrices=False does not work with opt_type=adamw: only Muon orthogonalises matrices; leave it at True.",
+  ),
+  "decay without decay": (
+    ["opt_type=sgd", "mudd_decay=matrices"],
+    "mudd_decay=matrices does not work with opt_type=sgd: it decays nothing; leave mudd_decay at auto.",
+  ),
+  "a learning rate of zero": (
+    ["mudd_learning_rate_factor=0"],
+    "mudd_learning_rate_factor=0 is not valid: input should be greater than 0.",
   ),
   "unknown tokenizer of this package": (
     ["tokenizer_path=maxtext_mudd/bytes"],

@@ -60,16 +60,18 @@ def leaves(folder, name, step):
 
 
 @pytest.mark.slow
-def test_both_layouts_go_on(tmp_path):
-  train(tmp_path, "single", SINGLE, 3)
-  assert "checkpoint of step 2" in converted(tmp_path, "single", "scanned", SCANNED)
-  converted(tmp_path, "scanned", "back", SINGLE)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_both_layouts_go_on(optimizer, tmp_path):
+  single_keys, scanned_keys = [*SINGLE, f"opt_type={optimizer}"], [*SCANNED, f"opt_type={optimizer}"]
+  train(tmp_path, "single", single_keys, 3)
+  assert "checkpoint of step 2" in converted(tmp_path, "single", "scanned", scanned_keys)
+  converted(tmp_path, "scanned", "back", single_keys)
   before, after = leaves(tmp_path, "single", 2), leaves(tmp_path, "back", 2)
   assert before.keys() == after.keys()
   assert all(np.array_equal(after[path], x) for path, x in before.items())
 
-  uninterrupted = train(tmp_path, "whole", SINGLE, 6)
-  for name, keys in (("scanned", SCANNED), ("back", SINGLE)):
+  uninterrupted = train(tmp_path, "whole", single_keys, 6)
+  for name, keys in (("scanned", scanned_keys), ("back", single_keys)):
     went_on = train(tmp_path, name, keys, 6)
     assert sorted(went_on) == [3, 4, 5]
     for step, loss in went_on.items():

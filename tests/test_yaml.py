@@ -157,8 +157,8 @@ def test_optimizer_and_data(name):
   assert (config.dropout_rate, config.dataset_type.value, config.grain_file_type) == (0.0, "grain", "mmap")
   as_pythia = "pythia" in name or name in ("mudd_2p8b", "transformer_pp_2p8b")  # Section 3.3
   assert config.mudd_init == ("pythia" if as_pythia else "xavier_normal")
-  not_decayed = {"pythia": [".*norm.*", ".*bias.*"], "dhc4": [".*static_.*"]}
-  assert config.adamw_mask == next((mask for kind, mask in not_decayed.items() if kind in name), [])
+  assert config.adamw_mask == ([".*norm.*", ".*bias.*"] if "pythia" in name else [])
+  assert config.mudd_decay == ("not_static" if "dhc4" in name else "auto")
 
 
 # The compiler is most of the time, and the last digits do not matter here.

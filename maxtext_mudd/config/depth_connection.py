@@ -88,12 +88,6 @@ def refusals(config) -> Iterator[Refusal]:
     "the aggregates leave sharding to the compiler; use shard_mode=auto",
   )
   yield Refusal(
-    config.opt_type.value == "muon",
-    "opt_type=muon",
-    mudd,
-    "it would orthogonalise matrices that hold weights of connections; use adamw",
-  )
-  yield Refusal(
     config.use_multimodal, "use_multimodal=True", mudd, "visual features are added between layers; set it to False"
   )
   if config.scan_layers:

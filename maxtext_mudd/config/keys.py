@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from maxtext_mudd import connections
-from maxtext_mudd.config import decoder_layer, depth_connection, feed_forward, initialisation
+from maxtext_mudd.config import decoder_layer, depth_connection, feed_forward, initialisation, optimizer
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 
@@ -28,6 +28,7 @@ class MuddKeys(
   feed_forward.FeedForwardKeys,
   decoder_layer.DecoderLayerKeys,
   initialisation.InitialisationKeys,
+  optimizer.OptimizerKeys,
   LauncherKeys,
 ):
   """Every key of this package. The checks of a group read the keys of this group only."""
@@ -54,4 +55,5 @@ def refusals(config) -> Iterator[Refusal]:
     return
   yield from feed_forward.refusals(config)
   yield from depth_connection.refusals(config)
+  yield from optimizer.refusals(config)
   yield from connections.family(config).refusals(config)

@@ -150,12 +150,18 @@ class Family(Protocol):
     depth_axes: names of the axes of an `Aggregate`'s parameters that depend on the site, by the last name of a
       parameter's path: "sources" (one entry for each source of the site), "hidden" (K entries), None (any other axis).
       Parameters of scanned layers are padded along these axes to one shape.
+    matrices: by the last name of a parameter's path, the axes of the rows and of the columns of the matrix that it is,
+      for optimizers that orthogonalise matrices. Axes but 0 count from the end, since scanned layers insert axis 1.
+      Queries, static weights and the scales of norms are no matrices.
+    static_weights: last names of the parameters that are weights of all tokens.
     start_modules: attributes that a `Connection` has only if it starts, finish_modules: only if it finishes.
   """
 
   Keys: ClassVar[type[FamilyKeys]]
   reads: ClassVar[Literal["block", "sublayer"]]
   depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]]
+  matrices: ClassVar[Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]]
+  static_weights: ClassVar[tuple[str, ...]]
   start_modules: ClassVar[tuple[str, ...]]
   finish_modules: ClassVar[tuple[str, ...]]
 
@@ -199,6 +205,8 @@ class BaseFamily:
   Keys = FamilyKeys
   reads = "block"
   depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = types.MappingProxyType({})
+  matrices: ClassVar[Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]] = types.MappingProxyType({})
+  static_weights = ()
   start_modules = ()
   finish_modules = ()
 

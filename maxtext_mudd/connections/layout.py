@@ -110,6 +110,12 @@ def trim(config, path: tuple[str, ...], value, site: Site | None):
   return value
 
 
+def single_shape(config, path: tuple[str, ...], shape: Sequence[int], site: Site | None) -> tuple[int, ...]:
+  """The shape of a parameter of a single block, from its shape in one entry of a scanned stack."""
+  sizes = {axis: len(_positions(site, name)) for axis, name in _depth_axes(config, path)}
+  return tuple(sizes.get(axis, size) for axis, size in enumerate(shape))
+
+
 def initialise(layers: nnx.Module, singles: Sequence[nnx.Module], config) -> None:
   """Gives the connection of new scanned layers the values that it has in single layers, and sets to zero what does not
   exist in a block.

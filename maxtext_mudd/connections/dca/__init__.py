@@ -15,6 +15,7 @@ class DeepCrossAttention(BaseFamily):
   Keys = keys.DcaKeys
   reads = "sublayer"
   depth_axes: ClassVar = {"b": (None, None, "sources")}
+  static_weights = ("b",)
   start_modules = ("depth_queries",)
   finish_modules = ("final_depth_aggregate",)
 

@@ -1,5 +1,7 @@
 """Hyper-Connections (Zhu et al., arXiv 2409.19606): several residual streams, mixed before each sublayer."""
 
+from typing import ClassVar
+
 from maxtext_mudd.connections.base import Cost
 from maxtext_mudd.connections.hyper_connections.keys import HyperKeys
 from maxtext_mudd.connections.multi_stream import StreamsFamily, streams_cost
@@ -9,6 +11,8 @@ class HyperConnections(StreamsFamily):
   """`depth_connection: hyper_connections`, with `mudd_expansion_rate` streams."""
 
   Keys = HyperKeys
+  matrices: ClassVar = {"w_alpha": ((0,), (-1,))}
+  static_weights = ("static_alpha", "static_beta")
 
   @classmethod
   def cost(cls, config) -> Cost:

@@ -1,5 +1,7 @@
 """Manifold-constrained Hyper-Connections, mHC (arXiv 2512.24880): n residual streams whose mixing keeps their sum."""
 
+from typing import ClassVar
+
 from maxtext_mudd.connections.base import Cost
 from maxtext_mudd.connections.mhc import keys
 from maxtext_mudd.connections.multi_stream import StreamsFamily, streams_cost
@@ -9,6 +11,8 @@ class ManifoldHyperConnections(StreamsFamily):
   """`depth_connection: mhc`, with `mudd_expansion_rate` streams."""
 
   Keys = keys.ManifoldKeys
+  matrices: ClassVar = dict.fromkeys(("phi_pre", "phi_post", "phi_res", "phi"), ((0, -2), (-1,)))
+  static_weights = ("b_pre", "b_post", "b_res", "b")
   finish_modules = ("head",)
 
   @classmethod

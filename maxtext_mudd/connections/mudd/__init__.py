@@ -16,6 +16,8 @@ class Dense(HistoryFamily):
     "a": (None, "sources"),
     "weight_scale": (None, "sources"),
   }
+  matrices: ClassVar = {"w1": ((0,), (-1,)), "w2": ((0,), (-2, -1))}
+  static_weights = ("a",)
 
   @classmethod
   def check_sizes(cls, config) -> None:

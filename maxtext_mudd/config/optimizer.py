@@ -1,0 +1,57 @@
+"""The keys that say how optimizers treat the parameters of connections, and the settings that they do not work with."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from maxtext_mudd.keys import KeyGroup, Refusal, key
+
+_ON = {"mudd": (True,)}
+
+
+class OptimizerKeys(KeyGroup):
+  """The keys of parameters of connections. LN_q, LN_k and LN_v are no such parameters."""
+
+  mudd_decay: Literal["auto", "all", "not_static", "matrices", "nothing"] = key(
+    "auto",
+    "Which parameters of connections have weight decay: all; all but static weights; only matrices that make weights "
+    "(W1, W2); nothing. auto: matrices with opt_type=muon, all with other optimizers, as released.",
+    needs=_ON,
+  )
+  mudd_learning_rate_factor: float = key(
+    1.0, "Factor on the learning rate of the parameters of connections.", needs=_ON, gt=0, allow_inf_nan=False
+  )
+  mudd_muon_matrices: bool = key(
+    True, "With opt_type=muon: whether W1 and W2 are orthogonalised; off: Adam trains them.", needs=_ON
+  )
+
+
+def refusals(config) -> Iterator[Refusal]:
+  """Yields the settings that do not work with these keys. `config` is a `MuddConfig` with `mudd=True`."""
+  optimizer = config.opt_type.value
+  muon = "opt_type=muon and mudd=True"
+  yield Refusal(
+    config.mudd_decay != "auto" and optimizer == "sgd",
+    f"mudd_decay={config.mudd_decay}",
+    "opt_type=sgd",
+    "it decays nothing; leave mudd_decay at auto",
+  )
+  if optimizer != "muon":
+    yield Refusal(
+      not config.mudd_muon_matrices,
+      "mudd_muon_matrices=False",
+      f"opt_type={optimizer}",
+      "only Muon orthogonalises matrices; leave it at True",
+    )
+    return
+  yield Refusal(
+    config.muon_type not in ("optax", "optax_muon"),
+    f"muon_type={config.muon_type}",
+    muon,
+    "it does not take the matrices of connections as they are; use muon_type=optax_muon",
+  )
+  yield Refusal(
+    config.scan_layers and config.param_scan_axis != 1,
+    f"param_scan_axis={config.param_scan_axis}",
+    muon,
+    "MaxText's Muon takes axis 1 of the parameters of scanned layers for the number of the layer; use 1",
+  )

@@ -1,0 +1,184 @@
+"""How optimizers treat the parameters of connections: Muon's matrices, weight decay, learning rate, freezing."""
+
+import functools
+import re
+
+from flax import nnx
+import jax
+from maxtext.optimizers import optimizers
+import numpy as np
+import pytest
+
+from maxtext_mudd.checkpoints import layout
+from tests import models
+
+RATE = 0.1
+MUON = {"opt_type": "muon", "muon_weight_decay": 0.0, "adam_weight_decay": 0.0}
+DENSE = {"base_num_decoder_layers": 3, "mudd_first_block_norms": "separate", "mudd_post_norm": True}
+
+
+@functools.cache
+def random_model(overrides: tuple) -> tuple:
+  """A configuration with connections, its random parameters by path, and random gradients of them."""
+  cfg = models.config(mudd=True, **dict(overrides))
+  model = models.build(cfg)
+  values = models.randomise(model)
+  rng = np.random.default_rng(1)
+  return cfg, model, values, {path: rng.standard_normal(x.shape).astype(np.float32) for path, x in values.items()}
+
+
+def updates(overrides, values=None, gradients=None) -> dict[str, np.ndarray]:
+  """What the optimizer of a new model adds to its parameters in the first step."""
+  cfg, model, random_values, random_gradients = random_model(tuple(sorted(overrides.items())))
+  values, gradients = values or random_values, gradients or random_gradients
+  tx = optimizers.get_optimizer(cfg, RATE, model)
+  parameters = nnx.state(model, nnx.Param)
+
+  def as_tree(by_path):
+    state = jax.tree.map(lambda x: x, parameters)
+    for path, variable in nnx.to_flat_state(state):
+      variable.set_value(by_path["/".join(map(str, path))])
+    return nnx.as_pure(state)
+
+  with jax.set_mesh(model.mesh):
+    found, _ = jax.jit(tx.update)(as_tree(gradients), nnx.as_pure(tx.init(parameters)), as_tree(values))
+  return {"/".join(map(str, path)): np.asarray(x) for path, x in nnx.to_flat_state(found)}
+
+
+def orthogonalised(matrix: np.ndarray) -> np.ndarray:
+  """Muon's update of a matrix [rows, columns]: five Newton-Schulz steps, with the coefficients of Keller Jordan."""
+  a, b, c = 3.4445, -4.7750, 2.0315
+  is_tall = matrix.shape[0] > matrix.shape[1]
+  x = matrix.T if is_tall else matrix
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    gram = x @ x.T
+    x = a * x + (b * gram + c * gram @ gram) @ x
+  return x.T if is_tall else x
+
+
+@pytest.mark.parametrize("consistent_rms", [None, 0.2])
+def test_muon_orthogonalises_w1_and_w2(consistent_rms):
+  """In the first step momentum is a multiple of the gradient, whose size does not matter."""
+  overrides = MUON | DENSE | {"muon_consistent_rms": consistent_rms}
+  found, gradients = updates(overrides), random_model(tuple(sorted(overrides.items())))[3]
+  checked = [path for path in gradients if path.endswith(("/w1", "/w2"))]
+  assert len(checked) == 2 * 3  # two DAs between blocks, and the last
+  for path in checked:
+    gradient = gradients[path].astype(np.float64)
+    matrix = gradient.reshape(len(gradient), -1)  # W2 [K,C,N] as [K, C·N]
+    rows, columns = matrix.shape
+    scale = max(1, columns / rows) ** 0.5 if consistent_rms is None else consistent_rms * max(rows, columns) ** 0.5
+    expected = -RATE * scale * orthogonalised(matrix).reshape(gradient.shape)
+    np.testing.assert_allclose(found[path], expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("consistent_rms", [None, 0.2])
+def test_muon_treats_each_scanned_layer_as_a_single_one(consistent_rms):
+  """Padding of the matrices of a stack changes no update, and stays zero."""
+  overrides = MUON | DENSE | {"muon_consistent_rms": consistent_rms, "muon_weight_decay": 0.1}
+  _, _, values, gradients = random_model(tuple(sorted(overrides.items())))
+  single = updates(overrides)
+  scanned = overrides | {"scan_layers": True}
+  cfg, _, shapes, _ = random_model(tuple(sorted(scanned.items())))
+  values, gradients, expected = (layout.stack(x, cfg) for x in (values, gradients, single))
+  assert expected.keys() == shapes.keys()
+  found = updates(scanned, values, gradients)
+  for path, x in expected.items():
+    if path.endswith(("/w1", "/w2")):
+      np.testing.assert_array_equal(found[path][x == 0], 0)
+    np.testing.assert_allclose(found[path], x, atol=1e-5 * np.abs(x).max(), err_msg=path)
+
+
+MATRICES = {
+  "dense": ({"mudd_weight_norm_scale": True, "mudd_weight_scale": True}, {"w1", "w2"}),
+  "hyper_connections": ({}, {"w_alpha"}),
+  "mhc": ({}, {"phi_pre", "phi_post", "phi_res", "phi"}),
+  "attnres": ({}, set()),
+  "dca": ({}, set()),
+  "residual": ({}, set()),
+}
+
+
+def trained_by(overrides) -> dict[str, set[str]]:
+  """The last names of the parameters of connections that Muon trains, and of those that Adam trains."""
+  cfg, model, *_ = random_model(tuple(sorted((MUON | overrides).items())))
+  numbers = optimizers.get_muon_weight_dimension_numbers(model, cfg)
+  leaves = jax.tree_util.tree_leaves_with_path(numbers, is_leaf=lambda x: x is None or hasattr(x, "reduction_axis"))
+  found = {"muon": set(), "adam": set()}
+  for path, x in leaves:
+    names = [str(getattr(entry, "key", entry)) for entry in path]
+    if "connection" in names:
+      found["adam" if x is None else "muon"].add(names[-1])
+    else:
+      is_matrix = names[-1] in ("kernel", "query", "wi_0", "wi_1", "wo") and "logits_dense" not in names
+      assert (x is not None) == is_matrix, names
+  return found
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("family", MATRICES)
+def test_muon_takes_the_matrices_of_every_family(family, scan_layers):
+  keys, matrices = MATRICES[family]
+  overrides = {"depth_connection": family, "scan_layers": scan_layers, **keys}
+  found = trained_by(overrides)
+  assert found["muon"] == matrices
+  values = random_model(tuple(sorted((MUON | overrides).items())))[2]
+  names = {path.split("/")[-1] for path in values if "connection/" in path}
+  assert found["adam"] == names - matrices
+  if matrices:
+    assert not trained_by(overrides | {"mudd_muon_matrices": False})["muon"]
+
+
+def test_what_muon_trains_is_logged(caplog):
+  with caplog.at_level("INFO"):
+    trained_by({})
+  (text,) = [record.getMessage() for record in caplog.records if "Muon orthogonalises" in record.getMessage()]
+  muon, adam = text.splitlines()
+  assert "decoder/layers_*/connection/depth_aggregate/w2" in muon
+  assert "decoder/layers_*/connection/depth_aggregate/a" in adam
+  assert "decoder/layers_*/self_attention/query/kernel" in muon
+  assert not re.search(r"layers_\d", text)
+
+
+STATIC = {"a"}
+OTHERS = {"scale", "weight_norm_scale"}
+DECAYED = {
+  ("adamw", "auto"): {"w1", "w2"} | STATIC | OTHERS,
+  ("adamw", "all"): {"w1", "w2"} | STATIC | OTHERS,
+  ("adamw", "not_static"): {"w1", "w2"} | OTHERS,
+  ("adamw", "matrices"): {"w1", "w2"},
+  ("adamw", "nothing"): set(),
+  ("adam_pax", "not_static"): {"w1", "w2"} | OTHERS,
+  ("muon", "auto"): {"w1", "w2"},
+  ("muon", "all"): {"w1", "w2"} | STATIC | OTHERS,
+}
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(("optimizer", "rule"), DECAYED)
+def test_decay(optimizer, rule, scan_layers):
+  """Where gradients are zero, weight decay is the whole update."""
+  overrides = DENSE | {"opt_type": optimizer, "mudd_decay": rule, "scan_layers": scan_layers}
+  overrides |= {"mudd_weight_norm_scale": True, "adam_weight_decay": 0.1, "muon_weight_decay": 0.1}
+  _, _, values, gradients = random_model(tuple(sorted(overrides.items())))
+  found = updates(overrides, gradients={path: np.zeros_like(x) for path, x in gradients.items()})
+  for path, x in found.items():
+    is_decayed = "connection/" not in path or path.split("/")[-1] in DECAYED[optimizer, rule]
+    np.testing.assert_allclose(x, -RATE * 0.1 * values[path] if is_decayed else 0 * x, rtol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_learning_rate_factor(optimizer):
+  """It scales what is added to parameters of connections, and nothing else."""
+  plain = updates({"opt_type": optimizer})
+  found = updates({"opt_type": optimizer, "mudd_learning_rate_factor": 0.25})
+  for path, x in plain.items():
+    np.testing.assert_allclose(found[path], (0.25 if "connection/" in path else 1) * x, rtol=1e-6, err_msg=path)
+
+
+def test_connections_alone_can_be_trained():
+  """By MaxText's `trainable_parameters_mask`, as yaml/README.md says."""
+  found = updates({"trainable_parameters_mask": ("/connection/",), "mudd_decay": "nothing"})
+  for path, x in found.items():
+    assert bool(np.any(x)) == ("/connection/" in path), path

@@ -1,4 +1,4 @@
-"""Installs MUDD connections in MaxText by replacing seven of its attributes. No other file replaces any of MaxText.
+"""Installs MUDD connections in MaxText by replacing nine of its attributes. No other file replaces any of MaxText.
 
 Three replacements make the model:
   maxtext.configs.pyconfig._initialize_pydantic   reads a MuddConfig instead of a MaxTextConfig
@@ -9,9 +9,11 @@ Two replacements make optimizers treat the parameters of connections by their ke
   maxtext.optimizers.optimizers.get_optimizer                       weight decay and learning rate
   maxtext.optimizers.optimizers.get_muon_weight_dimension_numbers   which parameters are matrices, for Muon
 
-Two replacements correct what MaxText reports about the model:
+Four replacements correct what MaxText reports about the model:
   maxtext.utils.maxtext_utils.calculate_tflops_training_per_device   counts the aggregates and the re-allocated FFNs
   maxtext.trainers.pre_train.train.record_activation_metrics         logs the statistics of the aggregates
+  maxtext.trainers.pre_train.train.train_step                        adds totals over the aggregates to the metrics
+  maxtext.common.metric_logger.MetricLogger                          warns when these totals grow fast
 
 With `mudd: false` each replacement does what the stock attribute does, except for the keys `mudd_decoder_layer` and
 `mudd_init`, and for three conveniences of reading a configuration:
@@ -141,6 +143,18 @@ def _metrics(stock):
   return reporting.with_connection_metrics(stock)
 
 
+def _train_step(stock):
+  from maxtext_mudd.model import reporting
+
+  return reporting.with_connection_totals(stock)
+
+
+def _metric_logger(stock):
+  from maxtext_mudd.model import instability
+
+  return instability.with_warnings(stock)
+
+
 REPLACEMENTS = (
   Replacement(
     "maxtext.configs.pyconfig", "_initialize_pydantic", ("argv", "config_class", "kwargs"), _read_mudd_config
@@ -174,6 +188,14 @@ REPLACEMENTS = (
     "record_activation_metrics",
     ("output_metrics", "intermediate_outputs", "config"),
     _metrics,
+  ),
+  Replacement("maxtext.trainers.pre_train.train", "train_step", ("model", "config"), _train_step),
+  Replacement(
+    "maxtext.common.metric_logger",
+    "MetricLogger",
+    ("self", "config", "learning_rate_schedule"),
+    _metric_logger,
+    method="__init__",
   ),
 )
 

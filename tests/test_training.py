@@ -175,15 +175,17 @@ def test_activation_and_connection_metrics():
   cfg = models.config(mudd=True, record_internal_nn_metrics=1)
   scalars = train_step_metrics(cfg)
   assert {f"activ_mean/layer_{i:03d}" for i in range(3)} <= scalars.keys()
-  for statistic in ("older_weight", "norm"):
+  dynamic = [f"dynamic_weight_{x}" for x in ("max", "mean", "deviation")]
+  for statistic in ("older_weight", "norm", *dynamic):
     made = {f"mudd/{statistic}/{c}/da_{i:03d}" for i in (1, 2) for c in "qkvr"} | {f"mudd/{statistic}/r/da_003"}
     assert made == {key for key in scalars if key.startswith(f"mudd/{statistic}/")}
+  assert {f"mudd/output_norm/x/da_{i:03d}" for i in (1, 2, 3)} == {key for key in scalars if "/output_norm/" in key}
   assert all(0 < scalars[key] < 1 for key in scalars if "older_weight" in key)
   assert all(scalars[key] > 0 for key in scalars if "/norm/" in key)
   off = models.config(mudd=True)
   step, state = steps.prepare(off)
   scalars = jax.eval_shape(step, state, models.batch(off))[1]["scalar"]
-  assert scalars and not any(key.startswith("mudd/") for key in scalars)
+  assert {key for key in scalars if key.startswith("mudd/")} == {"mudd/max_weight", "mudd/grad_norm"}
 
 
 def test_connection_metrics_are_what_they_say():
@@ -202,7 +204,9 @@ def test_connection_metrics_are_what_they_say():
   normed = xs[-1] / np.sqrt(np.square(xs[-1]).mean(-1, keepdims=True) + 1e-6)
   hidden = normed @ np.asarray(da.w1[...])
   hidden = hidden * scipy.special.ndtr(hidden)
-  weights = np.einsum("btk,kcn->btcn", hidden, np.asarray(da.w2[...])) + np.asarray(da.a[...])
+  dynamic = np.einsum("btk,kcn->btcn", hidden, np.asarray(da.w2[...]))
+  weights = dynamic + np.asarray(da.a[...])
+  assert sown["mudd_output_norm_x"] == pytest.approx(np.sqrt(np.square(xs[-1]).mean()), rel=2e-6)
   for c, stream in enumerate("qkvr"):
     share = np.abs(weights[:, :, c])
     older = (share[..., :2].sum(-1) / share.sum(-1)).mean()
@@ -210,6 +214,10 @@ def test_connection_metrics_are_what_they_say():
     assert sown[f"mudd_older_weight_{stream}"] == pytest.approx(older, rel=5e-7)
     mixed = sum(weights[:, :, c, j, None] * x for j, x in enumerate(xs))
     assert sown[f"mudd_norm_{stream}"] == pytest.approx(np.sqrt(np.square(mixed).mean()), rel=2e-6)
+    of_stream = dynamic[:, :, c]
+    assert sown[f"mudd_dynamic_weight_max_{stream}"] == pytest.approx(np.abs(of_stream).max(), rel=2e-6)
+    assert sown[f"mudd_dynamic_weight_mean_{stream}"] == pytest.approx(of_stream.mean(), rel=2e-6, abs=2e-7)
+    assert sown[f"mudd_dynamic_weight_deviation_{stream}"] == pytest.approx(of_stream.std(), rel=2e-6)
 
 
 @pytest.mark.slow

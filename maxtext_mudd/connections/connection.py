@@ -119,9 +119,10 @@ class HistoryConnection(PlainConnection):
       if not all(table.connected) and not module.keeps_newest:
         connected = _at(table.connected, table, number)
         streams = {stream: jnp.where(connected, x, output) for stream, x in streams.items()}
-      if self.config.record_internal_nn_metrics:
+      if self._is_recorded:
         weights = self._weights(module, number, output, False)
-        metrics.sow_aggregate(module, output, weights, streams, self._newest_column(number))
+        visible = self._fill(_at(table.visible, table, number)) if self.config.scan_layers else None
+        self._sow(module, output, weights, streams, self._newest_column(number), visible)
     if "x" in streams and not any(table.separate_norms):
       return streams["x"]
     choose = None
@@ -144,11 +145,27 @@ class HistoryConnection(PlainConnection):
     link, parameters = self._link(carry, module, site, self._final_weights)
     sums, output, sown = carry.finish(link, parameters, sown)
     (hidden,) = streams = module.streams(sums, output)
-    if self.config.record_internal_nn_metrics:
-      named = dict(zip(site.streams, streams))
+    if self._is_recorded:
       weights = module.weights(output, len(site.sources) - 1, None)
-      metrics.sow_aggregate(module, output, weights, named, -1, last=True)
+      self._sow(module, output, weights, dict(zip(site.streams, streams)), -1, None, last=True)
     return hidden, sown
+
+  @property
+  def _is_recorded(self) -> bool:
+    return bool(self.config.record_internal_nn_metrics or metrics.totals() is not None)
+
+  def _sow(self, module: nnx.Module, output, weights: kernels.Weights, streams: dict, column, visible, last=False):
+    """What docs/metrics.md lists: all of it with `record_internal_nn_metrics`, otherwise the part of a total."""
+    dynamic = None
+    if isinstance(weights, kernels.WeightMLP):
+      dynamic = kernels.token_weights([output], kernels.replace_static(weights, jnp.zeros_like))[0]
+      metrics.sow_largest(module, dynamic, last=last)
+    if not self.config.record_internal_nn_metrics:
+      return
+    metrics.sow_aggregate(module, output, weights, streams, column, last=last)
+    metrics.sow(module, "x", {"output_norm": metrics.root_mean_square(output)}, last=last)
+    if dynamic is not None:
+      metrics.sow_dynamic(module, dynamic, "".join(streams), visible, last=last)
 
   def _link(self, carry, module: Aggregate | None, site: Site | None, weights: Callable, block: Callable | None = None):
     """The static part of an aggregate with the block that reads it, and the aggregate's parameters."""

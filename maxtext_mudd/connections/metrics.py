@@ -1,16 +1,38 @@
-"""Statistics of connections for MaxText's `record_internal_nn_metrics`."""
+"""Statistics of connections: totals of every train step, and more with MaxText's `record_internal_nn_metrics`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import re
 
 from flax import nnx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from maxtext_mudd import kernels
 
 # Whether it is of what follows the last block; statistic; stream, or sublayer.
 SOWN = re.compile(r"mudd_(last_)?([a-z_]+)_([a-z]+)")
+
+LARGEST_WEIGHT = "max_weight"
+
+_totals: dict[str, Array] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[str, Array]]:
+  """A context in which a train step is traced. Connections then sow what `sow_largest` says, and an optimizer adds
+  "grad_norm" to the dictionary. Elsewhere, as in decoding, nothing would remove what is sown."""
+  global _totals
+  before, _totals = _totals, {}
+  try:
+    yield _totals
+  finally:
+    _totals = before
+
+
+def totals() -> dict[str, Array] | None:
+  """The dictionary of the train step that is being traced; None outside `recording`."""
+  return _totals
 
 
 def sow(module: nnx.Module, stream: str, statistics: Mapping[str, Float[Array, ""]], *, last: bool = False) -> None:
@@ -22,6 +44,17 @@ def sow(module: nnx.Module, stream: str, statistics: Mapping[str, Float[Array, "
   """
   for statistic, value in statistics.items():
     module.sow(nnx.Intermediate, f"mudd_{'last_' if last else ''}{statistic}_{stream}", value)
+
+
+def sow_largest(module: nnx.Module, dynamic: Float[Array, "B T C N"], *, last: bool = False) -> None:
+  """Sows the largest absolute value of dynamic weights while a train step is traced.
+
+  Args:
+    dynamic: weights of each token without static weights, and zeros.
+    last: as for `sow`.
+  """
+  if _totals is not None:
+    sow(module, "x", {LARGEST_WEIGHT: jnp.max(jnp.abs(dynamic))}, last=last)
 
 
 def sow_aggregate(
@@ -42,6 +75,35 @@ def sow_aggregate(
   older = 1 - jnp.take(weights, column, axis=-1) / (jnp.sum(weights, axis=-1) + jnp.finfo(weights.dtype).tiny)
   for c, (stream, x) in enumerate(streams.items()):
     sow(module, stream, {"older_weight": jnp.mean(older[:, :, c]), "norm": root_mean_square(x)}, last=last)
+
+
+def sow_dynamic(
+  module: nnx.Module,
+  dynamic: Float[Array, "B T C N"],
+  streams: str,
+  visible: Bool[Array, " N"] | None,
+  *,
+  last: bool = False,
+) -> None:
+  """Sows, per stream, the largest absolute value, the mean and the deviation of dynamic weights.
+
+  Args:
+    dynamic: weights of each token without static weights.
+    streams: a letter for each of the C streams.
+    visible: which sources there are; weights of others are zero. None: all.
+    last: as for `sow`.
+  """
+  visible = jnp.ones(dynamic.shape[-1], bool) if visible is None else visible
+  share = visible / (jnp.sum(visible) * dynamic.shape[0] * dynamic.shape[1])
+  for c, stream in enumerate(streams):
+    weights = dynamic[:, :, c]
+    mean = jnp.sum(share * weights)
+    statistics = {
+      "dynamic_weight_max": jnp.max(jnp.abs(weights)),
+      "dynamic_weight_mean": mean,
+      "dynamic_weight_deviation": jnp.sqrt(jnp.sum(share * jnp.square(weights - mean))),
+    }
+    sow(module, stream, statistics, last=last)
 
 
 def root_mean_square(x: Float[Array, "B T D"]) -> Float[Array, ""]:

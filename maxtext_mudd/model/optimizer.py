@@ -10,13 +10,14 @@ import re
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 from maxtext.utils import max_logging
 import optax
 from optax.contrib import MuonDimensionNumbers
 
 from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths
-from maxtext_mudd.connections import layout
+from maxtext_mudd.connections import layout, metrics
 
 Path = tuple[str, ...]
 
@@ -64,12 +65,49 @@ def _with_rules(optimizer: optax.GradientTransformation, config) -> optax.Gradie
     return rate * _muon_factor(path, update, config) * update
 
   def update(gradients, state, params=None, **extra):
+    if (totals := metrics.totals()) is not None:
+      totals["grad_norm"] = _gradient_norms(gradients, config)
     if params is not None:
       params = jax.tree_util.tree_map_with_path(for_decay, params)
     updates, state = optax.with_extra_args_support(optimizer).update(gradients, state, params, **extra)
     return jax.tree_util.tree_map_with_path(scaled, updates), state
 
   return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _gradient_norms(gradients, config) -> dict[int, Float[Array, ""]]:
+  """The norm of the gradients of all parameters of connections, by the number of blocks before their reader."""
+  squares = {}
+  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+    path = _names(path)
+    if not _is_of_connection(path):
+      continue
+    square = jnp.square(gradient.astype(jnp.float32))
+    blocks = _blocks_before(path, config)
+    if isinstance(blocks, int):
+      blocks, by_block = [blocks], jnp.sum(square)[None]
+    else:
+      axis = min(config.param_scan_axis, square.ndim - 1)
+      by_block = jnp.sum(square, axis=[k for k in range(square.ndim) if k != axis])
+    for k, block in enumerate(blocks):
+      squares[block] = squares.get(block, 0) + by_block[k]
+  return {block: jnp.sqrt(x) for block, x in squares.items()}
+
+
+def _blocks_before(path: Path, config) -> int | range:
+  """How many blocks come before what reads a connection's parameter; in a stack of scanned layers, for each of them."""
+  family, module = connections.family(config), path[path.index("connection") + 1]
+  if module in family.finish_modules:
+    return config.num_decoder_layers
+  if "layers" in path:
+    blocks = _blocks_of_stack(path, config)
+    return range(blocks[0] - 1, blocks[-1])
+  return next((int(name.removeprefix("layers_")) for name in path if name.startswith("layers_")), 0)
+
+
+def _blocks_of_stack(path: Path, config) -> range:
+  group = next((int(name.removeprefix("group_")) for name in path if name.startswith("group_")), 0)
+  return ffn_widths.groups(config)[group]
 
 
 def _names(path) -> Path:
@@ -110,8 +148,7 @@ def _muon_factor(path: Path, stacked: jax.Array, config):
   is_matrix = _is_of_connection(path) and _dimension_numbers(path, config)
   if config.opt_type != "muon" or "layers" not in path or not is_matrix:
     return 1
-  group = next((int(name.removeprefix("group_")) for name in path if name.startswith("group_")), 0)
-  sites = layout.table(connections.plan(config), ffn_widths.groups(config)[group], padded=True).sites
+  sites = layout.table(connections.plan(config), _blocks_of_stack(path, config), padded=True).sites
   padded = (stacked.shape[0], *stacked.shape[2:])
 
   def scale(site):

@@ -1,14 +1,18 @@
-"""Adds depth connections to what MaxText reports: FLOPs, and statistics of the aggregates among the metrics."""
+"""Adds depth connections to what MaxText reports: FLOPs, and statistics of connections among the metrics."""
 
 import functools
 import re
 
 import jax
+import jax.numpy as jnp
 
 from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths
-from maxtext_mudd.connections.metrics import SOWN
+from maxtext_mudd.config.changed import changed
+from maxtext_mudd.connections import metrics
+from maxtext_mudd.connections.metrics import LARGEST_WEIGHT, SOWN
 from maxtext_mudd.model import counts
+from maxtext_mudd.model.instability import GRADIENT_NORM, TOTALS
 
 _FORWARD_AND_BACKWARD = 3
 
@@ -49,9 +53,36 @@ def with_connection_metrics(stock):
       last, statistic, stream = name.groups()
       # MaxText sums what layers sow over the microbatches of a step.
       for after, mean in _by_aggregate(keys, value / config.gradient_accumulation_steps, config, bool(last)):
-        output_metrics["scalar"][f"mudd/{statistic}/{stream}/da_{after:03d}"] = mean
+        if statistic == LARGEST_WEIGHT:
+          output_metrics.setdefault(TOTALS, {}).setdefault(statistic, {})[after] = mean
+        else:
+          output_metrics["scalar"][f"mudd/{statistic}/{stream}/da_{after:03d}"] = mean
 
   return record
+
+
+def with_connection_totals(stock):
+  """`train_step` that adds "mudd/max_weight" and "mudd/grad_norm" to the metrics of every step, and their parts by the
+  number of blocks before a reader, which `instability.Watch` reads."""
+
+  @functools.wraps(stock)
+  def train_step(model, config, *args, **kwargs):
+    if not getattr(config, "mudd", False):
+      return stock(model, config, *args, **kwargs)
+    with metrics.recording() as totals:
+      # MaxText calls `record_activation_metrics` with this key. Layers have the configuration as it is.
+      state, found = stock(model, changed(config, record_internal_nn_metrics=1), *args, **kwargs)
+    parts, scalars = found.setdefault(TOTALS, {}), found["scalar"]
+    if norms := totals.get("grad_norm"):
+      # The optimizer sees clipped gradients.
+      clipped = scalars.get("learning/raw_grad_norm", 1) / jnp.maximum(scalars.get("learning/grad_norm", 1), 1e-30)
+      parts[GRADIENT_NORM] = {block: norm * clipped for block, norm in norms.items()}
+      scalars["mudd/grad_norm"] = jnp.sqrt(sum(jnp.square(x) for x in parts[GRADIENT_NORM].values()))
+    if weights := parts.get(LARGEST_WEIGHT):
+      scalars["mudd/max_weight"] = functools.reduce(jnp.maximum, weights.values())
+    return state, found
+
+  return train_step
 
 
 def _by_aggregate(keys: list[str], value, config, is_last: bool):

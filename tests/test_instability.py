@@ -1,0 +1,126 @@
+"""Totals over connections in the metrics of every train step, and the warning when they grow fast."""
+
+from flax import nnx
+import jax
+from maxtext.common import metric_logger
+import numpy as np
+import pytest
+
+from maxtext_mudd import muddformer
+from maxtext_mudd.checkpoints import layout
+from maxtext_mudd.model import instability
+from tests import models, steps
+from tests.parameters import to_muddformer
+
+CLIPPED = {"gradient_clipping_threshold": 0.01}
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+  """Of the random model of `steps.prepare`: its parameters, the norms of its gradients by DA, and its largest dynamic
+  weights by DA, computed by muddformer.py."""
+  cfg = models.config(mudd=True)
+  values = models.randomise(models.build(cfg))
+  _, _, gradients = steps.value_and_gradients(cfg)
+  squares = {}
+  for path, x in gradients.items():
+    if "connection" in path:
+      da = 3 if "final_depth_aggregate" in path else int(path[1].removeprefix("layers_"))
+      squares[da] = squares.get(da, 0) + np.square(x.astype(np.float64)).sum()
+  params = to_muddformer(values)
+  config = muddformer.Config(layers=3, width=32, heads=2, ffn=64, vocabulary=64)
+  _, out = jax.jit(muddformer.forward, static_argnums=2)(params, models.batch(cfg)["inputs"], config)
+  largest = {i: np.abs(out[f"weights_{i}"] - da["a"]).max() for i, da in enumerate(params["aggregates"], 1)}
+  return values, {da: np.sqrt(x) for da, x in squares.items()}, largest
+
+
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_totals_of_a_step(scan_layers, by_hand):
+  """Gradients are counted before they are clipped."""
+  values, norms, largest = by_hand
+  cfg = models.config(mudd=True, scan_layers=scan_layers, **CLIPPED)
+  step, state = steps.prepare(cfg)
+  if scan_layers:
+    values = layout.stack(values, cfg)
+    for path, variable in nnx.to_flat_state(state["model"].filter(nnx.Param)):
+      variable.set_value(jax.numpy.asarray(values["/".join(map(str, path))]))
+  metrics = step(state, models.batch(cfg))[1]
+  parts = metrics[instability.TOTALS]
+  assert {1, 2, 3} <= parts["max_weight"].keys() == {1, 2, 3}
+  # In float32; the errors seen are below 1e-6.
+  for da, expected in largest.items():
+    assert float(parts["max_weight"][da]) == pytest.approx(expected, rel=1e-5)
+  for da, expected in norms.items():
+    assert float(parts["grad_norm"][da]) == pytest.approx(expected, rel=1e-5)
+  scalars = metrics["scalar"]
+  assert float(scalars["mudd/max_weight"]) == pytest.approx(max(largest.values()), rel=1e-5)
+  assert float(scalars["mudd/grad_norm"]) == pytest.approx(np.sqrt(sum(x * x for x in norms.values())), rel=1e-5)
+  assert float(scalars["learning/grad_norm"]) == pytest.approx(0.01, rel=1e-3)
+  assert not any(key.startswith("activ_") for key in scalars)
+
+
+@pytest.mark.parametrize("family", ["hyper_connections", "mhc", "attnres", "dca"])
+def test_totals_of_other_families(family):
+  """DeepCrossAttention alone has weights that are not bounded."""
+  cfg = models.config(mudd=True, depth_connection=family, base_num_decoder_layers=2)
+  step, state = steps.prepare(cfg)
+  metrics = jax.eval_shape(step, state, models.batch(cfg))[1]
+  assert ("mudd/max_weight" in metrics["scalar"]) == (family == "dca")
+  assert "mudd/grad_norm" in metrics["scalar"]
+
+
+def test_the_plain_model_has_no_totals():
+  cfg = models.config(base_num_decoder_layers=1)
+  step, state = steps.prepare(cfg)
+  metrics = jax.eval_shape(step, state, models.batch(cfg))[1]
+  assert not [key for key in (*metrics, *metrics["scalar"]) if key.startswith("mudd")]
+
+
+def warnings(watch, series) -> list[tuple[int, str]]:
+  found = [(step, watch.warning(step, totals)) for step, totals in enumerate(series)]
+  return [(step, sentence) for step, sentence in found if sentence]
+
+
+def test_sudden_growth_is_warned_of_once():
+  """Of the gradient norm and of the largest weight alike; the DA with the largest part is named."""
+  calm = [{"max_weight": {1: 0.5, 2: 0.9}, "grad_norm": {1: 0.03, 2: 0.04}}] * 60
+  for name, grown in (("max_weight", {1: 9.5, 2: 0.9}), ("grad_norm", {1: 0.6, 2: 0.04})):
+    ((step, sentence),) = warnings(instability.Watch(["mudd_pre_norm=true"]), [*calm, *[calm[0] | {name: grown}] * 50])
+    assert step == 60
+    assert sentence.startswith(f"step 60: mudd/{name} is ")
+    assert "of da_001" in sentence
+    assert sentence.endswith("with one of: mudd_pre_norm=true, a lower learning_rate.")
+
+
+def test_a_total_that_is_not_finite_is_warned_of():
+  series = [{"grad_norm": {1: 0.1, 2: 0.2}}] * 60 + [{"grad_norm": {1: 0.1, 2: float("nan")}}]
+  ((step, sentence),) = warnings(instability.Watch([]), series)
+  assert (step, "mudd/grad_norm is nan" in sentence, "of da_002" in sentence) == (60, True, True)
+
+
+@pytest.mark.parametrize(
+  "series",
+  [
+    [0.01 * 1.02**k for k in range(400)],  # a hundred steps of the window make 2.7 of it
+    [0.001] * 60 + [0.5] * 60,  # dynamic weights leave zero, and are smaller than a static one
+    [1.0] * 20 + [30.0] * 60,  # before there is a median to compare with
+  ],
+)
+def test_what_is_no_sudden_growth(series):
+  assert not warnings(instability.Watch([]), [{"max_weight": {1: x}} for x in series])
+
+
+def test_the_logger_of_metrics_warns(caplog):
+  """With the keys that the family has and the run does not set."""
+  cfg = models.config(mudd=True, mudd_pre_norm=True, enable_tensorboard=False)
+  logger = metric_logger.MetricLogger(cfg, lambda step: 0.1)
+  scalars = {"learning/loss": np.float32(1), "learning/total_weights": 1, "perf/step_time_seconds": 1.0}
+  scalars |= {"perf/per_device_tflops_per_sec": 1.0, "perf/per_device_tokens_per_sec": 1.0}
+  with caplog.at_level("WARNING"):
+    for step in range(70):
+      parts = {"grad_norm": {1: np.float32(0.1), 2: np.float32(0.1 if step < 60 else 7)}}
+      logger.write_metrics({"scalar": scalars, "scalars": {}, instability.TOTALS: parts}, step)
+  (text,) = [record.getMessage() for record in caplog.records if "mudd/grad_norm" in record.getMessage()]
+  assert "step 60" in text
+  assert "of da_002" in text
+  assert text.endswith("with one of: mudd_post_norm=true, mudd_weight_cap=10, a lower learning_rate.")

@@ -179,7 +179,7 @@ def test_activation_and_connection_metrics():
   for statistic in ("older_weight", "norm", *dynamic):
     made = {f"mudd/{statistic}/{c}/da_{i:03d}" for i in (1, 2) for c in "qkvr"} | {f"mudd/{statistic}/r/da_003"}
     assert made == {key for key in scalars if key.startswith(f"mudd/{statistic}/")}
-  assert {f"mudd/output_norm/x/da_{i:03d}" for i in (1, 2, 3)} == {key for key in scalars if "/output_norm/" in key}
+  assert {f"mudd/output_norm/all/da_{i:03d}" for i in (1, 2, 3)} == {key for key in scalars if "/output_norm/" in key}
   assert all(0 < scalars[key] < 1 for key in scalars if "older_weight" in key)
   assert all(scalars[key] > 0 for key in scalars if "/norm/" in key)
   off = models.config(mudd=True)
@@ -206,7 +206,7 @@ def test_connection_metrics_are_what_they_say():
   hidden = hidden * scipy.special.ndtr(hidden)
   dynamic = np.einsum("btk,kcn->btcn", hidden, np.asarray(da.w2[...]))
   weights = dynamic + np.asarray(da.a[...])
-  assert sown["mudd_output_norm_x"] == pytest.approx(np.sqrt(np.square(xs[-1]).mean()), rel=2e-6)
+  assert sown["mudd_output_norm_all"] == pytest.approx(np.sqrt(np.square(xs[-1]).mean()), rel=2e-6)
   for c, stream in enumerate("qkvr"):
     share = np.abs(weights[:, :, c])
     older = (share[..., :2].sum(-1) / share.sum(-1)).mean()

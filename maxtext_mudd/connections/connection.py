@@ -163,7 +163,7 @@ class HistoryConnection(PlainConnection):
     if not self.config.record_internal_nn_metrics:
       return
     metrics.sow_aggregate(module, output, weights, streams, column, last=last)
-    metrics.sow(module, "x", {"output_norm": metrics.root_mean_square(output)}, last=last)
+    metrics.sow(module, metrics.ALL, {"output_norm": metrics.root_mean_square(output)}, last=last)
     if dynamic is not None:
       metrics.sow_dynamic(module, dynamic, "".join(streams), visible, last=last)
 

@@ -14,6 +14,7 @@ from maxtext_mudd import kernels
 SOWN = re.compile(r"mudd_(last_)?([a-z_]+)_([a-z]+)")
 
 LARGEST_WEIGHT = "max_weight"
+ALL = "all"  # in place of a stream, for statistics of a whole aggregate
 
 _totals: dict[str, Array] | None = None
 
@@ -39,7 +40,7 @@ def sow(module: nnx.Module, stream: str, statistics: Mapping[str, Float[Array, "
   """Sows scalars.
 
   Args:
-    stream: what they belong to: a stream, or a sublayer.
+    stream: what they belong to: a stream, a sublayer, or `ALL`.
     last: whether they are of what follows the last block; the connection of the last block may have both.
   """
   for statistic, value in statistics.items():
@@ -54,7 +55,7 @@ def sow_largest(module: nnx.Module, dynamic: Float[Array, "B T C N"], *, last: b
     last: as for `sow`.
   """
   if _totals is not None:
-    sow(module, "x", {LARGEST_WEIGHT: jnp.max(jnp.abs(dynamic))}, last=last)
+    sow(module, ALL, {LARGEST_WEIGHT: jnp.max(jnp.abs(dynamic))}, last=last)
 
 
 def sow_aggregate(

@@ -47,10 +47,16 @@ class KeyGroup(BaseModel):
       for other, values in self.needs_of(name).items():
         if getattr(self, other) not in values:
           raise ValueError(
-            f"{name}={value} does nothing with {other}={getattr(self, other)}; leave it at {field.default}, or set "
-            f"{other}={' or '.join(map(str, values))}."
+            f"{name}={_short(value)} does nothing with {other}={_short(getattr(self, other))}; leave it at "
+            f"{field.default}, or set {other}={' or '.join(map(str, values))}."
           )
     return self
+
+
+def _short(value: Any) -> str:
+  """A value in a sentence, cut off where it is a long table."""
+  text = str(value)
+  return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ class Arch:
   """What differs between the stock decoder blocks, and the connections.
 
   `ways`, `streams`, `dilation`, `period`, `window`, `pre_norm`, `post_norm` as the paper has them; no `ways`: none.
+  `table`: sources and streams by DA, instead of `ways`, `streams`, `dilation`, `period`, `window` and `depth_start`.
   `hyper`: n of Hyper-Connections, instead of all these.
   """
 
@@ -44,6 +45,7 @@ class Arch:
   static: bool = True
   depth_start: float = 0.0
   hyper: int = 0
+  table: dict[int, tuple[tuple[int, ...], str]] | None = None
 
 
 def gelu(x):
@@ -144,6 +146,8 @@ class Oracle:
 
   def sources(self, i):
     """Which of X_0..X_i the DA after block i sees."""
+    if self.arch.table:
+      return self.arch.table[i][0]
     seen = sorted(range(i, -1, -self.arch.dilation))
     return [j for j in seen if not self.arch.window or j == 0 or i - j < self.arch.window]
 
@@ -154,7 +158,10 @@ class Oracle:
     path = f"decoder/layers_{i - 1}/connection/final_depth_aggregate"
     if not last:
       path = f"decoder/layers_{i}/connection/depth_aggregate"
-    names = [c for c in "qkvr" if c in arch.streams and (not last or c == "r")] if arch.ways == 4 else ["x"]
+    if arch.table:
+      names = arch.table[i][1]
+    else:
+      names = [c for c in "qkvr" if c in arch.streams and (not last or c == "r")] if arch.ways == 4 else ["x"]
     if not names:
       return {}
     sources = self.sources(i)
@@ -197,6 +204,8 @@ class Oracle:
       scale = self.parameters.get(f"decoder/layers_{i - 1}/connection/output_norm/scale")
       normed.append(self.rms(x, scale) if arch.pre_norm else x)
       has_aggregate = arch.ways and i % arch.period == 0 and i / arch.layers > arch.depth_start
+      if arch.table:
+        has_aggregate = i in arch.table
       streams = self.depth_aggregate(i, normed, x) if has_aggregate else {}
       order = "qkvr"
       if self.swapped and self.swapped[0] == i + 1:

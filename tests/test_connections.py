@@ -12,6 +12,8 @@ from maxtext_mudd.model import counts
 from tests import models
 from tests.blocks import BLOCKS, TOLERANCE, config_of, expected, packed
 from tests.oracle import Oracle
+from tests.placements import BLOCKS as IRREGULAR_BLOCKS
+from tests.placements import IRREGULAR, IRREGULAR_DAS
 
 FAMILIES = {
   "plain residual": ({"depth_connection": "residual"}, {}),
@@ -28,6 +30,14 @@ FAMILIES = {
   ),
   "MUDD, capped weights": ({"mudd_weight_cap": 0.3}, {"ways": 4, "cap": 0.3}),
   "MUDD, scaled weights": ({"mudd_weight_scale": True}, {"ways": 4}),
+  "MUDD, placements": (
+    {"mudd_placements": IRREGULAR, "base_num_decoder_layers": IRREGULAR_BLOCKS},
+    {"layers": IRREGULAR_BLOCKS, "table": IRREGULAR_DAS},
+  ),
+  "MUDD, placements, post-norm": (
+    {"mudd_placements": IRREGULAR, "base_num_decoder_layers": IRREGULAR_BLOCKS, "mudd_post_norm": True},
+    {"layers": IRREGULAR_BLOCKS, "table": IRREGULAR_DAS, "post_norm": "r"},
+  ),
   "DHC×4": ({"depth_connection": "hyper_connections"}, {"hyper": 4}),
   "SHC×3": (
     {"depth_connection": "hyper_connections", "mudd_expansion_rate": 3, "mudd_dynamic": False},
@@ -38,6 +48,7 @@ FAMILIES = {
     {"hyper": 4},
   ),
 }
+OF_THREE_BLOCKS = [name for name in FAMILIES if "placements" not in name]  # six blocks with experts round too much
 HYPER = [name for name in FAMILIES if "HC" in name]
 
 
@@ -50,7 +61,7 @@ def model_and_oracle(family, block):
 
 
 def fast_or_slow(pairs):
-  fast = {("MUDD", "llama2"), ("DHC×4", "llama2"), ("DHC×4", "gpt3")}
+  fast = {("MUDD", "llama2"), ("MUDD, placements", "llama2"), ("DHC×4", "llama2"), ("DHC×4", "gpt3")}
   return [pytest.param(*pair, marks=() if pair in fast else pytest.mark.slow) for pair in pairs]
 
 
@@ -103,7 +114,7 @@ def test_values_and_gradients(family, block):
     assert abs(found - slope) <= 1e-3 * scale, (path, found, slope)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OF_THREE_BLOCKS)
 def test_on_a_mixture_of_experts(family):
   cfg, model, oracle = model_and_oracle(family, "mixtral")
   data = packed(cfg)

@@ -16,6 +16,7 @@ from maxtext_mudd.connections import history
 from maxtext_mudd.connections.base import Link, Plan
 from maxtext_mudd.connections.history import History
 from maxtext_mudd.connections.mudd import sites
+from tests.placements import BLOCKS, IRREGULAR
 
 SHAPE, HIDDEN = (2, 12, 16), 8
 BUDGET = 2e-5  # of the largest entry of a gradient; the errors seen are below 4e-6
@@ -31,6 +32,7 @@ CASES = {  # blocks, and the keys that differ from the defaults
   "2x2": (12, {"mudd_source_dilation": 2, "mudd_block_period": 2}),
   "no aggregate at the end, two streams": (7, {"mudd_block_period": 3, "mudd_dense_streams": "qr"}),
   "the upper half": (10, {"mudd_depth_start": 0.5}),
+  "placements": (BLOCKS, {"mudd_placements": IRREGULAR}),
 }
 
 

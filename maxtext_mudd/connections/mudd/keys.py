@@ -3,23 +3,31 @@
 Imports neither JAX nor MaxText, so that a command line is checked before these are imported.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from maxtext_mudd.connections.base import STREAMS
 from maxtext_mudd.connections.family_keys import HistoryKeys, WeightKeys
-from maxtext_mudd.connections.mudd import sites
+from maxtext_mudd.connections.mudd import placements, sites
 from maxtext_mudd.keys import key
 
 _WEIGHT_MLP = {"mudd_dynamic": (True,)}
+_NO_TABLE = {"mudd_placements": ([],)}  # the key is a shorthand for a table of placements
 
 
 class DenseKeys(WeightKeys, HistoryKeys):
   """The keys of `depth_connection=dense`."""
 
-  mudd_ways: Literal[1, 4] = key(4, "C: 4 for separate q, k, v and residual streams, 1 for one input.")
-  mudd_dense_streams: str = key("qkvr", "Streams that are aggregated; the others take X_i. Needs 4 ways.")
+  mudd_placements: list[Any] = key(
+    [],
+    "Rows, or the path of a YAML file with rows, that say after which blocks DAs stand, what each mixes, which streams "
+    "it makes and how wide its weight MLP is; empty: as the six keys that are shorthands for such a table say.",
+  )
+  mudd_ways: Literal[1, 4] = key(4, "C: 4 for separate q, k, v and residual streams, 1 for one input.", needs=_NO_TABLE)
+  mudd_dense_streams: str = key(
+    "qkvr", "Streams that are aggregated; the others take X_i. Needs 4 ways.", needs=_NO_TABLE
+  )
   mudd_hidden_expansion: float = key(1.0, "Factor on K = C·N.", needs=_WEIGHT_MLP, gt=0, allow_inf_nan=False)
   mudd_last_hidden_expansion: float = key(
     4.0, "Factor on K = C·N of the last DA.", needs=_WEIGHT_MLP, gt=0, allow_inf_nan=False
@@ -37,12 +45,12 @@ class DenseKeys(WeightKeys, HistoryKeys):
   mudd_weight_scale: bool = key(
     False, "The dynamic weights W become s ⊙ tanh(W) with learned s [C,N], before a is added.", needs=_WEIGHT_MLP
   )
-  mudd_source_dilation: int = key(1, "k: a DA sees every k-th block output (Fig. 9).", ge=1)
-  mudd_block_period: int = key(1, "p: a DA follows every p-th block (Fig. 9).", ge=1)
+  mudd_source_dilation: int = key(1, "k: a DA sees every k-th block output (Fig. 9).", needs=_NO_TABLE, ge=1)
+  mudd_block_period: int = key(1, "p: a DA follows every p-th block (Fig. 9).", needs=_NO_TABLE, ge=1)
   mudd_depth_start: float = key(
-    0.0, "DAs stand only after blocks beyond this share of the depth; 0: after all.", ge=0, lt=1
+    0.0, "DAs stand only after blocks beyond this share of the depth; 0: after all.", needs=_NO_TABLE, ge=0, lt=1
   )
-  mudd_window: int = key(0, "n: a DA sees the last n block outputs and the embedding; 0: all.", ge=0)
+  mudd_window: int = key(0, "n: a DA sees the last n block outputs and the embedding; 0: all.", needs=_NO_TABLE, ge=0)
   mudd_pre_norm: bool = key(False, "RMSNorm on every source (Eq. 10).")
   mudd_post_norm: bool = key(False, "RMSNorm on the sum, and X_i added to every stream (Eq. 10).")
   mudd_post_norm_streams: str = key(
@@ -53,6 +61,21 @@ class DenseKeys(WeightKeys, HistoryKeys):
   mudd_first_block_norms: Literal["shared", "separate"] = key(
     "shared", "Attention norms of block 1, whose streams are equal: one, or LN_q, LN_k and LN_v."
   )
+
+  @field_validator("mudd_placements", mode="before")
+  @classmethod
+  def _read_placements(cls, value: Any) -> Any:
+    return placements.read(value) if isinstance(value, str) else value
+
+  @model_validator(mode="after")
+  def _check_placements(self):
+    placements.check(self.mudd_placements)
+    with_width = [number for number, row in enumerate(self.mudd_placements, 1) if "hidden" in row]
+    if with_width and not self.mudd_dynamic:
+      raise ValueError(
+        f"mudd_placements: row {with_width[0]} has hidden, and mudd_dynamic=False leaves no weight MLP; remove hidden."
+      )
+    return self
 
   @model_validator(mode="after")
   def _check_streams(self):

@@ -1,6 +1,8 @@
 """Where MUDD's aggregates stand and which sources each one sees. Pure Python."""
 
 from maxtext_mudd.connections.base import STREAMS, Plan, Site
+from maxtext_mudd.connections.mudd import placements
+from maxtext_mudd.connections.mudd.placements import Placement
 
 
 def visible_sources(block: int, *, dilation: int, window: int) -> tuple[int, ...]:
@@ -17,23 +19,27 @@ def hidden_width(ways: int, sources: int, *, expansion: float, round_to: int) ->
 
 
 def plan(config) -> Plan:
+  """The DAs of `mudd_placements`, or of the keys that stand for such a table where it is empty.
+
+  Raises:
+    ValueError: the table does not fit `num_decoder_layers`.
+  """
+  num_blocks, table = config.num_decoder_layers, config.mudd_placements
+  found = placements.expand(table, num_blocks) if table else _from_keys(config)
+  sites = {placement.block: _site(config, placement) for placement in found}
+  return Plan(num_blocks, sites, separate_norms=(1,) if config.mudd_first_block_norms == "separate" else ())
+
+
+def _from_keys(config) -> list[Placement]:
   """A DA after every `mudd_block_period`-th block beyond `mudd_depth_start` of the depth. The last one makes the
   residual stream only."""
-  num_blocks, sites = config.num_decoder_layers, {}
+  num_blocks, found = config.num_decoder_layers, []
   for block in range(config.mudd_block_period, num_blocks + 1, config.mudd_block_period):
-    if block <= config.mudd_depth_start * num_blocks:
-      continue
-    is_last = block == num_blocks
-    streams = _streams(config, is_last)
-    if not streams:
-      continue
-    sources = visible_sources(block, dilation=config.mudd_source_dilation, window=config.mudd_window)
-    hidden = 0
-    if config.mudd_dynamic:
-      expansion = config.mudd_last_hidden_expansion if is_last else config.mudd_hidden_expansion
-      hidden = hidden_width(len(streams), len(sources), expansion=expansion, round_to=config.mudd_hidden_round_to)
-    sites[block] = Site(block, sources, streams, hidden)
-  return Plan(num_blocks, sites, separate_norms=(1,) if config.mudd_first_block_norms == "separate" else ())
+    streams = _streams(config, block == num_blocks)
+    if streams and block > config.mudd_depth_start * num_blocks:
+      sources = visible_sources(block, dilation=config.mudd_source_dilation, window=config.mudd_window)
+      found.append(Placement(block, sources, streams))
+  return found
 
 
 def _streams(config, is_last: bool) -> str:
@@ -41,3 +47,15 @@ def _streams(config, is_last: bool) -> str:
     return "x"
   dense = config.mudd_dense_streams
   return "".join(stream for stream in STREAMS if stream in dense and (stream == "r" or not is_last))
+
+
+def _site(config, placement: Placement) -> Site:
+  """The site of a DA, with the width of its weight MLP."""
+  block, sources, streams, hidden = placement.block, placement.sources, placement.streams, placement.hidden
+  if not config.mudd_dynamic:
+    hidden = 0
+  elif hidden is None:
+    is_last = block == config.num_decoder_layers
+    expansion = config.mudd_last_hidden_expansion if is_last else config.mudd_hidden_expansion
+    hidden = hidden_width(len(streams), len(sources), expansion=expansion, round_to=config.mudd_hidden_round_to)
+  return Site(block, sources, streams, hidden)

@@ -1,0 +1,304 @@
+"""`mudd_placements`: what a table says, the shorthands for tables, and tables that are refused.
+
+Models with a table are compared with the oracle in test_connections.py, and scanned with single ones in test_scan.py.
+"""
+
+import types
+
+from maxtext.configs import pyconfig
+import pytest
+
+from maxtext_mudd import connections, plugin
+from maxtext_mudd.complexity import __main__ as complexity
+from maxtext_mudd.complexity import sizes
+from maxtext_mudd.config import files as config_files
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.config.keys import MuddKeys
+from maxtext_mudd.connections.base import Site
+from maxtext_mudd.connections.mudd import placements
+from tests import runs
+from tests.placements import BLOCKS, IRREGULAR, IRREGULAR_DAS
+from tests.refusals import refuse
+
+
+@pytest.fixture(autouse=True)
+def restore_reading():
+  yield
+  plugin.install(plugin.Reading())
+
+
+def sites(rows, blocks: int = 6, **keys) -> dict[int, Site]:
+  values = MuddKeys(mudd=True, mudd_placements=rows, **keys).model_dump()
+  return dict(connections.plan(types.SimpleNamespace(num_decoder_layers=blocks, **values)).sites)
+
+
+def test_a_table_of_different_aggregates():
+  found = sites(IRREGULAR, BLOCKS)
+  assert {block: (site.sources, site.streams) for block, site in found.items()} == IRREGULAR_DAS
+  assert list(found) == sorted(found)
+
+
+@pytest.mark.parametrize(
+  ("block", "expected"),
+  [
+    (3, [3]),
+    ("3", [3]),
+    ("L-2", [4]),
+    ("2..4", [2, 3, 4]),
+    ("1..L-1 step 2", [1, 3, 5]),
+    ("2..L-1 step 2", [2, 4]),
+    ("L-2..L-1", [4, 5]),
+    ([1, "3..4"], [1, 3, 4]),
+  ],
+)
+def test_blocks(block, expected):
+  found = sites([{"block": block, "sources": "all", "streams": "qr"}])
+  assert list(found) == expected
+  assert all(site.sources == tuple(range(i + 1)) and site.streams == "qr" for i, site in found.items())
+
+
+@pytest.mark.parametrize(
+  ("sources", "expected"),
+  [
+    ("all", (0, 1, 2, 3, 4, 5)),
+    ("last:2", (4, 5)),
+    ("last:9", (1, 2, 3, 4, 5)),  # the embedding is not a block output
+    ([0, "last:2"], (0, 4, 5)),
+    ("every:2", (1, 3, 5)),
+    ("every:5", (0, 5)),
+    (5, (5,)),
+    ([5, 2, "0"], (0, 2, 5)),
+    ("1..5 step 2", (1, 3, 5)),
+    ([0, "L-3", "L-1"], (0, 3, 5)),
+    (["every:3", "last:2"], (2, 4, 5)),
+  ],
+)
+def test_sources(sources, expected):
+  assert sites([{"block": 5, "sources": sources, "streams": "vr"}])[5].sources == expected
+
+
+def test_hidden_widths():
+  """The rule gives C·N; in a row of its own, four times as much to the last DA."""
+  rows = [
+    {"block": "1..2", "sources": "all", "streams": "vr"},
+    {"block": 3, "sources": "all", "streams": "vr", "hidden": 7},
+    {"block": "L", "sources": "every:2", "streams": "r"},
+  ]
+  assert [site.hidden for site in sites(rows, mudd_hidden_round_to=0).values()] == [4, 6, 7, 16]
+  del rows[1]["hidden"]
+  assert [site.hidden for site in sites(rows, mudd_dynamic=False).values()] == [0, 0, 0, 0]
+
+
+LAST = {"block": "L", "sources": "all", "streams": "r"}
+MULTIWAY = [{"block": "1..L-1", "sources": "all", "streams": "qkvr"}, LAST]
+SHORTHANDS = {  # an ablation, and the table that its keys stand for
+  "static": [{"block": "1..L", "sources": "all", "streams": "x"}],
+  "dynamic": [{"block": "1..L", "sources": "all", "streams": "x"}],
+  "multiway_static": MULTIWAY,
+  "multiway_dynamic": MULTIWAY,
+  "mudd": MULTIWAY,
+  "without_dense_q": [{"block": "1..L-1", "sources": "all", "streams": "kvr"}, LAST],
+  "without_dense_k": [{"block": "1..L-1", "sources": "all", "streams": "qvr"}, LAST],
+  "without_dense_v": [{"block": "1..L-1", "sources": "all", "streams": "qkr"}, LAST],
+  "without_dense_r": [{"block": "1..L-1", "sources": "all", "streams": "qkv"}],
+  "sparse_1x1": MULTIWAY,
+  "sparse_1x2": [{"block": "2..L-1 step 2", "sources": "all", "streams": "qkvr"}, LAST],
+  "sparse_2x1": [
+    {"block": "1..L-1", "sources": "every:2", "streams": "qkvr"},
+    {"block": "L", "sources": "every:2", "streams": "r"},
+  ],
+  "sparse_2x2": [
+    {"block": "2..L-1 step 2", "sources": "every:2", "streams": "qkvr"},
+    {"block": "L", "sources": "every:2", "streams": "r"},
+  ],
+  "sparse_4x4": [
+    {"block": "4..20 step 4", "sources": "every:4", "streams": "qkvr"},
+    {"block": 24, "sources": "0..24 step 4", "streams": "r"},
+  ],
+  "sparse_sw8": [
+    {"block": "1..L-1", "sources": [0, "last:8"], "streams": "qkvr"},
+    {"block": "L", "sources": [0, "last:8"], "streams": "r"},
+  ],
+  "trimmed": [{"block": "13..L-1", "sources": "all", "streams": "vr"}, LAST],
+}
+KEYS = [f"mudd_{key}" for key in ("ways", "dense_streams", "source_dilation", "block_period", "depth_start", "window")]
+
+
+def read(name: str, **overrides):
+  return sizes.read(["", str(runs.ROOT / "yaml" / f"{name}.yml")], **overrides)
+
+
+@pytest.mark.parametrize("name", SHORTHANDS)
+def test_shorthands_are_tables(name):
+  by_keys = read(f"ablation/{name}")
+  defaults = {key: MuddKeys.model_fields[key].default for key in KEYS}
+  by_table = read(f"ablation/{name}", mudd_placements=SHORTHANDS[name], **defaults)
+  assert connections.plan(by_keys) == connections.plan(by_table)
+
+
+def test_every_ablation_has_its_table():
+  names = {name.removesuffix(".yml") for name in config_files.packaged() if name.startswith("ablation/")}
+  assert {f"ablation/{name}" for name in SHORTHANDS} == {
+    name for name in names if read(name).mudd and connections.plan(read(name)).sites
+  }
+
+
+TABLE = "[{block: 1, sources: all, streams: vr}, {block: L, sources: all, streams: r}]"
+
+
+def test_a_table_in_a_file(tmp_path, monkeypatch):
+  """The configuration has the rows themselves, so that it does not depend on the file."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "table.yml").write_text(TABLE)
+  by_name, by_value = (
+    pyconfig.initialize(["", runs.RUN_YML, "run_name=x", f"mudd_placements={value}"]) for value in ("table.yml", TABLE)
+  )
+  by_keys = MuddKeys(mudd=True, mudd_placements="table.yml")
+  assert by_name.mudd_placements == by_value.mudd_placements == by_keys.mudd_placements
+  assert connections.plan(by_name).sites[1].streams == "vr"
+
+
+def row(**changes) -> str:
+  columns = {"block": "L", "sources": "all", "streams": "r"} | changes
+  return f"[{{{', '.join(f'{key}: {value}' for key, value in columns.items() if value is not None)}}}]"
+
+
+REFUSED = {  # a table for two blocks, and the sentence
+  "no list": ("5", "mudd_placements=5 is not valid: input should be a valid list."),
+  "no row": ("[3]", "mudd_placements: row 1 is 3; write a mapping, such as {block: L, sources: all, streams: r}."),
+  "a column": (
+    row(mlp="first"),
+    "mudd_placements: row 1 has the column 'mlp', which does not exist; use block, sources, streams, hidden.",
+  ),
+  "no block": (
+    row(block=None),
+    "mudd_placements: row 1 has no block; add it, as in {block: L, sources: all, streams: r}.",
+  ),
+  "a block": (
+    row(block="last"),
+    "mudd_placements: row 1 has block: 'last'; use a number, L, L-1, 1..L-1, 1..L-1 step 2, or a list of these.",
+  ),
+  "a rule of sources for blocks": (row(block="every:2"), "mudd_placements: row 1 has block: 'every:2'; use a number"),
+  "a truth value": (row(block="true"), "mudd_placements: row 1 has block: True; use a number"),
+  "sources": (
+    row(sources="[0, last:0]"),
+    "mudd_placements: row 1 has sources: [0, 'last:0']; use a number, L, L-1, 1..L-1, 1..L-1 step 2, all, last:8, "
+    "every:2, or a list of these.",
+  ),
+  "a step of zero": (row(block="1..L step 0"), "mudd_placements: row 1 has block: '1..L step 0'; use a number"),
+  "no sources": (row(sources="[]"), "mudd_placements: row 1 has an empty list of sources; name at least one."),
+  "a stream": (
+    row(streams="rz"),
+    "mudd_placements: row 1 has streams: 'rz'; use some of the letters q, k, v and r, each at most once, or x.",
+  ),
+  "a stream twice": (row(streams="rr"), "mudd_placements: row 1 has streams: 'rr'; use some of the letters"),
+  "one stream among several": (row(streams="xr"), "mudd_placements: row 1 has streams: 'xr'; use some of the letters"),
+  "no streams": (row(streams="''"), "mudd_placements: row 1 has streams: ''; use some of the letters"),
+  "a width": (
+    row(hidden=0),
+    "mudd_placements: row 1 has hidden: 0; use a width of 1 or more, or leave it out.",
+  ),
+  "a width that is no number": (row(hidden="wide"), "mudd_placements: row 1 has hidden: 'wide'; use a width of 1"),
+  "a block beyond the last": (
+    row(block=3, streams="qr"),
+    "mudd_placements: row 1 places DA_3, and the model has L=2 blocks; use blocks from 1 to L.",
+  ),
+  "the embedding": (row(block=0), "mudd_placements: row 1 places DA_0, and the model has L=2 blocks"),
+  "a range of no block": (
+    row(block="L..1"),
+    "mudd_placements: row 1 has block: L..1, which is no block of a model with L=2; use positions from 1 to L, the "
+    "lower one first.",
+  ),
+  "a block twice": (
+    "[{block: 1..2, sources: all, streams: r}, {block: L, sources: all, streams: r}]",
+    "mudd_placements: rows 1 and 2 both place DA_2; name each block once.",
+  ),
+  "a source that is not there yet": (
+    row(block=1, sources="[0, 1, 2]"),
+    "mudd_placements: row 1 gives DA_1 the source X_2, which does not exist there; use sources from 0 to 1.",
+  ),
+  "a source before the embedding": (
+    row(sources="[L-3, L]"),
+    "mudd_placements: row 1 gives DA_2 the source X_-1, which does not exist there; use sources from 0 to 2.",
+  ),
+  "without the newest source": (
+    row(sources="[0, 1]"),
+    "mudd_placements: row 1 gives DA_2 the sources [0, 1], without X_2, its newest one; add last:1.",
+  ),
+  "no residual stream at the end": (
+    row(streams="v"),
+    "mudd_placements: row 1 gives DA_2, which follows the last block, the streams v; it makes the residual stream "
+    "only, so place it in another row, with streams: r.",
+  ),
+  "several streams at the end": (
+    row(block="1..L", streams="vr"),
+    "mudd_placements: row 1 gives DA_2, which follows the last block, the streams vr;",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_tables(case):
+  table, sentence = REFUSED[case]
+  with pytest.raises(ConfigError) as error:
+    complexity.read([runs.RUN_YML, f"mudd_placements={table}"])
+  found = str(error.value)
+  assert found == sentence if sentence.endswith(".") else found.startswith(sentence)
+  assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    (
+      [f"mudd_placements={TABLE}", "mudd_window=2"],
+      "mudd_window=2 does nothing with mudd_placements=[{'block': 1, 'sources': 'all', 'streams': 'vr'}, {'block"
+      "...; leave it at 0, or set mudd_placements=[].",
+    ),
+    (
+      [f"mudd_placements={TABLE}", "mudd=false", "mudd_ffn_reallocation=false"],
+      "mudd_placements=[{'block': 1, 'sources': 'all', 'streams': 'vr'}, {'block... does nothing with mudd=False; "
+      "leave it at [], or set mudd=True.",
+    ),
+    (
+      [f"mudd_placements={row(hidden=8)}", "mudd_dynamic=false"],
+      "mudd_placements: row 1 has hidden, and mudd_dynamic=False leaves no weight MLP; remove hidden.",
+    ),
+    (
+      ["mudd_placements=absent.yml"],
+      "mudd_placements='absent.yml' is not valid: there is no such file; use the path of a YAML file with a list of "
+      "rows, or the list itself.",
+    ),
+  ],
+)
+def test_refused_by_the_launcher(arguments, sentence, monkeypatch, capsys):
+  assert refuse([runs.RUN_YML, *arguments], monkeypatch, capsys) == sentence
+
+
+@pytest.mark.parametrize(
+  ("text", "sentence"),
+  [
+    ("block: L", "the file holds no list of rows, such as - {block: L, sources: all, streams: r}"),
+    ("", "the file holds no list of rows"),
+    ("[", "the file cannot be read ("),
+  ],
+)
+def test_refused_files(text, sentence, tmp_path):
+  (tmp_path / "table.yml").write_text(text)
+  with pytest.raises(ConfigError) as error:
+    complexity.read([runs.RUN_YML, f"mudd_placements={tmp_path / 'table.yml'}"])
+  assert f" is not valid: {sentence}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("numbers", "text"),
+  [
+    ((0,), "0"),
+    ((0, 1), "0, 1"),
+    ((0, 1, 2), "0..2"),
+    ((0, 4, 8), "0..8 step 4"),
+    ((0, 5, 6, 7, 9), "0, 5..7, 9"),
+  ],
+)
+def test_ranges_in_print(numbers, text):
+  assert placements.span(numbers) == text

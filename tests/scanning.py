@@ -7,6 +7,8 @@ import numpy as np
 
 from tests import models
 from tests.blocks import BLOCKS
+from tests.placements import BLOCKS as IRREGULAR_BLOCKS
+from tests.placements import IRREGULAR
 
 # Single and scanned layers add in another order. In float32 they may differ by RELATIVE of the largest logit and of the
 # norm of all gradients together, and by OF_TENSOR of the largest entry of one gradient. A model that magnifies rounding
@@ -17,6 +19,7 @@ ZERO = 1e-7  # of the norm of all gradients together: what rounding leaves of a 
 SMALL = {"base_num_decoder_layers": 3}
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
 
+PLACEMENTS = {"base_num_decoder_layers": IRREGULAR_BLOCKS, "mudd_placements": IRREGULAR}
 DCA_SUM = "DCA with the sum of middle sources, groups"
 CASES = {
   "MUDD": SMALL,
@@ -43,6 +46,23 @@ CASES = {
     "mudd_block_period": 2,
     "mudd_weight_scale": True,
   },
+  "placements": PLACEMENTS,
+  "placements, both norms": {**PLACEMENTS, **BOTH_NORMS, "mudd_post_norm_streams": "qkvr"},
+  "placements, post-norm, groups": {
+    **PLACEMENTS,
+    "mudd_post_norm": True,
+    "mudd_ffn_reallocation": True,
+    "mudd_ffn_groups": 2,
+    "mudd_ffn_round_to": 8,
+  },
+  "placements, pre-norm": {**PLACEMENTS, "mudd_pre_norm": True},
+  "placements, scaled weights": {**PLACEMENTS, "mudd_weight_scale": True, "mudd_weight_norm_scale": True},
+  "placements, static": {
+    **PLACEMENTS,
+    "mudd_placements": [{"block": 2, "sources": "all", "streams": "v"}, {"block": 4, "sources": "all", "streams": "r"}],
+    "mudd_dynamic": False,
+  },
+  "placements, fused": {**PLACEMENTS, **BOTH_NORMS, "mudd_kernel": "pallas_interpret"},
   "static": {**SMALL, "mudd_dynamic": False},
   "dynamic": {**SMALL, "mudd_static": False},
   "dynamic, both norms": {**SMALL, "mudd_static": False, **BOTH_NORMS},

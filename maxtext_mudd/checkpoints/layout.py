@@ -106,7 +106,7 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
           raise ValueError(f"{path} has values for block {block} that this model does not have")
         if exists is None or exists[k].any():
           single_name = _single_name(match[3], config, plan, block)
-          single = layout.trim(config, name, by_block[k], table.sites[k])
+          single = layout.trim(config, name, by_block[k], table.sites[k], table.padded)
           singles[f"{match[1]}decoder/layers_{block - 1}/{single_name}"] = single
   return singles
 

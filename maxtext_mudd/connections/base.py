@@ -148,8 +148,9 @@ class Family(Protocol):
     reads: "sublayer" if the family needs the outputs of attention and of the FFN one by one, since it makes an input
       for each or adds them up by itself; otherwise "block".
     depth_axes: names of the axes of an `Aggregate`'s parameters that depend on the site, by the last name of a
-      parameter's path: "sources" (one entry for each source of the site), "hidden" (K entries), None (any other axis).
-      Parameters of scanned layers are padded along these axes to one shape.
+      parameter's path: "sources" (one entry for each source of the site), "streams" (one for each stream), "hidden" (K
+      entries), None (any other axis). Parameters of scanned layers are padded along these axes to one shape.
+    stream_modules: modules of an `Aggregate` that exist only where its site makes a stream, by name, and the stream.
     matrices: by the last name of a parameter's path, the axes of the rows and of the columns of the matrix that it is,
       for optimizers that orthogonalise matrices. Axes but 0 count from the end, since scanned layers insert axis 1.
       Queries, static weights and the scales of norms are no matrices.
@@ -162,6 +163,7 @@ class Family(Protocol):
   depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]]
   matrices: ClassVar[Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]]
   static_weights: ClassVar[tuple[str, ...]]
+  stream_modules: ClassVar[Mapping[str, str]]
   start_modules: ClassVar[tuple[str, ...]]
   finish_modules: ClassVar[tuple[str, ...]]
 
@@ -207,6 +209,7 @@ class BaseFamily:
   depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = types.MappingProxyType({})
   matrices: ClassVar[Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]] = types.MappingProxyType({})
   static_weights = ()
+  stream_modules: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
   start_modules = ()
   finish_modules = ()
 
@@ -297,7 +300,8 @@ class Aggregate(Protocol):
 
   Attributes:
     keeps_newest: whether every stream equals X_i where its weight is one for the newest source and zero for others.
-      Scanned layers then have a block without an aggregate by such weights. Not so with a norm before or after the sum.
+      Scanned layers then have a block without an aggregate, or without some of the streams, by such weights. Not so
+      with a norm before or after the sum.
   """
 
   keeps_newest: bool

@@ -13,7 +13,7 @@ from maxtext_mudd import kernels
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.streams import Streams, decouple
 from maxtext_mudd.connections import layout, metrics
-from maxtext_mudd.connections.base import Aggregate, HistoryFamily, Link, Site
+from maxtext_mudd.connections.base import STREAMS, Aggregate, HistoryFamily, Link, Site
 from maxtext_mudd.connections.buffer import HistoryBuffer
 from maxtext_mudd.connections.history import History
 from maxtext_mudd.connections.mesh import passes, source_sharding
@@ -116,15 +116,19 @@ class HistoryConnection(PlainConnection):
     table, module, streams = self.table, self.depth_aggregate, {"x": output}
     if module is not None:
       streams = dict(zip(table.padded.streams, module.streams(sums, output)))
-      if not all(table.connected) and not module.keeps_newest:
-        connected = _at(table.connected, table, number)
-        streams = {stream: jnp.where(connected, x, output) for stream, x in streams.items()}
+      if not table.makes_all and not module.keeps_newest:
+        makes = _at(table.makes, table, number)
+        streams = {stream: jnp.where(makes[c], x, output) for c, (stream, x) in enumerate(streams.items())}
       if self._is_recorded:
         weights = self._weights(module, number, output, False)
         visible = self._fill(_at(table.visible, table, number)) if self.config.scan_layers else None
         self._sow(module, output, weights, streams, self._newest_column(number), visible)
-    if "x" in streams and not any(table.separate_norms):
-      return streams["x"]
+    one = streams.pop("x", output)
+    if not streams and not any(table.separate_norms):
+      return one
+    if streams and "x" in table.padded.streams:  # a stack with blocks of one stream and blocks of several
+      is_one = _at(table.makes, table, number)[table.padded.streams.index("x")]
+      streams = {stream: jnp.where(is_one, one, x) for stream, x in streams.items()}
     choose = None
     if not all(table.separate_norms):
       has_own = _at(table.separate_norms, table, number)
@@ -132,7 +136,7 @@ class HistoryConnection(PlainConnection):
       def choose(parameter, of_q):
         return jnp.where(has_own, parameter, of_q)
 
-    return Streams(*(streams.get(stream, streams.get("x", output)) for stream in "qkvr"), choose)
+    return Streams(*(streams.get(stream, one) for stream in STREAMS), choose)
 
   def write(self, output: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """What later sites mix."""
@@ -184,18 +188,21 @@ class HistoryConnection(PlainConnection):
     return number - 1 if self.config.scan_layers else len(self.table.padded.sources) - 1
 
   def _weights(self, module: Aggregate, number, output: Float[Array, "B T D"], is_source: bool) -> kernels.Weights:
-    """Weights of the sources in the carry that a block's site may see: of all entries of a buffer, and without a site
-    of the newest source alone."""
+    """Weights of the sources in the carry that a block's site may see: of all entries of a buffer. A stream that the
+    site does not make, or any stream where there is no site, has weights of the newest source alone."""
     table, column = self.table, self._newest_column(number)
     if not self.config.scan_layers:
       return _weights(module, output, column, None, is_source)
     visible = _at(table.visible, table, number)
     weights = _weights(module, output, column, visible, is_source)
-    visible = self._fill(visible)
-    weights = kernels.map_columns(weights, lambda x: jnp.where(visible, self._fill(x), 0))
-    if not all(table.connected) and module.keeps_newest:
-      connected, is_newest = _at(table.connected, table, number), jnp.arange(len(visible)) == column
-      weights = kernels.replace_static(weights, lambda a: jnp.where(connected, a, is_newest.astype(a.dtype)))
+    exists = self._fill(visible)
+    is_newest = jnp.arange(len(exists)) == column
+    makes = None if table.makes_all else _at(table.makes, table, number)[:, None]
+    if makes is not None:
+      exists = makes & exists
+    weights = kernels.map_columns(weights, lambda x: jnp.where(exists, self._fill(x), 0))
+    if makes is not None and module.keeps_newest:
+      weights = kernels.replace_static(weights, lambda a: jnp.where(makes, a, is_newest.astype(a.dtype)))
     return weights
 
   def _final_weights(

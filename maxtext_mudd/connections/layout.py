@@ -1,9 +1,10 @@
 """Pads the parameters of single layers to one shape for scanned layers, and removes the padding.
 
 All blocks of a scanned stack have parameters of one shape. Along the axes that `Family.depth_axes` names, those of a
-site are padded with zeros: there is an entry for every source from X_0 on, whichever the site mixes, and hidden widths
-are padded at their end. Padding has a gradient of zero and stays zero in training. So does every parameter that exists
-only in another block of the stack, such as LN_k of the first block.
+site are padded with zeros: there is an entry for every source from X_0 on, whichever the site mixes, and one for every
+stream that a site of the stack makes; hidden widths are padded at their end. Padding has a gradient of zero and stays
+zero in training. So does every parameter that exists only in another block of the stack, such as LN_k of the first
+block.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from maxtext_mudd import connections
 from maxtext_mudd.blocks import spec as block_spec
-from maxtext_mudd.connections.base import Plan, Site
+from maxtext_mudd.connections.base import STREAMS, Plan, Site
 
 AGGREGATE = "depth_aggregate"  # the module of a connection to which `Family.depth_axes` applies, in parameters' paths
 
@@ -27,7 +28,8 @@ class Table:
   Attributes:
     blocks: numbers of the blocks.
     sites: the site before each.
-    padded: one site that holds those of all blocks; for a single block, its own. None where there are none.
+    padded: one site that holds those of all blocks; for a single block, its own. Its streams may be letters of "qkvr"
+      and "x" beside them. None where there are none.
     separate_norms: by block, whether it has LN_q, LN_k and LN_v.
   """
 
@@ -37,9 +39,14 @@ class Table:
   separate_norms: tuple[bool, ...]
 
   @property
-  def connected(self) -> tuple[bool, ...]:
-    """By block, whether it reads the streams of a site."""
-    return tuple(site is not None for site in self.sites)
+  def makes(self) -> tuple[tuple[bool, ...], ...]:
+    """By block and stream of `padded`, whether its site makes the stream."""
+    return tuple(tuple(site is not None and x in site.streams for x in self.padded.streams) for site in self.sites)
+
+  @property
+  def makes_all(self) -> bool:
+    """Whether all blocks read the same streams."""
+    return all(map(all, self.makes))
 
   @property
   def visible(self) -> tuple[tuple[bool, ...], ...]:
@@ -55,13 +62,11 @@ def table(plan: Plan, blocks: Sequence[int], *, padded: bool) -> Table:
   """
   sites = tuple(plan.before(block) for block in blocks)
   there = [site for site in sites if site]
-  if len({site.streams for site in there}) > 1:
-    streams = " and ".join(sorted({site.streams for site in there}))
-    raise ValueError(f"scan_layers=True needs sites with the same streams in all blocks, and they make {streams}.")
   site = there[0] if there else None
   if there and padded:
     sources = tuple(range(blocks[-1]))
-    site = Site(blocks[-1] - 1, sources, there[0].streams, max(other.hidden for other in there))
+    streams = "".join(x for x in f"{STREAMS}x" if any(x in other.streams for other in there))
+    site = Site(blocks[-1] - 1, sources, streams, max(other.hidden for other in there))
   return Table(tuple(blocks), sites, site, tuple(map(plan.has_separate_norms, blocks)))
 
 
@@ -82,11 +87,15 @@ def existing_entries(config, table: Table, path: tuple[str, ...]) -> np.ndarray 
   if table.padded is None:
     raise ValueError(f"{'/'.join(path)} is of an aggregate, and no block of the stack has one")
   axes = _axes(config, path)
-  mask = np.array(table.connected).reshape(-1, *(1 for _ in axes))
+  stream_modules = connections.family(config).stream_modules
+  of_streams = {stream_modules[name] for name in path if name in stream_modules}
+  exists = [site is not None and of_streams <= {*site.streams} for site in table.sites]
+  mask = np.array(exists).reshape(-1, *(1 for _ in axes))
   for number, name in enumerate(axes):
     if name:
       padded = _size(table.padded, name)
-      by_block = np.stack([np.isin(np.arange(padded), _positions(site, name)) for site in table.sites])
+      positions = (_positions(site, table.padded, name) for site in table.sites)
+      by_block = np.stack([np.isin(np.arange(padded), there) for there in positions])
       mask = mask & by_block.reshape(len(by_block), *(padded if k == number else 1 for k in range(len(axes))))
   return mask
 
@@ -97,22 +106,24 @@ def pad(config, path: tuple[str, ...], value, site: Site | None, padded: Site | 
   for axis, name in _depth_axes(config, path):
     filled = xp.concat([value, xp.zeros_like(xp.take(value, xp.asarray([0]), axis=axis))], axis=axis)
     at = np.full(_size(padded, name), value.shape[axis])  # of the zeros
-    at[_positions(site, name)] = np.arange(value.shape[axis])
+    at[_positions(site, padded, name)] = np.arange(value.shape[axis])
     value = xp.take(filled, xp.asarray(at), axis=axis)
   return value
 
 
-def trim(config, path: tuple[str, ...], value, site: Site | None):
+def trim(config, path: tuple[str, ...], value, site: Site | None, padded: Site | None):
   """The parameter of a single block, from one entry of a scanned stack: `pad` backwards."""
   xp = value.__array_namespace__()
   for axis, name in _depth_axes(config, path):
-    value = xp.take(value, xp.asarray(_positions(site, name)), axis=axis)
+    value = xp.take(value, xp.asarray(_positions(site, padded, name)), axis=axis)
   return value
 
 
-def single_shape(config, path: tuple[str, ...], shape: Sequence[int], site: Site | None) -> tuple[int, ...]:
+def single_shape(
+  config, path: tuple[str, ...], shape: Sequence[int], site: Site | None, padded: Site
+) -> tuple[int, ...]:
   """The shape of a parameter of a single block, from its shape in one entry of a scanned stack."""
-  sizes = {axis: len(_positions(site, name)) for axis, name in _depth_axes(config, path)}
+  sizes = {axis: len(_positions(site, padded, name)) for axis, name in _depth_axes(config, path)}
   return tuple(sizes.get(axis, size) for axis, size in enumerate(shape))
 
 
@@ -160,12 +171,14 @@ def _depth_axes(config, path: tuple[str, ...]) -> list[tuple[int, str]]:
   return [(axis, name) for axis, name in enumerate(_axes(config, path)) if name and AGGREGATE in path]
 
 
-def _positions(site: Site | None, name: str) -> list[int]:
+def _positions(site: Site | None, padded: Site, name: str) -> list[int]:
   """Where the entries of a site lie along a padded axis."""
   if site is None:
     return []
+  if name == "streams":
+    return [padded.streams.index(stream) for stream in site.streams]
   return list(site.sources) if name == "sources" else list(range(site.hidden))
 
 
 def _size(padded: Site, name: str) -> int:
-  return len(padded.sources) if name == "sources" else padded.hidden
+  return {"sources": len(padded.sources), "streams": padded.ways, "hidden": padded.hidden}[name]

@@ -148,15 +148,15 @@ def _muon_factor(path: Path, stacked: jax.Array, config):
   is_matrix = _is_of_connection(path) and _dimension_numbers(path, config)
   if config.opt_type != "muon" or "layers" not in path or not is_matrix:
     return 1
-  sites = layout.table(connections.plan(config), _blocks_of_stack(path, config), padded=True).sites
+  table = layout.table(connections.plan(config), _blocks_of_stack(path, config), padded=True)
   padded = (stacked.shape[0], *stacked.shape[2:])
 
   def scale(site):
-    sizes = padded if site is None else layout.single_shape(config, path, padded, site)  # None: all is padding
+    sizes = padded if site is None else layout.single_shape(config, path, padded, site, table.padded)
     rows, columns = (math.prod(sizes[axis] for axis in axes) for axes in _dimension_numbers(path, config))
     return math.sqrt(max(1, columns / rows) if config.muon_consistent_rms is None else max(rows, columns))
 
-  factors = [scale(site) / scale(None) for site in sites]
+  factors = [scale(site) / scale(None) for site in table.sites]  # None: all is padding
   return jnp.asarray(factors, stacked.dtype).reshape(1, -1, *[1] * (stacked.ndim - 2))
 
 

@@ -52,7 +52,8 @@ def with_connection_metrics(stock):
         continue
       last, statistic, stream = name.groups()
       # MaxText sums what layers sow over the microbatches of a step.
-      for after, mean in _by_aggregate(keys, value / config.gradient_accumulation_steps, config, bool(last)):
+      value = value / config.gradient_accumulation_steps
+      for after, mean in _by_aggregate(keys, value, stream, config, is_last=bool(last)):
         if statistic == LARGEST_WEIGHT:
           output_metrics.setdefault(TOTALS, {}).setdefault(statistic, {})[after] = mean
         else:
@@ -85,11 +86,12 @@ def with_connection_totals(stock):
   return train_step
 
 
-def _by_aggregate(keys: list[str], value, config, is_last: bool):
+def _by_aggregate(keys: list[str], value, stream: str, config, *, is_last: bool):
   """Yields (number of the block before, its value) for a value that was sown under a path. Scanned layers sow the
   values of all blocks in one array.
 
   Args:
+    stream: what the value belongs to: a stream, or a sublayer.
     is_last: whether it is of what follows the last block.
   """
   layer = next((re.fullmatch(r"layers_(\d+)", key) for key in keys if key.startswith("layers_")), None)
@@ -101,5 +103,8 @@ def _by_aggregate(keys: list[str], value, config, is_last: bool):
     plan = connections.plan(config)
     group = next((int(key.removeprefix("group_")) for key in keys if key.startswith("group_")), 0)
     blocks = ffn_widths.groups(config)[group]
-    # In a stack with sites, blocks without one sow what nothing reads.
-    yield from ((block - 1, mean) for block, mean in zip(blocks, value) if plan.before(block) or not plan.sites)
+    for block, mean in zip(blocks, value):
+      site = plan.before(block)
+      # In a stack with sites, blocks sow values also of streams that they do not read.
+      if not plan.sites or (site and stream in (*site.streams, metrics.ALL)):
+        yield block - 1, mean

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from maxtext_mudd.connections.base import Cost, HistoryFamily, Plan
+from maxtext_mudd.connections.base import STREAMS, Cost, HistoryFamily, Plan
 from maxtext_mudd.connections.mudd import cost, keys, sites
 
 
@@ -12,12 +12,13 @@ class Dense(HistoryFamily):
   Keys = keys.DenseKeys
   depth_axes: ClassVar = {
     "w1": (None, "hidden"),
-    "w2": ("hidden", None, "sources"),
-    "a": (None, "sources"),
-    "weight_scale": (None, "sources"),
+    "w2": ("hidden", "streams", "sources"),
+    "a": ("streams", "sources"),
+    "weight_scale": ("streams", "sources"),
   }
   matrices: ClassVar = {"w1": ((0,), (-1,)), "w2": ((0,), (-2, -1))}
   static_weights = ("a",)
+  stream_modules: ClassVar = {f"post_norm_{stream}": stream for stream in f"{STREAMS}x"}
 
   @classmethod
   def check_sizes(cls, config) -> None:

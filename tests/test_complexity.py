@@ -57,6 +57,26 @@ def test_one_model(capsys):
   assert "0.236% (Eq. 13), 0.228% (η/6)" in w1_and_w2
 
 
+TABLE = "mudd_placements=[{block: 1, sources: all, streams: rv, hidden: 8}, {block: L, sources: all, streams: r}]"
+
+
+def test_placements(capsys):
+  """They are printed on request, and of a model that has a table of its own."""
+  header = ["block", "sources", "streams", "hidden"]
+  by_keys = printed(capsys, "--placements", runs.RUN_YML, "mudd_hidden_round_to=0", "base_num_decoder_layers=3")
+  assert by_keys[-4:] == [header, ["1", "0, 1", "qkvr", "8"], ["2", "0..2", "qkvr", "12"], ["3", "0..3", "r", "16"]]
+  assert by_keys[:-5] == printed(capsys, runs.RUN_YML, "mudd_hidden_round_to=0", "base_num_decoder_layers=3")
+  assert printed(capsys, runs.RUN_YML, TABLE, "mudd_hidden_round_to=0")[-3:] == [
+    header,
+    ["1", "0, 1", "vr", "8"],
+    ["2", "0..2", "r", "12"],
+  ]
+  static = printed(capsys, runs.RUN_YML, "mudd_dynamic=false", "--placements")
+  assert static[-2:] == [["1", "0, 1", "qkvr", "-"], ["2", "0..2", "r", "-"]]
+  plain = printed(capsys, runs.RUN_YML, "--placements", "mudd=false", "mudd_ffn_reallocation=false", "mudd_init=stock")
+  assert plain[-1] == ["no depth-wise aggregates between blocks"]
+
+
 def test_plain_flops():
   """By hand: 2 heads of 16, T 16, and two FFN matrices in, one out."""
   cfg = models.config()

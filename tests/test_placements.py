@@ -16,7 +16,8 @@ from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.config.keys import MuddKeys
 from maxtext_mudd.connections.base import Site
 from maxtext_mudd.connections.mudd import placements
-from tests import runs
+from maxtext_mudd.model import counts
+from tests import models, runs
 from tests.placements import BLOCKS, IRREGULAR, IRREGULAR_DAS
 from tests.refusals import refuse
 
@@ -139,8 +140,20 @@ def test_shorthands_are_tables(name):
 def test_every_ablation_has_its_table():
   names = {name.removesuffix(".yml") for name in config_files.packaged() if name.startswith("ablation/")}
   assert {f"ablation/{name}" for name in SHORTHANDS} == {
-    name for name in names if read(name).mudd and connections.plan(read(name)).sites
+    name for name in names if (config := read(name)).mudd and connections.plan(config).sites
   }
+
+
+def test_counts_are_those_of_the_model():
+  """And of FLOPs, by hand: W1, W2 and the sums of each DA."""
+  norms = {"mudd_pre_norm": True, "mudd_post_norm": True, "mudd_post_norm_streams": "kv", "mudd_weight_scale": True}
+  cfg = models.config(mudd=True, mudd_placements=IRREGULAR, base_num_decoder_layers=BLOCKS, **norms)
+  assert sum(x.get_value().size for x in models.parameters(models.build(cfg)).values()) == counts.parameters(cfg)
+  width, weights = 32, [len(sources) * len(streams) for sources, streams in IRREGULAR_DAS.values()]
+  hidden = [64, 64, 5, 64, 64]  # C·N is below 64
+  flops = sum(2 * width * n + 2 * k * (width + n) for n, k in zip(weights, hidden))
+  assert counts.connections_cost(cfg).flops == flops
+  assert counts.connections_cost(cfg).activations == BLOCKS + 3 + BLOCKS  # all sources are mixed, at most four streams
 
 
 TABLE = "[{block: 1, sources: all, streams: vr}, {block: L, sources: all, streams: r}]"

@@ -1,6 +1,7 @@
 """Prints what a model costs: parameters, FLOPs and activation memory, exactly and by the paper's formulas.
 
     python3 -m maxtext_mudd.complexity yaml/NAME.yml [key=value ...]   costs of one model
+    python3 -m maxtext_mudd.complexity --placements yaml/NAME.yml ...  and the table of its depth-wise aggregates
     python3 -m maxtext_mudd.complexity --table 1                       the paper's Table 1: parameters and FLOPs
     python3 -m maxtext_mudd.complexity --table 6                       the paper's Table 6: activation memory
     python3 -m maxtext_mudd.complexity --list                          the configuration files of this package
@@ -14,9 +15,10 @@ import contextlib
 import logging
 import sys
 
-from maxtext_mudd import assets, blocks, plugin, versions
+from maxtext_mudd import assets, blocks, connections, plugin, versions
 from maxtext_mudd.complexity import paper, sizes
 from maxtext_mudd.config import errors
+from maxtext_mudd.connections.mudd.placements import span
 from maxtext_mudd.model import counts
 from maxtext_mudd.runs import early_check, usage
 from maxtext_mudd.runs.launch import exit_with
@@ -44,6 +46,8 @@ USAGE = (
 
 def main(arguments: list[str]) -> None:
   """Runs the command. Mistakes of the user end the process with one sentence and status 2."""
+  with_placements = "--placements" in arguments
+  arguments = [argument for argument in arguments if argument != "--placements"]
   if not arguments:
     exit_with(USAGE)
   if arguments[0] in ("-h", "--help"):
@@ -58,10 +62,16 @@ def main(arguments: list[str]) -> None:
     exit_with(f"--table {' '.join(arguments[1:])}: the tables are 1 (parameters and FLOPs) and 6 (activation memory).")
   tables = {"1": table_1, "6": table_6}
   try:
-    rows = tables[arguments[1]]() if arguments[0] == "--table" else describe(read(arguments))
+    if arguments[0] == "--table":
+      lines = align(tables[arguments[1]]())
+    else:
+      config = read(arguments)
+      lines = align(describe(config))
+      if with_placements or config.mudd_placements:
+        lines += ["", *align(placements(config))]
   except (errors.ConfigError, versions.UnknownMaxText) as error:
     exit_with(str(error))
-  print("\n".join(align(rows)))
+  print("\n".join(lines))
 
 
 def read(arguments: list[str], **overrides):
@@ -135,6 +145,15 @@ def describe(config) -> list[tuple[str, ...]]:
   return [row[:2] for row in rows if not row[0].strip().startswith("W1")]
 
 
+def placements(config) -> list[tuple[str, ...]]:
+  """Rows with the depth-wise aggregates, in the columns of `mudd_placements`."""
+  sites = connections.plan(config).sites if config.mudd else {}
+  if not sites:
+    return [("no depth-wise aggregates between blocks",)]
+  rows = [(f"{site.block}", span(site.sources), site.streams, f"{site.hidden or '-'}") for site in sites.values()]
+  return [("block", "sources", "streams", "hidden"), *rows]
+
+
 def table_1() -> list[tuple[str, ...]]:
   """Rows with the ratios of parameters and FLOPs: as Table 1 prints them, by formulas, and of the released models."""
   rows = [
@@ -200,7 +219,7 @@ def percent(ratio: float) -> str:
 def align(rows: list[tuple[str, ...]]) -> list[str]:
   """Formats rows as lines with aligned columns. A row of one entry is a line by itself."""
   table = [row for row in rows if len(row) > 1]
-  widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+  widths = [max(map(len, column)) for column in zip(*table)]
   return [
     "  ".join(f"{entry:<{width}}" for entry, width in zip(row, widths)).rstrip() if len(row) > 1 else row[0]
     for row in rows

@@ -1,5 +1,7 @@
 """One rule that makes any model of yaml/ small enough to train here, its kind unchanged."""
 
+from maxtext_mudd.connections.mudd import placements
+
 # The first step moves as the last, and by the gradient alone.
 STEPS = {"warmup_steps_fraction": 0.0, "adam_weight_decay": 0.0}
 SIZES = {
@@ -37,9 +39,21 @@ def overrides(config) -> dict:
     config.mudd_source_dilation,
     -(-config.mudd_attnres_block // 2),
     of_k[config.mudd_dca_sources],
+    _blocks_of_table(config),
   )
   if config.num_experts > 1:
     changes |= {"num_experts": 4, "base_moe_mlp_dim": 256}
   if config.trainable_position_size > 0:
     changes["trainable_position_size"] = SIZES["max_target_length"]
   return changes
+
+
+def _blocks_of_table(config) -> int:
+  """As few blocks as the table of placements allows."""
+  for blocks in range(1, config.num_decoder_layers):
+    try:
+      placements.expand(config.mudd_placements, blocks)
+    except ValueError:
+      continue
+    return blocks
+  return config.num_decoder_layers

@@ -17,6 +17,8 @@ import pytest
 
 from tests import models, runs
 from tests.blocks import MOE
+from tests.placements import BLOCKS as IRREGULAR_BLOCKS
+from tests.placements import IRREGULAR
 from tests.steps import value_and_gradients
 
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
@@ -36,6 +38,10 @@ CASES = {
   "no DA at the end, two streams": (
     {"base_num_decoder_layers": 7, "mudd_block_period": 3, "mudd_dense_streams": "qr"},
     1e-4,
+  ),
+  "placements": (
+    {"base_num_decoder_layers": IRREGULAR_BLOCKS, "mudd_placements": IRREGULAR, **BOTH_NORMS},
+    2e-5,
   ),
   "experts": ({"base_num_decoder_layers": 5, "decoder_block": "mixtral", **MOE, **BOTH_NORMS}, 2e-5),
   "dropout": ({"base_num_decoder_layers": 3, "enable_dropout": True, "dropout_rate": 0.2, **BOTH_NORMS}, 2e-5),

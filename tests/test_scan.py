@@ -124,10 +124,22 @@ def test_dropout_is_the_same_in_both_passes():
   assert np.abs(on - off).max() > 0.01
 
 
-def test_padding_stays_zero_in_training():
+OF_STREAMS = [
+  {"block": 1, "sources": "all", "streams": "x"},
+  {"block": 2, "sources": "all", "streams": "vr"},
+  {"block": "L", "sources": "all", "streams": "r"},
+]
+PADDED = {  # keys, and how many parameters have padding
+  "2x": ({"mudd_block_period": 2, "mudd_weight_norm_scale": True}, 6),  # w1, w2, a, the norm's scale, LN_k and LN_v
+  "placements": ({"mudd_placements": OF_STREAMS, "mudd_post_norm": True}, 7),  # w1, w2, a, two post-norms, LN_k, LN_v
+}
+
+
+@pytest.mark.parametrize("case", [x if x == "2x" else pytest.param(x, marks=pytest.mark.slow) for x in PADDED])
+def test_padding_stays_zero_in_training(case):
   """Weight decay included; everything else moves."""
-  keys = {"mudd_block_period": 2, "mudd_weight_norm_scale": True}
-  keys |= {"adam_weight_decay": 0.1, "learning_rate": 0.01, "warmup_steps_fraction": 0.0}
+  keys, number = PADDED[case]
+  keys = keys | {"adam_weight_decay": 0.1, "learning_rate": 0.01, "warmup_steps_fraction": 0.0}
   cfg = models.config(mudd=True, base_num_decoder_layers=4, scan_layers=True, **keys)
   step, state = steps.prepare(cfg)
 
@@ -138,7 +150,7 @@ def test_padding_stays_zero_in_training():
   ones = {path: np.ones(x.shape) for path, x in models.parameters(single).items()}
   exists = {path: x > 0 for path, x in layout.stack(ones, cfg).items()}
   partly = [path for path, x in exists.items() if not x.all()]
-  assert len(partly) == 6  # w1, w2, a, the norm's scale, LN_k and LN_v
+  assert len(partly) == number
   for path, variable in parameters(state).items():
     variable.set_value(np.where(exists[path], variable.get_value(), 0))
   start = {path: np.asarray(x.get_value()) for path, x in parameters(state).items()}
@@ -150,10 +162,11 @@ def test_padding_stays_zero_in_training():
     assert moved[exists[path]].mean() > 0.5, path
 
 
-def test_a_new_model_is_the_plain_transformer():
+@pytest.mark.parametrize("more", [{}, pytest.param({"mudd_placements": OF_STREAMS}, marks=pytest.mark.slow)])
+def test_a_new_model_is_the_plain_transformer(more):
   """And its padding is zero."""
   keys = {"base_num_decoder_layers": 4, "scan_layers": True}
-  cfg = models.config(mudd=True, **keys, mudd_weight_norm_scale=True)
+  cfg = models.config(mudd=True, **keys, mudd_weight_norm_scale=True, **more)
   model, stock = models.build(cfg), models.build(models.config(**keys))
   values = {path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()}
   for path, x in layout.stack(layout.unstack(values, cfg), cfg).items():
@@ -163,7 +176,8 @@ def test_a_new_model_is_the_plain_transformer():
     if path in values:
       np.testing.assert_array_equal(values[path], x.get_value(), err_msg=path)
   np.testing.assert_allclose(models.jitted_logits(model, data), models.jitted_logits(stock, data), atol=2e-6)
-  spread = np.asarray(model.decoder.layers.connection.depth_aggregate.w1[...])[:, 1:].std()
+  w1 = layout.unstack({path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()}, cfg)
+  spread = w1["decoder/layers_2/connection/depth_aggregate/w1"].std()
   assert spread == pytest.approx(cfg.emb_dim**-0.5, rel=0.05)
 
 

@@ -114,6 +114,16 @@ METRICS = {
     {**BOTH_NORMS, "mudd_block_period": 2, "mudd_ffn_reallocation": True, "mudd_ffn_groups": 2, "mudd_ffn_round_to": 8},
     {"older_weight/q": (2,), "norm/k": (2,), "older_weight/r": (2, 4), "norm/r": (2, 4)},
   ),
+  "placements": (
+    {
+      "mudd_placements": [
+        {"block": 1, "sources": "all", "streams": "x"},
+        {"block": 3, "sources": [0, "last:2"], "streams": "vr"},
+        {"block": "L", "sources": "all", "streams": "r"},
+      ]
+    },
+    {"older_weight/x": (1,), "norm/v": (3,), "older_weight/r": (3, 4)},
+  ),
   "hyper_connections": ({}, {"read_weight/ffn": (0, 1, 2, 3), "column_sum/attention": (0, 1, 2, 3)}),
   "mhc": ({}, {"row_sum/ffn": (0, 1, 2, 3), "norm/attention": (0, 1, 2, 3), "write_weight/ffn": (0, 1, 2, 3)}),
   "attnres": (
@@ -130,11 +140,12 @@ METRICS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", METRICS)
 def test_metrics_are_those_of_single_layers(family):
-  """And they are there for each block, or where there are sites. MUDD's numbers differ from each other, nine in ten of
-  the others' do: sums of mixing matrices of mHC are all near 1."""
+  """And they are there for each block, or where there are sites, for the streams that these make. MUDD's numbers differ
+  from each other, nine in ten of the others' do: sums of mixing matrices of mHC are all near 1."""
   more, there = METRICS[family]
   keys = {"mudd": True, "base_num_decoder_layers": 4, "record_internal_nn_metrics": 1, **more}
-  keys["depth_connection"] = "dense" if family == "MUDD" else family
+  is_dense = family in ("MUDD", "placements")
+  keys["depth_connection"] = "dense" if is_dense else family
   single, scanned = (models.config(**keys, scan_layers=scan) for scan in (False, True))
   values = random_values(single)
   logged = []
@@ -146,9 +157,9 @@ def test_metrics_are_those_of_single_layers(family):
   expected, found = ({key: float(x) for key, x in scalars.items() if key.startswith("mudd/")} for scalars in logged)
   assert found.keys() == expected.keys()
   assert {f"mudd/{name}/da_{after:03d}" for name, afters in there.items() for after in afters} <= found.keys()
-  afters = {2, 4} if family == "MUDD" else set(range(5 if family in ("attnres", "dca") else 4))
+  afters = {after for numbers in there.values() for after in numbers}
   assert {key.rsplit("/", 1)[1] for key in expected} == {f"da_{after:03d}" for after in afters}
   for key, x in expected.items():
     assert found[key] == pytest.approx(x, rel=1.5e-6, abs=1e-12), key  # the error seen is 2e-7
   numbers = [x for x in expected.values() if x]
-  assert len(set(numbers)) >= (1 if family == "MUDD" else 0.9) * len(numbers) > 5
+  assert len(set(numbers)) >= (1 if is_dense else 0.9) * len(numbers) > 5

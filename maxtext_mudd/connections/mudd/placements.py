@@ -13,6 +13,7 @@ A row of the table stands for one DA, or for several that differ in their blocks
 
 from collections.abc import Sequence
 import dataclasses
+import os
 import pathlib
 import re
 from typing import Any
@@ -23,7 +24,7 @@ from maxtext_mudd import assets
 from maxtext_mudd.connections.base import STREAMS
 
 _COLUMNS = ("block", "sources", "streams", "hidden")
-_POSITION = r"\d+|L(?:-\d+)?"
+_POSITION = r"\d{1,6}|L(?:-\d{1,6})?"
 _RANGE = re.compile(rf"(?P<first>{_POSITION})(?:\.\.(?P<last>{_POSITION})(?: step (?P<step>[1-9]\d*))?)?")
 _RULE = re.compile(r"all|(?P<rule>last|every):(?P<number>[1-9]\d*)")
 
@@ -33,7 +34,7 @@ class Placement:
   """One DA.
 
   Attributes:
-    block: i, the block that it stands behind.
+    block: i, the block that it follows.
     sources: the sources that it mixes, oldest first.
     streams: the streams that it makes, in the order of "qkvr", or "x".
     hidden: K; None: by the rule of `mudd_hidden_expansion`.
@@ -51,7 +52,8 @@ def read(name: str) -> list:
   Raises:
     ValueError: there is no such file, or it does not hold a list with at least one row.
   """
-  path = next((path for path in (pathlib.Path(name), assets.CONFIGURATIONS / name) if path.is_file()), None)
+  paths = (pathlib.Path(name), assets.CONFIGURATIONS / name)
+  path = next((path for path in paths if os.path.isfile(path)), None)  # also False for names the system does not allow
   if path is None:
     raise ValueError("there is no such file; use the path of a YAML file with a list of rows, or the list itself")
   try:

@@ -41,6 +41,8 @@ def overrides(config) -> dict:
     of_k[config.mudd_dca_sources],
     _blocks_of_table(config),
   )
+  if changes["base_num_decoder_layers"] > 12:  # random models of so many blocks bend within a step of the usual length
+    changes["learning_rate"] = config.learning_rate / 10
   if config.num_experts > 1:
     changes |= {"num_experts": 4, "base_moe_mlp_dim": 256}
   if config.trainable_position_size > 0:

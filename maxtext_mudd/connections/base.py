@@ -189,6 +189,15 @@ class Family(Protocol):
     """Factor on the initial values of the kernels whose outputs are added to what blocks pass on."""
 
   @classmethod
+  def why_not_plain(cls, config) -> str | None:
+    """Why the family cannot be put into a trained plain model without changing its logits.
+
+    Returns:
+      a sentence without a full stop, which names the setting and what would work. None: with the initial values of the
+      connections, the model computes what the plain model computes, bit for bit where no operations are fused.
+    """
+
+  @classmethod
   def build(
     cls, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, rngs: nnx.Rngs, *, starts: bool, finishes: bool
   ) -> Connection:
@@ -228,6 +237,13 @@ class BaseFamily:
   @classmethod
   def output_init_scale(cls, config) -> float:
     return 1.0
+
+  @classmethod
+  def why_not_plain(cls, config) -> str | None:
+    return (
+      f"depth_connection={config.depth_connection} does not say that its models start as the plain model "
+      "(Family.why_not_plain); use dense or hyper_connections"
+    )
 
 
 class Connection(Protocol):

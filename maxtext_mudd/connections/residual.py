@@ -11,6 +11,10 @@ class Residual(BaseFamily):
     return Cost()
 
   @classmethod
+  def why_not_plain(cls, config) -> None:
+    return None
+
+  @classmethod
   def build(cls, config, blocks, mesh, rngs, *, starts, finishes):
     from maxtext_mudd.connections.connection import PlainConnection
 

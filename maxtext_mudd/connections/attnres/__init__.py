@@ -57,6 +57,13 @@ class AttentionResiduals(BaseFamily):
     )
 
   @classmethod
+  def why_not_plain(cls, config) -> str:
+    return (
+      "depth_connection=attnres starts with equal weights: sublayers read the residual stream divided by the number of "
+      "sources, beside which the epsilon of norms weighs more, which changes the logits; use dense or hyper_connections"
+    )
+
+  @classmethod
   def build(cls, config, blocks, mesh, rngs, *, starts, finishes):
     from maxtext_mudd.connections.attnres.connection import AttnResConnection
 

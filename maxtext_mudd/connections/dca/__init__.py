@@ -57,6 +57,18 @@ class DeepCrossAttention(BaseFamily):
     )
 
   @classmethod
+  def why_not_plain(cls, config) -> str:
+    if config.mudd_dca_sources == "first_and_last":
+      return (
+        "mudd_dca_sources=first_and_last leaves the outputs of middle blocks out, which changes the logits; use "
+        "depth_connection=dense or hyper_connections"
+      )
+    return (
+      "depth_connection=dca adds the outputs of blocks in another order than the plain model, which changes the logits "
+      "by rounding; use dense or hyper_connections"
+    )
+
+  @classmethod
   def build(cls, config, blocks, mesh, rngs, *, starts, finishes):
     from maxtext_mudd.connections.dca.connection import DcaConnection
 

@@ -29,6 +29,19 @@ class HyperConnections(StreamsFamily):
     return config.mudd_expansion_rate**0.5 if config.mudd_hyper_scaled_init else 1.0
 
   @classmethod
+  def why_not_plain(cls, config) -> str | None:
+    if config.mudd_hyper_scaled_init:
+      return (
+        "mudd_hyper_scaled_init=True scales initial kernels, and those of a trained model are given; leave it at False"
+      )
+    if config.mudd_hyper_end == "sum":
+      return (
+        "mudd_hyper_end=sum: the epsilon of the final norm weighs less beside a sum of streams, which changes the "
+        "logits; use mudd_hyper_end=mean"
+      )
+    return None
+
+  @classmethod
   def build(cls, config, blocks, mesh, rngs, *, starts, finishes):
     from maxtext_mudd.connections.hyper_connections.connection import build
 

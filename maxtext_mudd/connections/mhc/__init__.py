@@ -36,6 +36,13 @@ class ManifoldHyperConnections(StreamsFamily):
     )
 
   @classmethod
+  def why_not_plain(cls, config) -> str:
+    return (
+      "depth_connection=mhc starts with weights that differ from token to token, and reads a multiple of the residual "
+      "stream, which changes the logits; use dense or hyper_connections"
+    )
+
+  @classmethod
   def build(cls, config, blocks, mesh, rngs, *, starts, finishes):
     from maxtext_mudd.connections.mhc.connection import build
 

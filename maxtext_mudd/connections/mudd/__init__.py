@@ -34,6 +34,15 @@ class Dense(HistoryFamily):
     return cost.cost(config)
 
   @classmethod
+  def why_not_plain(cls, config) -> str | None:
+    if config.mudd_pre_norm == config.mudd_post_norm:
+      return None
+    return (
+      f"mudd_pre_norm={config.mudd_pre_norm} with mudd_post_norm={config.mudd_post_norm}: with one of the two norms "
+      "alone, a model does not start as the plain model, and neither does the released code; turn both on, or both off"
+    )
+
+  @classmethod
   def aggregate(cls, config, site, mesh, rngs):
     from maxtext_mudd.connections.mudd.aggregate import DepthAggregate
 

@@ -1,9 +1,12 @@
-"""Converts a model between folders of Hugging Face, the authors' JAX code and MaxText, or a run between layer layouts.
+"""Converts a model between folders of Hugging Face, the authors' JAX code and MaxText, a run between layer layouts, or
+a trained plain model to one with depth connections.
 
     python3 -m maxtext_mudd.convert from-hf --hf-dir D --maxtext-dir M key=value ...
     python3 -m maxtext_mudd.convert to-hf --maxtext-dir M --hf-dir D
     python3 -m maxtext_mudd.convert from-fork --fork-dir D --maxtext-dir M key=value ...
     python3 -m maxtext_mudd.convert from-run --checkpoint runs/a/checkpoints/999 --maxtext-dir M yaml/mudd_tiny.yml ...
+    python3 -m maxtext_mudd.convert upcycle --checkpoint runs/a/checkpoints/999 --maxtext-dir M yaml/mudd_tiny.yml \
+      mudd_ffn_reallocation=false
     python3 -m maxtext_mudd.convert layout --from runs/a --to runs/b yaml/mudd_tiny.yml scan_layers=true \
       mudd_ffn_groups=2
 
@@ -14,6 +17,10 @@ from-fork  reads a model of the authors' JAX code, which is a fork of MaxText: p
            paths, or an Orbax folder. It writes the same files as from-hf.
 from-run   reads a checkpoint of a training run, with the configuration that the run was started with. It writes the
            same files as from-hf, so that to-hf can read them.
+upcycle    puts depth connections into a trained model of stock MaxText, without changing its logits. It reads a
+           checkpoint of a training run or a folder of parameters, and a configuration of the new model. With
+           --maxtext-dir it writes the same files as from-hf. With --run it writes a run, which keeps the optimizer's
+           moments, the step and the position in the data; training with run_name=RUN resumes it.
 layout     copies the latest checkpoint of a run with single layers to a new run with scanned ones, or the reverse, as
            the configuration says. Training with run_name=b and this configuration resumes the new run.
 
@@ -39,6 +46,7 @@ _FOLDER_OPTIONS = {
   "fork_dir": "--fork-dir",
   "checkpoint": "--checkpoint",
   "maxtext_dir": "--maxtext-dir",
+  "run": "--run",
 }
 
 
@@ -94,6 +102,16 @@ def _parser() -> argparse.ArgumentParser:
   from_run.add_argument("config", metavar="CONFIG.yml", help="the configuration that the run was started with")
   from_run.add_argument("overrides", nargs="*", metavar="key=value")
   from_run.set_defaults(convert=_from_run)
+  upcycle = commands.add_parser("upcycle", help="from a plain model to one with depth connections")
+  upcycle.add_argument(
+    "--checkpoint", required=True, metavar="C", help="OUTPUT/RUN/checkpoints/STEP, or a folder of parameters"
+  )
+  target = upcycle.add_mutually_exclusive_group(required=True)
+  target.add_argument("--maxtext-dir", metavar="M", help="folder to create, with the parameters")
+  target.add_argument("--run", metavar="RUN", help="folder of a run to create, with the optimizer's moments, too")
+  upcycle.add_argument("config", metavar="CONFIG.yml", help="the configuration of the new model")
+  upcycle.add_argument("overrides", nargs="*", metavar="key=value")
+  upcycle.set_defaults(convert=_upcycle)
   layout = commands.add_parser("layout", help="between single and scanned layers (scan_layers)")
   layout.add_argument("--from", dest="source", required=True, metavar="RUN", help="folder of the run to convert")
   layout.add_argument("--to", dest="target", required=True, metavar="RUN", help="folder of the new run")
@@ -170,18 +188,38 @@ def _to_hf(args: argparse.Namespace) -> str:
   )
 
 
+def _upcycle(args: argparse.Namespace) -> str:
+  from maxtext_mudd.checkpoints import source_check, upcycle
+
+  source_check.check(pathlib.Path(args.checkpoint), "upcycle")
+  if args.run is None:
+    return _to_maxtext(functools.partial(upcycle.to_model_folder, config_file=args.config), args.checkpoint, args)
+  target = pathlib.Path(args.run).absolute()
+  config = _run_config(args, target)
+  return _resumes(target, upcycle.to_run(pathlib.Path(args.checkpoint).absolute(), target, config))
+
+
 def _layout(args: argparse.Namespace) -> str:
+  from maxtext_mudd.checkpoints import train_state
+
+  source, target = pathlib.Path(args.source).absolute(), pathlib.Path(args.target).absolute()
+  return _resumes(target, train_state.convert(_run_config(args, target), source, target, args.step))
+
+
+def _run_config(args: argparse.Namespace, target: pathlib.Path):
+  """The configuration of the new run `target`."""
   import jax
   from maxtext.configs import pyconfig
 
-  from maxtext_mudd.checkpoints import model_config, train_state
+  from maxtext_mudd.checkpoints import model_config
 
   jax.config.update("jax_default_prng_impl", "unsafe_rbg")  # as MaxText's trainer does
-  source, target = pathlib.Path(args.source).absolute(), pathlib.Path(args.target).absolute()
   new_run = {"run_name": target.name, "base_output_directory": target.parent, "enable_checkpointing": True}
   keys = model_config.local_keys() | {"log_config": True} | new_run
-  config = pyconfig.initialize(["", args.config, *args.overrides, *(f"{key}={value}" for key, value in keys.items())])
-  step = train_state.convert(config, source, target, args.step)
+  return pyconfig.initialize(["", args.config, *args.overrides, *(f"{key}={value}" for key, value in keys.items())])
+
+
+def _resumes(target: pathlib.Path, step: int) -> str:
   return f"{target}: checkpoint of step {step}; run_name={target.name} resumes from it"
 
 

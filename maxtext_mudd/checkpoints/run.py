@@ -1,10 +1,11 @@
 """Converts a checkpoint of a training run to a model folder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 import pathlib
 from typing import Any
 
 from maxtext.configs import pyconfig
+import numpy as np
 import tqdm
 
 from maxtext_mudd.checkpoints import (
@@ -36,21 +37,53 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
     ConfigError: the checkpoint is damaged or does not fit this configuration, or the target exists or cannot be
       written. Then nothing is left behind.
   """
-  items = checkpoint / model_folder.ITEMS
-  path = items if items.is_dir() else checkpoint
-  if not path.is_dir():
-    raise ConfigError(f"{path}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP.")
+  path = items_of(checkpoint)
   saved = orbax_folder.parameters(path)
-  scanned = any(name.startswith("decoder/layers/") for name in saved)
+  scanned = is_scanned(saved)
   _check_layout(path, scanned, overrides.get("scan_layers", scanned))  # before MaxText checks other keys against it
   config = pyconfig.initialize(["", config_file], **{**overrides, **model_config.local_keys()})
   _check_layout(path, scanned, config.scan_layers)
   parameters.check({name: x.shape for name, x in saved.items()}, model_config.parameter_shapes(config), str(path))
+  write(path, saved, config, target)
+
+
+def items_of(checkpoint: pathlib.Path) -> pathlib.Path:
+  """The folder with the parameters of a checkpoint. Raises ConfigError if there is no such folder."""
+  items = checkpoint / model_folder.ITEMS
+  path = items if items.is_dir() else checkpoint
+  if not path.is_dir():
+    raise ConfigError(f"{path}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP.")
+  return path
+
+
+def is_scanned(paths: Iterable[str]) -> bool:
+  """Whether these paths of parameters, or of a train state, are of scanned layers."""
+  return any("decoder/layers/" in path for path in paths)
+
+
+def write(
+  path: pathlib.Path,
+  saved: Mapping[str, tensors.Tensor],
+  config,
+  target: pathlib.Path,
+  arrange: Callable[[Mapping[str, np.ndarray]], Iterable[tuple[str, np.ndarray]]] = Mapping.items,
+) -> None:
+  """Writes the model folder `target` with saved parameters, the keys of their model and its tokenizer.
+
+  Args:
+    path: the folder of the parameters, for messages.
+    saved: the parameters by path.
+    arrange: the parameters of the new model as (path, value), from those in `saved`, which are read when looked up;
+      default: the same.
+
+  Raises:
+    ConfigError: as `from_run`.
+  """
   keys = _keys(config) | tokenizers.run_keys(config, target.absolute() / model_folder.TOKENIZER)
   size = sum(tensor.size for tensor in saved.values())
-  with staged(target) as stage, tqdm.tqdm(total=size, unit="B", unit_scale=True, desc=str(checkpoint)) as bar:
+  with staged(target) as stage, tqdm.tqdm(total=size, unit="B", unit_scale=True, desc=str(path)) as bar:
     values = tensors.LazyArrays({name: tensor.read for name, tensor in saved.items()}, bar.update)
-    model_folder.save(stage, config, model_folder.check_parameters(config, values.items(), path), keys)
+    model_folder.save(stage, config, model_folder.check_parameters(config, arrange(values), path), keys)
     tokenizers.copy_run_tokenizer(config, stage / model_folder.TOKENIZER)
 
 

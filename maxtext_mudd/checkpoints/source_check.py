@@ -11,14 +11,16 @@ _EXPECTED = {
   "from-hf": "a Hugging Face folder with the files of a model",
   "from-fork": f"a folder with {authors_jax.FILE} or an Orbax tree",
   "from-run": "a checkpoint, such as OUTPUT/RUN/checkpoints/STEP",
+  "upcycle": "a checkpoint, such as OUTPUT/RUN/checkpoints/STEP",
 }
+_OF_RUNS = ("from-run", "upcycle")
 
 
 def check(path: pathlib.Path, command: str) -> None:
   """Checks the source of a conversion.
 
   Args:
-    command: from-hf, from-fork or from-run.
+    command: from-hf, from-fork, from-run or upcycle.
 
   Raises:
     ConfigError: the folder does not exist, holds no model, or is one that another command reads.
@@ -27,7 +29,13 @@ def check(path: pathlib.Path, command: str) -> None:
     raise ConfigError(f"{path}: there is no such folder; name {_EXPECTED[command]}.")
   has_hf_files = any((path / name).exists() for name in hf_files.FILES)
   if model_folder.is_model_folder(path):
+    if command == "upcycle":
+      return
     raise ConfigError(f"{path} has {model_folder.CONFIG}: it is converted already; name {_EXPECTED[command]}.")
+  if command == "upcycle" and has_hf_files:
+    raise ConfigError(
+      f"{path} is a Hugging Face folder; convert it first, by python3 -m maxtext.checkpoint_conversion.to_maxtext."
+    )
   if command != "from-hf" and has_hf_files:
     raise ConfigError(f"{path} is a Hugging Face folder; convert it by from-hf.")
   if command == "from-hf":
@@ -35,11 +43,11 @@ def check(path: pathlib.Path, command: str) -> None:
       raise ConfigError(
         f"{path} is a folder of the authors' JAX code or of a run; convert it by from-fork or from-run."
       )
-  elif command == "from-run" and (path / authors_jax.FILE).exists():
+  elif command in _OF_RUNS and (path / authors_jax.FILE).exists():
     raise ConfigError(f"{path} is a folder of the authors' JAX code; convert it by from-fork.")
   elif not authors_jax.is_folder(path):
     run = path.parent if path.name == "checkpoints" else path
-    if command == "from-run" and (run / "checkpoints").is_dir():
+    if command in _OF_RUNS and (run / "checkpoints").is_dir():
       _, newest = train_state.find_checkpoint(run)
       raise ConfigError(f"{path} is the folder of a run; name one of its checkpoints, such as {newest}.")
     raise ConfigError(f"{path} holds no parameters; name {_EXPECTED[command]}.")

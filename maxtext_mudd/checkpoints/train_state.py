@@ -1,4 +1,5 @@
-"""Converts a training checkpoint between single and scanned layers: parameters, optimizer moments and data position.
+"""Reads and writes training checkpoints, and converts them between single and scanned layers: parameters, optimizer
+moments and data position.
 
 The random states are those of a new model, because scanned layers share a random state and single layers do not. So
 dropout draws other masks after the conversion. The converted run is a new folder, which appears when it is complete.
@@ -41,11 +42,9 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
   """
   if not config.mudd:
     raise ConfigError("mudd=False: only models with connections can be converted; name such a configuration.")
-  if target.exists():
-    raise ConfigError(f"{target} exists already; name a run that does not.")
+  check_new(target)
   step, checkpoint = find_checkpoint(source, step)
-  state = _by_path(orbax_folder.read_tree(checkpoint, _STATE))
-  values = {path: x for path, x in state.items() if "/rngs/" not in path}
+  values = read(checkpoint)
   scanned = any("/decoder/layers/" in path for path in values)
   if scanned == config.scan_layers:
     raise ConfigError(
@@ -57,10 +56,43 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
   except (KeyError, IndexError, ValueError) as error:
     reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
     raise ConfigError(f"{checkpoint} is not of this model: {reason}; name the run's own configuration.") from None
-  state = _train_state(values, config, checkpoint)
-  with staged(target) as stage:
-    _save(config, state, step, stage, checkpoint)
+  write(config, values, step, target, checkpoint)
   return step
+
+
+def check_new(target: pathlib.Path) -> None:
+  """Raises ConfigError if there is a run `target` already."""
+  if target.exists():
+    raise ConfigError(f"{target} exists already; name a run that does not.")
+
+
+def read(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
+  """A train state by path, such as "params/params/decoder/layers_0/mlp/wo/kernel", without random states.
+
+  Raises:
+    ConfigError: the checkpoint cannot be read.
+  """
+  state = _by_path(orbax_folder.read_tree(checkpoint, _STATE))
+  return {path: x for path, x in state.items() if "/rngs/" not in path}
+
+
+def write(
+  config: HyperParameters, values: dict[str, np.ndarray], step: int, target: pathlib.Path, source: pathlib.Path
+) -> None:
+  """Writes the run `target` with one checkpoint.
+
+  Args:
+    config: configuration of the model. Its `run_name` is the name of `target`.
+    values: the train state by path, as `read` returns it.
+    source: the checkpoint that the values are from. Its data position is copied.
+
+  Raises:
+    ConfigError: the values do not fit the configuration, or the target exists or cannot be written. Then nothing is
+      left behind.
+  """
+  state = _train_state(values, config, source)
+  with staged(target) as stage:
+    _save(config, state, step, stage, source)
 
 
 def find_checkpoint(run: pathlib.Path, step: int | None = None) -> tuple[int, pathlib.Path]:

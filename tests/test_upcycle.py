@@ -4,6 +4,7 @@ import pathlib
 
 from flax import nnx, traverse_util
 import jax
+from maxtext.checkpoint_conversion.utils import utils as conversion
 from maxtext.common import train_state_nnx
 from maxtext.utils import maxtext_utils, model_creation_utils, train_utils
 import numpy as np
@@ -13,9 +14,10 @@ import yaml
 
 from maxtext_mudd import connections, convert
 from maxtext_mudd.blocks import spec as block_spec
-from maxtext_mudd.checkpoints import layout, model_config, model_folder, orbax_folder
-from tests import models
+from maxtext_mudd.checkpoints import layout, model_config, model_folder, orbax_folder, train_state
+from tests import models, runs
 from tests.blocks import BLOCKS, config_of, packed
+from tests.published import hugging_face, refusal
 
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
 # Initial values of some of the families depend on the seed, and in part on the number of sources.
@@ -26,6 +28,11 @@ FAMILIES = {
   "DDFormer, scaled weights": {"mudd_ways": 1, "mudd_weight_scale": True},
   "DenseFormer": {"mudd_ways": 1, "mudd_dynamic": False},
   "hyper-connections": {"depth_connection": "hyper_connections"},
+  "hyper-connections, static": {
+    "depth_connection": "hyper_connections",
+    "mudd_dynamic": False,
+    "mudd_expansion_rate": 3,
+  },
   "residual": {"depth_connection": "residual"},
 }
 # Those whose new models are not exactly the plain one: what the command says of each.
@@ -58,11 +65,18 @@ def config_file(folder: pathlib.Path, block: str = "llama2", **keys) -> str:
   return str(file)
 
 
-def save(path: pathlib.Path, values, root=("params", "params")) -> pathlib.Path:
-  """A folder of parameters, as MaxText saves them."""
-  nested = traverse_util.unflatten_dict({(*root, *name.split("/")): x for name, x in values.items()})
-  ocp.PyTreeCheckpointer().save(path, nested)
+def save(path: pathlib.Path, values) -> pathlib.Path:
+  """A folder of parameters by path, as MaxText's trainer saves them, less the moments."""
+  nested = traverse_util.unflatten_dict({tuple(name.split("/")): x for name, x in values.items()})
+  ocp.PyTreeCheckpointer().save(path, {"params": {"params": nested}})
   return path
+
+
+def convert_as_maxtext(path: pathlib.Path, values) -> pathlib.Path:
+  """The same, as MaxText's conversions from Hugging Face save them."""
+  nested = traverse_util.unflatten_dict({tuple(name.split("/")): x for name, x in values.items()})
+  conversion.save_weights_to_checkpoint(str(path), {"params": nested}, 1, use_ocdbt=True, use_zarr3=True)
+  return path / "0"
 
 
 def trained(**keys):
@@ -85,7 +99,7 @@ def read(folder: pathlib.Path, **overrides):
 
 
 def op_by_op(model, data):
-  with jax.disable_jit():
+  with jax.disable_jit(model.config.scan_layers):  # a loop over layers is compiled otherwise
     return np.asarray(models.logits(model, data))
 
 
@@ -144,20 +158,21 @@ def new_model(cfg) -> dict[str, np.ndarray]:
 
 
 def slow_but(fast, cases):
-  return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+  """Parameters of a test, of which those that are not in `fast` are left to the slow tests."""
+  marks = {True: (), False: pytest.mark.slow}
+  return [pytest.param(*(x if isinstance(x, tuple) else [x]), marks=marks[x in fast]) for x in cases]
 
 
-@pytest.mark.parametrize("family", slow_but(("both norms, norms of block 1", "hyper-connections"), FAMILIES))
+@pytest.mark.parametrize("family", slow_but(["both norms, norms of block 1"], FAMILIES))
 def test_families(family, tmp_path):
-  plain, values = trained(base_num_decoder_layers=4)
+  plain, values = trained()
   source, target = save(tmp_path / "stock", values), tmp_path / "m"
-  file = config_file(tmp_path, base_num_decoder_layers=4)
-  upcycle(source, target, file, *written({"mudd": True, "init_weights_seed": 7, **FAMILIES[family]}))
+  upcycle(source, target, config_file(tmp_path), *written({"mudd": True, "init_weights_seed": 7, **FAMILIES[family]}))
   check_logits(target, plain)
   check_parameters(target, values, seed=7)
 
 
-@pytest.mark.parametrize("block", slow_but(("qwen3", "pythia"), BLOCKS))
+@pytest.mark.parametrize("block", slow_but(["pythia"], BLOCKS))
 def test_blocks(block, tmp_path):
   plain, values = trained(block=block)
   source, target = save(tmp_path / "stock", values), tmp_path / "m"
@@ -165,16 +180,13 @@ def test_blocks(block, tmp_path):
   check_logits(target, plain)
 
 
-@pytest.mark.parametrize(
-  ("before", "after"), [(True, True), (True, False), pytest.param(False, True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("before", "after"), slow_but([(True, True)], [(True, True), (True, False), (False, True)]))
 def test_layouts(before, after, tmp_path):
   """Scanned and single layers, of the checkpoint and of the new model."""
-  keys = {"base_num_decoder_layers": 4}
-  plain, values = trained(**keys, scan_layers=before)
+  plain, values = trained(scan_layers=before)
   singles = layout.unstack(values, plain.config) if before else values
-  source, target = save(tmp_path / "stock", values), tmp_path / "m"
-  upcycle(source, target, config_file(tmp_path, **keys), "mudd=true", *written({"scan_layers": after}))
+  source, target = convert_as_maxtext(tmp_path / "stock", values), tmp_path / "m"
+  upcycle(source, target, config_file(tmp_path), "mudd=true", *written({"scan_layers": after}))
   check_logits(target, plain)
   check_parameters(target, singles)
 
@@ -187,8 +199,147 @@ def test_every_family_is_upcycled_or_refused():
 @pytest.mark.parametrize("setting", REFUSED)
 def test_refused_families_change_logits(setting):
   """Of a plain model, even if its parameters are initial ones."""
-  keys = {"remat_policy": "none", "base_num_decoder_layers": 4}
+  keys = {"remat_policy": "none"}
   stock, cfg = config_of("llama2", **keys), config_of("llama2", **keys, mudd=True, **REFUSED[setting])
   assert connections.family(cfg).why_not_plain(cfg).startswith(setting)
   data = packed(cfg)
   assert (op_by_op(models.build(cfg), data) != op_by_op(models.build(stock), data)).any()
+
+
+STEP = 5
+
+
+def plain_run(folder: pathlib.Path, **keys) -> dict[str, np.ndarray]:
+  """Writes a checkpoint of a plain run, with random moments and a data position; returns the train state by path."""
+  tree = train_state_nnx.to_checkpoint_dict(new_state(config_of("llama2", **keys)))
+  del tree["nnx_aux"]  # random states, which the conversion makes anew
+  rng = np.random.default_rng(3)
+
+  def filled(x):
+    is_float = np.issubdtype(x.dtype, np.floating)
+    return jax.numpy.asarray(rng.uniform(0.1, 1, x.shape) if is_float else np.full(x.shape, STEP + 1), x.dtype)
+
+  checkpoint = folder / "checkpoints" / str(STEP)
+  ocp.PyTreeCheckpointer().save(checkpoint / "items", jax.tree.map(filled, tree))
+  (checkpoint / "iter").mkdir()
+  (checkpoint / "iter" / "process_0-of-1.json").write_text("row 7")
+  return train_state.read(checkpoint)
+
+
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_keeps_its_optimizer_state(scan, tmp_path):
+  keys = {"scan_layers": scan}
+  before = plain_run(tmp_path / "a", **keys)
+  checkpoint, target = tmp_path / "a" / "checkpoints" / str(STEP), tmp_path / "b"
+  command = ["upcycle", "--checkpoint", str(checkpoint), "--run", str(target)]
+  convert.main([*command, config_file(tmp_path, **keys), "mudd=true"])
+  after = train_state.read(target / "checkpoints" / str(STEP))
+  assert (target / "checkpoints" / str(STEP) / "iter" / "process_0-of-1.json").read_text() == "row 7"
+  cfg = config_of("llama2", **keys, mudd=True)
+  if scan:
+    before, after = layout.unstack(before, cfg), layout.unstack(after, cfg)
+
+  roots = ("params/params/", "opt_state/0/mu/params/", "opt_state/0/nu/params/")
+  copied = 0
+  for path, x in before.items():
+    norm = path.rpartition("/")[0]
+    if norm.endswith("pre_self_attention_layer_norm") and "layers_0" not in path:
+      copied += 1
+      for stream in "qkv":
+        np.testing.assert_array_equal(after.pop(f"{norm}/{stream}/scale"), x, err_msg=path)
+    else:
+      np.testing.assert_array_equal(after.pop(path), x, err_msg=path)
+  assert copied == 2 * 3  # of two blocks: norm and moments
+  of_connections = {path.split("connection/")[1] for path in after}
+  assert of_connections == {
+    f"{da}/{name}" for da in ("depth_aggregate", "final_depth_aggregate") for name in ("w1", "w2", "a")
+  }
+  new = new_model(cfg)
+  for path, x in after.items():
+    root = next(root for root in roots if path.startswith(root))
+    expected = new[path.removeprefix(root)] if root == roots[0] else np.zeros_like(x)
+    np.testing.assert_array_equal(x, expected, err_msg=path)
+  assert {path.split("decoder/")[0] for path in after} == set(roots)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_run_goes_on(scan, tmp_path):
+  """The first step after upcycling has the loss of the plain run, on the same batch; then connections learn."""
+  common = [*runs.build_corpus(tmp_path), "learning_rate_schedule_steps=6", "async_checkpointing=false"]
+  common += ["mudd_ffn_reallocation=false", f"scan_layers={str(scan).lower()}", "learning_rate=0.01"]
+  plain = [*common, "mudd=false"]
+
+  def train(name, steps, *keys):
+    return runs.train(runs.LAUNCHER, runs.RUN_YML, tmp_path, name, f"steps={steps}", *keys)
+
+  train("plain", 3, *plain)
+  checkpoint = str(tmp_path / "plain" / "checkpoints" / "2")
+  convert.main(["upcycle", "--checkpoint", checkpoint, "--run", str(tmp_path / "kept"), runs.RUN_YML, *common])
+  upcycle(checkpoint, tmp_path / "m", runs.RUN_YML, *common)
+  expected, kept = train("plain", 6, *plain), train("kept", 6, *common)
+  assert sorted(kept) == [3, 4, 5]
+  assert kept[3] == pytest.approx(expected[3], rel=1e-6)
+  assert kept[5] != pytest.approx(expected[5], rel=1e-4)
+  fresh = train("fresh", 2, *common, f"load_parameters_path={tmp_path / 'm' / 'items'}")
+  new = train("new", 1, *common)
+  assert fresh[0] < new[0] - 0.05  # it has learned
+
+
+def test_refusals(tmp_path, capsys):
+  """One sentence each, nothing written."""
+  _, values = trained()
+  stock, file = save(tmp_path / "stock", values), config_file(tmp_path)
+  connected = models.build(config_of("llama2", mudd=True))
+  connected = save(tmp_path / "connected", models.randomise(connected))
+  target, exists = tmp_path / "m", tmp_path / "exists"
+  exists.mkdir()
+  advice = "name the keys that the model was trained with."
+
+  def said(*keys, checkpoint=stock, option="--maxtext-dir", target=target):
+    return refusal(capsys, "upcycle", "--checkpoint", checkpoint, option, target, file, *keys)
+
+  assert said() == "mudd=False: upcycling adds depth connections to a model; set mudd=true."
+  assert said("mudd=true", "mudd_ffn_reallocation=true", "mudd_ffn_round_to=8") == (
+    "mudd_ffn_reallocation=True: the FFNs of the new model would have other widths than those of the checkpoint; set "
+    "mudd_ffn_reallocation=false."
+  )
+  assert said("mudd=true", "mudd_pre_norm=true") == (
+    "mudd_pre_norm=True with mudd_post_norm=False: with one of the two norms alone, a model does not start as the "
+    "plain model, and neither does the released code; turn both on, or both off."
+  )
+  assert said("mudd=true", "mudd_rope_table=bfloat16") == (
+    "mudd_rope_table=bfloat16: the checkpoint was trained with MaxText's rotary table, which has other values; set "
+    "mudd_rope_table=stock."
+  )
+  assert said("mudd=true", "depth_connection=dca").startswith("depth_connection=dca adds the outputs of blocks in ")
+  assert "mudd=True: supported are llama2, " in said("mudd=true", "decoder_block=deepseek")
+  assert said("mudd=true", checkpoint=connected).startswith(
+    f"{connected} has decoder/layers_1/connection/depth_aggregate/a: its model has depth connections already"
+  )
+  assert said("mudd=true", "base_mlp_dim=128") == (
+    f"{stock}: decoder/layers_0/mlp/wi_0/kernel is [32, 64], and this configuration needs [32, 128]; {advice}"
+  )
+  assert said("mudd=true", "base_num_decoder_layers=2") == (
+    f"{stock} has decoder/layers_2/mlp/wi_0/kernel, which this configuration does not have; {advice}"
+  )
+  assert said("mudd=true", checkpoint=tmp_path / "none") == (
+    f"{tmp_path / 'none'}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
+  )
+  assert said("mudd=true", checkpoint=hugging_face(tmp_path / "hf")) == (
+    f"{tmp_path / 'hf'} is a Hugging Face folder; convert it by python3 -m maxtext.checkpoint_conversion.to_maxtext."
+  )
+  assert said("mudd=true", target=exists) == f"{exists} exists already; name a folder that does not."
+  assert said("mudd=true", option="--run", target=exists) == f"{exists} exists already; name a run that does not."
+  assert said("mudd=true", option="--run") == (
+    f"{stock} is not a checkpoint of a run, which --run needs; name OUTPUT/RUN/checkpoints/STEP."
+  )
+  step = tmp_path / "run" / "checkpoints" / "3"
+  save(step / "items", values)
+  assert said("mudd=true", option="--run", checkpoint=step) == (
+    f"{step / 'items'} has no optimizer state, which --run keeps; write the parameters with --maxtext-dir."
+  )
+  assert said("mudd=true", checkpoint=tmp_path / "run") == (
+    f"{tmp_path / 'run'} is the folder of a run; name one of its checkpoints, such as {step}."
+  )
+  assert not target.exists() and not list(exists.iterdir()) and not list(tmp_path.glob(".*"))

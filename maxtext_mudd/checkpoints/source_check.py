@@ -28,16 +28,11 @@ def check(path: pathlib.Path, command: str) -> None:
   if not path.is_dir():
     raise ConfigError(f"{path}: there is no such folder; name {_EXPECTED[command]}.")
   has_hf_files = any((path / name).exists() for name in hf_files.FILES)
-  if model_folder.is_model_folder(path):
-    if command == "upcycle":
-      return
+  if model_folder.is_model_folder(path) and command != "upcycle":
     raise ConfigError(f"{path} has {model_folder.CONFIG}: it is converted already; name {_EXPECTED[command]}.")
-  if command == "upcycle" and has_hf_files:
-    raise ConfigError(
-      f"{path} is a Hugging Face folder; convert it first, by python3 -m maxtext.checkpoint_conversion.to_maxtext."
-    )
   if command != "from-hf" and has_hf_files:
-    raise ConfigError(f"{path} is a Hugging Face folder; convert it by from-hf.")
+    converter = "python3 -m maxtext.checkpoint_conversion.to_maxtext" if command == "upcycle" else "from-hf"
+    raise ConfigError(f"{path} is a Hugging Face folder; convert it by {converter}.")
   if command == "from-hf":
     if authors_jax.is_folder(path) and not has_hf_files:
       raise ConfigError(

@@ -44,7 +44,7 @@ REQUEST := CONFIG CLUSTER TPU_TYPE NUM_SLICES WORKLOAD OUTPUT MAX_RESTARTS PROJE
 refuse = $(if $(and $(filter command environment,$(origin $(1))),$(findstring $(2),$(value $(1)))),\
   $(error $(1) has $(3), which does not reach the container as it is; write the value without))
 
-.PHONY: help setup corpus train compare xpk image test test-slow aot lint format lock wheel clean
+.PHONY: help setup corpus train compare upcycle xpk image test test-slow aot lint format lock wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -91,6 +91,9 @@ compare: $(READY) $(DATA)  ## train the plain and the MUDD model on the same tok
 	  $(PY) MaxText/train.py yaml/$$model.yml run_name=$$model-$(STAMP) 'base_output_directory=$(OUTPUT)' $(OVERRIDES) \
 	    || exit; done
 	@$(PY) -m maxtext_mudd.report '$(OUTPUT)/transformer_tiny-$(STAMP)' '$(OUTPUT)/mudd_tiny-$(STAMP)'
+
+upcycle: $(READY) $(DATA)  ## train a plain model, add connections to it, train on, draw docs/upcycle.png (20 minutes)
+	$(PY) benchmarks/upcycle.py $(ARGS)
 
 $(XPK): requirements/xpk.txt | $(READY)
 	$(PY) -m venv --clear $(XPK_VENV)

@@ -21,7 +21,7 @@ import numpy as np
 
 from maxtext_mudd import connections
 from maxtext_mudd.blocks import spec as block_spec
-from maxtext_mudd.checkpoints import layout, model_config, orbax_folder, parameters, run, train_state
+from maxtext_mudd.checkpoints import layout, model_config, orbax_folder, parameters, run, tensors, train_state
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.config.errors import ConfigError
 
@@ -66,7 +66,7 @@ def to_run(checkpoint: pathlib.Path, target: pathlib.Path, config) -> int:
     ConfigError: as `to_model_folder`, or the checkpoint has no optimizer state.
   """
   train_state.check_new(target)
-  if not checkpoint.name.isdigit():
+  if not (checkpoint.name.isdigit() and checkpoint.parent.name == "checkpoints"):
     raise ConfigError(
       f"{checkpoint} is not a checkpoint of a run, which --run needs; name OUTPUT/RUN/checkpoints/STEP."
     )
@@ -80,7 +80,7 @@ def to_run(checkpoint: pathlib.Path, target: pathlib.Path, config) -> int:
   return step
 
 
-def _plain_parameters(path: pathlib.Path, config) -> dict:
+def _plain_parameters(path: pathlib.Path, config) -> dict[str, tensors.Tensor]:
   """The parameters of a checkpoint by path, as `orbax_folder.parameters`.
 
   Raises:
@@ -134,16 +134,17 @@ def _single_layers(
   Args:
     new: the initial values of the parameters of connections.
   """
-  norm, plan, dtypes = block_spec(config).attention_norm, connections.plan(config), {}
+  norm, plan = block_spec(config).attention_norm, connections.plan(config)
+  dtypes = {}  # of parameters and of each moment, by what their paths begin with
   for path in values:
     value, match = values[path], re.fullmatch(r"(|.*/)decoder/layers_(\d+)/([^/]+)(/.+)", path)
-    streams = [""]
     if match and not match[1].startswith(_OTHER_STATE):
       dtypes[match[1]] = value.dtype
-      if match[3] == norm and plan.has_separate_norms(int(match[2]) + 1):
-        streams = ["/q", "/k", "/v"]
-    for stream in streams:
-      yield path[: match.end(3)] + stream + match[4] if stream else path, value
+    if match and match[3] == norm and plan.has_separate_norms(int(match[2]) + 1):
+      for stream in "qkv":
+        yield f"{path[: match.end(3)]}/{stream}{match[4]}", value
+    else:
+      yield path, value
   for root, dtype in dtypes.items():
     for path, value in new.items():
       yield root + path, np.zeros(value.shape, dtype) if root.startswith(_MOMENTS) else value

@@ -50,6 +50,10 @@ _FOLDER_OPTIONS = {
 }
 
 
+# MaxText 0.2.5 takes the parameters in a folder of one of these names for a tree of another form, and finds none.
+_RESERVED_NAMES = ("model", "model_params")
+
+
 def main(argv: list[str]) -> None:
   """Runs the command. Mistakes of the user end the process with one sentence and status 2."""
   args = _parser().parse_args(argv)
@@ -123,13 +127,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_folders(args: argparse.Namespace) -> None:
-  """Raises ConfigError for folders that are empty names or not local."""
+  """Raises ConfigError for folders that are empty names or not local, and for a target that MaxText could not load."""
   for attribute, option in _FOLDER_OPTIONS.items():
     folder = getattr(args, attribute, None)
     if folder == "":
       raise ConfigError(f"{option} '' names no folder; name one.")
     if folder and "://" in folder:
       raise ConfigError(f"{folder} is not a local folder; copy it first.")
+  if args.command != "to-hf" and getattr(args, "maxtext_dir", None):
+    name = pathlib.Path(args.maxtext_dir).absolute().name
+    if name in _RESERVED_NAMES:
+      raise ConfigError(
+        f"--maxtext-dir {args.maxtext_dir}: MaxText cannot load parameters from a folder that is called {name}; choose "
+        "another name."
+      )
 
 
 def _check_keys(args: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ def test_targets_are_never_written_over(tmp_path, capsys):
   for command in (
     ["from-hf", "--hf-dir", str(source), "--maxtext-dir", str(target)],
     ["from-hf", "--hf-dir", str(source), "--maxtext-dir", "gs://bucket/m"],
+    ["from-hf", "--hf-dir", str(source), "--maxtext-dir", f"{tmp_path}/model/"],
     ["from-hf", "--hf-dir", str(source), "--maxtext-dir", str(target), "scan_layers"],
     ["from-hf", "--hf-dir", str(source), "--maxtext-dir", str(target), "mudd_wayz=1"],
     ["to-hf", "--maxtext-dir", str(target), "--hf-dir", str(source)],
@@ -51,6 +52,8 @@ def test_targets_are_never_written_over(tmp_path, capsys):
   assert said == [
     f"{target} exists already; name a folder that does not.",
     "gs://bucket/m is not a local folder; copy it first.",
+    f"--maxtext-dir {tmp_path}/model/: MaxText cannot load parameters from a folder that is called model; choose "
+    "another name.",
     "scan_layers is not key=value; write it like scan_layers=true.",
     "mudd_wayz is not a configuration key; the nearest is mudd_ways.",
     f"{target} has no model.yml; name a folder that from-hf or from-run made.",

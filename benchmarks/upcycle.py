@@ -76,7 +76,7 @@ def run_all(work: pathlib.Path) -> None:
   work.mkdir(parents=True, exist_ok=True)
   train(work, "plain", PLAIN, UPCYCLED_AT, WHOLE)
   upcycle(work, "--run", "kept")
-  parameters = upcycle(work, "--maxtext-dir", "model") / "items"
+  parameters = upcycle(work, "--maxtext-dir", "upcycled") / "items"
   train(work, "kept", MUDD, STEPS, WHOLE, SAME_WIDTHS)
   train(work, "fresh", MUDD, STEPS - UPCYCLED_AT, SAME_WIDTHS, f"load_parameters_path={parameters}")
   train(work, "plain", PLAIN, STEPS, WHOLE)

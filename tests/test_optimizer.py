@@ -1,6 +1,7 @@
 """How optimizers treat the parameters of connections: Muon's matrices, weight decay, learning rate, freezing."""
 
 import functools
+import json
 import re
 
 from flax import nnx
@@ -11,6 +12,7 @@ import pytest
 
 from maxtext_mudd.checkpoints import layout
 from tests import models
+from tests.placements import BLOCKS, IRREGULAR
 
 RATE = 0.1
 MUON = {"opt_type": "muon", "muon_weight_decay": 0.0, "adam_weight_decay": 0.0}
@@ -18,9 +20,9 @@ DENSE = {"base_num_decoder_layers": 3, "mudd_first_block_norms": "separate", "mu
 
 
 @functools.cache
-def random_model(overrides: tuple) -> tuple:
+def random_model(overrides: str) -> tuple:
   """A configuration with connections, its random parameters by path, and random gradients of them."""
-  cfg = models.config(mudd=True, **dict(overrides))
+  cfg = models.config(mudd=True, **json.loads(overrides))
   model = models.build(cfg)
   values = models.randomise(model)
   rng = np.random.default_rng(1)
@@ -29,7 +31,7 @@ def random_model(overrides: tuple) -> tuple:
 
 def updates(overrides, values=None, gradients=None) -> dict[str, np.ndarray]:
   """What the optimizer of a new model adds to its parameters in the first step."""
-  cfg, model, random_values, random_gradients = random_model(tuple(sorted(overrides.items())))
+  cfg, model, random_values, random_gradients = random_model(json.dumps(overrides))
   values, gradients = values or random_values, gradients or random_gradients
   tx = optimizers.get_optimizer(cfg, RATE, model)
   parameters = nnx.state(model, nnx.Param)
@@ -61,7 +63,7 @@ def orthogonalised(matrix: np.ndarray) -> np.ndarray:
 def test_muon_orthogonalises_w1_and_w2(consistent_rms):
   """In the first step momentum is a multiple of the gradient, whose size does not matter."""
   overrides = MUON | DENSE | {"muon_consistent_rms": consistent_rms}
-  found, gradients = updates(overrides), random_model(tuple(sorted(overrides.items())))[3]
+  found, gradients = updates(overrides), random_model(json.dumps(overrides))[3]
   checked = [path for path in gradients if path.endswith(("/w1", "/w2"))]
   assert len(checked) == 2 * 3  # two DAs between blocks, and the last
   for path in checked:
@@ -73,14 +75,16 @@ def test_muon_orthogonalises_w1_and_w2(consistent_rms):
     np.testing.assert_allclose(found[path], expected, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("placements", [[], IRREGULAR])
 @pytest.mark.parametrize("consistent_rms", [None, 0.2])
-def test_muon_treats_each_scanned_layer_as_a_single_one(consistent_rms):
+def test_muon_treats_each_scanned_layer_as_a_single_one(consistent_rms, placements):
   """Padding of the matrices of a stack changes no update, and stays zero."""
   overrides = MUON | DENSE | {"muon_consistent_rms": consistent_rms, "muon_weight_decay": 0.1}
-  _, _, values, gradients = random_model(tuple(sorted(overrides.items())))
+  overrides |= {"mudd_placements": placements, "base_num_decoder_layers": BLOCKS if placements else 3}
+  _, _, values, gradients = random_model(json.dumps(overrides))
   single = updates(overrides)
   scanned = overrides | {"scan_layers": True}
-  cfg, _, shapes, _ = random_model(tuple(sorted(scanned.items())))
+  cfg, _, shapes, _ = random_model(json.dumps(scanned))
   values, gradients, expected = (layout.stack(x, cfg) for x in (values, gradients, single))
   assert expected.keys() == shapes.keys()
   found = updates(scanned, values, gradients)
@@ -102,7 +106,7 @@ MATRICES = {
 
 def trained_by(overrides) -> dict[str, set[str]]:
   """The last names of the parameters of connections that Muon trains, and of those that Adam trains."""
-  cfg, model, *_ = random_model(tuple(sorted((MUON | overrides).items())))
+  cfg, model, *_ = random_model(json.dumps(MUON | overrides))
   numbers = optimizers.get_muon_weight_dimension_numbers(model, cfg)
   leaves = jax.tree_util.tree_leaves_with_path(numbers, is_leaf=lambda x: x is None or hasattr(x, "reduction_axis"))
   found = {"muon": set(), "adam": set()}
@@ -123,7 +127,7 @@ def test_muon_takes_the_matrices_of_every_family(family, scan_layers):
   overrides = {"depth_connection": family, "scan_layers": scan_layers, **keys}
   found = trained_by(overrides)
   assert found["muon"] == matrices
-  values = random_model(tuple(sorted((MUON | overrides).items())))[2]
+  values = random_model(json.dumps(MUON | overrides))[2]
   names = {path.split("/")[-1] for path in values if "connection/" in path}
   assert found["adam"] == names - matrices
   if matrices:
@@ -161,7 +165,7 @@ def test_decay(optimizer, rule, scan_layers):
   """Where gradients are zero, weight decay is the whole update."""
   overrides = DENSE | {"opt_type": optimizer, "mudd_decay": rule, "scan_layers": scan_layers}
   overrides |= {"mudd_weight_norm_scale": True, "adam_weight_decay": 0.1, "muon_weight_decay": 0.1}
-  _, _, values, gradients = random_model(tuple(sorted(overrides.items())))
+  _, _, values, gradients = random_model(json.dumps(overrides))
   found = updates(overrides, gradients={path: np.zeros_like(x) for path, x in gradients.items()})
   for path, x in found.items():
     is_decayed = "connection/" not in path or path.split("/")[-1] in DECAYED[optimizer, rule]
@@ -179,6 +183,6 @@ def test_learning_rate_factor(optimizer):
 
 def test_connections_alone_can_be_trained():
   """By MaxText's `trainable_parameters_mask`, as yaml/README.md says."""
-  found = updates({"trainable_parameters_mask": ("/connection/",), "mudd_decay": "nothing"})
+  found = updates({"trainable_parameters_mask": ["/connection/"], "mudd_decay": "nothing"})
   for path, x in found.items():
     assert bool(np.any(x)) == ("/connection/" in path), path

@@ -118,11 +118,11 @@ def test_backward(case, form, plan, implementation):
   )
   made = run(backward, sources, weights, cotangents, totals=totals, recompute=recompute)
 
-  expected = kernel_oracle.mix(sources, fields(weights), cotangents)
+  expected = kernel_oracle.mix(sources, fields(weights), cotangents, cap=getattr(weights, "cap", None))
   to_near = expected.sources[list(plan.near)] + (wide(totals) if plan.totals else 0)
   check(case, implementation, "sources", made.sources, to_near)
   check_weights(case, implementation, made.weights, expected)
-  if form in ("mlp", "newest"):
+  if form in ("mlp", "newest", "bounded"):
     check(case, implementation, "streams", [made.hidden], [expected.hidden])
   assert (made.streams is None) == (plan.recompute is None)
   if plan.recompute:
@@ -146,7 +146,7 @@ def test_backward_of_a_buffer_adds_to_totals(form, count, entries, implementatio
     return backward(Buffer(sources, count), *arguments, totals=totals)
 
   made = run(call, sources, jnp.int32(count), weights, cotangents)
-  expected = kernel_oracle.mix(sources, fields(weights), cotangents, count)
+  expected = kernel_oracle.mix(sources, fields(weights), cotangents, count, cap=getattr(weights, "cap", None))
   exact = expected.sources[:count] + wide(totals[:count])
   check(case, implementation, "sources", made.sources[:count], exact)
   check_weights(case, implementation, made.weights, expected)

@@ -160,16 +160,20 @@ class HistoryConnection(PlainConnection):
 
   def _sow(self, module: nnx.Module, output, weights: kernels.Weights, streams: dict, column, visible, last=False):
     """What docs/metrics.md lists: all of it with `record_internal_nn_metrics`, otherwise the part of a total."""
-    dynamic = None
-    if isinstance(weights, kernels.WeightMLP):
-      dynamic = kernels.token_weights([output], kernels.replace_static(weights, jnp.zeros_like))[0]
-      metrics.sow_largest(module, dynamic, last=last)
+
+    def dynamic(newest):
+      mlp = dataclasses.replace(kernels.replace_static(weights, jnp.zeros_like), newest=newest)
+      return kernels.token_weights([newest], mlp)[0]
+
+    is_dynamic = isinstance(weights, kernels.WeightMLP)
+    if is_dynamic:
+      metrics.sow_largest(module, dynamic(metrics.sample(output)), last=last)
     if not self.config.record_internal_nn_metrics:
       return
     metrics.sow_aggregate(module, output, weights, streams, column, last=last)
     metrics.sow(module, metrics.ALL, {"output_norm": metrics.root_mean_square(output)}, last=last)
-    if dynamic is not None:
-      metrics.sow_dynamic(module, dynamic, "".join(streams), visible, last=last)
+    if is_dynamic:
+      metrics.sow_dynamic(module, dynamic(output), "".join(streams), visible, last=last)
 
   def _link(self, carry, module: Aggregate | None, site: Site | None, weights: Callable, block: Callable | None = None):
     """The static part of an aggregate with the block that reads it, and the aggregate's parameters."""

@@ -16,6 +16,9 @@ SOWN = re.compile(r"mudd_(last_)?([a-z_]+)_([a-z]+)")
 LARGEST_WEIGHT = "max_weight"
 ALL = "all"  # in place of a stream, for statistics of a whole aggregate
 
+# Of so many positions one counts for the largest weight.
+_POSITIONS_PER_SAMPLE = 16
+
 _totals: dict[str, Array] | None = None
 
 
@@ -47,11 +50,16 @@ def sow(module: nnx.Module, stream: str, statistics: Mapping[str, Float[Array, "
     module.sow(nnx.Intermediate, f"mudd_{'last_' if last else ''}{statistic}_{stream}", value)
 
 
-def sow_largest(module: nnx.Module, dynamic: Float[Array, "B T C N"], *, last: bool = False) -> None:
+def sample(x: Float[Array, "B T *rest"]) -> Float[Array, "B S *rest"]:
+  """The last sixteenth of the positions, and at least one."""
+  return x[:, -max(1, x.shape[1] // _POSITIONS_PER_SAMPLE) :]
+
+
+def sow_largest(module: nnx.Module, dynamic: Float[Array, "B S C N"], *, last: bool = False) -> None:
   """Sows the largest absolute value of dynamic weights while a train step is traced.
 
   Args:
-    dynamic: weights of each token without static weights, and zeros.
+    dynamic: weights without static weights, and zeros, of the tokens of `sample`.
     last: as for `sow`.
   """
   if _totals is not None:

@@ -5,6 +5,7 @@ import contextlib
 import re
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -51,8 +52,8 @@ def sow(module: nnx.Module, stream: str, statistics: Mapping[str, Float[Array, "
 
 
 def sample(x: Float[Array, "B T *rest"]) -> Float[Array, "B S *rest"]:
-  """The last sixteenth of the positions, and at least one."""
-  return x[:, -max(1, x.shape[1] // _POSITIONS_PER_SAMPLE) :]
+  """The last sixteenth of the positions, and at least one. Without the barrier XLA would compute with all positions."""
+  return jax.lax.optimization_barrier(x[:, -max(1, x.shape[1] // _POSITIONS_PER_SAMPLE) :])
 
 
 def sow_largest(module: nnx.Module, dynamic: Float[Array, "B S C N"], *, last: bool = False) -> None:

@@ -175,7 +175,7 @@ class DcaConnection(ScoredConnection):
         chosen.append(source)
       weights = self._weights(*(jnp.where(is_there, x, 0) for x in (dynamic[..., slots], b[..., columns])))
       streams = differentiable(how, chosen, weights)
-    metrics.sow_largest(self, metrics.sample(dynamic), last=names == "x")
+    metrics.sow_largest(self, metrics.sample(jax.lax.stop_gradient(dynamic)), last=names == "x")
     if config.record_internal_nn_metrics:
       self._sow(names, carry.newest, weights, streams, count)
     return streams, dataclasses.replace(carry, sources=sources)

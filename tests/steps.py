@@ -20,14 +20,16 @@ POLICIES = [policy for policy in REMAT_POLICIES if policy != "full"]
 def prepare(cfg, **jit_options) -> tuple[Callable, nnx.State]:
   """A jitted train step, (state, batch) -> (state, metrics), and the state of a random model to start from."""
   mesh = maxtext_utils.get_mesh_from_config(cfg)
-  tx = optimizers.get_optimizer(cfg, maxtext_utils.create_learning_rate_schedule(cfg))
+  model = models.build(cfg) if cfg.opt_type == "muon" else None
+  tx = optimizers.get_optimizer(cfg, maxtext_utils.create_learning_rate_schedule(cfg), model)
 
   def make_state():
     model = models.construct(cfg, mesh)
     return train_state_nnx.TrainStateNNX(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
 
-  with jax.set_mesh(mesh), logical_axis_rules(cfg.logical_axis_rules):
+  with logical_axis_rules(cfg.logical_axis_rules):  # without the mesh, for the sake of Muon's state, as MaxText does
     shardings = maxtext_utils.get_abstract_state_nnx(cfg, mesh, make_state, True)[2]
+  with jax.set_mesh(mesh), logical_axis_rules(cfg.logical_axis_rules):
     params_shardings, shardings = sharding.maybe_update_params_sharding_with_opt(cfg, shardings)
     state = make_state()
     models.randomise(state.model)

@@ -8,7 +8,7 @@ import pytest
 
 from maxtext_mudd import muddformer
 from maxtext_mudd.checkpoints import layout
-from maxtext_mudd.model import instability
+from maxtext_mudd.model import instability, reporting
 from tests import models, steps
 from tests.parameters import to_muddformer
 
@@ -60,14 +60,32 @@ def test_totals_of_a_step(scan_layers, by_hand):
   assert not any(key.startswith("activ_") for key in scalars)
 
 
-@pytest.mark.parametrize("family", ["hyper_connections", "mhc", "attnres", "dca"])
-def test_totals_of_other_families(family):
-  """DeepCrossAttention alone has weights that are not bounded."""
-  cfg = models.config(mudd=True, depth_connection=family, base_num_decoder_layers=2)
+@pytest.mark.parametrize(
+  ("family", "keys"),
+  [
+    ("hyper_connections", {}),
+    ("mhc", {}),
+    ("attnres", {}),
+    ("dca", {}),
+    ("dca", {"mudd_dca_sources": "middle_sum", "mudd_dca_k": 1}),
+    ("dca", {"mudd_dca_weights": "v2"}),
+  ],
+)
+def test_totals_of_other_families(family, keys):
+  """DeepCrossAttention alone has weights that are not bounded, unless they are static."""
+  cfg = models.config(mudd=True, depth_connection=family, base_num_decoder_layers=3, **keys)
   step, state = steps.prepare(cfg)
   metrics = jax.eval_shape(step, state, models.batch(cfg))[1]
-  assert ("mudd/max_weight" in metrics["scalar"]) == (family == "dca")
+  assert ("mudd/max_weight" in metrics["scalar"]) == (family == "dca" and "mudd_dca_weights" not in keys)
   assert "mudd/grad_norm" in metrics["scalar"]
+
+
+def test_gradients_that_stay_clipped_are_not_counted():
+  """With the optimizer's state on the host MaxText does not say by how much it clipped them."""
+  clipped = {"gradient_clipping_threshold": 1.0, "optimizer_memory_host_offload": True, "hardware": "cpu"}
+  cfg = models.config(mudd=True, base_num_decoder_layers=1, **clipped)
+  _, metrics = reporting.with_connection_totals(lambda *_: ({}, {"scalar": {}}))(None, cfg)
+  assert "mudd/grad_norm" not in metrics["scalar"]
 
 
 def test_the_plain_model_has_no_totals():
@@ -86,17 +104,21 @@ def test_sudden_growth_is_warned_of_once():
   """Of the gradient norm and of the largest weight alike; the DA with the largest part is named."""
   calm = [{"max_weight": {1: 0.5, 2: 0.9}, "grad_norm": {1: 0.03, 2: 0.04}}] * 60
   for name, grown in (("max_weight", {1: 9.5, 2: 0.9}), ("grad_norm", {1: 0.6, 2: 0.04})):
-    ((step, sentence),) = warnings(instability.Watch(["mudd_pre_norm=true"]), [*calm, *[calm[0] | {name: grown}] * 50])
+    watch = instability.Watch(["a lower learning_rate", "mudd_weight_cap=10"], ["mudd_pre_norm=true"])
+    ((step, sentence),) = warnings(watch, [*calm, *[calm[0] | {name: grown}] * 50])
     assert step == 60
     assert sentence.startswith(f"step 60: mudd/{name} is ")
     assert "of da_001" in sentence
-    assert sentence.endswith("with one of: mudd_pre_norm=true, a lower learning_rate.")
+    assert sentence.endswith(
+      "with a lower learning_rate or mudd_weight_cap=10; a new run is stable at higher rates with mudd_pre_norm=true."
+    )
 
 
-def test_a_total_that_is_not_finite_is_warned_of():
-  series = [{"grad_norm": {1: 0.1, 2: 0.2}}] * 60 + [{"grad_norm": {1: 0.1, 2: float("nan")}}]
+@pytest.mark.parametrize("name", ["grad_norm", "max_weight"])
+def test_a_total_that_is_not_finite_is_warned_of(name):
+  series = [{name: {1: 0.1, 2: 0.2}}] * 60 + [{name: {1: 0.1, 2: float("nan")}}]
   ((step, sentence),) = warnings(instability.Watch([]), series)
-  assert (step, "mudd/grad_norm is nan" in sentence, "of da_002" in sentence) == (60, True, True)
+  assert (step, f"mudd/{name} is nan" in sentence, "of da_002" in sentence) == (60, True, True)
 
 
 @pytest.mark.parametrize(
@@ -111,17 +133,35 @@ def test_what_is_no_sudden_growth(series):
   assert not warnings(instability.Watch([]), [{"max_weight": {1: x}} for x in series])
 
 
+SCALARS = {"learning/loss": np.float32(1), "learning/total_weights": 1, "perf/step_time_seconds": 1.0}
+SCALARS |= {"perf/per_device_tflops_per_sec": 1.0, "perf/per_device_tokens_per_sec": 1.0}
+
+
 def test_the_logger_of_metrics_warns(caplog):
   """With the keys that the family has and the run does not set."""
   cfg = models.config(mudd=True, mudd_pre_norm=True, enable_tensorboard=False)
   logger = metric_logger.MetricLogger(cfg, lambda step: 0.1)
-  scalars = {"learning/loss": np.float32(1), "learning/total_weights": 1, "perf/step_time_seconds": 1.0}
-  scalars |= {"perf/per_device_tflops_per_sec": 1.0, "perf/per_device_tokens_per_sec": 1.0}
   with caplog.at_level("WARNING"):
     for step in range(70):
       parts = {"grad_norm": {1: np.float32(0.1), 2: np.float32(0.1 if step < 60 else 7)}}
-      logger.write_metrics({"scalar": scalars, "scalars": {}, instability.TOTALS: parts}, step)
+      logger.write_metrics({"scalar": SCALARS, "scalars": {}, instability.TOTALS: parts}, step)
   (text,) = [record.getMessage() for record in caplog.records if "mudd/grad_norm" in record.getMessage()]
   assert "step 60" in text
   assert "of da_002" in text
-  assert text.endswith("with one of: mudd_post_norm=true, mudd_weight_cap=10, a lower learning_rate.")
+  assert text.endswith(
+    "with a lower learning_rate or a lower mudd_learning_rate_factor or mudd_weight_cap=10; a new run is stable at "
+    "higher rates with mudd_post_norm=true."
+  )
+
+
+@pytest.mark.parametrize("keys", [{"mudd_weight_scale": True}, {"mudd_dynamic": False}, {"depth_connection": "mhc"}])
+def test_advice_can_be_followed(keys, caplog):
+  cfg = models.config(mudd=True, enable_tensorboard=False, **keys)
+  logger = metric_logger.MetricLogger(cfg, lambda step: 0.1)
+  with caplog.at_level("WARNING"):
+    for step in range(60):
+      logger.write_metrics(
+        {"scalar": SCALARS, "scalars": {}, "mudd": {"grad_norm": {1: 0.1 if step < 55 else 9.0}}}, step
+      )
+  (text,) = [record.getMessage() for record in caplog.records if "mudd/grad_norm" in record.getMessage()]
+  assert "mudd_weight_cap" not in text

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from maxtext_mudd.checkpoints import layout
-from tests import models
+from maxtext_mudd.config.errors import ConfigError
+from tests import models, steps
 from tests.placements import BLOCKS, IRREGULAR
 
 RATE = 0.1
@@ -172,6 +173,29 @@ def test_decay(optimizer, rule, scan_layers):
     np.testing.assert_allclose(x, -RATE * 0.1 * values[path] if is_decayed else 0 * x, rtol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{"scan_layers": True}, {"skip_step_on_spikes": True}])
+def test_muon_trains(keys):
+  """Through MaxText's train step; padding stays zero."""
+  cfg = models.config(mudd=True, opt_type="muon", learning_rate=0.02, warmup_steps_fraction=0.0, steps=20, **keys)
+  step, state = steps.prepare(cfg)
+  before = {path: x for path, x in w2(state) if not x.all()}
+  data, losses = models.batch(cfg), []
+  for _ in range(8):
+    state, metrics = step(state, data)
+    losses.append(float(metrics["scalar"]["learning/loss"]))
+  assert losses[-1] < 0.8 * losses[0], losses
+  assert "mudd/grad_norm" in metrics["scalar"]
+  for path, x in w2(state):
+    if path in before:
+      np.testing.assert_array_equal(x[before[path] == 0], 0)
+
+
+def w2(state) -> list[tuple[str, np.ndarray]]:
+  parameters = nnx.to_flat_state(state["model"].filter(nnx.Param))
+  return [("/".join(map(str, path)), np.asarray(x.get_value())) for path, x in parameters if path[-1] == "w2"]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_learning_rate_factor(optimizer):
   """It scales what is added to parameters of connections, and nothing else."""
@@ -179,6 +203,11 @@ def test_learning_rate_factor(optimizer):
   found = updates({"opt_type": optimizer, "mudd_learning_rate_factor": 0.25})
   for path, x in plain.items():
     np.testing.assert_allclose(found[path], (0.25 if "connection/" in path else 1) * x, rtol=1e-6, err_msg=path)
+
+
+def test_a_mask_that_trains_nothing_is_refused():
+  with pytest.raises(ConfigError, match=r"trainable_parameters_mask=\['conection'\] matches no parameter, so nothing"):
+    updates({"trainable_parameters_mask": ["conection"]})
 
 
 def test_connections_alone_can_be_trained():

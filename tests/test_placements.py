@@ -261,6 +261,22 @@ def test_refused_tables(case):
 
 
 @pytest.mark.parametrize(
+  ("table", "key"),
+  [
+    (row(hidden=8), "mudd_last_hidden_expansion=2.0"),
+    (row(), "mudd_hidden_expansion=2.0"),
+    (row(hidden=8), "mudd_hidden_round_to=0"),
+    (row(block="1", streams="vr"), "mudd_last_hidden_expansion=2.0"),
+  ],
+)
+def test_a_rule_of_widths_that_no_row_reads(table, key):
+  with pytest.raises(
+    ConfigError, match=rf"{key} does nothing with mudd_placements: no row leaves out the hidden width"
+  ):
+    complexity.read([runs.RUN_YML, f"mudd_placements={table}", key])
+
+
+@pytest.mark.parametrize(
   ("arguments", "sentence"),
   [
     (
@@ -279,8 +295,8 @@ def test_refused_tables(case):
     ),
     (
       ["mudd_placements=absent.yml"],
-      "mudd_placements='absent.yml' is not valid: there is no such file; use the path of a YAML file with a list of "
-      "rows, or the list itself.",
+      "mudd_placements='absent.yml' is not valid: there is no such file here or in this package; use the path of a "
+      "YAML file with rows, or the list itself.",
     ),
   ],
 )

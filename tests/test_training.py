@@ -165,10 +165,10 @@ def test_router_bias_is_refused_by_name():
     models.config(**TINY, decoder_block="deepseek", first_num_dense_layers=1, **MOE, routed_bias=True)
 
 
-def train_step_metrics(cfg):
-  """Scalars of one train step of a random model, as MaxText logs them."""
+def train_step_metrics(cfg, data=None):
+  """Scalars of one train step of a random model on a batch, random if not given, as MaxText logs them."""
   step, state = steps.prepare(cfg)
-  return step(state, models.batch(cfg))[1]["scalar"]
+  return step(state, data or models.batch(cfg))[1]["scalar"]
 
 
 def test_activation_and_connection_metrics():
@@ -243,6 +243,13 @@ def test_gradient_accumulation():
   whole = train_step_metrics(models.config(**shape, per_device_batch_size=4, record_internal_nn_metrics=1))
   for key in ("mudd/older_weight/q/da_001", "mudd/older_weight/r/da_002"):
     assert float(found[key]) == pytest.approx(float(whole[key]), rel=5e-7)
+  of_halves = [train_step_metrics(half, {key: x[i : i + 2] for key, x in data.items()}) for i in (0, 2)]
+  largest = max(float(x["mudd/max_weight"]) for x in of_halves)
+  assert largest / 2 < float(found["mudd/max_weight"]) <= largest * (1 + 1e-6)
+  squares = (
+    np.square((halves[0][2][path] + halves[1][2][path]) / 2).sum() for path in halves[0][2] if "connection" in path
+  )
+  assert float(found["mudd/grad_norm"]) == pytest.approx(np.sqrt(sum(squares)), rel=4e-6)
 
 
 def test_reported_flops_count_aggregates_and_reallocated_ffns():

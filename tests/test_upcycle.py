@@ -146,7 +146,7 @@ def new_state(cfg):
     model = create()
     return train_state_nnx.TrainStateNNX(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
 
-  with jax.default_prng_impl("unsafe_rbg"), jax.set_mesh(mesh):
+  with jax.default_prng_impl("unsafe_rbg"):
     return maxtext_utils.setup_training_state(None, cfg, mesh, None, make)[0]
 
 
@@ -260,6 +260,22 @@ def test_a_run_keeps_its_optimizer_state(scan, tmp_path):
     expected = new[path.removeprefix(root)] if root == roots[0] else np.zeros_like(x)
     np.testing.assert_array_equal(x, expected, err_msg=path)
   assert {path.split("decoder/")[0] for path in after} == set(roots)
+
+
+def test_a_run_keeps_the_state_of_muon(tmp_path):
+  """Each optimizer has moments of its own parameters only."""
+  keys = {"scan_layers": True, "opt_type": "muon"}
+  before = plain_run(tmp_path / "a", **keys)
+  command = ["upcycle", "--checkpoint", str(tmp_path / "a" / "checkpoints" / str(STEP)), "--run", str(tmp_path / "b")]
+  convert.main([*command, config_file(tmp_path, **keys), "mudd=true"])
+  after = train_state.read(tmp_path / "b" / "checkpoints" / str(STEP))
+  moments = {path: x for path, x in after.items() if path.startswith("opt_state/") and "/connection/" in path}
+  assert not any(x.any() for x in moments.values())
+  of_muon = {path.rpartition("/")[2] for path in moments if "/muon/" in path}
+  of_adam = {path.rpartition("/")[2] for path in moments if "/adam/" in path}
+  assert (of_muon, of_adam) == ({"w1", "w2"}, {"a"})
+  kept = [path for path in before if path.startswith("opt_state/") and path.endswith("query/kernel")]
+  assert kept and all(np.array_equal(after[path], before[path]) for path in kept)
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ _RUN_GROUPS = re.findall(
   """
   RunInfo Checkpointing OrbaxStorage EmergencyCheckpointing ElasticTraining HardwareAndMesh LayoutAndSharding
   DcnParallelism IciParallelism PipelineParallelism RematAndOffload TrainingLoop DilocoParams Optimizer AdamW Muon
-  FineTuning Distillation VLLM DatasetGeneral TfdsDataset HfDataset GrainDataset MMapDataset OlmoGrainDataset Tokenizer
+  OptimizerKeys FineTuning Distillation VLLM DatasetGeneral TfdsDataset HfDataset GrainDataset MMapDataset
+  OlmoGrainDataset Tokenizer
   InferenceGeneral Decoding InferenceLayout InferenceServer InferenceBenchmark PrefixCaching AOT
   DevelopmentAndDebugging Profiling HloDump Metrics Goodput GcpMonitoring Tensorboard ManagedMLDiagnostics
   DerivedValues SplashAttention

@@ -5,6 +5,7 @@ The random states are those of a new model, because scanned layers share a rando
 dropout draws other masks after the conversion. The converted run is a new folder, which appears when it is complete.
 """
 
+from collections.abc import Callable
 import pathlib
 import shutil
 
@@ -77,7 +78,13 @@ def read(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write(
-  config: HyperParameters, values: dict[str, np.ndarray], step: int, target: pathlib.Path, source: pathlib.Path
+  config: HyperParameters,
+  values: dict[str, np.ndarray],
+  step: int,
+  target: pathlib.Path,
+  source: pathlib.Path,
+  is_zero: Callable[[str], bool] = lambda path: False,
+  advice: str = "name the run's own configuration",
 ) -> None:
   """Writes the run `target` with one checkpoint.
 
@@ -85,12 +92,14 @@ def write(
     config: configuration of the model. Its `run_name` is the name of `target`.
     values: the train state by path, as `read` returns it.
     source: the checkpoint that the values are from. Its data position is copied.
+    is_zero: whether a value that is missing is zero, from its path.
+    advice: what helps where the values do not fit the configuration.
 
   Raises:
     ConfigError: the values do not fit the configuration, or the target exists or cannot be written. Then nothing is
       left behind.
   """
-  state = _train_state(values, config, source)
+  state = _train_state(values, config, source, is_zero, advice)
   with staged(target) as stage:
     _save(config, state, step, stage, source)
 
@@ -126,8 +135,9 @@ def _name(path) -> str:
   return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
 
 
-def _train_state(values: dict[str, np.ndarray], config, checkpoint: pathlib.Path):
+def _train_state(values: dict[str, np.ndarray], config, checkpoint: pathlib.Path, is_zero: Callable, advice: str):
   """The tree that MaxText saves for a train state with these values by path, and with the random states of a new model.
+  Arguments as for `write`.
 
   Raises:
     ConfigError: the values do not fit the model of the configuration.
@@ -150,26 +160,22 @@ def _train_state(values: dict[str, np.ndarray], config, checkpoint: pathlib.Path
   def leaf(path, expected):
     name = _name(path)
     value = values.get(name, random_states.get(name))
+    if value is None and is_zero(name):
+      value = np.zeros(expected.shape, expected.dtype)
     if value is None:
-      raise ConfigError(
-        f"{checkpoint} has no {name}, which this configuration needs; name the run's own configuration."
-      )
+      raise ConfigError(f"{checkpoint} has no {name}, which this configuration needs; {advice}.")
     if name in keys and value.shape == random_states[name].shape:
       return jax.random.wrap_key_data(value, impl=jax.random.key_impl(keys[name]))
     if value.shape != expected.shape or value.dtype != expected.dtype:
       given, needed = (f"{x.dtype}{list(x.shape)}" for x in (value, expected))
-      raise ConfigError(
-        f"{checkpoint}: {name} is {given}, and this configuration needs {needed}; name the run's own configuration."
-      )
+      raise ConfigError(f"{checkpoint}: {name} is {given}, and this configuration needs {needed}; {advice}.")
     return jnp.asarray(value)  # Orbax restores JAX arrays only if JAX arrays were saved
 
   state = jax.tree_util.tree_map_with_path(leaf, expected_tree)
   names = {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(expected_tree)}
   extra = sorted(path for path in values if path not in names)
   if extra:
-    raise ConfigError(
-      f"{checkpoint} has {extra[0]}, which this configuration does not have; name the run's own configuration."
-    )
+    raise ConfigError(f"{checkpoint} has {extra[0]}, which this configuration does not have; {advice}.")
   return state
 
 

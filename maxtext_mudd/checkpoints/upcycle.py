@@ -76,7 +76,9 @@ def to_run(checkpoint: pathlib.Path, target: pathlib.Path, config) -> int:
   values = train_state.read(checkpoint)
   if not any(name.startswith(_MOMENTS) for name in values):
     raise ConfigError(f"{path} has no optimizer state, which --run keeps; write the parameters with --maxtext-dir.")
-  train_state.write(config, dict(_with_connections(values, config)), step, target, checkpoint)
+  advice = "use the keys of the optimizer with which the run was trained, or write the parameters with --maxtext-dir"
+  values = dict(_with_connections(values, config))
+  train_state.write(config, values, step, target, checkpoint, _is_moment_of_connection, advice)
   return step
 
 
@@ -135,19 +137,23 @@ def _single_layers(
     new: the initial values of the parameters of connections.
   """
   norm, plan = block_spec(config).attention_norm, connections.plan(config)
-  dtypes = {}  # of parameters and of each moment, by what their paths begin with
+  roots = set()  # what paths of parameters begin with
   for path in values:
     value, match = values[path], re.fullmatch(r"(|.*/)decoder/layers_(\d+)/([^/]+)(/.+)", path)
-    if match and not match[1].startswith(_OTHER_STATE):
-      dtypes[match[1]] = value.dtype
+    if match and not match[1].startswith((_OTHER_STATE, _MOMENTS)):
+      roots.add(match[1])
     if match and match[3] == norm and plan.has_separate_norms(int(match[2]) + 1):
       for stream in "qkv":
         yield f"{path[: match.end(3)]}/{stream}{match[4]}", value
     else:
       yield path, value
-  for root, dtype in dtypes.items():
+  for root in roots:
     for path, value in new.items():
-      yield root + path, np.zeros(value.shape, dtype) if root.startswith(_MOMENTS) else value
+      yield root + path, value
+
+
+def _is_moment_of_connection(path: str) -> bool:
+  return path.startswith(_MOMENTS) and _CONNECTION in path.split("/")
 
 
 def _initial_parameters(config) -> dict[str, np.ndarray]:

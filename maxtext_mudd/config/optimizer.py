@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
+from maxtext_mudd import connections
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 _ON = {"mudd": (True,)}
@@ -13,36 +14,60 @@ class OptimizerKeys(KeyGroup):
 
   mudd_decay: Literal["auto", "all", "not_static", "matrices", "nothing"] = key(
     "auto",
-    "Which parameters of connections have weight decay: all; all but static weights; only matrices that make weights "
-    "(W1, W2); nothing. auto: matrices with opt_type=muon, all with other optimizers, as released.",
+    "Which parameters of connections have weight decay: all; all but static weights (a); only matrices that make "
+    "weights (W1, W2); nothing. auto: matrices with opt_type=muon, all with other optimizers, as released.",
     needs=_ON,
   )
   mudd_learning_rate_factor: float = key(
     1.0, "Factor on the learning rate of the parameters of connections.", needs=_ON, gt=0, allow_inf_nan=False
   )
   mudd_muon_matrices: bool = key(
-    True, "With opt_type=muon: whether W1 and W2 are orthogonalised; off: Adam trains them.", needs=_ON
+    True,
+    "With opt_type=muon: whether matrices that make weights (W1 and W2; φ of mHC; W_α of Hyper-Connections) are "
+    "orthogonalised; off: Adam trains them.",
+    needs=_ON,
   )
 
 
 def refusals(config) -> Iterator[Refusal]:
   """Yields the settings that do not work with these keys. `config` is a `MuddConfig` with `mudd=True`."""
-  optimizer = config.opt_type.value
-  muon = "opt_type=muon and mudd=True"
+  optimizer, family = config.opt_type.value, connections.family(config)
+  changed = [
+    f"{name}={getattr(config, name)}"
+    for name, field in OptimizerKeys.model_fields.items()
+    if getattr(config, name) != field.default
+  ]
+  yield Refusal(
+    bool(changed) and config.depth_connection == "residual",
+    changed[0] if changed else "",
+    "depth_connection=residual",
+    "it has no parameters; leave the key at its default",
+  )
   yield Refusal(
     config.mudd_decay != "auto" and optimizer == "sgd",
     f"mudd_decay={config.mudd_decay}",
     "opt_type=sgd",
     "it decays nothing; leave mudd_decay at auto",
   )
-  if optimizer != "muon":
-    yield Refusal(
-      not config.mudd_muon_matrices,
-      "mudd_muon_matrices=False",
-      f"opt_type={optimizer}",
-      "only Muon orthogonalises matrices; leave it at True",
-    )
-    return
+  yield Refusal(
+    optimizer != "muon" and not config.mudd_muon_matrices,
+    "mudd_muon_matrices=False",
+    f"opt_type={optimizer}",
+    "only Muon orthogonalises matrices; leave it at True",
+  )
+  has_matrices = bool(family.matrices) and getattr(config, "mudd_dynamic", True)
+  yield Refusal(
+    not config.mudd_muon_matrices and not has_matrices,
+    "mudd_muon_matrices=False",
+    f"depth_connection={config.depth_connection}",
+    "its connections have no matrices; leave it at True",
+  )
+  if optimizer == "muon":
+    yield from _muon(config)
+
+
+def _muon(config) -> Iterator[Refusal]:
+  muon = "opt_type=muon and mudd=True"
   yield Refusal(
     config.muon_type not in ("optax", "optax_muon"),
     f"muon_type={config.muon_type}",

@@ -5,6 +5,7 @@ import os
 from maxtext.utils import accelerator_to_spec_map
 from pydantic import BaseModel, model_validator
 
+from maxtext_mudd import blocks
 from maxtext_mudd.assets import BYTE_TOKENIZER, BYTE_TOKENIZER_FOLDER
 from maxtext_mudd.config import errors, slices
 
@@ -26,6 +27,8 @@ REMAT_POLICIES = (
   "save_out_proj",
   "full",
 )
+
+_BLOCKS_OF_MUON = ("llama2", "qwen3", "qwen3_moe")  # among those that take connections
 
 
 class StockChecks(BaseModel):
@@ -71,6 +74,18 @@ class StockChecks(BaseModel):
     output = values.get("base_output_directory")
     if output and "://" not in output:  # Orbax takes absolute paths only
       values = values | {"base_output_directory": os.path.abspath(output)}
+    return values
+
+  @model_validator(mode="before")
+  @classmethod
+  def _check_muon(cls, values: dict) -> dict:
+    """MaxText's sentence names a command that does not make its Muon take the block."""
+    block = getattr(values.get("decoder_block"), "value", values.get("decoder_block"))
+    if values.get("opt_type") == "muon" and block in blocks.DECODER_BLOCKS and block not in _BLOCKS_OF_MUON:
+      raise ValueError(
+        f"opt_type=muon does not work with decoder_block={block!r}: MaxText has Muon for {', '.join(_BLOCKS_OF_MUON)}; "
+        "use one of these, or opt_type=adamw."
+      )
     return values
 
   @model_validator(mode="after")

@@ -17,7 +17,7 @@ SOWN = re.compile(r"mudd_(last_)?([a-z_]+)_([a-z]+)")
 LARGEST_WEIGHT = "max_weight"
 ALL = "all"  # in place of a stream, for statistics of a whole aggregate
 
-# Of so many positions one counts for the largest weight.
+# The largest weight is that of the last 1/16 of the positions.
 _POSITIONS_PER_SAMPLE = 16
 
 _totals: dict[str, Array] | None = None

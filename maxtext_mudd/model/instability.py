@@ -6,6 +6,9 @@ import logging
 import math
 import statistics
 
+import jax
+import numpy as np
+
 from maxtext_mudd import connections
 
 TOTALS = "mudd"  # in MaxText's metrics of a step: by name of a total, its parts by the number of blocks before a reader
@@ -18,18 +21,23 @@ FIRST_STEPS = 50  # the median is compared with from then on
 
 # Static weights start at one, and dynamic ones at zero, so the latter grow by any factor while they are small.
 _HARMLESS = {LARGEST_WEIGHT: 1.0, GRADIENT_NORM: 0.0}
-_HOW_TOTALLED = {LARGEST_WEIGHT: max, GRADIENT_NORM: lambda parts: math.sqrt(sum(x * x for x in parts))}
+_HOW_TOTALLED = {  # a part that is NaN makes the total NaN
+  LARGEST_WEIGHT: lambda parts: float(np.max([*parts])),
+  GRADIENT_NORM: lambda parts: math.sqrt(sum(x * x for x in parts)),
+}
 
 
 class Watch:
   """Compares the totals of a step with their running medians.
 
   Attributes:
-    remedies: keys that help against instability, as "mudd_pre_norm=true".
+    on_resume: what helps against instability when a run is resumed, as "mudd_weight_cap=10".
+    in_new_run: what helps, and changes the parameters of the model.
   """
 
-  def __init__(self, remedies: Sequence[str]):
-    self.remedies = tuple(remedies)
+  def __init__(self, on_resume: Sequence[str], in_new_run: Sequence[str] = ()):
+    self.on_resume = tuple(on_resume)
+    self.in_new_run = tuple(in_new_run)
     self._before = {name: deque(maxlen=WINDOW) for name in _HOW_TOTALLED}
     self._has_warned = False
 
@@ -56,11 +64,11 @@ class Watch:
     return sentence
 
   def _sentence(self, step: int, name: str, total: float, median: float, place: int) -> str:
-    remedies = ", ".join([*self.remedies, "a lower learning_rate"])
+    norms = f"; a new run is stable at higher rates with {' '.join(self.in_new_run)}" if self.in_new_run else ""
     return (
       f"step {step}: mudd/{name} is {total:.3g}, and its median over the last {WINDOW} steps is {median:.3g}; the "
-      f"largest part is of da_{place:03d} (docs/metrics.md). If the loss does not recover, go back to an earlier "
-      f"checkpoint with one of: {remedies}."
+      f"largest part is of da_{place:03d} (docs/metrics.md). If the loss does not recover, resume from an earlier "
+      f"checkpoint with {' or '.join(self.on_resume)}{norms}."
     )
 
 
@@ -72,11 +80,11 @@ def with_warnings(stock):
 
     def __init__(self, config, *args, **kwargs):
       super().__init__(config, *args, **kwargs)
-      self._watch = Watch(_remedies(config)) if getattr(config, "mudd", False) else None
+      self._watch = Watch(*_remedies(config)) if getattr(config, "mudd", False) else None
 
     def write_metrics(self, metrics, step, metric_type="train"):
       if self._watch and metrics and metric_type == "train" and metrics.get(TOTALS):
-        totals = {name: {k: float(x) for k, x in parts.items()} for name, parts in metrics[TOTALS].items()}
+        totals = jax.tree.map(float, jax.device_get(metrics[TOTALS]))
         if sentence := self._watch.warning(step, totals):
           logging.warning(sentence)
       super().write_metrics(metrics, step, metric_type)
@@ -85,8 +93,11 @@ def with_warnings(stock):
   return MuddMetricLogger
 
 
-def _remedies(config) -> list[str]:
-  """Keys of the family that are not set yet."""
+def _remedies(config) -> tuple[list[str], list[str]]:
+  """The arguments of `Watch`: keys of the family that are not set yet, and that the other keys allow."""
   known = connections.family(config).Keys.model_fields
-  remedies = {"mudd_pre_norm": "true", "mudd_post_norm": "true", "mudd_weight_cap": "10"}
-  return [f"{key}={value}" for key, value in remedies.items() if key in known and not getattr(config, key)]
+  on_resume = ["a lower learning_rate", "a lower mudd_learning_rate_factor"]
+  if "mudd_weight_cap" in known and config.mudd_dynamic and not (config.mudd_weight_cap or config.mudd_weight_scale):
+    on_resume.append("mudd_weight_cap=10")
+  norms = [key for key in ("mudd_pre_norm", "mudd_post_norm") if key in known and not getattr(config, key)]
+  return on_resume, [f"{key}=true" for key in norms]

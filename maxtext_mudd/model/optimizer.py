@@ -17,6 +17,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections import layout, metrics
 
 Path = tuple[str, ...]
@@ -53,7 +54,10 @@ def with_connection_matrices(stock):
 
 
 def _with_rules(optimizer: optax.GradientTransformation, config) -> optax.GradientTransformationExtraArgs:
-  """Optimizers read parameters for weight decay only: a parameter of zeros is not decayed."""
+  """The optimizer with the rules for connections. While a train step is traced it also records their gradients' norms.
+
+  Optimizers read parameters for weight decay only: a parameter that is shown as zeros is not decayed.
+  """
 
   def for_decay(path, parameter):
     path = _names(path)
@@ -72,7 +76,22 @@ def _with_rules(optimizer: optax.GradientTransformation, config) -> optax.Gradie
     updates, state = optax.with_extra_args_support(optimizer).update(gradients, state, params, **extra)
     return jax.tree_util.tree_map_with_path(scaled, updates), state
 
-  return optax.GradientTransformationExtraArgs(optimizer.init, update)
+  def init(parameters):
+    _check_mask(parameters, config)
+    return optimizer.init(parameters)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_mask(parameters, config) -> None:
+  """Raises ConfigError for a `trainable_parameters_mask` with which MaxText would train nothing."""
+  patterns = config.trainable_parameters_mask or []
+  paths = ["/".join(_names(path)) for path, _ in jax.tree_util.tree_leaves_with_path(parameters)]
+  if patterns and not any(re.search(pattern, path) for pattern in patterns for path in paths):
+    raise ConfigError(
+      f"trainable_parameters_mask={list(patterns)} matches no parameter, so nothing would be trained; connections are "
+      f"/connection/, and the first parameter is {paths[0]}."
+    )
 
 
 def _gradient_norms(gradients, config) -> dict[int, Float[Array, ""]]:
@@ -151,12 +170,13 @@ def _muon_factor(path: Path, stacked: jax.Array, config):
   table = layout.table(connections.plan(config), _blocks_of_stack(path, config), padded=True)
   padded = (stacked.shape[0], *stacked.shape[2:])
 
-  def scale(site):
-    sizes = padded if site is None else layout.single_shape(config, path, padded, site, table.padded)
+  def scale(sizes):
     rows, columns = (math.prod(sizes[axis] for axis in axes) for axes in _dimension_numbers(path, config))
     return math.sqrt(max(1, columns / rows) if config.muon_consistent_rms is None else max(rows, columns))
 
-  factors = [scale(site) / scale(None) for site in table.sites]  # None: all is padding
+  # All of a block without a site is padding, so that any factor will do.
+  shapes = [padded if x is None else layout.single_shape(config, path, padded, x, table.padded) for x in table.sites]
+  factors = [scale(shape) / scale(padded) for shape in shapes]
   return jnp.asarray(factors, stacked.dtype).reshape(1, -1, *[1] * (stacked.ndim - 2))
 
 

@@ -74,10 +74,11 @@ def with_connection_totals(stock):
       # MaxText calls `record_activation_metrics` with this key. Layers have the configuration as it is.
       state, found = stock(model, changed(config, record_internal_nn_metrics=1), *args, **kwargs)
     parts, scalars = found.setdefault(TOTALS, {}), found["scalar"]
-    if norms := totals.get("grad_norm"):
-      # The optimizer sees clipped gradients.
-      clipped = scalars.get("learning/raw_grad_norm", 1) / jnp.maximum(scalars.get("learning/grad_norm", 1), 1e-30)
-      parts[GRADIENT_NORM] = {block: norm * clipped for block, norm in norms.items()}
+    # The optimizer sees clipped gradients. With the optimizer's state on the host MaxText does not say by how much.
+    is_known = "learning/raw_grad_norm" in scalars or config.gradient_clipping_threshold <= 0
+    if is_known and (norms := totals.get(GRADIENT_NORM)):
+      before = scalars.get("learning/raw_grad_norm", 1) / jnp.maximum(scalars.get("learning/grad_norm", 1), 1e-30)
+      parts[GRADIENT_NORM] = {block: norm * before for block, norm in norms.items()}
       scalars["mudd/grad_norm"] = jnp.sqrt(sum(jnp.square(x) for x in parts[GRADIENT_NORM].values()))
     if weights := parts.get(LARGEST_WEIGHT):
       scalars["mudd/max_weight"] = functools.reduce(jnp.maximum, weights.values())

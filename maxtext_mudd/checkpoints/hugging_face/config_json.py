@@ -15,6 +15,7 @@ from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.checkpoints import released_ffn
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.config.mudd_config import MuddConfig
+from maxtext_mudd.config.optimizer import OptimizerKeys
 
 _COMMON_KEYS = {
   "mudd": True,
@@ -95,6 +96,7 @@ _DEFAULT_ONLY += tuple(key for key in MuddConfig.model_fields if key.startswith(
 _STATED_OR_FREE = {"mudd_kernel", "mudd_ffn_groups", "mudd_ffn_round_to", "mudd_ffn_first", "mudd_ffn_last"}
 _STATED_OR_FREE |= {"mudd_init", "mudd_init_std", "mudd_rotary_fraction", "mudd_expansion_rate"}
 _STATED_OR_FREE |= {"mudd_ffn_parts", "mudd_rope_table"}
+_STATED_OR_FREE |= {*OptimizerKeys.model_fields}
 
 
 def keys(fields: Mapping[str, Any], block_widths: Sequence[int | None], file: str) -> dict[str, Any]:

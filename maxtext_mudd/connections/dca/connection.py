@@ -163,6 +163,7 @@ class DcaConnection(ScoredConnection):
       logits, sources = sources.take_logits(3 * block, len(names), count)
       # Unlike jax.nn.relu, maximum has a gradient at zero, so that w can leave its initial value.
       dynamic = jnp.maximum(jnp.moveaxis(logits, (0, 1), (3, 2)), 0)
+    used = dynamic
     if config.scan_layers and config.mudd_dca_sources == "all":
       b = jnp.pad(b, [(0, 0), (0, 0), (0, self.number - b.shape[-1])])
       weights = self._weights(dynamic, b)
@@ -173,9 +174,11 @@ class DcaConnection(ScoredConnection):
       for k in range(len(slots)):
         source, sources = sources.take(slots[k])
         chosen.append(source)
-      weights = self._weights(*(jnp.where(is_there, x, 0) for x in (dynamic[..., slots], b[..., columns])))
+      used, b = (jnp.where(is_there, x, 0) for x in (dynamic[..., slots], b[..., columns]))
+      weights = self._weights(used, b)
       streams = differentiable(how, chosen, weights)
-    metrics.sow_largest(self, metrics.sample(jax.lax.stop_gradient(dynamic)), last=names == "x")
+    if keys.count_queries(config):
+      metrics.sow_largest(self, metrics.sample(jax.lax.stop_gradient(used)), last=names == "x")
     if config.record_internal_nn_metrics:
       self._sow(names, carry.newest, weights, streams, count)
     return streams, dataclasses.replace(carry, sources=sources)

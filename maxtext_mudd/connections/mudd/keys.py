@@ -102,6 +102,7 @@ def check_sizes(config) -> None:
     config: has `DenseKeys` and MaxText's `num_decoder_layers` and `mlp_dim`.
   """
   num_blocks = config.num_decoder_layers
+  _check_widths(config)
   if config.mudd_block_period > num_blocks:
     raise ValueError(
       f"mudd_block_period={config.mudd_block_period} places no DA in a model of {num_blocks} blocks; use at most "
@@ -133,3 +134,21 @@ def check_sizes(config) -> None:
       f"mudd_hidden_expansion={config.mudd_hidden_expansion} (mudd_last_hidden_expansion="
       f"{config.mudd_last_hidden_expansion}) makes a weight MLP of width 0; raise it, or set mudd_dynamic=False."
     )
+
+
+def _check_widths(config) -> None:
+  """Raises ValueError for a rule of hidden widths that no row of `mudd_placements` leaves a width to."""
+  num_blocks, rows = config.num_decoder_layers, config.mudd_placements
+  by_rule = [x.block for x in placements.expand(rows, num_blocks) if x.hidden is None] if rows else [1, num_blocks]
+  read = {
+    "mudd_hidden_expansion": any(block < num_blocks for block in by_rule),
+    "mudd_last_hidden_expansion": num_blocks in by_rule,
+    "mudd_hidden_round_to": bool(by_rule),
+  }
+  for name, is_read in read.items():
+    value, default = getattr(config, name), DenseKeys.model_fields[name].default
+    if rows and value != default and not is_read:
+      raise ValueError(
+        f"{name}={value} does nothing with mudd_placements: no row leaves out the hidden width that it sets; leave it "
+        f"at {default}."
+      )

@@ -55,7 +55,9 @@ def read(name: str) -> list:
   paths = (pathlib.Path(name), assets.CONFIGURATIONS / name)
   path = next((path for path in paths if os.path.isfile(path)), None)  # also False for names the system does not allow
   if path is None:
-    raise ValueError("there is no such file; use the path of a YAML file with a list of rows, or the list itself")
+    raise ValueError(
+      "there is no such file here or in this package; use the path of a YAML file with rows, or the list itself"
+    )
   try:
     rows = yaml.safe_load(path.read_text())
   except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

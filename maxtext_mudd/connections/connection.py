@@ -159,12 +159,7 @@ class HistoryConnection(PlainConnection):
     return bool(self.config.record_internal_nn_metrics or metrics.totals() is not None)
 
   def _sow(self, module: nnx.Module, output, weights: kernels.Weights, streams: dict, column, visible, last=False):
-    """What docs/metrics.md lists: all of it with `record_internal_nn_metrics`, otherwise the part of a total.
-
-    No gradient goes through it: those of what a block sows are arrays of zeros, with which XLA would compute.
-    """
-    output, weights = jax.lax.stop_gradient((output, weights))
-    streams = {stream: jax.lax.stop_gradient(x) for stream, x in streams.items()}  # in their order
+    """What docs/metrics.md lists: all of it with `record_internal_nn_metrics`, otherwise the part of a total."""
 
     def dynamic(newest):
       mlp = dataclasses.replace(kernels.replace_static(weights, jnp.zeros_like), newest=newest)

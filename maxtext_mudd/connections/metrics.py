@@ -41,14 +41,15 @@ def totals() -> dict[str, Array] | None:
 
 
 def sow(module: nnx.Module, stream: str, statistics: Mapping[str, Float[Array, ""]], *, last: bool = False) -> None:
-  """Sows scalars.
+  """Sows scalars without their derivatives, with which XLA would compute although nothing reads them. That of the norm
+  of a stream of zeros, which scanned layers have, is NaN.
 
   Args:
     stream: what they belong to: a stream, a sublayer, or `ALL`.
     last: whether they are of what follows the last block; the connection of the last block may have both.
   """
   for statistic, value in statistics.items():
-    module.sow(nnx.Intermediate, f"mudd_{'last_' if last else ''}{statistic}_{stream}", value)
+    module.sow(nnx.Intermediate, f"mudd_{'last_' if last else ''}{statistic}_{stream}", jax.lax.stop_gradient(value))
 
 
 def sample(x: Float[Array, "B T *rest"]) -> Float[Array, "B S *rest"]:

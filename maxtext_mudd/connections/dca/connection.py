@@ -178,7 +178,7 @@ class DcaConnection(ScoredConnection):
       weights = self._weights(used, b)
       streams = differentiable(how, chosen, weights)
     if keys.count_queries(config):
-      metrics.sow_largest(self, metrics.sample(jax.lax.stop_gradient(used)), last=names == "x")
+      metrics.sow_largest(self, metrics.sample(used), last=names == "x")
     if config.record_internal_nn_metrics:
       self._sow(names, carry.newest, weights, streams, count)
     return streams, dataclasses.replace(carry, sources=sources)

@@ -326,43 +326,6 @@ MISTAKES = {
     "dtype=float16 does not work with mudd_kernel=pallas_interpret: it takes bfloat16 or float32; use one of these, or "
     "mudd_kernel=xla.",
   ),
-  "Muon with a block that MaxText does not have it for": (
-    ["opt_type=muon", "decoder_block=mistral"],
-    "opt_type=muon does not work with decoder_block='mistral': MaxText has Muon for llama2, qwen3, qwen3_moe; use "
-    "one of these, or opt_type=adamw.",
-  ),
-  "another Muon": (
-    ["opt_type=muon", "muon_type=maxtext_muon"],
-    "muon_type=maxtext_muon does not work with opt_type=muon and mudd=True: it does not take the matrices of "
-    "connections as they are; use muon_type=optax_muon.",
-  ),
-  "Muon, with layers stacked along the first axis": (
-    ["opt_type=muon", "scan_layers=true", "param_scan_axis=0", "mudd_ffn_reallocation=false"],
-    "param_scan_axis=0 does not work with opt_type=muon and mudd=True: MaxText's Muon takes axis 1 of the parameters "
-    "of scanned layers for the number of the layer; use 1.",
-  ),
-  "a choice of Muon without Muon": (
-    ["mudd_muon_matrices=false"],
-    "mudd_muon_matrices=False does not work with opt_type=adamw: only Muon orthogonalises matrices; leave it at True.",
-  ),
-  "Muon's choice where there are no matrices": (
-    ["opt_type=muon", "mudd_muon_matrices=false", "mudd_dynamic=false"],
-    "mudd_muon_matrices=False does not work with depth_connection=dense: its connections have no matrices; leave it at "
-    "True.",
-  ),
-  "a learning rate of no parameters": (
-    ["depth_connection=residual", "mudd_learning_rate_factor=0.5"],
-    "mudd_learning_rate_factor=0.5 does not work with depth_connection=residual: it has no parameters; leave the key "
-    "at its default.",
-  ),
-  "decay without decay": (
-    ["opt_type=sgd", "mudd_decay=matrices"],
-    "mudd_decay=matrices does not work with opt_type=sgd: it decays nothing; leave mudd_decay at auto.",
-  ),
-  "a learning rate of zero": (
-    ["mudd_learning_rate_factor=0"],
-    "mudd_learning_rate_factor=0 is not valid: input should be greater than 0.",
-  ),
   "unknown tokenizer of this package": (
     ["tokenizer_path=maxtext_mudd/bytes"],
     "tokenizer_path=maxtext_mudd/bytes: this package has one tokenizer, maxtext_mudd/byte.",

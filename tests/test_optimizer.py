@@ -215,3 +215,52 @@ def test_connections_alone_can_be_trained():
   found = updates({"trainable_parameters_mask": ["/connection/"], "mudd_decay": "nothing"})
   for path, x in found.items():
     assert bool(np.any(x)) == ("/connection/" in path), path
+
+
+REFUSED = {
+  "Muon with a block that MaxText does not have it for": (
+    {"opt_type": "muon", "decoder_block": "mistral"},
+    "opt_type=muon does not work with decoder_block='mistral': MaxText has Muon for llama2, qwen3, qwen3_moe; use "
+    "one of these, or opt_type=adamw.",
+  ),
+  "another Muon": (
+    {"opt_type": "muon", "muon_type": "maxtext_muon"},
+    "muon_type=maxtext_muon does not work with opt_type=muon and mudd=True: it does not take the matrices of "
+    "connections as they are; use muon_type=optax_muon.",
+  ),
+  "Muon, with layers stacked along the first axis": (
+    {"opt_type": "muon", "scan_layers": True, "param_scan_axis": 0},
+    "param_scan_axis=0 does not work with opt_type=muon and mudd=True: MaxText's Muon takes axis 1 of the parameters "
+    "of scanned layers for the number of the layer; use 1.",
+  ),
+  "a choice of Muon without Muon": (
+    {"mudd_muon_matrices": False},
+    "mudd_muon_matrices=False does not work with opt_type=adamw: only Muon orthogonalises matrices; leave it at True.",
+  ),
+  "Muon's choice where there are no matrices": (
+    {"opt_type": "muon", "mudd_muon_matrices": False, "mudd_dynamic": False},
+    "mudd_muon_matrices=False does not work with depth_connection=dense: its connections have no matrices; leave it at "
+    "True.",
+  ),
+  "a learning rate of no parameters": (
+    {"depth_connection": "residual", "mudd_learning_rate_factor": 0.5},
+    "mudd_learning_rate_factor=0.5 does not work with depth_connection=residual: it has no parameters; leave the key "
+    "at its default.",
+  ),
+  "decay without decay": (
+    {"opt_type": "sgd", "mudd_decay": "matrices"},
+    "mudd_decay=matrices does not work with opt_type=sgd: it decays nothing; leave mudd_decay at auto.",
+  ),
+  "a learning rate of zero": (
+    {"mudd_learning_rate_factor": 0},
+    "mudd_learning_rate_factor=0 is not valid: input should be greater than 0.",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+  keys, sentence = REFUSED[case]
+  with pytest.raises(ConfigError) as refused:
+    models.config(mudd=True, **keys)
+  assert str(refused.value) == sentence

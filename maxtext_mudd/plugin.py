@@ -1,9 +1,10 @@
-"""Installs MUDD connections in MaxText by replacing nine of its attributes. No other file replaces any of MaxText.
+"""Installs MUDD connections in MaxText by replacing ten of its attributes. No other file replaces any of MaxText.
 
-Three replacements make the model:
-  maxtext.configs.pyconfig._initialize_pydantic   reads a MuddConfig instead of a MaxTextConfig
-  maxtext.models.models.NNXDecoder                becomes MuddDecoder
-  maxtext.models.models.Embed                     becomes MuddEmbed, which can be initialized as the paper says
+Four replacements make the model:
+  maxtext.configs.pyconfig._initialize_pydantic     reads a MuddConfig instead of a MaxTextConfig
+  maxtext.models.models.NNXDecoder                  becomes MuddDecoder
+  maxtext.models.models.Embed                       becomes MuddEmbed, which can be initialized as the paper says
+  maxtext.models.models.MultiTokenPredictionBlock   becomes one that `mudd_mtp` connects
 
 Two replacements make optimizers treat the parameters of connections by their keys:
   maxtext.optimizers.optimizers.get_optimizer                       weight decay and learning rate
@@ -16,7 +17,8 @@ Four replacements correct what MaxText reports about the model:
   maxtext.common.metric_logger.MetricLogger                          warns when these totals grow fast
 
 With `mudd: false` each replacement does what the stock attribute does, except for the keys `mudd_decoder_layer` and
-`mudd_init`, and for three conveniences of reading a configuration:
+`mudd_init`, for multi-token prediction, which is left out in decoding, where it stops stock MaxText, and for three
+conveniences of reading a configuration:
   - Several configuration files can be named, and those of this package without their folder.
   - A relative `base_output_directory` is made absolute.
   - The name `maxtext_mudd/byte` stands for the tokenizer of this package.
@@ -119,6 +121,12 @@ def _embedding(stock):
   return MuddEmbed
 
 
+def _mtp_block(stock):
+  from maxtext_mudd.model.mtp import MuddMultiTokenPredictionBlock
+
+  return MuddMultiTokenPredictionBlock
+
+
 def _optimizer(stock):
   from maxtext_mudd.model import optimizer
 
@@ -171,6 +179,13 @@ REPLACEMENTS = (
     "Embed",
     ("self", "num_embeddings", "num_features", "config", "mesh"),
     _embedding,
+    method="__init__",
+  ),
+  Replacement(
+    "maxtext.models.models",
+    "MultiTokenPredictionBlock",
+    ("self", "config", "mesh", "transformer_layer_module", "decoder", "rngs"),
+    _mtp_block,
     method="__init__",
   ),
   Replacement(

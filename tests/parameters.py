@@ -100,50 +100,53 @@ def aggregate_path(i: int, last: int) -> str:
 
 
 def to_muddformer(values: dict[str, jax.Array]) -> dict:
-  """The parameters of muddformer.py, from MaxText's of a llama2 or qwen3 block.
-
-  If MaxText's block 1 has one attention norm, its scale is used three times. The scale of the norm before W1 is
-  multiplied into W1. A query kernel of llama2 includes 1/sqrt(head_dim), by which muddformer.py scales the scores.
-  """
+  """The parameters of muddformer.py, from MaxText's of a llama2 or qwen3 block."""
   values = {path: jnp.asarray(value) for path, value in values.items()}
   last = max(int(path.split("_")[1].split("/")[0]) for path in values if path.startswith("decoder/layers_"))
-  blocks, aggregates = [], []
   pre_norms = ["decoder/layers_0/connection/embedding_norm/scale"]
-  for i in range(last + 1):
-    layer = f"decoder/layers_{i}"
-    attention, norm = f"{layer}/self_attention", f"{layer}/pre_self_attention_layer_norm"
-    block = {
-      "query": values[f"{attention}/query/kernel"],
-      "key": values[f"{attention}/key/kernel"],
-      "value": values[f"{attention}/value/kernel"],
-      "out": values[f"{attention}/out/kernel"],
-      "gate": values[f"{layer}/mlp/wi_0/kernel"],
-      "up": values[f"{layer}/mlp/wi_1/kernel"],
-      "down": values[f"{layer}/mlp/wo/kernel"],
-      "attention_norms": [values.get(f"{norm}/{c}/scale", values.get(f"{norm}/scale")) for c in "qkv"],
-      "ffn_norm": values[f"{layer}/post_self_attention_layer_norm/scale"],
-    }
-    if f"{attention}/query_norm/scale" in values:
-      block["query_norm"] = values[f"{attention}/query_norm/scale"]
-      block["key_norm"] = values[f"{attention}/key_norm/scale"]
-    else:
-      block["query"] *= math.sqrt(block["query"].shape[-1])
-    path = aggregate_path(i, last)
-    post_norms = {c: values.get(f"{path}/post_norm_{c}/scale") for c in "qkvr"}
-    aggregate = {
-      "w1": values.get(f"{path}/weight_norm_scale", jnp.ones(1))[:, None] * values[f"{path}/w1"],
-      "w2": values[f"{path}/w2"],
-      "a": values[f"{path}/a"],
-      "post_norm": {c: scale for c, scale in post_norms.items() if scale is not None},
-    }
-    blocks.append(block)
-    aggregates.append(aggregate)
-    pre_norms.append(f"{layer}/connection/output_norm/scale")
+  pre_norms += [f"decoder/layers_{i}/connection/output_norm/scale" for i in range(last + 1)]
   return {
     "embedding": values["token_embedder/embedding"],
-    "blocks": blocks,
-    "aggregates": aggregates,
+    "blocks": [to_block(values, f"decoder/layers_{i}") for i in range(last + 1)],
+    "aggregates": [to_aggregate(values, aggregate_path(i, last)) for i in range(last + 1)],
     "pre_norms": [values[path] for path in pre_norms if path in values],
     "final_norm": values["decoder/decoder_norm/scale"],
     "unembedding": values["decoder/logits_dense/kernel"],
+  }
+
+
+def to_block(values: dict[str, jax.Array], layer: str) -> dict:
+  """The parameters of one block of muddformer.py.
+
+  If MaxText's block 1 has one attention norm, its scale is used three times. A query kernel of llama2 includes
+  1/sqrt(head_dim), by which muddformer.py scales the scores.
+  """
+  attention, norm = f"{layer}/self_attention", f"{layer}/pre_self_attention_layer_norm"
+  block = {
+    "query": values[f"{attention}/query/kernel"],
+    "key": values[f"{attention}/key/kernel"],
+    "value": values[f"{attention}/value/kernel"],
+    "out": values[f"{attention}/out/kernel"],
+    "gate": values[f"{layer}/mlp/wi_0/kernel"],
+    "up": values[f"{layer}/mlp/wi_1/kernel"],
+    "down": values[f"{layer}/mlp/wo/kernel"],
+    "attention_norms": [values.get(f"{norm}/{c}/scale", values.get(f"{norm}/scale")) for c in "qkv"],
+    "ffn_norm": values[f"{layer}/post_self_attention_layer_norm/scale"],
+  }
+  if f"{attention}/query_norm/scale" in values:
+    block["query_norm"] = values[f"{attention}/query_norm/scale"]
+    block["key_norm"] = values[f"{attention}/key_norm/scale"]
+  else:
+    block["query"] *= math.sqrt(block["query"].shape[-1])
+  return block
+
+
+def to_aggregate(values: dict[str, jax.Array], path: str) -> dict:
+  """The parameters of one aggregate of muddformer.py. The scale of the norm before W1 is multiplied into W1."""
+  post_norms = {c: values.get(f"{path}/post_norm_{c}/scale") for c in "qkvrxm"}
+  return {
+    "w1": values.get(f"{path}/weight_norm_scale", jnp.ones(1))[:, None] * values[f"{path}/w1"],
+    "w2": values[f"{path}/w2"],
+    "a": values[f"{path}/a"],
+    "post_norm": {c: scale for c, scale in post_norms.items() if scale is not None},
   }

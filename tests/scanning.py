@@ -18,6 +18,7 @@ OF_ROUNDING, OF_ROUNDING_TENSOR = 2, 10  # at most 0.8 and 3.2 were seen, in fiv
 ZERO = 1e-7  # of the norm of all gradients together: what rounding leaves of a gradient that is zero
 SMALL = {"base_num_decoder_layers": 3}
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
+CONNECTED_MTP = {"mudd_mtp": "connected", "mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.3}
 
 PLACEMENTS = {"base_num_decoder_layers": IRREGULAR_BLOCKS, "mudd_placements": IRREGULAR}
 DCA_SUM = "DCA with the sum of middle sources, groups"
@@ -180,6 +181,16 @@ CASES = {
     }
     for family in ("attnres", "dca", "mhc")
   },
+  "multi-token prediction, connected": {**SMALL, **BOTH_NORMS, **CONNECTED_MTP},
+  "two MTP blocks, connected, placements": {**PLACEMENTS, **CONNECTED_MTP, "mtp_num_layers": 2},
+  "multi-token prediction, connected, fused": {
+    **SMALL,
+    **CONNECTED_MTP,
+    "mudd_ways": 1,
+    "mudd_window": 2,
+    "mudd_kernel": "pallas_interpret",
+  },
+  "multi-token prediction, connected, static": {**SMALL, **CONNECTED_MTP, "mudd_dynamic": False},
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
 }

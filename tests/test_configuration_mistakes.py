@@ -203,6 +203,20 @@ MISTAKES = {
     "mtp_num_layers=1 does not work with mudd_init=xavier_normal: MaxText initialises the layers of MTP by its own "
     "rule; set it to 0, or mudd_init=stock.",
   ),
+  "MTP of another family": (
+    ["depth_connection=mhc", "mudd_mtp=connected"],
+    "mudd_mtp=connected does nothing with depth_connection=mhc; leave it at head, or set depth_connection=dense.",
+  ),
+  "connected MTP without its blocks": (
+    ["mudd_mtp=connected"],
+    "mudd_mtp=connected connects blocks of multi-token prediction, and mtp_num_layers=0 makes none; set "
+    "mtp_num_layers=1 or more, or mudd_mtp=head.",
+  ),
+  "connected MTP without the last DA": (
+    ["mudd_mtp=connected", "mtp_num_layers=1", "mudd_dense_streams=qkv"],
+    "mudd_mtp=connected needs DA_2, which makes the stream for MTP, and no DA follows block 2; add r to "
+    "mudd_dense_streams, use a mudd_block_period that divides 2, or place that DA in mudd_placements.",
+  ),
   "initialisation of another block": (
     ["mudd=false", "mudd_ffn_reallocation=false", "decoder_block=gpt_oss"],
     "decoder_block='gpt_oss' does not work with mudd_init=xavier_normal: its rules are for llama2, mistral, mixtral,",

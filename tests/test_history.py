@@ -116,10 +116,9 @@ def loss(plan, has_norm, passes, recomputes, given):
     site = plan.before(block)
     link = Link(plan, site, passes, weights_of if site else None, block_of, recomputes)
     carry, _ = carry.through(link, weights, matrices, ())
-  site = plan.sites.get(plan.num_blocks)
-  link = Link(plan, site, passes, weights_of, None, recomputes) if site else None
-  sums, output, _ = carry.finish(link, last, ())
-  hidden = output if sums is None else sum(sums)
+  hidden, site = carry.output, plan.sites.get(plan.num_blocks)
+  if site:
+    hidden = sum(carry.mix(Link(plan, site, passes, weights_of, None, recomputes), last)[0])
   return jnp.sum(jnp.cos(hidden) * hidden)
 
 

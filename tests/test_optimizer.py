@@ -97,6 +97,7 @@ def test_muon_treats_each_scanned_layer_as_a_single_one(consistent_rms, placemen
 
 MATRICES = {
   "dense": ({"mudd_weight_norm_scale": True, "mudd_weight_scale": True}, {"w1", "w2"}),
+  "MTP": ({"depth_connection": "dense", "mudd_mtp": "connected", "mtp_num_layers": 1}, {"w1", "w2"}),
   "hyper_connections": ({}, {"w_alpha"}),
   "mhc": ({}, {"phi_pre", "phi_post", "phi_res", "phi"}),
   "attnres": ({}, set()),

@@ -11,6 +11,7 @@ from tests import models, steps
 from tests.scanning import (
   BOTH_NORMS,
   CASES,
+  CONNECTED_MTP,
   DCA_SUM,
   RELATIVE,
   SMALL,
@@ -38,7 +39,13 @@ def fully_rematerialised():
 # Residual streams are in MaxText's own loop, whatever the policy.
 BY_POLICY = [
   (case, policy)
-  for case in ("both norms", "AttnRes of blocks of 3", "AttnRes of blocks of 3, of heads, with a value route", DCA_SUM)
+  for case in (
+    "both norms",
+    "multi-token prediction, connected",
+    "AttnRes of blocks of 3",
+    "AttnRes of blocks of 3, of heads, with a value route",
+    DCA_SUM,
+  )
   for policy in POLICIES
 ]
 BY_POLICY += [(case, policy) for case in ("hyper-connections", "mHC") for policy in ("minimal", "custom")]
@@ -124,6 +131,10 @@ METRICS = {
     },
     {"older_weight/x": (1,), "norm/v": (3,), "older_weight/r": (3, 4)},
   ),
+  "MTP": (
+    {**CONNECTED_MTP, **BOTH_NORMS, "mudd_block_period": 2},
+    {"older_weight/q": (2,), "norm/r": (2, 4), "older_weight/m": (4, 5), "dynamic_weight_max/m": (4, 5)},
+  ),
   "hyper_connections": ({}, {"read_weight/ffn": (0, 1, 2, 3), "column_sum/attention": (0, 1, 2, 3)}),
   "mhc": ({}, {"row_sum/ffn": (0, 1, 2, 3), "norm/attention": (0, 1, 2, 3), "write_weight/ffn": (0, 1, 2, 3)}),
   "attnres": (
@@ -144,7 +155,7 @@ def test_metrics_are_those_of_single_layers(family):
   from each other, nine in ten of the others' do: sums of mixing matrices of mHC are all near 1."""
   more, there = METRICS[family]
   keys = {"mudd": True, "base_num_decoder_layers": 4, "record_internal_nn_metrics": 1, **more}
-  is_dense = family in ("MUDD", "placements")
+  is_dense = family in ("MUDD", "placements", "MTP")
   keys["depth_connection"] = "dense" if is_dense else family
   single, scanned = (models.config(**keys, scan_layers=scan) for scan in (False, True))
   values = random_values(single)

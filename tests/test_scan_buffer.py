@@ -50,7 +50,7 @@ def block(parts, number, x, weights):
 
 
 def run(arguments, make, through, close):
-  """A number that depends on all blocks, on what is written after them, and on what is read of that."""
+  """A number that depends on all blocks, on what is written after them, and on two readings of that."""
   x, weights = arguments
   buffer = make()
 
@@ -61,8 +61,10 @@ def run(arguments, make, through, close):
 
   (buffer, x), sown = jax.lax.scan(body, (buffer, x), (jnp.arange(BLOCKS), weights))
   (sources, _), (x, sown) = close(buffer, (x, sown))
-  (last,), _ = sources.mix(kernels.Passes("xla"), jnp.asarray(ENTRIES), weights["first"][0])
-  return jnp.sum(jnp.sin(last) + x) + jnp.sum(jnp.sin(sown))
+  passes = kernels.Passes("xla")
+  (last,), sources = sources.mix(passes, jnp.asarray(ENTRIES), weights["first"][0])
+  later, _ = sources.mix(passes, jnp.asarray(ENTRIES), weights["second"][0])
+  return jnp.sum(jnp.sin(last) + x + jnp.cos(later[0]) * later[1]) + jnp.sum(jnp.sin(sown))
 
 
 def kept_once(rematerialise, arguments):

@@ -8,7 +8,7 @@ import enum
 from typing import Any
 
 import omegaconf
-from pydantic import PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from maxtext_mudd import blocks
 from maxtext_mudd.config import files as config_files
@@ -42,6 +42,7 @@ class Sizes(MuddKeys):
   logits_via_embedding: bool
   use_qk_norm: bool
   scan_layers: bool
+  mtp_num_layers: NonNegativeInt
 
   @property
   def emb_dim(self) -> int:

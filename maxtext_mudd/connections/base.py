@@ -26,6 +26,7 @@ if TYPE_CHECKING:
   import jax
   from jaxtyping import Array, Bool, Float
 
+  from maxtext_mudd.connections.connection import MtpConnection
   from maxtext_mudd.kernels import Passes, Weights
   from maxtext_mudd.keys import Refusal
 
@@ -39,7 +40,8 @@ class Site:
   Attributes:
     block: i, the block that it follows; the output of this block is its newest source.
     sources: the sources that it mixes, oldest first, the newest last.
-    streams: the streams that it makes, a subset of "qkvr"; "x" for one stream that serves as all four.
+    streams: the streams that it makes, a subset of "qkvr"; "x" for one stream that serves as all four. Where
+      multi-token prediction (MTP) is connected, DA_L makes "m" besides, which the first MTP block reads.
     hidden: K, the hidden width of the weight MLP; 0 where the weights are static only.
   """
 
@@ -60,13 +62,20 @@ class Plan:
 
   Attributes:
     num_blocks: L.
-    sites: maps i to the description of DA_i. Where i is missing, block i+1 reads X_i as all its streams.
+    sites: maps i to the description of DA_i. Where i is missing, block i+1 reads X_i as all its streams. Where MTP is
+      connected, MTP block k counts as block L+k, and DA_{L+k} makes one stream, which the output head and the next MTP
+      block read.
     separate_norms: blocks that have LN_q, LN_k and LN_v, beside those that read several streams of a site.
   """
 
   num_blocks: int
   sites: Mapping[int, Site] = dataclasses.field(default_factory=dict)
   separate_norms: Sequence[int] = ()
+
+  @property
+  def mtp_blocks(self) -> tuple[int, ...]:
+    """Numbers of the MTP blocks that are connected: L+1, L+2, ...; none where MTP reads the hidden state alone."""
+    return tuple(block for block in sorted(self.sites) if block > self.num_blocks)
 
   def before(self, block: int) -> Site | None:
     """The aggregate whose streams `block` reads; None where it reads the output of the block before."""
@@ -90,9 +99,9 @@ def check_plan(plan: Plan) -> None:
         f"the site after block {block} is {site}; its block must be {block}, its sources some of 0 to {block}, in "
         f"order, with {block} as the last."
       )
-  last = plan.sites.get(plan.num_blocks)
-  if last and last.ways != 1:
-    raise ValueError(f"the site after the last block makes the streams {last.streams!r}; it must make one.")
+  last, ways = plan.sites.get(plan.num_blocks), 2 if plan.mtp_blocks else 1
+  if last and last.ways != ways:
+    raise ValueError(f"the site after the last block makes the streams {last.streams!r}; it must make {ways}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +217,10 @@ class Family(Protocol):
       starts: whether `Connection.start` is called on it.
       finishes: whether `Connection.finish` is called on it.
     """
+
+  @classmethod
+  def build_for_mtp(cls, config, block: int, mesh: jax.sharding.Mesh, rngs: nnx.Rngs) -> MtpConnection:
+    """What follows an MTP block, one of `Plan.mtp_blocks`. Only families whose plan has such blocks bring it."""
 
 
 class BaseFamily:
@@ -371,3 +384,9 @@ class HistoryFamily(BaseFamily):
     from maxtext_mudd.connections.connection import HistoryConnection
 
     return HistoryConnection(cls, config, blocks, mesh, rngs, starts=starts, finishes=finishes)
+
+  @classmethod
+  def build_for_mtp(cls, config, block, mesh, rngs) -> MtpConnection:
+    from maxtext_mudd.connections.connection import MtpConnection
+
+    return MtpConnection(cls, config, block, mesh, rngs)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
+from maxtext_mudd import kernels
 from maxtext_mudd.connections.base import Link
 from maxtext_mudd.connections.scan_buffer import ScanBuffer
 
@@ -25,11 +26,13 @@ class HistoryBuffer:
     buffer: X_0 to X_i, pre-normed where `mudd_pre_norm` is on, and zeros after them.
     count: i + 1; also the number of the block that comes next.
     newest: X_i as the block returned it, where that is not the last source.
+    of_mtp: sources after X_L, which is the last in the buffer: of MTP blocks, pre-normed like others.
   """
 
   buffer: ScanBuffer
   count: Int[Array, ""]
   newest: Float[Array, "B T D"] | None
+  of_mtp: tuple[Float[Array, "B T D"], ...] = ()
 
   @classmethod
   def start(
@@ -43,6 +46,13 @@ class HistoryBuffer:
     """The buffer before the first block, `sharding` being that of one source."""
     buffer = ScanBuffer.zeros([source], num_blocks + 1, [sharding], rematerialise)
     return cls(_append(buffer, jnp.zeros((), jnp.int32), source), jnp.ones((), jnp.int32), newest)
+
+  @property
+  def output(self) -> Float[Array, "B T D"]:
+    """After the last block: the newest block output."""
+    if self.newest is not None:
+      return self.newest
+    return self.of_mtp[-1] if self.of_mtp else self.buffer.parts[0].array[-1]
 
   @property
   def output_shape(self) -> tuple[int, ...]:
@@ -73,21 +83,35 @@ class HistoryBuffer:
     index, rest = jax.lax.optimization_barrier((self.count, rest))
     return HistoryBuffer(_append(buffer, index, source), self.count + 1, newest), rest
 
-  def finish(self, link: Link | None, parameters: Any, sown: Any):
-    """(sums of the site after the last block or None, X_L, `sown`).
+  def close(self, sown: Any) -> tuple["HistoryBuffer", Any]:
+    """The buffer after the last block, and `sown`.
 
     Args:
       sown: floating arrays that blocks left beside the buffer, such as the losses of routers. A loss has to read them
         as they are returned.
     """
     buffer, (newest, sown) = self.buffer.close((self.newest, sown))
-    (sources,) = buffer.parts
-    output = sources.array[-1] if newest is None else newest
-    if link is None:
-      return None, output, sown
-    count = jnp.asarray(len(sources.array))
-    weights = link.weights(parameters, count, output, newest is None)
-    return sources.mix(link.passes, count, weights)[0], output, sown
+    return dataclasses.replace(self, buffer=buffer, newest=newest), sown
+
+  def mix(self, link: Link, parameters: Any) -> tuple[list[Float[Array, "B T D"]], "HistoryBuffer"]:
+    """After the last block: the sums of a site that no block reads, such as DA_L, and the buffer for the next such
+    site."""
+    (sources,) = self.buffer.parts
+    end = len(sources.array)
+    weights = link.weights(parameters, end + len(self.of_mtp), self.output, self.newest is None)
+    if not self.of_mtp:
+      sums, sources = sources.mix(link.passes, jnp.asarray(end), weights)
+    else:  # an appended source would be a copy of the buffer, which the backward pass of blocks needs as it is
+      weights, _ = kernels.token_weights([self.output], weights)
+      sums, sources = sources.mix(link.passes, jnp.asarray(end), weights[..., :end])
+      of_mtp = kernels.differentiable(link.passes, list(self.of_mtp), weights[..., end:])
+      sums = [x + y for x, y in zip(sums, of_mtp)]
+    return sums, dataclasses.replace(self, buffer=dataclasses.replace(self.buffer, parts=[sources]))
+
+  def append(self, source: Float[Array, "B T D"], output: Float[Array, "B T D"]) -> "HistoryBuffer":
+    """After the last block: the history with the output of an MTP block."""
+    newest = None if self.newest is None else output
+    return dataclasses.replace(self, of_mtp=(*self.of_mtp, source), newest=newest)
 
 
 def _append(buffer: ScanBuffer, index: Int[Array, ""], source: Float[Array, "B T D"]) -> ScanBuffer:

@@ -49,6 +49,24 @@ class PlainConnection(nnx.Module):
     return carry, sown
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MtpInput:
+  """What an MTP block that is connected receives.
+
+  Attributes:
+    stream: what the block reads.
+    history: all sources so far, for the aggregate after the block. Only that aggregate may use it.
+  """
+
+  stream: Float[Array, "B T D"]
+  history: History | HistoryBuffer
+
+
+class ForMtp(nnx.Variable):
+  """Holds the `MtpInput` of the first MTP block between the decoder, which returns arrays only, and that block."""
+
+
 class HistoryConnection(PlainConnection):
   """The connection of a `HistoryFamily`: an aggregate before the block, and one after the last block.
 
@@ -143,16 +161,24 @@ class HistoryConnection(PlainConnection):
     return output if self.output_norm is None else self.output_norm(output)
 
   def finish(self, carry: History | HistoryBuffer, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
-    module, site = self.final_depth_aggregate, self.final_site
-    if module is None:
-      return carry.finish(None, None, sown)[1:]
+    carry, sown = carry.close(sown)
+    if self.final_depth_aggregate is None:
+      return carry.output, sown
+    (hidden, *of_mtp), carry = self._final_streams(carry)
+    if of_mtp:
+      self.for_mtp = ForMtp(MtpInput(*of_mtp, carry))
+    return hidden, sown
+
+  def _final_streams(self, carry: History | HistoryBuffer):
+    """The streams of a DA that no block reads, and the history for the next such DA."""
+    module, site, output = self.final_depth_aggregate, self.final_site, carry.output
     link, parameters = self._link(carry, module, site, self._final_weights)
-    sums, output, sown = carry.finish(link, parameters, sown)
-    (hidden,) = streams = module.streams(sums, output)
+    sums, carry = carry.mix(link, parameters)
+    streams = module.streams(sums, output)
     if self._is_recorded:
       weights = module.weights(output, len(site.sources) - 1, None)
       self._sow(module, output, weights, dict(zip(site.streams, streams)), -1, None, last=True)
-    return hidden, sown
+    return streams, carry
 
   @property
   def _is_recorded(self) -> bool:
@@ -216,12 +242,27 @@ class HistoryConnection(PlainConnection):
     weights = _weights(module, output, len(sources) - 1, None, is_source)
     if not self.config.scan_layers:
       return weights
-    at, entries = jnp.asarray(sources), self.plan.num_blocks + 1
+    at, entries = jnp.asarray(sources), self.final_site.block + 1
     return kernels.map_columns(weights, lambda x: jnp.zeros((*x.shape[:-1], entries), x.dtype).at[..., at].set(x))
 
   def _fill(self, x: Array) -> Array:
     """Padded with zeros to all entries of a buffer."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.plan.num_blocks + 1 - x.shape[-1])])
+
+
+class MtpConnection(HistoryConnection):
+  """What follows MTP block k, which counts as block L+k: an aggregate of one stream over the whole history."""
+
+  def __init__(self, family: type[HistoryFamily], config, block: int, mesh: jax.sharding.Mesh, rngs: nnx.Rngs):
+    super().__init__(family, config, (), mesh, rngs, starts=False, finishes=False)
+    self.output_norm = family.source_norm(config, rngs)
+    self.final_site = self.plan.sites[block]
+    self.final_depth_aggregate = family.aggregate(config, self.final_site, mesh, rngs)
+
+  def extend(self, history: History | HistoryBuffer, output: Float[Array, "B T D"]) -> MtpInput:
+    """What the output head and the next MTP block read, from the history before the block and the block's output."""
+    (stream,), history = self._final_streams(history.append(self.write(output), output))
+    return MtpInput(stream, history)
 
 
 def _weights(module: Aggregate, output: Float[Array, "B T D"], column, visible, is_source: bool) -> kernels.Weights:

@@ -104,14 +104,15 @@ class History:
     source, output, rest = block(state, sums, self.output, arguments)
     return after.append(source, output), rest
 
-  def finish(self, link: Link | None, parameters: Any, sown: Any):
-    """(sums of the site after the last block or None, X_L, `sown` as it is)."""
-    if link is None:
-      return None, self.output, sown
+  def close(self, sown: Any) -> tuple["History", Any]:
+    """The history after the last block; a buffer has to know where that is."""
+    return self, sown
+
+  def mix(self, link: Link, parameters: Any) -> tuple[list[Float[Array, "B T D"]], "History"]:
+    """The sums of a site that no block reads, such as DA_L, and the history for the next such site."""
     history = name_last(self)
     weights = link.weights(parameters, len(self.sources), history.output, history.newest is None)
-    sums, _ = aggregate(PlacedAggregate(place(link.plan, link.site.block), link.passes), history, weights)
-    return sums, self.output, sown
+    return aggregate(PlacedAggregate(place(link.plan, link.site.block), link.passes), history, weights)
 
   def append(self, source: Float[Array, "B T D"], output: Float[Array, "B T D"]) -> "History":
     newest = None if self.newest is None else output

@@ -22,6 +22,7 @@ import functools
 from typing import Any
 
 import jax
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -62,7 +63,8 @@ class Entries:
     """Sums of the first `count` entries. Entries from `count` on have to be written before they are read next: their
     gradients may be anything."""
     if self.mirror is None:
-      return kernels.differentiable(passes, kernels.Buffer(self.array, count), weights), self
+      streams, array = _mix_closed(passes, self.array, count, weights)
+      return streams, Entries(array)
     streams, *entries = _mix(passes, self.array, self.mirror, count, weights)
     return streams, Entries(*entries)
 
@@ -238,6 +240,27 @@ _mix.defvjp(
   lambda passes, array, mirror, count, weights: (_mix(passes, array, mirror, count, weights), (count, weights)),
   _mix_backward,
 )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mix_closed(passes, array, count, weights):
+  return passes.forward(kernels.Buffer(array, count), weights), array
+
+
+def _mix_closed_forward(passes, *inputs):
+  inputs = custom_vjp_primal_tree_values(inputs)
+  return _mix_closed(passes, *inputs), inputs
+
+
+def _mix_closed_backward(passes, kept, cotangents):
+  (array, count, weights), (gradients, totals) = kept, cotangents
+  gradients = [jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in gradients]
+  totals = None if isinstance(totals, SymbolicZero) else totals  # nothing reads the array later
+  to_buffer, to_weights = kernels.gradients(passes, kernels.Buffer(array, count), weights, gradients, totals)
+  return to_buffer.entries, None, to_weights
+
+
+_mix_closed.defvjp(_mix_closed_forward, _mix_closed_backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp

@@ -17,9 +17,7 @@ from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import history, layout
 from maxtext_mudd.connections.base import Connection
 from maxtext_mudd.model import initializers
-from maxtext_mudd.model.layer import connected
-
-_CONNECTION_SEED = 0x6D756464  # separates the keys of the connections from those of the stock layers
+from maxtext_mudd.model.layer import connected, connection_rngs
 
 
 class LayerGroups(nnx.Module):
@@ -104,10 +102,8 @@ class MuddDecoder(NNXDecoder):
     config = self.config if scan_layers is None else changed(self.config, scan_layers=scan_layers)
     starts = not blocks or (not config.scan_layers and blocks[0] == 1)
     finishes = not blocks or (not config.scan_layers and blocks[-1] == config.num_decoder_layers)
-    # A separate random key, so that stock parameters have the same initial values as without connections.
-    key = jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + (blocks[0] if blocks else 0))
-    family = connections.family(config)
-    return family.build(config, tuple(blocks), mesh, nnx.Rngs(params=key), starts=starts, finishes=finishes)
+    rngs = connection_rngs(rngs, blocks[0] if blocks else 0)
+    return connections.family(config).build(config, tuple(blocks), mesh, rngs, starts=starts, finishes=finishes)
 
   def _apply_layers_sequentially(self, layers, x_in, *args, **kwargs):
     apply = super()._apply_layers_sequentially

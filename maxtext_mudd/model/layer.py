@@ -12,6 +12,13 @@ from maxtext_mudd.blocks.feed_forward import split_feed_forward
 from maxtext_mudd.blocks.rotary import round_rotary_table
 from maxtext_mudd.config.changed import changed
 
+_CONNECTION_SEED = 0x6D756464  # separates the keys of the connections from those of the stock layers
+
+
+def connection_rngs(rngs: nnx.Rngs, block: int) -> nnx.Rngs:
+  """Separate random keys for one connection, so that stock parameters have the same initial values as without."""
+  return nnx.Rngs(params=jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + block))
+
 
 @functools.cache
 def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:

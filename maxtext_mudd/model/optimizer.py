@@ -19,6 +19,7 @@ from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections import layout, metrics
+from maxtext_mudd.model import mtp
 
 Path = tuple[str, ...]
 
@@ -116,8 +117,9 @@ def _gradient_norms(gradients, config) -> dict[int, Float[Array, ""]]:
 def _blocks_before(path: Path, config) -> int | range:
   """How many blocks come before what reads a connection's parameter; in a stack of scanned layers, for each of them."""
   family, module = connections.family(config), path[path.index("connection") + 1]
-  if module in family.finish_modules:
-    return config.num_decoder_layers
+  mtp_number = mtp.number_in(path)
+  if mtp_number or module in family.finish_modules:
+    return config.num_decoder_layers + (mtp_number or 0)
   if "layers" in path:
     blocks = _blocks_of_stack(path, config)
     return range(blocks[0] - 1, blocks[-1])

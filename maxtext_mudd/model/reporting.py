@@ -11,7 +11,7 @@ from maxtext_mudd.blocks import ffn_widths
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import metrics
 from maxtext_mudd.connections.metrics import LARGEST_WEIGHT, SOWN
-from maxtext_mudd.model import counts
+from maxtext_mudd.model import counts, mtp
 from maxtext_mudd.model.instability import GRADIENT_NORM, TOTALS
 
 _FORWARD_AND_BACKWARD = 3
@@ -93,11 +93,11 @@ def _by_aggregate(keys: list[str], value, stream: str, config, *, is_last: bool)
 
   Args:
     stream: what the value belongs to: a stream, or a sublayer.
-    is_last: whether it is of what follows the last block.
+    is_last: whether it is of what follows the last block, or an MTP block.
   """
   layer = next((re.fullmatch(r"layers_(\d+)", key) for key in keys if key.startswith("layers_")), None)
   if is_last:
-    yield config.num_decoder_layers, value
+    yield config.num_decoder_layers + (mtp.number_in(keys) or 0), value
   elif layer:
     yield int(layer.group(1)), value
   else:

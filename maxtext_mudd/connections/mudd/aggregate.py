@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from maxtext_mudd import kernels
 from maxtext_mudd.connections.base import Site
 from maxtext_mudd.connections.mesh import source_sharding
+from maxtext_mudd.connections.mudd import sites
 from maxtext_mudd.connections.norms import rms_norm
 
 POST_NORM_INIT = 1e-3  # scale of the post-norm at the start (paper, Eq. 10)
@@ -45,12 +46,9 @@ class DepthAggregate(nnx.Module):
       self.a = nnx.Param(self._initial_static(dtype), out_sharding=(None, None))
     if config.mudd_post_norm:
       for stream in site.streams:
-        if self._is_post_normed(stream):
+        if sites.is_post_normed(config, stream):
           norm = rms_norm(config, rngs, scale_init=jax.nn.initializers.constant(POST_NORM_INIT))
           setattr(self, f"post_norm_{stream}", norm)
-
-  def _is_post_normed(self, stream: str) -> bool:
-    return stream == "x" or stream in self.config.mudd_post_norm_streams
 
   def _initial_static(self, dtype, column=-1) -> Float[Array, "C N"]:
     a = jnp.zeros((self.site.ways, len(self.site.sources)), dtype)
@@ -91,7 +89,7 @@ class DepthAggregate(nnx.Module):
       return list(sums)
     streams = []
     for stream, x in zip(self.site.streams, sums):
-      if self._is_post_normed(stream):
+      if sites.is_post_normed(self.config, stream):
         x = getattr(self, f"post_norm_{stream}")(x)
       streams.append(x + output)
     return streams

@@ -29,8 +29,8 @@ def _other_parameters(config, plan) -> int:
     if config.mudd_weight_scale:
       total += site.ways * len(site.sources)
     if config.mudd_post_norm:
-      total += width * sum(stream == "x" or stream in config.mudd_post_norm_streams for stream in site.streams)
-  return total + ((plan.num_blocks + 1) * width if config.mudd_pre_norm else 0)
+      total += width * sum(sites.is_post_normed(config, stream) for stream in site.streams)
+  return total + ((plan.num_blocks + 1 + len(plan.mtp_blocks)) * width if config.mudd_pre_norm else 0)
 
 
 def _flops(site, width: int) -> int:
@@ -44,5 +44,5 @@ def _activations(config, plan) -> int:
   pre-norm."""
   seen = {source for site in plan.sites.values() for source in site.sources}
   streams = max((site.ways for site in plan.sites.values()), default=1)
-  normed = plan.num_blocks if config.mudd_pre_norm else 0
+  normed = plan.num_blocks + len(plan.mtp_blocks) if config.mudd_pre_norm else 0
   return max(len(seen) - 1, 0) + streams - 1 + normed

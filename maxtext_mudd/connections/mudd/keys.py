@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from maxtext_mudd.connections.base import STREAMS
+from maxtext_mudd.connections.base import STREAMS, Plan
 from maxtext_mudd.connections.family_keys import HistoryKeys, WeightKeys
 from maxtext_mudd.connections.mudd import placements, sites
 from maxtext_mudd.keys import key
@@ -62,6 +62,12 @@ class DenseKeys(WeightKeys, HistoryKeys):
     "shared", "Attention norms of block 1, whose streams are equal: one, or LN_q, LN_k and LN_v."
   )
 
+  mudd_mtp: Literal["head", "connected"] = key(
+    "head",
+    "What blocks of multi-token prediction (MTP) read; head: the hidden state, as in MaxText; connected: a stream of "
+    "their own, which DA_L makes, and then that of a DA over all sources after each MTP block.",
+  )
+
   @field_validator("mudd_placements", mode="before")
   @classmethod
   def _read_placements(cls, value: Any) -> Any:
@@ -99,7 +105,7 @@ def check_sizes(config) -> None:
   aggregates.
 
   Args:
-    config: has `DenseKeys` and MaxText's `num_decoder_layers` and `mlp_dim`.
+    config: has `DenseKeys` and MaxText's `num_decoder_layers`, `mlp_dim` and `mtp_num_layers`.
   """
   num_blocks = config.num_decoder_layers
   _check_widths(config)
@@ -118,7 +124,10 @@ def check_sizes(config) -> None:
       f"mudd_source_dilation={config.mudd_source_dilation} leaves every DA without sources besides its own block in a "
       f"model of {num_blocks} blocks; use at most {num_blocks}."
     )
-  aggregates = sites.plan(config).sites.values()
+  plan = sites.plan(config)
+  if config.mudd_mtp == "connected":
+    _check_mtp(config, plan)
+  aggregates = plan.sites.values()
   if not aggregates and config.mudd_depth_start:
     raise ValueError(
       f"mudd_depth_start={config.mudd_depth_start} leaves no DA in a model of {num_blocks} blocks "
@@ -152,3 +161,19 @@ def _check_widths(config) -> None:
         f"{name}={value} does nothing with mudd_placements: no row leaves out the hidden width that it sets; leave it "
         f"at {default}."
       )
+
+
+def _check_mtp(config, plan: Plan) -> None:
+  """Raises ValueError for `mudd_mtp=connected` where no MTP block or no DA_L exists."""
+  num_blocks = config.num_decoder_layers
+  if config.mtp_num_layers < 1:
+    raise ValueError(
+      "mudd_mtp=connected connects blocks of multi-token prediction, and mtp_num_layers=0 makes none; set "
+      "mtp_num_layers=1 or more, or mudd_mtp=head."
+    )
+  if num_blocks not in plan.sites:
+    raise ValueError(
+      f"mudd_mtp=connected needs DA_{num_blocks}, which makes the stream for MTP, and no DA follows block "
+      f"{num_blocks}; add r to mudd_dense_streams, use a mudd_block_period that divides {num_blocks}, or place that DA "
+      "in mudd_placements."
+    )

@@ -1,5 +1,7 @@
 """Where MUDD's aggregates stand and which sources each one sees. Pure Python."""
 
+import dataclasses
+
 from maxtext_mudd.connections.base import STREAMS, Plan, Site
 from maxtext_mudd.connections.mudd import placements
 from maxtext_mudd.connections.mudd.placements import Placement
@@ -18,6 +20,11 @@ def hidden_width(ways: int, sources: int, *, expansion: float, round_to: int) ->
   return (width // round_to + 1) * round_to if round_to else width
 
 
+def is_post_normed(config, stream: str) -> bool:
+  """Whether a DA with `mudd_post_norm` norms a stream: the one of a single way always, that of MTP like r."""
+  return stream == "x" or ("r" if stream == "m" else stream) in config.mudd_post_norm_streams
+
+
 def plan(config) -> Plan:
   """The DAs of `mudd_placements`, or of the keys that stand for such a table where it is empty.
 
@@ -26,6 +33,8 @@ def plan(config) -> Plan:
   """
   num_blocks, table = config.num_decoder_layers, config.mudd_placements
   found = placements.expand(table, num_blocks) if table else _from_keys(config)
+  if config.mudd_mtp == "connected":
+    found = _with_mtp(found, num_blocks, config.mtp_num_layers)
   sites = {placement.block: _site(config, placement) for placement in found}
   return Plan(num_blocks, sites, separate_norms=(1,) if config.mudd_first_block_norms == "separate" else ())
 
@@ -42,6 +51,13 @@ def _from_keys(config) -> list[Placement]:
   return found
 
 
+def _with_mtp(found: list[Placement], num_blocks: int, mtp_blocks: int) -> list[Placement]:
+  """DA_L makes the stream of MTP besides. A DA follows each MTP block and makes one stream of all sources."""
+  found = [dataclasses.replace(x, streams=f"{x.streams}m") if x.block == num_blocks else x for x in found]
+  after = range(num_blocks + 1, num_blocks + mtp_blocks + 1)
+  return [*found, *(Placement(block, tuple(range(block + 1)), "m") for block in after)]
+
+
 def _streams(config, is_last: bool) -> str:
   if config.mudd_ways == 1:
     return "x"
@@ -55,7 +71,7 @@ def _site(config, placement: Placement) -> Site:
   if not config.mudd_dynamic:
     hidden = 0
   elif hidden is None:
-    is_last = block == config.num_decoder_layers
+    is_last = block >= config.num_decoder_layers
     expansion = config.mudd_last_hidden_expansion if is_last else config.mudd_hidden_expansion
     hidden = hidden_width(len(streams), len(sources), expansion=expansion, round_to=config.mudd_hidden_round_to)
   return Site(block, sources, streams, hidden)

@@ -314,7 +314,8 @@ class Connection(Protocol):
     shards."""
 
   def finish(self, carry: Any, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
-    """The hidden state after the last block.
+    """The hidden state after the last block. Where MTP is connected, the `MtpInput` of its first block becomes an
+    attribute, a variable of the type `ForMtp`.
 
     Args:
       sown: floating arrays that scanned blocks left beside the carry, which a loss may read.

@@ -13,6 +13,7 @@ class Arch:
 
   `ways`, `streams`, `dilation`, `period`, `window`, `pre_norm`, `post_norm` as the paper has them; no `ways`: none.
   `table`: sources and streams by DA, instead of `ways`, `streams`, `dilation`, `period`, `window` and `depth_start`.
+  `sharing`: groups of DAs that have one weight MLP, whose parameters have the path of any of them.
   `hyper`: n of Hyper-Connections, instead of all these.
   """
 
@@ -46,6 +47,7 @@ class Arch:
   depth_start: float = 0.0
   hyper: int = 0
   table: dict[int, tuple[tuple[int, ...], str]] | None = None
+  sharing: tuple[tuple[int, ...], ...] = ()
 
 
 def gelu(x):
@@ -151,13 +153,15 @@ class Oracle:
     seen = sorted(range(i, -1, -self.arch.dilation))
     return [j for j in seen if not self.arch.window or j == 0 or i - j < self.arch.window]
 
+  def path_of_aggregate(self, i):
+    if i == self.arch.layers:
+      return f"decoder/layers_{i - 1}/connection/final_depth_aggregate"
+    return f"decoder/layers_{i}/connection/depth_aggregate"
+
   def depth_aggregate(self, i, normed, newest):
     """Streams by name (paper, Eqs. 5, 6, 10)."""
     arch = self.arch
-    last = i == arch.layers
-    path = f"decoder/layers_{i - 1}/connection/final_depth_aggregate"
-    if not last:
-      path = f"decoder/layers_{i}/connection/depth_aggregate"
+    last, path = i == arch.layers, self.path_of_aggregate(i)
     if arch.table:
       names = arch.table[i][1]
     else:
@@ -170,15 +174,17 @@ class Oracle:
       weights = weights + self[f"{path}/a"]
     elif not (arch.pre_norm and arch.post_norm):  # with both, X_i is added after the sum
       weights[..., -1] = 1
-    if f"{path}/w1" in self.parameters:
+    group = next((group for group in arch.sharing if i in group), (i,))
+    mlp = next((x for x in map(self.path_of_aggregate, group) if f"{x}/w1" in self.parameters), None)
+    if mlp:
       act = gelu if arch.activation == "gelu" else gelu_tanh
-      scale = self.parameters.get(f"{path}/weight_norm_scale", 1.0)
-      hidden = act(self.rms(newest, scale) @ self[f"{path}/w1"])
-      dynamic = np.einsum("btk,kcn->btcn", hidden, self[f"{path}/w2"])
+      scale = self.parameters.get(f"{mlp}/weight_norm_scale", 1.0)
+      hidden = act(self.rms(newest, scale) @ self[f"{mlp}/w1"])
+      dynamic = np.einsum("btk,kcn->btcn", hidden, self[f"{mlp}/w2"])
       if arch.cap:
         dynamic = arch.cap * np.tanh(dynamic / arch.cap)
-      if f"{path}/weight_scale" in self.parameters:
-        dynamic = self[f"{path}/weight_scale"] * np.tanh(dynamic)
+      if f"{mlp}/weight_scale" in self.parameters:
+        dynamic = self[f"{mlp}/weight_scale"] * np.tanh(dynamic)
       weights = weights + dynamic
     streams = {}
     for c, name in enumerate(names):

@@ -1,4 +1,5 @@
-"""A table of placements in which each DA differs from the others, and what it says, written out by hand."""
+"""Two tables of placements, and what they say, written out by hand: one in which each DA differs from the others, and
+one in which DAs share weight MLPs."""
 
 BLOCKS = 6
 IRREGULAR = [
@@ -16,3 +17,19 @@ IRREGULAR_DAS = {
   5: ((3, 4, 5), "qkvr"),
   6: ((0, 3, 6), "r"),
 }
+
+# Two weight MLPs that DAs share, one of them before and after the last block.
+SHARED = [
+  {"block": 1, "sources": "all", "streams": "qkvr"},
+  {"block": [2, "L-2"], "sources": [0, "last:2"], "streams": "vr", "mlp": "middle"},
+  {"block": "L-1", "sources": [1, "last:1"], "streams": "r", "hidden": 5, "mlp": "end"},
+  {"block": "L", "sources": [0, "last:1"], "streams": "r", "hidden": 5, "mlp": "end"},
+]
+SHARED_DAS = {
+  1: ((0, 1), "qkvr"),
+  2: ((0, 1, 2), "vr"),
+  4: ((0, 3, 4), "vr"),
+  5: ((1, 5), "r"),
+  6: ((0, 6), "r"),
+}
+SHARING = ((2, 4), (5, 6))

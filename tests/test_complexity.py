@@ -71,6 +71,14 @@ def test_placements(capsys):
     ["1", "0, 1", "vr", "8"],
     ["2", "0..2", "r", "12"],
   ]
+  rows = "[{block: 1..2, sources: last:1, streams: r, hidden: 8, mlp: late}, {block: 3, sources: 3, streams: r}]"
+  shared = f"mudd_placements={rows}"
+  assert printed(capsys, runs.RUN_YML, shared, "base_num_decoder_layers=3", "mudd_hidden_round_to=0")[-4:] == [
+    [*header, "mlp"],
+    ["1", "1", "r", "8", "late"],
+    ["2", "2", "r", "8", "late"],
+    ["3", "3", "r", "4", "-"],
+  ]
   static = printed(capsys, runs.RUN_YML, "mudd_dynamic=false", "--placements")
   assert static[-2:] == [["1", "0, 1", "qkvr", "-"], ["2", "0..2", "r", "-"]]
   plain = printed(capsys, runs.RUN_YML, "--placements", "mudd=false", "mudd_ffn_reallocation=false", "mudd_init=stock")

@@ -13,7 +13,7 @@ from tests import models
 from tests.blocks import BLOCKS, TOLERANCE, config_of, expected, packed
 from tests.oracle import Oracle
 from tests.placements import BLOCKS as IRREGULAR_BLOCKS
-from tests.placements import IRREGULAR, IRREGULAR_DAS
+from tests.placements import IRREGULAR, IRREGULAR_DAS, SHARED, SHARED_DAS, SHARING
 
 FAMILIES = {
   "plain residual": ({"depth_connection": "residual"}, {}),
@@ -38,6 +38,15 @@ FAMILIES = {
     {"mudd_placements": IRREGULAR, "base_num_decoder_layers": IRREGULAR_BLOCKS, "mudd_post_norm": True},
     {"layers": IRREGULAR_BLOCKS, "table": IRREGULAR_DAS, "post_norm": "r"},
   ),
+  "MUDD, placements, shared MLPs": (
+    {
+      "mudd_placements": SHARED,
+      "base_num_decoder_layers": IRREGULAR_BLOCKS,
+      "mudd_weight_norm_scale": True,
+      "mudd_weight_scale": True,
+    },
+    {"layers": IRREGULAR_BLOCKS, "table": SHARED_DAS, "sharing": SHARING},
+  ),
   "DHC×4": ({"depth_connection": "hyper_connections"}, {"hyper": 4}),
   "SHC×3": (
     {"depth_connection": "hyper_connections", "mudd_expansion_rate": 3, "mudd_dynamic": False},
@@ -61,7 +70,13 @@ def model_and_oracle(family, block):
 
 
 def fast_or_slow(pairs):
-  fast = {("MUDD", "llama2"), ("MUDD, placements", "llama2"), ("DHC×4", "llama2"), ("DHC×4", "gpt3")}
+  fast = {
+    ("MUDD", "llama2"),
+    ("MUDD, placements", "llama2"),
+    ("MUDD, placements, shared MLPs", "llama2"),
+    ("DHC×4", "llama2"),
+    ("DHC×4", "gpt3"),
+  }
   return [pytest.param(*pair, marks=() if pair in fast else pytest.mark.slow) for pair in pairs]
 
 

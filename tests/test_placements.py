@@ -18,7 +18,7 @@ from maxtext_mudd.connections.base import Site
 from maxtext_mudd.connections.mudd import placements
 from maxtext_mudd.model import counts
 from tests import models, runs
-from tests.placements import BLOCKS, IRREGULAR, IRREGULAR_DAS
+from tests.placements import BLOCKS, IRREGULAR, IRREGULAR_DAS, SHARED, SHARED_DAS, SHARING
 from tests.refusals import refuse
 
 
@@ -144,10 +144,32 @@ def test_every_ablation_has_its_table():
   }
 
 
+def test_shared_mlps():
+  found = sites(SHARED, BLOCKS)
+  assert {block: (site.sources, site.streams) for block, site in found.items()} == SHARED_DAS
+  groups = (tuple(i for i in found if found[i].mlp == name) for name in ("middle", "end"))
+  assert tuple(groups) == SHARING and found[1].mlp is None
+
+
+NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True, "mudd_post_norm_streams": "kv", "mudd_weight_scale": True}
+
+
+def test_counts_of_shared_mlps():
+  """By hand: W1, W2, s and the scale of the norm of two MLPs exist once less. FLOPs are the same."""
+  keys = {"mudd": True, "base_num_decoder_layers": BLOCKS, **NORMS, "mudd_weight_norm_scale": True}
+  separate = [{column: x for column, x in row.items() if column != "mlp"} for row in SHARED]
+  shared, separate = (models.config(mudd_placements=rows, **keys) for rows in (SHARED, separate))
+  assert sum(x.get_value().size for x in models.parameters(models.build(shared)).values()) == counts.parameters(shared)
+  costs = [counts.connections_cost(cfg) for cfg in (separate, shared)]
+  of_mlps = 64 * (32 + 2 * 3) + 5 * (32 + 2)
+  assert costs[0].weight_parameters - costs[1].weight_parameters == of_mlps
+  assert costs[0].parameters - costs[1].parameters == of_mlps + (2 * 3 + 32) + (2 + 32)
+  assert costs[0].flops == costs[1].flops
+
+
 def test_counts_are_those_of_the_model():
   """And of FLOPs, by hand: W1, W2 and the sums of each DA."""
-  norms = {"mudd_pre_norm": True, "mudd_post_norm": True, "mudd_post_norm_streams": "kv", "mudd_weight_scale": True}
-  cfg = models.config(mudd=True, mudd_placements=IRREGULAR, base_num_decoder_layers=BLOCKS, **norms)
+  cfg = models.config(mudd=True, mudd_placements=IRREGULAR, base_num_decoder_layers=BLOCKS, **NORMS)
   assert sum(x.get_value().size for x in models.parameters(models.build(cfg)).values()) == counts.parameters(cfg)
   width, weights = 32, [len(sources) * len(streams) for sources, streams in IRREGULAR_DAS.values()]
   hidden = [64, 64, 5, 64, 64]  # C·N is below 64
@@ -180,8 +202,8 @@ REFUSED = {  # a table for two blocks, and the sentence
   "no list": ("5", "mudd_placements=5 is not valid: input should be a valid list."),
   "no row": ("[3]", "mudd_placements: row 1 is 3; write a mapping, such as {block: L, sources: all, streams: r}."),
   "a column": (
-    row(mlp="first"),
-    "mudd_placements: row 1 has the column 'mlp', which does not exist; use block, sources, streams, hidden.",
+    row(width="5"),
+    "mudd_placements: row 1 has the column 'width', which does not exist; use block, sources, streams, hidden, mlp.",
   ),
   "no block": (
     row(block=None),
@@ -212,6 +234,29 @@ REFUSED = {  # a table for two blocks, and the sentence
     "mudd_placements: row 1 has hidden: 0; use a width of 1 or more, or leave it out.",
   ),
   "a width that is no number": (row(hidden="wide"), "mudd_placements: row 1 has hidden: 'wide'; use a width of 1"),
+  "a name that is a number": (
+    row(mlp=3),
+    "mudd_placements: row 1 has mlp: 3; use a name, such as late, or leave it out.",
+  ),
+  "no name": (row(mlp="''"), "mudd_placements: row 1 has mlp: ''; use a name"),
+  "a weight MLP shared with none": (
+    row(mlp="late"),
+    "mudd_placements: mlp: late is of DA_2 alone; give another DA the same name, or remove mlp.",
+  ),
+  "other streams": (
+    "[{block: 1, sources: last:1, streams: v, mlp: late}, {block: 2, sources: last:1, streams: r, mlp: late}]",
+    "mudd_placements: mlp: late is of DA_1 with streams v, N=1 and K=64, and of DA_2 with streams r, N=1 and K=64; "
+    "streams, the number N of sources and the width K (hidden) have to be the same, so change them or use another "
+    "name.",
+  ),
+  "another number of sources": (
+    row(block="1..2", sources="all", hidden=8, mlp="late"),
+    "mudd_placements: mlp: late is of DA_1 with streams r, N=2 and K=8, and of DA_2 with streams r, N=3",
+  ),
+  "another width": (
+    "[{block: 1, sources: last:1, streams: r, mlp: a}, {block: 2, sources: last:1, streams: r, hidden: 5, mlp: a}]",
+    "mudd_placements: mlp: a is of DA_1 with streams r, N=1 and K=64, and of DA_2 with streams r, N=1 and K=5;",
+  ),
   "a block beyond the last": (
     row(block=3, streams="qr"),
     "mudd_placements: row 1 places DA_3, and the model has L=2 blocks; use blocks from 1 to L.",
@@ -260,6 +305,15 @@ def test_refused_tables(case):
   assert "\n" not in found
 
 
+def test_scanned_layers_share_no_mlp():
+  rows = row(block="1..2", sources="last:1", mlp="late")
+  with pytest.raises(ConfigError) as error:
+    complexity.read([runs.RUN_YML, f"mudd_placements={rows}", "scan_layers=true", "mudd_ffn_groups=2"])
+  assert str(error.value) == (
+    "mudd_placements: mlp: late needs scan_layers=False; scanned layers have a weight MLP each."
+  )
+
+
 @pytest.mark.parametrize(
   ("table", "key"),
   [
@@ -292,6 +346,10 @@ def test_a_rule_of_widths_that_no_row_reads(table, key):
     (
       [f"mudd_placements={row(hidden=8)}", "mudd_dynamic=false"],
       "mudd_placements: row 1 has hidden, and mudd_dynamic=False leaves no weight MLP; remove hidden.",
+    ),
+    (
+      [f"mudd_placements={row(block='1..2', sources='last:1', mlp='late')}", "mudd_dynamic=false"],
+      "mudd_placements: row 1 has mlp, and mudd_dynamic=False leaves no weight MLP; remove mlp.",
     ),
     (
       ["mudd_placements=absent.yml"],

@@ -26,6 +26,9 @@ FAMILIES = {
   "both norms, norms of block 1": {**BOTH_NORMS, "mudd_first_block_norms": "separate"},
   "value stream, in the upper half": {"mudd_dense_streams": "vr", "mudd_depth_start": 0.5},
   "DDFormer, scaled weights": {"mudd_ways": 1, "mudd_weight_scale": True},
+  "shared weight MLPs": {
+    "mudd_placements": [{"block": "1..2", "sources": [0, "last:1"], "streams": "vr", "mlp": "both"}]
+  },
   "DenseFormer": {"mudd_ways": 1, "mudd_dynamic": False},
   "hyper-connections": {"depth_connection": "hyper_connections"},
   "hyper-connections, static": {

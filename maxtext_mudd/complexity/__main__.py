@@ -150,8 +150,11 @@ def placements(config) -> list[tuple[str, ...]]:
   sites = connections.plan(config).sites if config.mudd else {}
   if not sites:
     return [("no depth-wise aggregates between blocks",)]
-  rows = [(f"{site.block}", span(site.sources), site.streams, f"{site.hidden or '-'}") for site in sites.values()]
-  return [("block", "sources", "streams", "hidden"), *rows]
+  rows = [("block", "sources", "streams", "hidden", "mlp")]
+  for site in sites.values():
+    rows.append((f"{site.block}", span(site.sources), site.streams, f"{site.hidden or '-'}", site.mlp or "-"))
+  columns = 5 if any(site.mlp for site in sites.values()) else 4
+  return [row[:columns] for row in rows]
 
 
 def table_1() -> list[tuple[str, ...]]:

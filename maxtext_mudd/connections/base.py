@@ -43,12 +43,14 @@ class Site:
     streams: the streams that it makes, a subset of "qkvr"; "x" for one stream that serves as all four. Where
       multi-token prediction (MTP) is connected, DA_L makes "m" besides, which the first MTP block reads.
     hidden: K, the hidden width of the weight MLP; 0 where the weights are static only.
+    mlp: name of the weight MLP, which all sites with this name share; None: no other site has it.
   """
 
   block: int
   sources: tuple[int, ...]
   streams: str
   hidden: int = 0
+  mlp: str | None = None
 
   @property
   def ways(self) -> int:
@@ -219,6 +221,10 @@ class Family(Protocol):
     """
 
   @classmethod
+  def share(cls, decoder: nnx.Module) -> None:
+    """Lets the connections of a new decoder have parameters in common."""
+
+  @classmethod
   def build_for_mtp(cls, config, block: int, mesh: jax.sharding.Mesh, rngs: nnx.Rngs) -> MtpConnection:
     """What follows an MTP block, one of `Plan.mtp_blocks`. Only families whose plan has such blocks bring it."""
 
@@ -257,6 +263,10 @@ class BaseFamily:
       f"depth_connection={config.depth_connection} does not say that its models start as the plain model "
       "(Family.why_not_plain); use dense or hyper_connections"
     )
+
+  @classmethod
+  def share(cls, decoder: nnx.Module) -> None:
+    """All connections have parameters of their own."""
 
 
 class Connection(Protocol):

@@ -42,6 +42,8 @@ class MuddDecoder(NNXDecoder):
 
   def __init__(self, config, mesh, quant=None, model_mode=MODEL_MODE_TRAIN, *, rngs):
     super().__init__(config, mesh, quant, model_mode, rngs=rngs)
+    if self._is_connected:
+      connections.family(config).share(self)
     initializers.initialise(self, config, rngs)
     if config.use_chunked_prefill:
       prefill_in_chunks(self, config.prefill_chunk_size)

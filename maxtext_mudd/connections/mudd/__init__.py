@@ -49,6 +49,12 @@ class Dense(HistoryFamily):
     return DepthAggregate(config, site, mesh, rngs)
 
   @classmethod
+  def share(cls, decoder):
+    from maxtext_mudd.connections.mudd.aggregate import share_mlps
+
+    share_mlps(decoder)
+
+  @classmethod
   def source_norm(cls, config, rngs):
     from maxtext_mudd.connections.norms import rms_norm
 

@@ -14,6 +14,19 @@ from maxtext_mudd.connections.mudd import sites
 from maxtext_mudd.connections.norms import rms_norm
 
 POST_NORM_INIT = 1e-3  # scale of the post-norm at the start (paper, Eq. 10)
+_OF_MLP = ("w1", "w2", "weight_norm_scale", "weight_scale")  # the parameters that make dynamic weights from X_i
+
+
+def share_mlps(decoder: nnx.Module) -> None:
+  """Gives aggregates whose sites name the same MLP its parameters, those of the first of them. NNX has such a parameter
+  once, under the first of its paths in alphabetical order; its gradient is the sum over the aggregates."""
+  aggregates = [x for _, x in nnx.iter_modules(decoder) if isinstance(x, DepthAggregate) and x.site.mlp]
+  first = {}
+  for aggregate in sorted(aggregates, key=lambda x: x.site.block):
+    owner = first.setdefault(aggregate.site.mlp, aggregate)
+    for name in _OF_MLP:
+      if hasattr(owner, name):
+        setattr(aggregate, name, getattr(owner, name))
 
 
 class DepthAggregate(nnx.Module):

@@ -1,7 +1,7 @@
 """What the aggregates of MUDD add to the plain model: exact counts. Pure Python."""
 
 from maxtext_mudd import blocks
-from maxtext_mudd.connections.base import Cost
+from maxtext_mudd.connections.base import Cost, Site
 from maxtext_mudd.connections.mudd import sites
 
 
@@ -9,7 +9,7 @@ def cost(config) -> Cost:
   """Counts for a configuration."""
   plan = sites.plan(config)
   decoupled = sum(plan.has_separate_norms(block) for block in range(1, plan.num_blocks + 1))
-  weights = sum(site.hidden * (config.emb_dim + site.ways * len(site.sources)) for site in plan.sites.values())
+  weights = sum(site.hidden * (config.emb_dim + site.ways * len(site.sources)) for site in _mlps(plan))
   return Cost(
     parameters=weights + _other_parameters(config, plan) + 2 * blocks.norm_parameters(config) * decoupled,
     weight_parameters=weights,
@@ -18,18 +18,24 @@ def cost(config) -> Cost:
   )
 
 
+def _mlps(plan) -> list[Site]:
+  """A site with each weight MLP."""
+  return list({site.mlp or site.block: site for site in plan.sites.values()}.values())
+
+
 def _other_parameters(config, plan) -> int:
   """Static weights, and the scales of norms and of dynamic weights."""
   width, total = config.emb_dim, 0
   for site in plan.sites.values():
     if config.mudd_static:
       total += site.ways * len(site.sources)
+    if config.mudd_post_norm:
+      total += width * sum(sites.is_post_normed(config, stream) for stream in site.streams)
+  for site in _mlps(plan):
     if config.mudd_dynamic and config.mudd_weight_norm_scale:
       total += width
     if config.mudd_weight_scale:
       total += site.ways * len(site.sources)
-    if config.mudd_post_norm:
-      total += width * sum(sites.is_post_normed(config, stream) for stream in site.streams)
   return total + ((plan.num_blocks + 1 + len(plan.mtp_blocks)) * width if config.mudd_pre_norm else 0)
 
 

@@ -22,7 +22,8 @@ class DenseKeys(WeightKeys, HistoryKeys):
   mudd_placements: list[Any] = key(
     [],
     "Rows, or the path of a YAML file with rows, that say after which blocks DAs stand, what each mixes, which streams "
-    "it makes and how wide its weight MLP is; empty: as the six keys that are shorthands for such a table say.",
+    "it makes, how wide its weight MLP is and which DAs share it; empty: as the six keys that are shorthands for such "
+    "a table say.",
   )
   mudd_ways: Literal[1, 4] = key(4, "C: 4 for separate q, k, v and residual streams, 1 for one input.", needs=_NO_TABLE)
   mudd_dense_streams: str = key(
@@ -76,10 +77,11 @@ class DenseKeys(WeightKeys, HistoryKeys):
   @model_validator(mode="after")
   def _check_placements(self):
     placements.check(self.mudd_placements)
-    with_width = [number for number, row in enumerate(self.mudd_placements, 1) if "hidden" in row]
-    if with_width and not self.mudd_dynamic:
+    of_mlps = [(n, x) for n, row in enumerate(self.mudd_placements, 1) for x in ("hidden", "mlp") if x in row]
+    if of_mlps and not self.mudd_dynamic:
+      number, column = of_mlps[0]
       raise ValueError(
-        f"mudd_placements: row {with_width[0]} has hidden, and mudd_dynamic=False leaves no weight MLP; remove hidden."
+        f"mudd_placements: row {number} has {column}, and mudd_dynamic=False leaves no weight MLP; remove {column}."
       )
     return self
 
@@ -105,7 +107,7 @@ def check_sizes(config) -> None:
   aggregates.
 
   Args:
-    config: has `DenseKeys` and MaxText's `num_decoder_layers`, `mlp_dim` and `mtp_num_layers`.
+    config: has `DenseKeys` and MaxText's `num_decoder_layers`, `mlp_dim`, `mtp_num_layers` and `scan_layers`.
   """
   num_blocks = config.num_decoder_layers
   _check_widths(config)
@@ -128,6 +130,7 @@ def check_sizes(config) -> None:
   if config.mudd_mtp == "connected":
     _check_mtp(config, plan)
   aggregates = plan.sites.values()
+  _check_mlps(config, plan)
   if not aggregates and config.mudd_depth_start:
     raise ValueError(
       f"mudd_depth_start={config.mudd_depth_start} leaves no DA in a model of {num_blocks} blocks "
@@ -160,6 +163,23 @@ def _check_widths(config) -> None:
       raise ValueError(
         f"{name}={value} does nothing with mudd_placements: no row leaves out the hidden width that it sets; leave it "
         f"at {default}."
+      )
+
+
+def _check_mlps(config, plan: Plan) -> None:
+  """Raises ValueError for a weight MLP that its aggregates cannot share, or that only one of them has."""
+  named = [site for site in plan.sites.values() if site.mlp]
+  for site in named:
+    at, others = f"mudd_placements: mlp: {site.mlp}", [x for x in named if x.mlp == site.mlp and x != site]
+    if config.scan_layers:
+      raise ValueError(f"{at} needs scan_layers=False; scanned layers have a weight MLP each.")
+    if not others:
+      raise ValueError(f"{at} is of DA_{site.block} alone; give another DA the same name, or remove mlp.")
+    one, other = (f"streams {x.streams}, N={len(x.sources)} and K={x.hidden}" for x in (site, others[-1]))
+    if one != other:
+      raise ValueError(
+        f"{at} is of DA_{site.block} with {one}, and of DA_{others[-1].block} with {other}; streams, the number N of "
+        "sources and the width K (hidden) have to be the same, so change them or use another name."
       )
 
 

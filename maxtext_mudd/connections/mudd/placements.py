@@ -9,6 +9,9 @@ A row of the table stands for one DA, or for several that differ in their blocks
             its entries. The newest source, the output of `block`, has to be among them.
   streams   Letters of qkvr, or x for one stream that serves as all four. The DA after block L makes r or x.
   hidden    Optional: K, the hidden width of the weight MLP. By default the rule of `mudd_hidden_expansion` gives it.
+  mlp       Optional: a name. DAs with the same name share one weight MLP: W1, W2, the scale of the norm before W1, and
+            s of `mudd_weight_scale`. They need the same streams, K and number of sources. Static weights and post-norms
+            remain those of each DA.
 """
 
 from collections.abc import Sequence
@@ -23,7 +26,7 @@ import yaml
 from maxtext_mudd import assets
 from maxtext_mudd.connections.base import STREAMS
 
-_COLUMNS = ("block", "sources", "streams", "hidden")
+_COLUMNS = ("block", "sources", "streams", "hidden", "mlp")
 _POSITION = r"\d{1,6}|L(?:-\d{1,6})?"
 _RANGE = re.compile(rf"(?P<first>{_POSITION})(?:\.\.(?P<last>{_POSITION})(?: step (?P<step>[1-9]\d*))?)?")
 _RULE = re.compile(r"all|(?P<rule>last|every):(?P<number>[1-9]\d*)")
@@ -38,12 +41,14 @@ class Placement:
     sources: the sources that it mixes, oldest first.
     streams: the streams that it makes, in the order of "qkvr", or "x".
     hidden: K; None: by the rule of `mudd_hidden_expansion`.
+    mlp: name of the weight MLP that it shares with other DAs; None: with none.
   """
 
   block: int
   sources: tuple[int, ...]
   streams: str
   hidden: int | None = None
+  mlp: str | None = None
 
 
 def read(name: str) -> list:
@@ -141,6 +146,8 @@ def _check_row(row: Any) -> None:
     raise ValueError(f"has streams: {streams!r}; use some of the letters q, k, v and r, each at most once, or x")
   if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
     raise ValueError(f"has hidden: {hidden!r}; use a width of 1 or more, or leave it out")
+  if "mlp" in row and not (isinstance(row["mlp"], str) and row["mlp"]):
+    raise ValueError(f"has mlp: {row['mlp']!r}; use a name, such as late, or leave it out")
 
 
 def _placement(row: dict, number: int, block: int, num_blocks: int) -> Placement:
@@ -164,7 +171,7 @@ def _placement(row: dict, number: int, block: int, num_blocks: int) -> Placement
       f"{at} gives DA_{block}, which follows the last block, the streams {streams}; it makes the residual stream only, "
       "so place it in another row, with streams: r."
     )
-  return Placement(block, sources, streams, row.get("hidden"))
+  return Placement(block, sources, streams, row.get("hidden"), row.get("mlp"))
 
 
 def _sources(column: Any, block: int, num_blocks: int) -> tuple[int, ...]:

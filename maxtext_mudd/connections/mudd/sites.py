@@ -74,4 +74,4 @@ def _site(config, placement: Placement) -> Site:
     is_last = block >= config.num_decoder_layers
     expansion = config.mudd_last_hidden_expansion if is_last else config.mudd_hidden_expansion
     hidden = hidden_width(len(streams), len(sources), expansion=expansion, round_to=config.mudd_hidden_round_to)
-  return Site(block, sources, streams, hidden)
+  return Site(block, sources, streams, hidden, placement.mlp)

@@ -1,4 +1,4 @@
-"""Small models of every supported decoder block, and what the oracle has to be told of each."""
+"""Small models of every supported decoder block, and what the oracle has to be told of each that it restates."""
 
 import numpy as np
 
@@ -16,6 +16,81 @@ MOE = {
 }
 GQA = {"base_num_query_heads": 4, "base_num_kv_heads": 2, "head_dim": 8}
 GQA_ARCH = {"heads": 4, "kv_heads": 2, "head_dim": 8}
+POST_NORMS = {"use_post_attn_norm": True, "use_post_ffw_norm": True, "sliding_window_size": 4}
+LATENT = {
+  "attention_type": "mla",
+  "q_lora_rank": 12,
+  "kv_lora_rank": 16,
+  "qk_nope_head_dim": 8,
+  "qk_rope_head_dim": 4,
+  "v_head_dim": 8,
+}
+DELTA_NET = {
+  "gdn_num_value_heads": 4,
+  "gdn_num_key_heads": 2,
+  "gdn_key_head_dim": 8,
+  "gdn_value_head_dim": 8,
+  "gdn_conv_kernel_dim": 4,
+  "gdn_chunk_size": 8,
+  "partial_rotary_factor": 0.25,
+  "use_qk_norm": True,
+}
+CYCLES = {"base_num_decoder_layers": 4, "inhomogeneous_layer_cycle_interval": 2}
+# Blocks that the oracle does not restate. Each model has layers of every kind.
+OTHERS = {
+  "default": {},
+  "gemma3": POST_NORMS | {"model_name": "gemma3-4b", "override_model_config": True, "base_num_decoder_layers": 8},
+  "gemma4": POST_NORMS | {"base_num_decoder_layers": 14},
+  "gemma4, experts": MOE
+  | {
+    "decoder_block": "gemma4",
+    "shared_experts": 1,
+    "sliding_window_size": 4,
+    "base_num_decoder_layers": 6,
+  },
+  "gemma4, tied values": POST_NORMS
+  | {"decoder_block": "gemma4", "share_kv_projections": True, "base_num_decoder_layers": 8},
+  "gpt_oss": MOE | CYCLES | {"sliding_window_size": 4, "attention_sink": True, "attention_bias": True},
+  "llama4": MOE
+  | CYCLES
+  | {
+    "num_experts_per_tok": 1,
+    "shared_experts": 1,
+    "chunk_attn_window_size": 4,
+    "interleave_moe_layer_step": 2,
+    "nope_layer_interval": 2,
+  },
+  "envy": MOE | CYCLES | {"interleave_moe_layer_step": 2},
+  "olmo3": {"base_num_decoder_layers": 8, "inhomogeneous_layer_cycle_interval": 4, "sliding_window_size": 4},
+  "deepseek": MOE | LATENT | {"first_num_dense_layers": 2, "base_num_decoder_layers": 4, "shared_experts": 1},
+  "deepseek, no query latent": MOE
+  | LATENT
+  | {"decoder_block": "deepseek", "q_lora_rank": 0, "first_num_dense_layers": 1, "shared_experts": 1},
+  "deepseek, indexer": MOE
+  | LATENT
+  | {
+    "decoder_block": "deepseek",
+    "first_num_dense_layers": 1,
+    "base_num_decoder_layers": 2,
+    "shared_experts": 1,
+    "use_indexer": True,
+    "indexer_head_dim": 8,
+    "indexer_n_heads": 2,
+    "indexer_topk": 4,
+  },
+  "qwen3_next": MOE
+  | DELTA_NET
+  | {"base_num_decoder_layers": 8, "inhomogeneous_layer_cycle_interval": 3, "shared_experts": 1},
+  "qwen3_5": MOE | DELTA_NET | CYCLES | {"shared_experts": 1},
+  "fused": GQA | {"decoder_block": "llama2", "fused_qkv": True},
+  "gpt3, fused": {
+    "decoder_block": "gpt3",
+    "mlp_activations": ["gelu"],
+    "trainable_position_size": 16,
+    "fused_qkv": True,
+  },
+  "qwen3_custom_moe": MOE | {"attention_output_dim": 24, "moe_expert_input_dim": 24},
+}
 BLOCKS = {
   "llama2": (GQA, Arch(3, **GQA_ARCH)),
   "mistral": (GQA, Arch(3, **GQA_ARCH)),
@@ -60,7 +135,8 @@ BLOCKS = {
 
 
 def config_of(block, **overrides):
-  return models.config(**({"decoder_block": block} | BLOCKS[block][0] | overrides))
+  keys = OTHERS[block] if block in OTHERS else BLOCKS[block][0]
+  return models.config(**({"decoder_block": block} | keys | overrides))
 
 
 def packed(cfg):

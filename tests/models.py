@@ -12,6 +12,8 @@ from maxtext.models import models
 from maxtext.utils import maxtext_utils
 import numpy as np
 
+import maxtext_mudd
+
 DATA = pathlib.Path(__file__).parent / "data"
 BASE_YML = str(pathlib.Path(pyconfig.__file__).parent / "base.yml")
 
@@ -130,3 +132,9 @@ def exact_logits(model, data):
 def logits(model, data):
   """Logits of a batch in training mode, without dropout."""
   return model(data["inputs"], data["inputs_position"], data["inputs_segmentation"], enable_dropout=False)
+
+
+def check_greedy(model, row, prompt: int, number: int) -> None:
+  """Each new token is the most probable one after all before it, in one pass over them."""
+  logits = np.asarray(maxtext_mudd.logits(model, row[None, : prompt + number]))[0]
+  np.testing.assert_array_equal(logits[prompt - 1 : -1].argmax(-1), row[prompt : prompt + number])

@@ -6,7 +6,7 @@ from maxtext.trainers.pre_train import train
 import numpy as np
 
 from tests import models
-from tests.blocks import BLOCKS
+from tests.blocks import BLOCKS, OTHERS
 from tests.placements import BLOCKS as IRREGULAR_BLOCKS
 from tests.placements import IRREGULAR
 
@@ -193,6 +193,7 @@ CASES = {
   "multi-token prediction, connected, static": {**SMALL, **CONNECTED_MTP, "mudd_dynamic": False},
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
+  **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, keys in OTHERS.items()},
 }
 
 

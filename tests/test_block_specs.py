@@ -16,8 +16,9 @@ from maxtext_mudd.blocks.classes import change_class
 from maxtext_mudd.checkpoints.hugging_face import names
 from maxtext_mudd.model import counts
 from tests import models
+from tests.blocks import OTHERS
 
-KEYS = {
+KEYS = OTHERS | {
   "mixtral": {"num_experts": 4, "num_experts_per_tok": 2, "base_moe_mlp_dim": 64},
   "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "base_moe_mlp_dim": 64},
   "gpt3": {"mlp_activations": ["gelu"], "trainable_position_size": 16},
@@ -48,23 +49,23 @@ def test_spec(block):
   config = config_of(block)
   spec = blocks.spec(config)
   assert spec is blocks.BLOCKS[block]
-  layer = abstract(block).decoder.layers_0
-  norms = [operator.attrgetter(path)(layer) for path in (spec.attention_norm, spec.feed_forward_norm)]
-  assert norms[0] is not norms[1]
+  layer = abstract(block).decoder.get_layers()[-1]  # in a hybrid one, that of full attention
+  norms = [operator.attrgetter(path)(layer) for path in (spec.attention_norm, spec.feed_forward_norm) if path]
+  assert len({*map(id, norms)}) == len(norms)
   for norm in norms:
     assert norm.scale.get_value().shape == (config.emb_dim,)
   projections = [x for _, x in nnx.iter_modules(layer) if isinstance(x, DenseGeneral)]
   assert len(projections) >= 4
   for module in (*norms, *projections):
-    assert (getattr(module, "bias", None) is not None) == spec.has_biases
-  attention = layer.self_attention
+    assert (getattr(module, "bias", None) is not None) == spec.has_biases or not spec.is_plain
+  attention = getattr(layer, spec.attention)
   assert spec.takes_chunked_prefill == isinstance(attention, Attention)
-  assert spec.is_rotary == hasattr(attention, "rotary_embedding")
+  assert spec.is_rotary == hasattr(attention, "rotary_embedding") or not spec.is_plain
   scales_kernel = isinstance(attention, Attention) and attention.query_pre_attn_scalar is None
-  assert spec.scales_query_kernel == scales_kernel
+  assert spec.scales_query_kernel == scales_kernel or not spec.is_plain
 
 
-@pytest.mark.parametrize("block", blocks.BLOCKS)
+@pytest.mark.parametrize("block", [name for name, spec in blocks.BLOCKS.items() if spec.is_plain])
 @pytest.mark.parametrize("key", ["attention_bias", "use_qk_norm"])
 def test_keys_that_add_parameters(block, key):
   """Only the blocks that take a key have more parameters with it, and `counts` has the same number of them."""

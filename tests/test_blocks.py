@@ -7,12 +7,12 @@ import pytest
 
 from maxtext_mudd import blocks
 from tests import models
-from tests.blocks import BLOCKS, TOLERANCE, config_of, expected, packed
+from tests.blocks import BLOCKS, OTHERS, TOLERANCE, config_of, expected, packed
 from tests.oracle import Arch, Oracle
 
 
 def test_every_supported_block_is_tested():
-  assert set(BLOCKS) == set(blocks.BLOCKS)
+  assert {*BLOCKS, *(keys.get("decoder_block", name) for name, keys in OTHERS.items())} == {*blocks.BLOCKS}
 
 
 def assert_starts_alike(stock, mudd):
@@ -23,7 +23,7 @@ def assert_starts_alike(stock, mudd):
   np.testing.assert_array_equal(models.logits(models.build(mudd), data), plain)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [*BLOCKS, *OTHERS])
 def test_starts_as_the_stock_model(block):
   keys = {"remat_policy": "none"}
   assert_starts_alike(config_of(block, **keys), config_of(block, mudd=True, **keys))

@@ -253,23 +253,6 @@ MISTAKES = {
     ["base_num_decoder_layers=1"],
     "mudd_ffn_reallocation=True needs at least two blocks, and base_num_decoder_layers=1; turn it off.",
   ),
-  "decoder block": (
-    ["decoder_block=gpt_oss", "mudd_init=stock"],
-    "decoder_block='gpt_oss' does not work with mudd=True: supported are llama2, mistral, mixtral, qwen2, qwen3, "
-    "qwen3_moe, gemma, gpt3; use one of these.",
-  ),
-  "fused_qkv": (
-    ["fused_qkv=true"],
-    "fused_qkv=True does not work with mudd=True: q, k and v may have separate inputs; set fused_qkv=False.",
-  ),
-  "share_kv_projections": (
-    ["share_kv_projections=true"],
-    "share_kv_projections=True does not work with mudd=True: k and v may have separate inputs; set it to False.",
-  ),
-  "MLA": (
-    ["attention_type=mla"],
-    "attention_type='mla' does not work with mudd=True: its latent is made of one input, not of several; use 'global'.",
-  ),
   "pipeline": (
     ["ici_pipeline_parallelism=2", "num_pipeline_microbatches=2"],
     "ici_pipeline_parallelism or dcn_pipeline_parallelism above 1 does not work with mudd=True: block outputs are not "

@@ -38,7 +38,7 @@ def test_released_tokens(name, scan):
   short = prompts[0][:5]
   ragged = maxtext_mudd.generate(model, config, [short, prompts[1]], number)
   np.testing.assert_array_equal(ragged[1], expected[1])
-  check_greedy(model, ragged[0], len(short), number)
+  models.check_greedy(model, ragged[0], len(short), number)
   assert not ragged[0, len(short) + number :].any()
 
 
@@ -52,7 +52,7 @@ def test_chunks_of_prompts(name, scan):
   )
   found = maxtext_mudd.generate(model, config, [prompts[0], prompts[1][:4]], number)
   np.testing.assert_array_equal(found[0], expected[0])
-  check_greedy(model, found[1], 4, number)
+  models.check_greedy(model, found[1], 4, number)
 
 
 @pytest.mark.slow
@@ -65,10 +65,10 @@ def test_engines_are_kept(monkeypatch):
   models.randomise(model)
   for prompt in (3, 20, 3, 20):
     found = maxtext_mudd.generate(model, config, [[1] * prompt], np.int64(4))
-    check_greedy(model, found[0], prompt, 4)
+    models.check_greedy(model, found[0], prompt, 4)
   assert len(made) == 2
   models.randomise(model, seed=1)
-  check_greedy(model, maxtext_mudd.generate(model, config, [[1] * 3], 4)[0], 3, 4)
+  models.check_greedy(model, maxtext_mudd.generate(model, config, [[1] * 3], 4)[0], 3, 4)
   assert len(made) == 2
 
 
@@ -83,12 +83,6 @@ def test_sampling():
   assert (drawn[0] != drawn[2]).any()
   best = maxtext_mudd.generate(model, config, prompts, number, temperature=1.5, top_k=1, seed=3)
   np.testing.assert_array_equal(best, expected)
-
-
-def check_greedy(model, row, prompt: int, number: int) -> None:
-  """Each new token is the most probable one after all before it, in one pass over them."""
-  logits = np.asarray(maxtext_mudd.logits(model, row[None, : prompt + number]))[0]
-  np.testing.assert_array_equal(logits[prompt - 1 : -1].argmax(-1), row[prompt : prompt + number])
 
 
 FAMILIES = {
@@ -117,7 +111,7 @@ def test_other_families(family, scan):
     models.randomise(model)
     found.append(maxtext_mudd.generate(model, config, [[5, 9, 3, 7, 1, 8], [2, 4]], 6))
   for row, prompt in zip(found[0], (6, 2)):
-    check_greedy(model, row, prompt, 6)
+    models.check_greedy(model, row, prompt, 6)
   np.testing.assert_array_equal(found[1], found[0])
 
 
@@ -133,7 +127,7 @@ def test_experts(scan, chunk):
   prompts = [[3, 14, 15, 9, 26, 5], [35, 8, 9]]
   found = maxtext_mudd.generate(model, config, prompts, 12)
   for row, prompt in zip(found, prompts):
-    check_greedy(model, row, len(prompt), 12)
+    models.check_greedy(model, row, len(prompt), 12)
   assert len(np.unique(found)) > 5
 
 

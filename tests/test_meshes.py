@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests import runs, train_on_mesh
-from tests.blocks import MOE
+from tests.blocks import MOE, OTHERS
 from tests.scanning import CONNECTED_MTP
 
 # Well conditioned, and not with Adam: that makes full steps of gradients that are nothing but rounding.
@@ -103,6 +103,28 @@ def test_other_families(family, name, scan):
   assert eight["in_aggregates"] == []
   if "tensor" not in name:
     assert eight["elsewhere"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("block", "name"),
+  [
+    ("fused", "tensor 2, FSDP 4"),
+    ("gemma3", "tensor 2, FSDP 4"),
+    ("gemma4, tied values", "FSDP 8"),
+    ("qwen3_next", "tensor 2, FSDP 4"),
+    ("deepseek", "expert 4, FSDP 2"),
+  ],
+)
+def test_other_blocks(block, name):
+  mesh, _ = MESHES[name]
+  keys = {key: value for key, value in DENSE.items() if key != "base_num_decoder_layers"}
+  keys |= {"decoder_block": block, "scan_layers": True} | OTHERS[block]
+  one = train(1, **keys, per_device_batch_size=8)
+  eight = train(8, **keys, per_device_batch_size=1, **mesh)
+  assert one["losses"][-1] < one["losses"][0]
+  assert eight["losses"][:3] == pytest.approx(one["losses"][:3], rel=5e-5)
+  assert eight["in_aggregates"] == []
 
 
 def test_what_counts_as_gathered():

@@ -221,8 +221,8 @@ def test_connections_alone_can_be_trained():
 REFUSED = {
   "Muon with a block that MaxText does not have it for": (
     {"opt_type": "muon", "decoder_block": "mistral"},
-    "opt_type=muon does not work with decoder_block='mistral': MaxText has Muon for llama2, qwen3, qwen3_moe; use "
-    "one of these, or opt_type=adamw.",
+    "opt_type=muon does not work with decoder_block='mistral': MaxText has Muon for llama2, qwen3, qwen3_moe, "
+    "qwen3_custom_moe, qwen3_next, gemma3, gpt_oss, deepseek; use one of these, or opt_type=adamw.",
   ),
   "another Muon": (
     {"opt_type": "muon", "muon_type": "maxtext_muon"},

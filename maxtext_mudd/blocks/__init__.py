@@ -1,12 +1,33 @@
 """The decoder blocks that work with depth connections: one `BlockSpec` each.
 
-A block of MaxText belongs here when its attention reads only `norm(x)` and its residual sum is `x + attention`. The
-tests compare each with the block of MaxText at initial values, and with an independent reference at random weights.
+A block of MaxText belongs here when it reads its input x in three ways only: by a norm and then the projections of
+attention, by these projections without a norm, or in the residual sum `x + attention`. The tests compare each with the
+block of MaxText at initial values, and at random weights with an independent reference or, where that would restate a
+whole block, with what each stream must change.
 
 No JAX and no MaxText here: command lines are checked before these are imported.
 """
 
 import dataclasses
+import functools
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycle:
+  """The cycles of different layers that MaxText scans.
+
+  Attributes:
+    member: What the names of the layers in a cycle begin with, as in `layers_0`. None: all but the last are a stack,
+      `local_layers`, and the last is `global_layer`.
+    length: Layers in a cycle; None: `inhomogeneous_layer_cycle_interval`.
+    name: The attribute of the decoder that has the cycles.
+    has_remainder: Layers after the last whole cycle are in `layers_remainder`. In other blocks MaxText leaves them out.
+  """
+
+  member: str | None
+  length: int | None = None
+  name: str = "layers"
+  has_remainder: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +35,11 @@ class BlockSpec:
   """What the package knows of one decoder block.
 
   Attributes:
-    attention_norm: Name of the norm before attention, a submodule of the layer.
-    feed_forward_norm: Path of the norm before the feed-forward block, from the layer; dots separate submodules.
+    attention_norm: Name of the norm before attention, a submodule of the layer. None: attention reads the input itself.
+    feed_forward_norm: Path of the norm before the feed-forward block, from the layer; dots separate submodules. None:
+      no norm reads the sum of that input and attention, so that families which make an input for each sublayer cannot
+      use the block.
+    attention: Name of attention, a submodule of the layer.
     has_biases: The norms are LayerNorms with a bias, and every projection of attention and feed-forward block has one.
     takes_attention_bias: `attention_bias` adds a bias to the query, key and value projections. Other blocks ignore it.
     takes_qk_norm: `use_qk_norm` adds an RMSNorm to queries and one to keys. Other blocks ignore it.
@@ -24,23 +48,48 @@ class BlockSpec:
       the scores.
     is_parallel: Attention and feed-forward block both read the input of the layer. In other blocks the feed-forward
       block reads the sum of that input and attention.
+    shares_norm: The feed-forward block of a parallel block has no norm for itself, but reads that of attention.
     is_rotary: Queries and keys are rotated by their positions.
+    tied_every: Of every so many layers, the last takes `share_kv_projections`: its values are its keys. None: no layer
+      takes it.
     is_released: It is the block of the authors' PyTorch MUDDFormer, up to the factor of `scales_query_kernel`.
+    is_plain: All layers are alike, each with one attention over all positions and one feed-forward block. Then
+      `complexity` counts its parameters and FLOPs, and the keys of Sect. 3.4 and of initial values know its matrices.
+    layers: What the attributes of the decoder that hold its layers begin with. Of two, the first is that of
+      `first_num_dense_layers` layers.
+    cycle: How MaxText scans layers that differ. None: it scans single layers.
   """
 
-  attention_norm: str = "pre_self_attention_layer_norm"
-  feed_forward_norm: str = "post_self_attention_layer_norm"
+  attention_norm: str | None = "pre_self_attention_layer_norm"
+  feed_forward_norm: str | None = "post_self_attention_layer_norm"
+  attention: str = "self_attention"
   has_biases: bool = False
   takes_attention_bias: bool = False
   takes_qk_norm: bool = False
   takes_chunked_prefill: bool = True
   scales_query_kernel: bool = False
   is_parallel: bool = False
+  shares_norm: bool = False
   is_rotary: bool = True
+  tied_every: int | None = None
   is_released: bool = False
+  is_plain: bool = True
+  layers: tuple[str, ...] = ("layers",)
+  cycle: Cycle | None = None
 
 
 _PYTHIA = "pythia"
+
+_gemma = functools.partial(BlockSpec, "pre_self_attention_norm", "pre_ffw_norm", is_plain=False)
+_hybrid = functools.partial(
+  BlockSpec,
+  "input_layernorm",
+  "post_attention_layernorm",
+  attention="attention",
+  takes_chunked_prefill=False,
+  is_plain=False,
+)
+_in_cycles = functools.partial(BlockSpec, is_plain=False, cycle=Cycle("layers"))
 
 # By `decoder_block`, but for pythia.
 BLOCKS = {
@@ -50,15 +99,29 @@ BLOCKS = {
   "qwen2": BlockSpec(takes_attention_bias=True, takes_qk_norm=True),
   "qwen3": BlockSpec(takes_qk_norm=True, is_released=True),
   "qwen3_moe": BlockSpec(takes_qk_norm=True),
-  "gemma": BlockSpec("pre_self_attention_norm", "pre_ffw_norm", scales_query_kernel=True),
+  "gemma": _gemma(scales_query_kernel=True, is_plain=True),
+  "gemma3": _gemma(cycle=Cycle("layers", 6, has_remainder=True)),
+  "gemma4": _gemma(tied_every=6, cycle=Cycle(None, 6, "scanned_blocks", has_remainder=True)),
+  "gpt_oss": _in_cycles(attention="GptOssAttention"),
+  "llama4": _in_cycles(),
+  "envy": _in_cycles(),
+  "olmo3": _in_cycles(None, None, attention="attention"),
+  "qwen3_next": _hybrid(cycle=Cycle(None, has_remainder=True)),
+  "qwen3_5": _hybrid(cycle=Cycle("layer")),
+  "qwen3_custom_moe": BlockSpec(feed_forward_norm=None, takes_qk_norm=True, is_plain=False),
+  "deepseek": BlockSpec(is_plain=False, layers=("dense_layers", "moe_layers")),
+  "default": BlockSpec(
+    "pre_self_attention_norm", None, is_parallel=True, shares_norm=True, tied_every=1, is_plain=False
+  ),
   "gpt3": BlockSpec(
     "pre_self_attention_norm", "mlp.mlp_layer_norm", has_biases=True, takes_chunked_prefill=False, is_rotary=False
   ),
   _PYTHIA: BlockSpec("pre_self_attention_norm", "pre_mlp_norm", has_biases=True, takes_qk_norm=True, is_parallel=True),
 }
 
-# Values of `decoder_block` that have a row. Pythia's block is chosen by `mudd_decoder_layer`.
+# Values of `decoder_block` that have a row, and those of plain blocks. Pythia's is chosen by `mudd_decoder_layer`.
 DECODER_BLOCKS = tuple(name for name in BLOCKS if name != _PYTHIA)
+PLAIN_BLOCKS = tuple(name for name in DECODER_BLOCKS if BLOCKS[name].is_plain)
 
 
 def spec(config) -> BlockSpec:
@@ -73,6 +136,21 @@ def spec(config) -> BlockSpec:
   return BLOCKS[name]
 
 
-def norm_parameters(config) -> int:
-  """Parameters of one norm of the block."""
-  return config.emb_dim * (2 if spec(config).has_biases else 1)
+def streams_read(config, block: int) -> str:
+  """The streams that a block reads, letters of "qkvr"."""
+  every = spec(config).tied_every
+  return "qkr" if every and config.share_kv_projections and block % every == 0 else "qkvr"
+
+
+def normed_streams(config, block: int) -> str:
+  """The streams that the norm before attention serves, letters of "qkvr"; none where there is no such norm."""
+  row = spec(config)
+  if row.attention_norm is None:
+    return ""
+  return "".join(c for c in streams_read(config, block) if c != "r" or row.shares_norm)
+
+
+def separate_norm_parameters(config, block: int) -> int:
+  """The parameters that a block gains when each stream that its attention norm serves has a norm for itself."""
+  further = max(len(normed_streams(config, block)) - 1, 0)
+  return further * config.emb_dim * (2 if spec(config).has_biases else 1)

@@ -2,20 +2,34 @@
 
 A stock layer computes `norm(x)`, attention of that, and `x + attention`. With `Streams` as x, the norm becomes three
 (LN_q, LN_k, LN_v), each projection of attention reads its own stream, and the residual stream is added. This is Eq. 7
-of the paper, and the layer's `__call__` does not change.
+of the paper. `Streams` pass through the `__call__`s of the layer and of its attention, which do not change: until a
+projection, they only shard their input and ask for its shape.
 """
 
 from collections.abc import Callable
 import dataclasses
+import functools
+import math
+import operator
 from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
-from maxtext.layers.attentions import Attention
+from maxtext.common.common_types import MODEL_MODE_TRAIN
+from maxtext.layers.attention_mla import MLA
+from maxtext.layers.linears import DenseGeneral
 from maxtext.models.gpt3 import Gpt3MultiHeadAttention
+from maxtext.models.qwen3 import Qwen3NextGatedDeltaNet
+from maxtext.utils.sharding import logical_to_mesh_axes
 
+from maxtext_mudd.blocks import BlockSpec
 from maxtext_mudd.blocks.classes import change_class
+
+# The stream that a projection of attention reads, by its name in MaxText's attention modules. What decides how much is
+# written and forgotten in a gated delta net belongs to its keys.
+_READS = {"query": "q", "key": "k", "value": "v", "wq_a": "q", "wk": "k", "weights_proj": "q", "in_proj_ba": "k"}
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +39,8 @@ class Streams:
 
   Attributes:
     q, k, v: Inputs of the query, key and value projections, [B,T,D] each.
-    r: The residual stream, [B,T,D]. None after the norms, since attention does not read it.
+    r: The residual stream, [B,T,D]. After the norms it is normed for a feed-forward block that shares the norm of
+      attention, and None for others.
     norm_parameter: Chooses between (parameter of LN_k or LN_v, the same of LN_q) for one layer of a scanned stack in
       which some blocks have LN_q alone. None if every stream has its own norm.
   """
@@ -41,58 +56,158 @@ class Streams:
 
   __radd__ = __add__
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.q.shape
+
 
 class StreamNorm(nnx.Module):
-  """Three copies of the stock attention norm: LN_q, LN_k and LN_v of Eq. 7 (`sepln` in the authors' code)."""
+  """Copies of the stock attention norm: LN_q, LN_k and LN_v of Eq. 7 (`sepln` in the authors' code).
 
-  def __init__(self, norm: nnx.Module):
-    self.q = norm
-    self.k = nnx.clone(norm)
-    self.v = nnx.clone(norm)
+  Args:
+    streams: those that have a norm, q first. The residual stream has one for a feed-forward block that shares the norm
+      of attention. Values that are keys have none.
+  """
+
+  def __init__(self, norm: nnx.Module, streams: str):
+    for stream in streams:
+      setattr(self, stream, norm if stream == "q" else nnx.clone(norm))
 
   def __call__(self, inputs: Streams, **kwargs) -> Streams:
-    k, v = (self._chosen(norm, inputs.norm_parameter) for norm in (self.k, self.v))
-    return Streams(self.q(inputs.q, **kwargs), k(inputs.k, **kwargs), v(inputs.v, **kwargs))
+    choose = inputs.norm_parameter
+    normed = {
+      stream: self._chosen(getattr(self, stream), choose)(getattr(inputs, stream), **kwargs)
+      for stream in "qkvr"
+      if hasattr(self, stream)
+    }
+    return Streams(**{"v": None, **normed})
 
   def _chosen(self, norm: nnx.Module, choose: Callable | None) -> nnx.Module:
-    if choose is None:
+    if choose is None or norm is self.q:
       return norm
     graphdef, parameters = nnx.split(norm)
     return nnx.merge(graphdef, jax.tree.map(choose, parameters, nnx.state(self.q)))
 
 
-class MultiwayAttention(Attention):
-  """Stock attention in which each projection reads its own stream. The KV cache does not change."""
+@functools.cache
+def _reading(module_class: type[nnx.Module], stream: str) -> type[nnx.Module]:
+  class Reading(module_class):
+    """Reads one of the streams."""
 
-  def query_projection(self, inputs_q, out_sharding=None):
-    return super().query_projection(inputs_q.q, out_sharding=out_sharding)
+    @functools.wraps(module_class.__call__)
+    def __call__(self, inputs: Streams, *args, **kwargs):
+      return super().__call__(getattr(inputs, stream), *args, **kwargs)
 
-  def kv_projection(self, inputs_kv, proj_name, out_sharding=None):
-    stream = {"key": inputs_kv.k, "value": inputs_kv.v}[proj_name]
-    return super().kv_projection(stream, proj_name, out_sharding=out_sharding)
-
-
-class MultiwayGpt3Attention(Gpt3MultiHeadAttention):
-  """GPT-3's attention in which each projection reads its own stream; one method projects
-  queries, keys, values and outputs."""
-
-  def projection(self, projection_layer, inputs):
-    stream = {id(self.query): "q", id(self.key): "k", id(self.value): "v"}.get(id(projection_layer))
-    return super().projection(projection_layer, getattr(inputs, stream) if stream else inputs)
+  Reading.__name__ = Reading.__qualname__ = f"{module_class.__name__}Of{stream.upper()}"
+  return Reading
 
 
-_MULTIWAY = {Attention: MultiwayAttention, Gpt3MultiHeadAttention: MultiwayGpt3Attention}
+@dataclasses.dataclass(frozen=True)
+class Columns:
+  """Which columns of a fused projection read which stream, along the first axis of its output features.
+
+  Attributes:
+    groups: the number of equal groups of columns.
+    parts: of each group, in order: (stream, number of columns).
+  """
+
+  groups: int
+  parts: tuple[tuple[str, int], ...]
 
 
-def decouple(layer: nnx.Module, norm_name: str) -> None:
+@functools.cache
+def _reading_by_columns(projection_class: type[DenseGeneral], columns: Columns) -> type[DenseGeneral]:
+  class ReadingByColumns(projection_class):
+    """Computes one product for each part of the columns, from the stream of that part."""
+
+    @functools.wraps(projection_class.__call__)
+    def __call__(self, inputs: Streams, *args, **kwargs):
+      graphdef, params, others = nnx.split(self, nnx.Param, ...)
+      axis, outputs, first = inputs.q.ndim - 1, [], 0
+      for stream, size in columns.parts:
+        part = nnx.merge(graphdef, self._columns(params, slice(first, first + size)), others)
+        part.out_features_shape = (columns.groups * size, *self.out_features_shape[1:])
+        output = projection_class.__call__(part, getattr(inputs, stream), *args, **kwargs)
+        outputs.append(output.reshape(*output.shape[:axis], columns.groups, size, *output.shape[axis + 1 :]))
+        first += size
+      output = jnp.concatenate(outputs, axis + 1)
+      return output.reshape(*output.shape[:axis], -1, *output.shape[axis + 2 :])
+
+    def _columns(self, params: nnx.State, of_group: slice) -> nnx.State:
+      def cut(path, variable):
+        axis = len(self.in_features_shape) if path[-1] == "kernel" else 0
+        value = variable.get_value()
+        value = value.reshape(*value.shape[:axis], columns.groups, -1, *value.shape[axis + 1 :])
+        value = value[(slice(None),) * (axis + 1) + (of_group,)]
+        return variable.replace(value.reshape(*value.shape[:axis], -1, *value.shape[axis + 2 :]))
+
+      return nnx.from_flat_state((path, cut(path, variable)) for path, variable in nnx.to_flat_state(params))
+
+  return ReadingByColumns
+
+
+def _fused_projection(module: nnx.Module) -> tuple[DenseGeneral, Columns] | None:
+  """The fused projection of an attention module, if it has one."""
+  if isinstance(module, Qwen3NextGatedDeltaNet):
+    key, value = module.head_k_dim, module.v_heads_per_k_head * module.head_v_dim
+    parts = (("q", key), ("k", key), ("v", value), ("q", value))  # the last is the gate of the output
+    return module.in_proj_qkvz, Columns(module.num_k_heads, parts)
+  if not hasattr(module, "qkv_proj"):
+    return None
+  if isinstance(module, Gpt3MultiHeadAttention):
+    return module.qkv_proj, Columns(1, (("q", 1), ("k", 1), ("v", 1)))
+  # Each device that shares the heads has queries, keys and values of its part of them.
+  axes = logical_to_mesh_axes(module.query_axis_names, module.mesh, module.config.logical_axis_rules)
+  shards = math.prod(module.mesh.shape[axis] for axis in _axes(axes[2]))
+  q, kv = module.num_query_heads // shards, module.num_kv_heads // shards
+  return module.qkv_proj, Columns(shards, (("q", q), ("k", kv), ("v", kv)))
+
+
+def _axes(of_dimension: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The mesh axes that shard one dimension."""
+  return (of_dimension,) if isinstance(of_dimension, str) else tuple(of_dimension or ())
+
+
+class LatentAttention(MLA):
+  """MaxText's latent attention with two latents, of keys and of values, that one matrix makes of their streams.
+
+  The rotated part of keys is of their stream. Where both streams are equal this is stock attention, with the same
+  parameters and the same cache of keys and values.
+  """
+
+  def mla_kv_projection(self, inputs, inputs_positions, decoder_segment_ids, model_mode, previous_chunk):
+    def of_stream(stream):  # in training mode, since only what both make is cached
+      return super(LatentAttention, self).mla_kv_projection(
+        stream, inputs_positions, decoder_segment_ids, MODEL_MODE_TRAIN, None
+      )
+
+    (key, *_), (_, value, _) = of_stream(inputs.k), of_stream(inputs.v)
+    cached = [None, None]
+    if model_mode != MODEL_MODE_TRAIN:
+      cached = self.update_kv_caches(key, value, decoder_segment_ids, model_mode, previous_chunk)
+    return key, value, cached
+
+
+def decouple(layer: nnx.Module, block: BlockSpec, streams: str) -> None:
   """Makes a stock decoder layer read `Streams`.
 
   Its attention norm becomes three, LN_q, LN_k and LN_v, which start equal. Each projection of its attention then reads
   its own stream.
 
   Args:
-    layer: a layer of one of `BLOCKS`.
-    norm_name: `BlockSpec.attention_norm` of its block.
+    layer: a layer of that block.
+    streams: those that its attention norm serves, `blocks.normed_streams`.
   """
-  setattr(layer, norm_name, StreamNorm(getattr(layer, norm_name)))
-  change_class(layer.self_attention, _MULTIWAY[type(layer.self_attention)])
+  if block.attention_norm:
+    setattr(layer, block.attention_norm, StreamNorm(getattr(layer, block.attention_norm), streams))
+  attention = operator.attrgetter(block.attention)(layer)
+  for path, module in list(nnx.iter_modules(attention)):
+    if isinstance(module, DenseGeneral) and path[-1] in _READS:
+      change_class(module, _reading(type(module), _READS[path[-1]]))
+    elif fused := _fused_projection(module):
+      projection, columns = fused
+      change_class(projection, _reading_by_columns(type(projection), columns))
+  if isinstance(attention, MLA):
+    change_class(attention, LatentAttention)
+  if block.shares_norm:
+    change_class(layer.mlp, _reading(type(layer.mlp), "r"))

@@ -5,12 +5,13 @@ moments of an optimizer have. What is not a part of the decoder's layers is pass
 """
 
 from collections.abc import Iterator, Mapping
+import math
 import re
 
 import numpy as np
 
 from maxtext_mudd import connections
-from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks import ffn_widths, stacks
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.connections import layout
 from maxtext_mudd.connections.base import Plan
@@ -30,51 +31,49 @@ def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
 
 def stacking(values: Mapping[str, np.ndarray], config) -> Iterator[tuple[str, np.ndarray]]:
   """`stack`, one parameter at a time: looks each value up once, when it is needed."""
-  plan, groups = connections.plan(config), ffn_widths.groups(config)
+  plan, singles = connections.plan(config), stacks.single_layers(config)
   family = connections.family(config)  # the decoder has what starts and finishes, where layers are scanned
   layers = {}
   for path in values:
-    match = re.fullmatch(r"(|.*/)decoder/layers_(\d+)/(.+)", path)
+    match = re.fullmatch(r"(|.*/)decoder/([a-z_]*layers_\d+)/(.+)", path)
     if not match:
       yield path, values[path]
       continue
-    root, block, name = match[1] + "decoder/", int(match[2]) + 1, match[3]
-    if block > plan.num_blocks:
+    root, block, name = match[1] + "decoder/", singles.get(match[2]), match[3]
+    if block is None:
       raise ValueError(f"it has {path}, of more layers than {plan.num_blocks}")
     if _module(name) in {*family.start_modules, *family.finish_modules}:
       yield root + name, values[path]
     else:
       layers.setdefault((root, _scanned_name(name, config, plan, block)), {})[block] = path
   for (root, name), by_block in layers.items():
-    for number, blocks in enumerate(groups):
-      if any(block in by_block for block in blocks):
-        folder = "layers/" if len(groups) == 1 else f"layers/group_{number}/"
-        yield root + folder + name, _stacked(values, by_block, blocks, root, name, config)
+    for stack in stacks.of_config(config):
+      if any(block in by_block for block in stack.blocks):
+        yield root + "/".join((*stack.path, name)), _stacked(values, by_block, stack, root, name, config)
 
 
-def _stacked(values, paths: Mapping[int, str], blocks: range, root: str, name: str, config) -> np.ndarray:
-  """One parameter of a group of blocks, zero where a block has none."""
+def _stacked(values, paths: Mapping[int, str], stack: stacks.Stack, root: str, name: str, config) -> np.ndarray:
+  """One parameter of the blocks of a stack, zero where a block has none."""
+  blocks = stack.blocks
   table = layout.table(connections.plan(config), blocks, padded=True)
   path = tuple(name.split("/"))
   exists = layout.existing_entries(config, table, path)
-  stacked = by_block = None
+  by_block = None
   for k, block in enumerate(blocks):
     if block not in paths:
       if exists is None or exists[k].any():
         raise KeyError(f"{root}layers_{block - 1}/{name}")
       continue
     value = layout.pad(config, path, values[paths[block]], table.sites[k], table.padded)
-    if stacked is None:
-      axis = min(config.param_scan_axis, value.ndim)
-      stacked = np.zeros((*value.shape[:axis], len(blocks), *value.shape[axis:]), value.dtype)
-      by_block = np.moveaxis(stacked, axis, 0)
+    if by_block is None:
+      by_block = np.zeros((len(blocks), *value.shape), value.dtype)
     if value.shape != by_block.shape[1:]:
       shapes = f"{list(by_block.shape[1:])} and {list(value.shape)}"
       raise ValueError(
         f"{name} is {shapes} in blocks that mudd_ffn_groups={len(ffn_widths.groups(config))} scans together"
       )
     by_block[k] = value
-  return stacked
+  return np.ascontiguousarray(layout.of_stack(config, stack, by_block))
 
 
 def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
@@ -84,30 +83,35 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
     ValueError: the configuration has another number of layers, or values would be lost that are not padding.
   """
   plan = connections.plan(config)
+  names = {block: name for name, block in stacks.single_layers(config).items()}
   singles = {}
   for path, value in values.items():
     end = re.fullmatch(rf"(|.*/)decoder/({_CONNECTION}.+)", path)
-    match = re.fullmatch(r"(|.*/)decoder/layers/(?:group_(\d+)/)?(.+)", path)
+    match = re.fullmatch(r"(|.*/)decoder/(.+)", path)
     if end:
-      layer = 0 if _module(end[2]) in connections.family(config).start_modules else plan.num_blocks - 1
-      singles[f"{end[1]}decoder/layers_{layer}/{end[2]}"] = value
-    elif not match:
+      block = 1 if _module(end[2]) in connections.family(config).start_modules else plan.num_blocks
+      singles[f"{end[1]}decoder/{names[block]}/{end[2]}"] = value
+    elif not (match and stacks.is_scanned(match[2].split("/"))):
       singles[path] = value
     else:
-      blocks = ffn_widths.groups(config)[int(match[2] or 0)]
-      by_block = np.moveaxis(value, min(config.param_scan_axis, value.ndim - 1), 0)
-      if len(by_block) != len(blocks):
-        raise ValueError(f"{path} is of {len(by_block)} layers, not {len(blocks)}")
+      stack = stacks.of_path(config, match[2].split("/"))
+      if stack is None:
+        raise ValueError(f"{path} is of layers that this model does not have")
+      blocks, full_name = stack.blocks, match[2].removeprefix("/".join(stack.path) + "/")
+      sizes = layout.stacked_sizes(config, stack, value.shape)
+      if sizes != stack.sizes:
+        raise ValueError(f"{path} is of {math.prod(sizes)} layers, not {len(blocks)}")
+      by_block = layout.by_block(config, stack, value)
       table = layout.table(plan, blocks, padded=True)
-      name = tuple(match[3].split("/"))
+      name = tuple(full_name.split("/"))
       exists = layout.existing_entries(config, table, name)
       for k, block in enumerate(blocks):
         if exists is not None and np.any(np.where(_like(exists[k], by_block[k]), 0, by_block[k])):
           raise ValueError(f"{path} has values for block {block} that this model does not have")
         if exists is None or exists[k].any():
-          single_name = _single_name(match[3], config, plan, block)
+          single_name = _single_name(full_name, config, plan, block)
           single = layout.trim(config, name, by_block[k], table.sites[k], table.padded)
-          singles[f"{match[1]}decoder/layers_{block - 1}/{single_name}"] = single
+          singles[f"{match[1]}decoder/{names[block]}/{single_name}"] = single
   return singles
 
 
@@ -123,15 +127,15 @@ def _like(mask: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 def _scanned_name(name: str, config, plan: Plan, block: int) -> str:
   """In a stack where some blocks have LN_q, LN_k and LN_v, LN_q stands for the one norm of a block that has not."""
-  norm = block_spec(config).attention_norm + "/"
-  group = next(blocks for blocks in ffn_widths.groups(config) if block in blocks)
+  norm = f"{block_spec(config).attention_norm}/"
+  group = next(stack.blocks for stack in stacks.of_config(config) if block in stack.blocks)
   if name.startswith(norm) and any(map(plan.has_separate_norms, group)) and not plan.has_separate_norms(block):
     return f"{norm}q/{name.removeprefix(norm)}"
   return name
 
 
 def _single_name(name: str, config, plan: Plan, block: int) -> str:
-  norm = block_spec(config).attention_norm + "/q/"
+  norm = f"{block_spec(config).attention_norm}/q/"
   if name.startswith(norm) and not plan.has_separate_norms(block):
     return name.replace("/q/", "/", 1)
   return name

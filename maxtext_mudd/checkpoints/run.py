@@ -8,6 +8,7 @@ from maxtext.configs import pyconfig
 import numpy as np
 import tqdm
 
+from maxtext_mudd.blocks import stacks
 from maxtext_mudd.checkpoints import (
   model_config,
   model_folder,
@@ -58,7 +59,7 @@ def items_of(checkpoint: pathlib.Path) -> pathlib.Path:
 
 def is_scanned(paths: Iterable[str]) -> bool:
   """Whether these paths of parameters, or of a train state, are of scanned layers."""
-  return any("decoder/layers/" in path for path in paths)
+  return any(stacks.is_scanned(path.split("/")) for path in paths)
 
 
 def write(

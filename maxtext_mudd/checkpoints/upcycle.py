@@ -20,6 +20,7 @@ from maxtext.utils import maxtext_utils, model_creation_utils
 import numpy as np
 
 from maxtext_mudd import connections
+from maxtext_mudd.blocks import normed_streams, stacks
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.checkpoints import layout, model_config, orbax_folder, parameters, run, tensors, train_state
 from maxtext_mudd.config.changed import changed
@@ -136,14 +137,14 @@ def _single_layers(
   Args:
     new: the initial values of the parameters of connections.
   """
-  norm, plan = block_spec(config).attention_norm, connections.plan(config)
+  norm, plan, singles = block_spec(config).attention_norm, connections.plan(config), stacks.single_layers(config)
   roots = set()  # what paths of parameters begin with
   for path in values:
-    value, match = values[path], re.fullmatch(r"(|.*/)decoder/layers_(\d+)/([^/]+)(/.+)", path)
+    value, match = values[path], re.fullmatch(r"(|.*/)decoder/([a-z_]*layers_\d+)/([^/]+)(/.+)", path)
     if match and not match[1].startswith((_OTHER_STATE, _MOMENTS)):
       roots.add(match[1])
-    if match and match[3] == norm and plan.has_separate_norms(int(match[2]) + 1):
-      for stream in "qkv":
+    if match and match[3] == norm and plan.has_separate_norms(singles[match[2]]):
+      for stream in normed_streams(config, singles[match[2]]):
         yield f"{path[: match.end(3)]}/{stream}{match[4]}", value
     else:
       yield path, value

@@ -94,8 +94,8 @@ def read(arguments: list[str], **overrides):
     model_sizes = sizes.read(argv, **overrides)
   config = model_sizes or _read_with_maxtext(argv, overrides)
   block = config.decoder_block.value
-  if block not in blocks.DECODER_BLOCKS:
-    supported = ", ".join(blocks.DECODER_BLOCKS)
+  if block not in blocks.PLAIN_BLOCKS:
+    supported = ", ".join(blocks.PLAIN_BLOCKS)
     raise errors.ConfigError(
       f"decoder_block={block} is not one whose costs this command counts; use one of {supported}."
     )

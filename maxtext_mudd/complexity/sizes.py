@@ -15,7 +15,7 @@ from maxtext_mudd.config import files as config_files
 from maxtext_mudd.config.keys import MuddKeys, check_sizes
 from maxtext_mudd.runs import early_check
 
-DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.DECODER_BLOCKS})
+DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.PLAIN_BLOCKS})
 
 
 class Sizes(MuddKeys):
@@ -95,7 +95,7 @@ def read(argv: Sequence[str], **overrides: Any) -> Sizes | None:
   if given.get("base_config") not in (None, str(stock)) or early_check.is_changed_by_maxtext(values):
     return None
   keys = early_check.constructor_values(values)
-  if keys["global_parameter_scale"] != 1 or keys["decoder_block"] not in blocks.DECODER_BLOCKS:
+  if keys["global_parameter_scale"] != 1 or keys["decoder_block"] not in blocks.PLAIN_BLOCKS:
     return None
   if keys["num_experts"] != 1 and keys["base_moe_mlp_dim"] != keys["base_mlp_dim"]:
     return None

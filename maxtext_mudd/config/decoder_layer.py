@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
+from maxtext_mudd import blocks
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 
@@ -25,10 +26,11 @@ class DecoderLayerKeys(KeyGroup):
 def refusals(config) -> Iterator[Refusal]:
   """Yields the settings that do not work with the keys of the layer. `config` is a `MuddConfig`."""
   block, is_pythia = config.decoder_block.value, config.mudd_decoder_layer == "pythia"
+  known = blocks.BLOCKS.get("pythia" if is_pythia else block)
   yield Refusal(
-    config.use_chunked_prefill and block == "gpt3" and not is_pythia,
+    config.use_chunked_prefill and known is not None and not known.takes_chunked_prefill,
     "use_chunked_prefill=True",
-    "decoder_block='gpt3'",
+    f"decoder_block={block!r}",
     "MaxText's attends to one chunk alone; set it to False",
   )
   if is_pythia:
@@ -42,11 +44,12 @@ def refusals(config) -> Iterator[Refusal]:
     table,
     "the released code has the default table; set mudd_rope_table=stock",
   )
+  spec = blocks.spec(config)
   yield Refusal(
-    block == "gpt3" and not is_pythia,
+    not (spec.is_rotary and spec.is_plain),
     f"decoder_block={block!r}",
     table,
-    "its positions are not rotary; set mudd_rope_table=stock",
+    "its positions are not those of the released models; set mudd_rope_table=stock",
   )
 
 

@@ -42,31 +42,66 @@ def refusals(config) -> Iterator[Refusal]:
     mudd,
     f"supported are {', '.join(blocks.DECODER_BLOCKS)}; use one of these",
   )
+  spec = blocks.spec(config)
+  layer = "mudd_decoder_layer=pythia" if config.mudd_decoder_layer == "pythia" else f"decoder_block={block!r}"
+  reads_sublayers = connections.family(config).reads == "sublayer"
   yield Refusal(
-    blocks.spec(config).is_parallel and connections.family(config).reads == "sublayer",
-    f"mudd_decoder_layer={config.mudd_decoder_layer}",
+    spec.is_parallel and reads_sublayers,
+    layer,
     f"depth_connection={config.depth_connection}",
     "its attention and FFN read one input in parallel; use a sequential decoder_block",
   )
+  yield Refusal(
+    spec.feed_forward_norm is None and reads_sublayers,
+    layer,
+    f"depth_connection={config.depth_connection}",
+    "no norm of it reads the sum of its input and attention; use a decoder_block such as llama2",
+  )
   interval = config.inhomogeneous_layer_cycle_interval
   yield Refusal(
-    interval > 1,
+    config.scan_layers and interval > 1 and spec.cycle is None,
     f"inhomogeneous_layer_cycle_interval={interval}",
-    mudd,
-    "connections are made for single blocks; set it to 1",
-  )
-  yield Refusal(config.fused_qkv, "fused_qkv=True", mudd, "q, k and v may have separate inputs; set fused_qkv=False")
-  yield Refusal(
-    config.share_kv_projections,
-    "share_kv_projections=True",
-    mudd,
-    "k and v may have separate inputs; set it to False",
+    f"{mudd} and {layer}",
+    "MaxText scans its layers one by one and would leave some out; set it to 1",
   )
   yield Refusal(
-    config.attention_type == "mla",
+    config.scan_layers and spec.cycle is not None and spec.cycle.member is None and reads_sublayers,
+    f"scan_layers=True with {layer}",
+    f"depth_connection={config.depth_connection}",
+    "MaxText scans its layers within cycles; set scan_layers=False",
+  )
+  is_whole = spec.cycle is None or spec.cycle.has_remainder or config.num_decoder_layers % interval == 0
+  yield Refusal(
+    config.scan_layers and not is_whole,
+    f"base_num_decoder_layers={config.base_num_decoder_layers}",
+    f"scan_layers=True and inhomogeneous_layer_cycle_interval={interval}",
+    "MaxText scans whole cycles of layers and would leave some out; make one a multiple of the other",
+  )
+  quantization = config.quantization.value
+  yield Refusal(
+    config.fused_qkv and bool(quantization),
+    f"quantization={quantization}",
+    "mudd=True and fused_qkv=True",
+    "its scales are of whole kernels, of which columns read different streams; set fused_qkv=False",
+  )
+  is_latent = config.attention_type == "mla"
+  yield Refusal(
+    is_latent and block != "deepseek",
     "attention_type='mla'",
+    layer,
+    "MaxText has latent attention in the block of deepseek; use 'global'",
+  )
+  yield Refusal(
+    is_latent and not config.mla_naive_kvcache,
+    "mla_naive_kvcache=False",
+    "mudd=True and attention_type='mla'",
+    "keys and values have a latent each, and MaxText caches one; set it to True",
+  )
+  yield Refusal(
+    is_latent and config.use_batch_split_schedule,
+    "use_batch_split_schedule=True",
     mudd,
-    "its latent is made of one input, not of several; use 'global'",
+    "it does not call the layers; set it to False",
   )
   yield Refusal(
     config.using_pipeline_parallelism,

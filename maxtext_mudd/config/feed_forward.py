@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from maxtext_mudd import blocks
 from maxtext_mudd.blocks import ffn_widths
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
@@ -69,7 +70,17 @@ def check_sizes(config) -> None:
 
 
 def refusals(config) -> Iterator[Refusal]:
-  """Yields the settings that do not work with FFNs in parts. `config` is a `MuddConfig` that passed `check_sizes`."""
+  """Yields the settings that do not work with re-allocated FFNs or with FFNs in parts. `config` is a `MuddConfig` that
+  passed `check_sizes`."""
+  if config.mudd_ffn_parts == 1 and not config.mudd_ffn_reallocation:
+    return
+  block, is_plain = f"decoder_block={config.decoder_block.value!r}", blocks.spec(config).is_plain
+  yield Refusal(
+    config.mudd_ffn_reallocation and not is_plain,
+    "mudd_ffn_reallocation=True",
+    block,
+    "its layers have different FFNs already; set mudd_ffn_reallocation=False",
+  )
   if config.mudd_ffn_parts == 1:
     return
   parts, remedy = f"mudd_ffn_parts={config.mudd_ffn_parts}", "set mudd_ffn_parts=1"
@@ -78,6 +89,7 @@ def refusals(config) -> Iterator[Refusal]:
   sharded = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key, 1) != 1]
   narrowest = min(ffn_widths.of_config(config))
   quantization = config.quantization.value
+  yield Refusal(not is_plain, block, parts, f"its FFNs are not computed in parts; {remedy}")
   yield Refusal(
     config.num_experts > 1,
     f"num_experts={config.num_experts}",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from maxtext_mudd.blocks import DECODER_BLOCKS
+from maxtext_mudd.blocks import PLAIN_BLOCKS
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 
@@ -28,10 +28,10 @@ def refusals(config) -> Iterator[Refusal]:
     return
   rule, block = f"mudd_init={config.mudd_init}", config.decoder_block.value
   yield Refusal(
-    block not in DECODER_BLOCKS,
+    block not in PLAIN_BLOCKS,
     f"decoder_block={block!r}",
     rule,
-    f"its rules are for {', '.join(DECODER_BLOCKS)}; use one of these, or mudd_init=stock",
+    f"its rules are for {', '.join(PLAIN_BLOCKS)}; use one of these, or mudd_init=stock",
   )
   interval = config.inhomogeneous_layer_cycle_interval
   yield Refusal(

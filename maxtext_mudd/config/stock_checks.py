@@ -28,7 +28,8 @@ REMAT_POLICIES = (
   "full",
 )
 
-_BLOCKS_OF_MUON = ("llama2", "qwen3", "qwen3_moe")  # among those that take connections
+# Among those that take connections.
+_BLOCKS_OF_MUON = ("llama2", "qwen3", "qwen3_moe", "qwen3_custom_moe", "qwen3_next", "gemma3", "gpt_oss", "deepseek")
 
 
 class StockChecks(BaseModel):

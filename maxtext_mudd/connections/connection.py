@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from maxtext_mudd import kernels
+from maxtext_mudd.blocks import normed_streams, stacks
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.streams import Streams, decouple
 from maxtext_mudd.connections import layout, metrics
@@ -110,7 +111,7 @@ class HistoryConnection(PlainConnection):
 
   def adapt(self, layer: nnx.Module) -> None:
     if any(self.table.separate_norms):
-      decouple(layer, block_spec(self.config).attention_norm)
+      decouple(layer, block_spec(self.config), normed_streams(self.config, self.blocks[0]))
 
   def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> History | HistoryBuffer:
     norm = self.embedding_norm
@@ -276,4 +277,4 @@ def _weights(module: Aggregate, output: Float[Array, "B T D"], column, visible, 
 
 def _at(by_block: Sequence, table: layout.Table, number) -> Array:
   """The entry of the block with this number."""
-  return jnp.asarray(by_block)[number - table.blocks[0]]
+  return jnp.asarray(by_block)[stacks.index(table.blocks, number)]

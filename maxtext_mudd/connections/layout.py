@@ -16,6 +16,7 @@ import numpy as np
 
 from maxtext_mudd import connections
 from maxtext_mudd.blocks import spec as block_spec
+from maxtext_mudd.blocks.stacks import Stack
 from maxtext_mudd.connections.base import STREAMS, Plan, Site
 
 AGGREGATE = "depth_aggregate"  # the module of a connection to which `Family.depth_axes` applies, in parameters' paths
@@ -80,7 +81,7 @@ def existing_entries(config, table: Table, path: tuple[str, ...]) -> np.ndarray 
     [L, ...]: blocks first, axes that do not matter of size 1, or left out at the end; None: all entries exist.
   """
   norm = block_spec(config).attention_norm
-  if norm in path and path[path.index(norm) + 1] in ("k", "v"):
+  if norm in path and path[path.index(norm) + 1] in ("k", "v", "r"):
     return np.array(table.separate_norms)
   if AGGREGATE not in path:
     return None
@@ -127,36 +128,56 @@ def single_shape(
   return tuple(sizes.get(axis, size) for axis, size in enumerate(shape))
 
 
-def initialise(layers: nnx.Module, singles: Sequence[nnx.Module], config) -> None:
+def by_block(config, stack: Stack, value):
+  """A parameter of a stack with its blocks first: [number of blocks, ...]. Takes and returns NumPy or JAX arrays."""
+  xp, axes = value.__array_namespace__(), range(len(stack.sizes))
+  value = xp.moveaxis(value, [_first_axis(config, stack, value.ndim) + k for k in axes], list(axes))
+  return value if len(axes) == 1 else xp.reshape(value, (len(stack.blocks), *value.shape[len(axes) :]))
+
+
+def of_stack(config, stack: Stack, values):
+  """`by_block` backwards."""
+  xp, axes = values.__array_namespace__(), range(len(stack.sizes))
+  value = values if len(axes) == 1 else xp.reshape(values, (*stack.sizes, *values.shape[1:]))
+  return xp.moveaxis(value, list(axes), [_first_axis(config, stack, value.ndim) + k for k in axes])
+
+
+def stacked_sizes(config, stack: Stack, shape: Sequence[int]) -> tuple[int, ...]:
+  """Of the shape of a parameter, the axes along which it is stacked."""
+  first = _first_axis(config, stack, len(shape))
+  return tuple(shape[first : first + len(stack.sizes)])
+
+
+def initialise(layers: nnx.Module, singles: Sequence[nnx.Module], stack: Stack, config) -> None:
   """Gives the connection of new scanned layers the values that it has in single layers, and sets to zero what does not
   exist in a block.
 
   Args:
     singles: the connection of each block, built for `scan_layers: false`.
   """
-  plan, blocks = connections.plan(config), layers.connection.blocks
-  whole = table(plan, blocks, padded=True)
+  whole = table(connections.plan(config), stack.blocks, padded=True)
   of_singles = [_by_path(nnx.state(single, nnx.Param)) for single in singles]
   state = nnx.state(layers, nnx.Param)
   for path, parameter in nnx.to_flat_state(state):
     path = tuple(map(str, path))
-    value = jnp.moveaxis(parameter.get_value(), _scan_axis(config, parameter.get_value()), 0)
+    value = by_block(config, stack, parameter.get_value())
     if path[0] == "connection":
-      by_block = [values.get(path[1:]) for values in of_singles]  # None: the block has no site
-      by_block = [
+      of_blocks = [values.get(path[1:]) for values in of_singles]  # None: the block has no site
+      of_blocks = [
         jnp.zeros_like(value[0]) if x is None else pad(config, path, x, site, whole.padded)
-        for x, site in zip(by_block, whole.sites)
+        for x, site in zip(of_blocks, whole.sites)
       ]
-      value = jnp.stack(by_block)
+      value = jnp.stack(of_blocks)
     mask = existing_entries(config, whole, path)
     if mask is not None:
       value = jnp.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), value, 0)
-    parameter.set_value(jnp.moveaxis(value, 0, _scan_axis(config, value)))
+    parameter.set_value(of_stack(config, stack, value))
   nnx.update(layers, state)
 
 
-def _scan_axis(config, stacked) -> int:
-  return min(config.param_scan_axis, stacked.ndim - 1)
+def _first_axis(config, stack: Stack, dimensions: int) -> int:
+  """The first of the axes along which a parameter of so many dimensions is stacked."""
+  return min(config.param_scan_axis, dimensions - len(stack.sizes))
 
 
 def _by_path(state: nnx.State) -> dict[tuple[str, ...], jnp.ndarray]:

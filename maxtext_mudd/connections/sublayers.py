@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from maxtext.layers.normalizations import RMSNorm
 from maxtext.models.gpt3 import Gpt3LayerNorm
 
+from maxtext_mudd.blocks import normed_streams
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.classes import change_class
 from maxtext_mudd.blocks.streams import decouple
@@ -87,7 +88,7 @@ class SublayerConnection(PlainConnection):
     it becomes three, each of which reads a stream."""
     block = block_spec(self.config)
     if self.decouples:
-      decouple(layer, block.attention_norm)
+      decouple(layer, block, normed_streams(self.config, self.blocks[0]))
     else:
       read_sublayer_input(layer, block.attention_norm)
     read_sublayer_input(layer, block.feed_forward_norm)

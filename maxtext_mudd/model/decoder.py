@@ -2,22 +2,26 @@
 
 from collections.abc import Sequence
 import functools
+import operator
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from maxtext.common.common_types import MODEL_MODE_TRAIN
+from maxtext.layers import nnx_scan
 from maxtext.layers.nnx_decoders import NNXDecoder
 
+from maxtext_mudd import blocks as decoder_blocks
 from maxtext_mudd import connections
-from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks import ffn_widths, stacks
 from maxtext_mudd.blocks.chunked_prefill import prefill_in_chunks
+from maxtext_mudd.blocks.classes import change_class
 from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import history, layout
 from maxtext_mudd.connections.base import Connection
 from maxtext_mudd.model import initializers
-from maxtext_mudd.model.layer import connected, connection_rngs
+from maxtext_mudd.model.layer import connect, connection_rngs, cycle, with_ffn_width
 
 
 class LayerGroups(nnx.Module):
@@ -70,33 +74,69 @@ class MuddDecoder(NNXDecoder):
     if _is_pythia(self.config):
       decoder_block_classes = [PythiaDecoderLayer]
     super()._init_decoder_layers(decoder_block_classes, rngs, mesh)
+    if not self._is_connected:
+      return
+    if self.config.scan_layers:
+      self._connect_stacks(rngs)
+    else:
+      for block, layer in enumerate(self.get_layers(), 1):
+        connect(layer, self._connection([block], rngs), self.config)
 
   def _create_and_register_layer(self, layer_cls, rngs, base_name, i, **layer_kwargs):
     if self._is_connected:
-      layer_cls = connected(layer_cls)
-      width = ffn_widths.of_config(self.config)[i]
-      layer_kwargs |= {"ffn_width": width, "connect": functools.partial(self._connect, [i + 1])}
+      layer_cls = self._with_ffn_width(layer_cls, i + 1)
     super()._create_and_register_layer(layer_cls, rngs, base_name, i, **layer_kwargs)
 
   def _create_scanned_layers(self, decoder_layer_class, length, metadata_axis_name, rngs, **layer_kwargs):
     create = super()._create_scanned_layers
-    if not self._is_connected:
+    if not (self._is_connected and self.config.mudd_ffn_reallocation):
       return create(decoder_layer_class, length, metadata_axis_name, rngs, **layer_kwargs)
-    self.connection = self._connect([], self.mesh, rngs)
-    widths, stacks = ffn_widths.of_config(self.config), []
+    groups = []
     for blocks in ffn_widths.groups(self.config):
-      keys = {"ffn_width": widths[blocks[0] - 1], "connect": functools.partial(self._connect, blocks)}
-      stack = create(connected(decoder_layer_class), len(blocks), metadata_axis_name, rngs, **keys, **layer_kwargs)
-      singles = [self._connect([block], self.mesh, rngs, scan_layers=False) for block in blocks]
-      layout.initialise(stack, singles, self.config)
-      stacks.append(stack)
-    return stacks[0] if len(stacks) == 1 else LayerGroups(stacks)
+      layer_class = self._with_ffn_width(decoder_layer_class, blocks[0])
+      groups.append(create(layer_class, len(blocks), metadata_axis_name, rngs, **layer_kwargs))
+    return groups[0] if len(groups) == 1 else LayerGroups(groups)
 
-  def _connect(
-    self, blocks: Sequence[int], mesh: jax.sharding.Mesh, rngs: nnx.Rngs, scan_layers: bool | None = None
-  ) -> Connection:
-    """Builds the connection of a single block, or of the blocks of a stack. Without blocks, builds the connection that
-    starts and finishes the stacks.
+  def _with_ffn_width(self, layer_class: type[nnx.Module], block: int) -> type[nnx.Module]:
+    width = ffn_widths.of_config(self.config)[block - 1]
+    return layer_class if width == self.config.mlp_dim else with_ffn_width(layer_class, width)
+
+  def _connect_stacks(self, rngs: nnx.Rngs) -> None:
+    """Connects the stacks of scanned layers. A connection of the decoder itself starts and finishes them."""
+    self.connection = self._connection([], rngs)
+    members = {}
+    for stack in stacks.of_config(self.config):
+      layers = operator.attrgetter(".".join(stack.path))(self)
+      connect(layers, self._stacked_connection(stack, rngs), self.config)
+      singles = [self._connection([block], rngs, scan_layers=False) for block in stack.blocks]
+      layout.initialise(layers, singles, stack, self.config)
+      members.setdefault(stack.path[0], []).append((stack.path[-1], stack.inner_length))
+    if decoder_blocks.spec(self.config).cycle:
+      for name, of_cycle in members.items():
+        cycles = getattr(self, name)
+        change_class(cycles, cycle(type(cycles), tuple(of_cycle)))
+
+  def _stacked_connection(self, stack: stacks.Stack, rngs: nnx.Rngs) -> Connection:
+    names = ["layers"] * len(stack.sizes)  # as MaxText names the axes of stock parameters in metadata
+    if stack.inner_length:
+      names[-1] = "local_layers"
+
+    def create(rngs, depth=0):
+      if depth == len(names):
+        return self._connection(stack.blocks, rngs)
+      return nnx_scan.create_scanned_layers(
+        functools.partial(create, depth=depth + 1),
+        length=stack.sizes[depth],
+        param_scan_axis=self.config.param_scan_axis,
+        metadata_axis_name=names[depth],
+        rngs=rngs,
+      )
+
+    return create(connection_rngs(rngs, stack.blocks[0]))
+
+  def _connection(self, blocks: Sequence[int], rngs: nnx.Rngs, scan_layers: bool | None = None) -> Connection:
+    """The connection of a single block, or of the blocks of a stack. Without blocks, the connection that starts and
+    finishes the stacks.
 
     Args:
       scan_layers: in place of the configuration's.
@@ -105,25 +145,49 @@ class MuddDecoder(NNXDecoder):
     starts = not blocks or (not config.scan_layers and blocks[0] == 1)
     finishes = not blocks or (not config.scan_layers and blocks[-1] == config.num_decoder_layers)
     rngs = connection_rngs(rngs, blocks[0] if blocks else 0)
-    return connections.family(config).build(config, tuple(blocks), mesh, rngs, starts=starts, finishes=finishes)
+    return connections.family(config).build(config, tuple(blocks), self.mesh, rngs, starts=starts, finishes=finishes)
 
   def _apply_layers_sequentially(self, layers, x_in, *args, **kwargs):
     apply = super()._apply_layers_sequentially
-    if not self._is_connected:
+    if not self._is_connected or layers is None:
       return apply(layers, x_in, *args, **kwargs)
-    carry = self.connection.start(x_in, self._rematerialisation())
+    carry = self._start(x_in)
     per_layer = {name: kwargs.pop(name, None) for name in ("kv_caches_stacked", "forced_routed_experts_scanned")}
+    end = 0
     for stack in layers if isinstance(layers, LayerGroups) else [layers]:
-      blocks = stack.connection.blocks
-      first, end = blocks[0] - 1, blocks[-1]
+      first, end = end, end + len(stack.connection.blocks)
       of_stack = {name: None if x is None else x[first:end] for name, x in per_layer.items()}
-      kwargs |= {"length": len(blocks), "skip_block_remat": stack.connection.rematerialises}
+      kwargs |= {"length": end - first, "skip_block_remat": stack.connection.rematerialises}
       carry, _, _ = apply(stack, carry, *args, **of_stack, **kwargs)
       if of_stack["kv_caches_stacked"] is not None:  # a list that is changed in place
         per_layer["kv_caches_stacked"][first:end] = of_stack["kv_caches_stacked"]
-    hidden, sown = self.connection.finish(carry, nnx.state(layers, _is_floating_state))
-    nnx.update(layers, sown)
-    return hidden, layers, None
+    is_last = layers is self.get_layers()[-1]
+    return self._finish(carry) if is_last else carry, layers, None
+
+  def _apply_gemma3_scanned_blocks(self, y, *args, **kwargs):
+    apply = super()._apply_gemma3_scanned_blocks
+    if not self._is_connected:
+      return apply(y, *args, **kwargs)
+    carry = apply(self._start(y), *args, **kwargs)
+    return carry if isinstance(carry, jax.Array) else self._finish(carry)
+
+  def _apply_remainder_block(self, block, y, *args, **kwargs):
+    apply = super()._apply_remainder_block
+    if not self._is_connected:
+      return apply(block, y, *args, **kwargs)
+    return self._finish(apply(block, self._start(y), *args, **kwargs))
+
+  def _start(self, x):
+    """The carry of the connections, from the embedding or from the stack before."""
+    return self.connection.start(x, self._rematerialisation()) if isinstance(x, jax.Array) else x
+
+  def _finish(self, carry):
+    """The hidden state after the last stack."""
+    all_layers = self.get_layers()
+    hidden, sown = self.connection.finish(carry, [nnx.state(layers, _is_floating_state) for layers in all_layers])
+    for layers, of_layers in zip(all_layers, sown):
+      nnx.update(layers, of_layers)
+    return hidden
 
   def _rematerialisation(self):
     """The argument `rematerialise` of `Connection.start` for the policy. None recomputes everything. MaxText treats the

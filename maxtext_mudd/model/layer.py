@@ -1,16 +1,19 @@
 """One decoder layer of MaxText with a depth connection around it."""
 
-from collections.abc import Callable
 import functools
+import inspect
 
 from flax import nnx
 import jax
 from maxtext.configs.pyconfig import HyperParameters
+from maxtext.layers import nnx_scan
 import numpy as np
 
+from maxtext_mudd.blocks.classes import change_class
 from maxtext_mudd.blocks.feed_forward import split_feed_forward
 from maxtext_mudd.blocks.rotary import round_rotary_table
 from maxtext_mudd.config.changed import changed
+from maxtext_mudd.connections.base import Connection
 
 _CONNECTION_SEED = 0x6D756464  # separates the keys of the connections from those of the stock layers
 
@@ -21,33 +24,37 @@ def connection_rngs(rngs: nnx.Rngs, block: int) -> nnx.Rngs:
 
 
 @functools.cache
-def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
-  """The stock layer class with a depth connection around its `__call__`.
+def with_ffn_width(layer_class: type[nnx.Module], width: int) -> type[nnx.Module]:
+  """The stock layer class with another width of its feed-forward network."""
+
+  class LayerOfWidth(layer_class):
+    def __init__(self, *, config: HyperParameters, **kwargs):
+      super().__init__(config=changed(config, mlp_dim=width, moe_mlp_dim=width), **kwargs)
+
+  LayerOfWidth.__name__ = LayerOfWidth.__qualname__ = f"{layer_class.__name__}OfWidth{width}"
+  return LayerOfWidth
+
+
+def connect(layer: nnx.Module, connection: Connection, config: HyperParameters) -> None:
+  """Puts a depth connection around the `__call__` of a stock layer, or of the layers of a scanned stack.
 
   Stock parameters keep their paths. The exception is the attention norm of a block that reads four streams: it becomes
   three norms, `q`, `k` and `v`.
   """
+  layer.connection = connection
+  connection.adapt(layer)
+  if config.mudd_ffn_parts > 1:
+    split_feed_forward(layer)
+  if config.mudd_rope_table != "stock":
+    round_rotary_table(layer, config.mudd_rope_table)
+  change_class(layer, _connected(type(layer)))
 
+
+@functools.cache
+def _connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
   class ConnectedLayer(layer_class):
-    """The layer whose `__call__` takes and returns the carry of the connection. If layers are not scanned, the first
-    one takes the embedding, and the last one returns the hidden state.
-
-    Args:
-      ffn_width: width of the feed-forward network of this layer.
-      connect: builds the connection from (mesh, rngs).
-    """
-
-    def __init__(self, *, config: HyperParameters, ffn_width: int, connect: Callable, rngs: nnx.Rngs, **kwargs):
-      layer_config = config
-      if ffn_width != config.mlp_dim:
-        layer_config = changed(config, mlp_dim=ffn_width, moe_mlp_dim=ffn_width)
-      super().__init__(config=layer_config, rngs=rngs, **kwargs)
-      self.connection = connect(mesh=self.mesh, rngs=rngs)
-      self.connection.adapt(self)
-      if config.mudd_ffn_parts > 1:
-        split_feed_forward(self)
-      if config.mudd_rope_table != "stock":
-        round_rotary_table(self, config.mudd_rope_table)
+    """The layer whose `__call__` takes and returns the carry of its connection. If layers are not scanned, the first
+    one takes the embedding, and the last one returns the hidden state."""
 
     @functools.wraps(layer_class.__call__)
     def __call__(self, inputs, *args, **kwargs):
@@ -73,3 +80,40 @@ def connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
 
   ConnectedLayer.__name__ = ConnectedLayer.__qualname__ = f"Connected{layer_class.__name__}"
   return ConnectedLayer
+
+
+@functools.cache
+def cycle(cycle_class: type[nnx.Module], members: tuple[tuple[str, int | None], ...]) -> type[nnx.Module]:
+  """The class of a cycle of layers that MaxText scans, whose layers are connected.
+
+  Args:
+    members: names of the layers, in their order, each with the number of layers where it is a stack, or None.
+  """
+
+  class Cycle(cycle_class):
+    """Runs its layers in a row, as MaxText's class does, which shards what it passes to them as an array."""
+
+    @property
+    def connection(self) -> Connection:
+      return getattr(self, members[0][0]).connection
+
+    @functools.wraps(cycle_class.__call__)
+    def __call__(self, carry, *args, **kwargs):
+      for name, length in members:
+        layer = getattr(self, name)
+        taken = inspect.signature(type(layer).__call__).parameters
+        of_layer = {key: value for key, value in kwargs.items() if key in taken}
+        if length is None:
+          carry, _ = layer(carry, *args, **of_layer)
+        else:
+          carry = nnx_scan.apply_scanned_layers(
+            layer,
+            carry,
+            length=length,
+            param_scan_axis=self.config.param_scan_axis,
+            apply_fn=lambda layer, carry, given=of_layer: layer(carry, *args, **given)[0],
+          )
+      return carry, None
+
+  Cycle.__name__ = Cycle.__qualname__ = f"ConnectedCycleOf{cycle_class.__name__}"
+  return Cycle

@@ -16,7 +16,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from maxtext_mudd import connections
-from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks import stacks
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections import layout, metrics
 from maxtext_mudd.model import mtp
@@ -104,31 +104,23 @@ def _gradient_norms(gradients, config) -> dict[int, Float[Array, ""]]:
       continue
     square = jnp.square(gradient.astype(jnp.float32))
     blocks = _blocks_before(path, config)
-    if isinstance(blocks, int):
-      blocks, by_block = [blocks], jnp.sum(square)[None]
-    else:
-      axis = min(config.param_scan_axis, square.ndim - 1)
-      by_block = jnp.sum(square, axis=[k for k in range(square.ndim) if k != axis])
-    for k, block in enumerate(blocks):
-      squares[block] = squares.get(block, 0) + by_block[k]
+    stack = None if isinstance(blocks, int) else stacks.of_path(config, path)
+    by_block = square[None] if stack is None else layout.by_block(config, stack, square)
+    for block, of_block in zip([blocks] if stack is None else blocks, by_block):
+      squares[block] = squares.get(block, 0) + jnp.sum(of_block)
   return {block: jnp.sqrt(x) for block, x in squares.items()}
 
 
-def _blocks_before(path: Path, config) -> int | range:
+def _blocks_before(path: Path, config) -> int | list[int]:
   """How many blocks come before what reads a connection's parameter; in a stack of scanned layers, for each of them."""
   family, module = connections.family(config), path[path.index("connection") + 1]
   mtp_number = mtp.number_in(path)
   if mtp_number or module in family.finish_modules:
     return config.num_decoder_layers + (mtp_number or 0)
-  if "layers" in path:
-    blocks = _blocks_of_stack(path, config)
-    return range(blocks[0] - 1, blocks[-1])
-  return next((int(name.removeprefix("layers_")) for name in path if name.startswith("layers_")), 0)
-
-
-def _blocks_of_stack(path: Path, config) -> range:
-  group = next((int(name.removeprefix("group_")) for name in path if name.startswith("group_")), 0)
-  return ffn_widths.groups(config)[group]
+  if stack := stacks.of_path(config, path):
+    return [block - 1 for block in stack.blocks]
+  singles = stacks.single_layers(config)
+  return next((singles[name] - 1 for name in path if name in singles), 0)
 
 
 def _names(path) -> Path:
@@ -167,10 +159,11 @@ def _muon_factor(path: Path, stacked: jax.Array, config):
   optax scales by sqrt(max(rows, columns)) times `muon_consistent_rms`, or, without that, by sqrt(max(1, columns/rows)).
   """
   is_matrix = _is_of_connection(path) and _dimension_numbers(path, config)
-  if config.opt_type != "muon" or "layers" not in path or not is_matrix:
+  stack = stacks.of_path(config, path)
+  if config.opt_type != "muon" or stack is None or not is_matrix:
     return 1
-  table = layout.table(connections.plan(config), _blocks_of_stack(path, config), padded=True)
-  padded = (stacked.shape[0], *stacked.shape[2:])
+  table = layout.table(connections.plan(config), stack.blocks, padded=True)
+  padded = layout.by_block(config, stack, stacked).shape[1:]
 
   def scale(sizes):
     rows, columns = (math.prod(sizes[axis] for axis in axes) for axes in _dimension_numbers(path, config))
@@ -179,7 +172,7 @@ def _muon_factor(path: Path, stacked: jax.Array, config):
   # All of a block without a site is padding, so that any factor will do.
   shapes = [padded if x is None else layout.single_shape(config, path, padded, x, table.padded) for x in table.sites]
   factors = [scale(shape) / scale(padded) for shape in shapes]
-  return jnp.asarray(factors, stacked.dtype).reshape(1, -1, *[1] * (stacked.ndim - 2))
+  return layout.of_stack(config, stack, jnp.asarray(factors, stacked.dtype).reshape(-1, *[1] * len(padded)))
 
 
 def _is_dimension_numbers(x) -> bool:

@@ -1,13 +1,12 @@
 """Adds depth connections to what MaxText reports: FLOPs, and statistics of connections among the metrics."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 
 from maxtext_mudd import connections
-from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks import stacks
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import metrics
 from maxtext_mudd.connections.metrics import LARGEST_WEIGHT, SOWN
@@ -95,17 +94,15 @@ def _by_aggregate(keys: list[str], value, stream: str, config, *, is_last: bool)
     stream: what the value belongs to: a stream, or a sublayer.
     is_last: whether it is of what follows the last block, or an MTP block.
   """
-  layer = next((re.fullmatch(r"layers_(\d+)", key) for key in keys if key.startswith("layers_")), None)
   if is_last:
     yield config.num_decoder_layers + (mtp.number_in(keys) or 0), value
-  elif layer:
-    yield int(layer.group(1)), value
-  else:
+  elif stack := stacks.of_path(config, keys):
     plan = connections.plan(config)
-    group = next((int(key.removeprefix("group_")) for key in keys if key.startswith("group_")), 0)
-    blocks = ffn_widths.groups(config)[group]
-    for block, mean in zip(blocks, value):
+    for block, mean in zip(stack.blocks, jnp.reshape(value, -1)):
       site = plan.before(block)
       # In a stack with sites, blocks sow values also of streams that they do not read.
       if not plan.sites or (site and stream in (*site.streams, metrics.ALL)):
         yield block - 1, mean
+  else:
+    singles = stacks.single_layers(config)
+    yield next(singles[key] for key in keys if key in singles) - 1, value

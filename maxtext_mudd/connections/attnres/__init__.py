@@ -1,6 +1,6 @@
 """Attention Residuals, AttnRes (arXiv 2603.15031): each sublayer reads a softmax-weighted sum of earlier outputs."""
 
-from maxtext_mudd.blocks import norm_parameters
+from maxtext_mudd.blocks import separate_norm_parameters
 from maxtext_mudd.connections.attnres import keys
 from maxtext_mudd.connections.base import BaseFamily, Cost, Plan, logits_arrays
 from maxtext_mudd.connections.family_keys import kernel_refusals, sublayer_refusals
@@ -47,7 +47,12 @@ class AttentionResiduals(BaseFamily):
     ends = range(config.mudd_attnres_block, sublayers, config.mudd_attnres_block)
     has_route = config.mudd_attnres_value_route
     return Cost(
-      parameters=2 * queries * width + (2 * norm_parameters(config) * config.num_decoder_layers if has_route else 0),
+      parameters=2 * queries * width
+      + (
+        sum(separate_norm_parameters(config, block + 1) for block in range(config.num_decoder_layers))
+        if has_route
+        else 0
+      ),
       flops=2 * queries * (sublayers + 1) * width + 2 * mixed * width,
       activations=keys.count_sources(config, sublayers)
       - 1

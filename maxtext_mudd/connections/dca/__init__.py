@@ -3,7 +3,7 @@ whose weights depend on the channel, and on the source itself."""
 
 from typing import ClassVar
 
-from maxtext_mudd.blocks import norm_parameters
+from maxtext_mudd.blocks import separate_norm_parameters
 from maxtext_mudd.connections.base import BaseFamily, Cost, Plan, logits_arrays
 from maxtext_mudd.connections.dca import keys
 from maxtext_mudd.connections.family_keys import kernel_refusals, sublayer_refusals
@@ -42,7 +42,9 @@ class DeepCrossAttention(BaseFamily):
     sites = keys.plan(config).sites
     mixed = sum(site.ways * len(site.sources) for site in sites.values())
     sums = blocks + 1 if config.mudd_dca_sources == "middle_sum" else 0  # zero ones, too, as single layers do
-    parameters = mixed * (1 if weights == "v1" else width) + 2 * norm_parameters(config) * blocks
+    parameters = mixed * (1 if weights == "v1" else width) + sum(
+      separate_norm_parameters(config, block + 1) for block in range(blocks)
+    )
     if weights == "v3":
       parameters += (keys.count_queries(config) + blocks + 1) * width
     return Cost(

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from maxtext_mudd.blocks import stacks
 from maxtext_mudd.blocks.streams import Streams
 from maxtext_mudd.connections import layout, metrics
 from maxtext_mudd.connections.base import Site
@@ -111,7 +112,7 @@ class DcaConnection(ScoredConnection):
 
   def read(self, carry: ScoredCarry) -> Streams:
     block = self.blocks_before(carry)
-    reading = self.reading(block) if carry.blocks is None else self._reading_in_stack(block + 1 - self.blocks[0])
+    reading = self.reading(block) if carry.blocks is None else self._reading_in_stack(block + 1)
     (q, k, v), carry = self.mix("qkv", self.put_newest(carry, block), block, self.depth_aggregate, reading)
 
     def after_attention(carried, attention):
@@ -210,8 +211,8 @@ class DcaConnection(ScoredConnection):
       np.array([*front, *slots]), np.array([*front, *columns]), np.array([False] * missing + [True] * len(slots))
     )
 
-  def _reading_in_stack(self, row: Int[Array, ""]) -> Reading:
-    """What is read before a block of the stack, by its place there."""
+  def _reading_in_stack(self, block: Int[Array, ""]) -> Reading:
+    """What a block of the stack reads, by its number."""
     number = max(len(keys.sources(self.config, block - 1)) for block in self.blocks)
     readings = [self.reading(block - 1, number) for block in self.blocks]
-    return Reading(*(jnp.asarray(np.stack(x))[row] for x in zip(*readings)))
+    return Reading(*(jnp.asarray(np.stack(x))[stacks.index(self.blocks, block)] for x in zip(*readings)))

@@ -8,10 +8,11 @@ from maxtext_mudd.connections.mudd import sites
 def cost(config) -> Cost:
   """Counts for a configuration."""
   plan = sites.plan(config)
-  decoupled = sum(plan.has_separate_norms(block) for block in range(1, plan.num_blocks + 1))
+  decoupled = [block for block in range(1, plan.num_blocks + 1) if plan.has_separate_norms(block)]
+  norms = sum(blocks.separate_norm_parameters(config, block) for block in decoupled)
   weights = sum(site.hidden * (config.emb_dim + site.ways * len(site.sources)) for site in _mlps(plan))
   return Cost(
-    parameters=weights + _other_parameters(config, plan) + 2 * blocks.norm_parameters(config) * decoupled,
+    parameters=weights + _other_parameters(config, plan) + norms,
     weight_parameters=weights,
     flops=sum(_flops(site, config.emb_dim) for site in plan.sites.values()),
     activations=_activations(config, plan),

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from maxtext_mudd import blocks
 from maxtext_mudd.connections.base import STREAMS, Plan, Site
 from maxtext_mudd.connections.mudd import placements
 from maxtext_mudd.connections.mudd.placements import Placement
@@ -35,7 +36,7 @@ def plan(config) -> Plan:
   found = placements.expand(table, num_blocks) if table else _from_keys(config)
   if config.mudd_mtp == "connected":
     found = _with_mtp(found, num_blocks, config.mtp_num_layers)
-  sites = {placement.block: _site(config, placement) for placement in found}
+  sites = {placement.block: _site(config, placement) for placement in _read(config, found)}
   return Plan(num_blocks, sites, separate_norms=(1,) if config.mudd_first_block_norms == "separate" else ())
 
 
@@ -49,6 +50,16 @@ def _from_keys(config) -> list[Placement]:
       sources = visible_sources(block, dilation=config.mudd_source_dilation, window=config.mudd_window)
       found.append(Placement(block, sources, streams))
   return found
+
+
+def _read(config, found: list[Placement]) -> list[Placement]:
+  """The DAs without the streams that the next block does not read, of which nothing would train the parameters."""
+  read = {x.block: set(blocks.streams_read(config, x.block + 1)) for x in found if x.block < config.num_decoder_layers}
+  there = [
+    dataclasses.replace(x, streams="".join(c for c in x.streams if c == "x" or c in read.get(x.block, x.streams)))
+    for x in found
+  ]
+  return [x for x in there if x.streams]
 
 
 def _with_mtp(found: list[Placement], num_blocks: int, mtp_blocks: int) -> list[Placement]:

@@ -1,0 +1,69 @@
+"""Writes the table of decoder blocks and features in docs/decoders.md from the results of tests.
+
+PYTEST_ADDOPTS=--junitxml=fast.xml make test
+PYTEST_ADDOPTS=--junitxml=slow.xml make test-slow
+.venv/bin/python docs/decoders.py fast.xml slow.xml
+"""
+
+import collections
+import pathlib
+import sys
+import xml.etree.ElementTree as ET
+
+PAGE = pathlib.Path(__file__).parent / "decoders.md"
+BEGIN, END = "<!-- written by docs/decoders.py -->", "<!-- end -->"
+# By feature, the tests that show it.
+FEATURES = {
+  "starts as stock": ["test_starts_as_the_stock_model"],
+  "equals the float64 reference": ["test_equals_the_oracle"],
+  "each stream matters": ["test_each_stream_of_a_layer_matters", "test_equals_the_oracle"],
+  "gradient by finite differences": ["test_gradient"],
+  "scanned = single": ["test_same_as_single_layers"],
+  "trains": ["test_trains"],
+  "decodes": ["test_generates_what_teacher_forcing_says"],
+  "mesh of 8 = one device": ["test_other_blocks"],
+}
+PASSED, FAILED, MISSING = "yes", "**no**", ""
+
+
+def results(files: list[pathlib.Path]) -> dict[tuple[str, str], bool]:
+  """Whether a test passed, by (name of its function, its parameters). A test that was skipped has no result."""
+  found = {}
+  for file in files:
+    for case in ET.parse(file).getroot().iter("testcase"):
+      name, _, parameters = case.get("name").partition("[")
+      if case.find("skipped") is None:
+        passed = case.find("failure") is None and case.find("error") is None
+        found[name, parameters.removesuffix("]")] = passed
+  return found
+
+
+def table(found: dict[tuple[str, str], bool], blocks: list[str]) -> list[str]:
+  """Rows of Markdown: for each block and feature, whether all its tests passed; empty where none ran."""
+  of_block = collections.defaultdict(list)
+  for (name, parameters), passed in found.items():
+    for block in blocks:
+      if parameters == block or parameters.startswith(f"{block}-"):
+        of_block[name, block].append(passed)
+  rows = [f"| block | {' | '.join(FEATURES)} |", "|---" * (len(FEATURES) + 1) + "|"]
+  for block in blocks:
+    cells = []
+    for tests in FEATURES.values():
+      passed = [x for name in tests for x in of_block[name, block]]
+      cells.append(MISSING if not passed else PASSED if all(passed) else FAILED)
+    rows.append(f"| {block} | {' | '.join(cells)} |")
+  return rows
+
+
+def main(files: list[str]) -> None:
+  from tests.blocks import BLOCKS, OTHERS
+
+  rows = table(results([pathlib.Path(file) for file in files]), [*BLOCKS, *OTHERS])
+  page = PAGE.read_text()
+  before, after = page.split(BEGIN)[0], page.split(END)[1]
+  PAGE.write_text("\n".join([f"{before}{BEGIN}", *rows, f"{END}{after}"]))
+
+
+if __name__ == "__main__":
+  sys.path.insert(0, str(PAGE.parents[1]))
+  main(sys.argv[1:])

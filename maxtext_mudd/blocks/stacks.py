@@ -1,0 +1,124 @@
+"""Where the decoder has its layers: the attribute of each single layer, and the stacks of scanned ones. Pure Python."""
+
+from collections.abc import Sequence
+import dataclasses
+
+from maxtext_mudd import blocks as decoder_blocks
+from maxtext_mudd.blocks import ffn_widths
+
+_INNER = "local_layers"  # a stack within each cycle
+_REMAINDER = "layers_remainder"
+_ATTRIBUTES = {_REMAINDER}.union(  # of decoders with scanned layers
+  *({*spec.layers, *([spec.cycle.name] if spec.cycle else [])} for spec in decoder_blocks.BLOCKS.values())
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """Scanned layers whose parameters are stacked, each in one array.
+
+  Attributes:
+    path: attributes that lead from the decoder to the stack.
+    blocks: numbers of the blocks, rising, in the order of the arrays.
+    sizes: of the axes along which parameters are stacked: one axis or, where a stack lies within each scanned cycle,
+      two, that of cycles first. None for a layer that is not stacked, after the last whole cycle.
+  """
+
+  path: tuple[str, ...]
+  blocks: tuple[int, ...]
+  sizes: tuple[int, ...]
+
+  @property
+  def inner_length(self) -> int | None:
+    """The length of the scan within each cycle; None: there is none."""
+    return self.sizes[-1] if self.path[-1] == _INNER else None
+
+
+def of_config(config) -> tuple[Stack, ...]:
+  """The stacks of a model with `scan_layers: true`, in the order in which MaxText first runs them.
+
+  MaxText scans single layers or, where layers differ, cycles of them. Then the first layers of all cycles are one
+  stack, the second ones another, and so on; or those before the last are a stack in each cycle. Layers that differ in
+  their FFN widths are scanned in groups.
+  """
+  cycle = decoder_blocks.spec(config).cycle
+  groups = ffn_widths.groups(config)
+  if cycle is None and len(groups) > 1:
+    return tuple(_stack(("layers", f"group_{k}"), blocks) for k, blocks in enumerate(groups))
+  if cycle is None:
+    return tuple(_stack((name,), blocks) for name, blocks in _sections(config) if blocks)
+  length = cycle.length or config.inhomogeneous_layer_cycle_interval
+  number, rest = divmod(config.num_decoder_layers, length)
+  members = _inner_stack if cycle.member is None else _members
+  return (
+    *(members(cycle.name, 1, length, number, cycle.member, has_last=True) if number else ()),
+    *(members(_REMAINDER, number * length + 1, rest, None, cycle.member, has_last=False) if rest else ()),
+  )
+
+
+def index(blocks: Sequence[int], number):
+  """Where the block with a number, an integer or an array, stands among the blocks of a stack."""
+  step = blocks[1] - blocks[0] if len(blocks) > 1 else 1
+  if blocks[-1] - blocks[0] == step * (len(blocks) - 1):
+    return (number - blocks[0]) // step
+  return sum(number > block for block in blocks)
+
+
+def of_path(config, path: Sequence[str]) -> Stack | None:
+  """The stack that a parameter's path leads through; None for what is of no stack."""
+  for stack in of_config(config):
+    start, length = stack.path[0], len(stack.path)
+    if start in path and tuple(path[path.index(start) :][:length]) == stack.path:
+      return stack
+  return None
+
+
+def is_scanned(path: Sequence[str]) -> bool:
+  """Whether a parameter's path leads through a stack of scanned layers, of whatever model."""
+  return not _ATTRIBUTES.isdisjoint(path)
+
+
+def single_layers(config) -> dict[str, int]:
+  """By the attribute of the decoder that has a single layer, the number of its block."""
+  return {f"{name}_{index}": block for name, blocks in _sections(config) for index, block in enumerate(blocks)}
+
+
+def _sections(config) -> list[tuple[str, range]]:
+  """What the attributes of layers begin with, and the blocks in these layers."""
+  names, end = decoder_blocks.spec(config).layers, config.num_decoder_layers + 1
+  if len(names) == 1:
+    return [(names[0], range(1, end))]
+  first = config.first_num_dense_layers + 1
+  return [(names[0], range(1, first)), (names[1], range(first, end))]
+
+
+def _stack(path: tuple[str, ...], blocks: Sequence[int]) -> Stack:
+  return Stack(path, tuple(blocks), (len(blocks),))
+
+
+def _members(name: str, first: int, length: int, number: int | None, member: str, *, has_last: bool) -> list[Stack]:
+  """A stack for each place in a cycle.
+
+  Args:
+    number: of cycles; None for one that is not scanned.
+    has_last: whether the last layer of a cycle is there.
+  """
+  return [
+    Stack(
+      (name, f"{member}_{k}"),
+      tuple(first + k + length * c for c in range(number or 1)),
+      () if number is None else (number,),
+    )
+    for k in range(length)
+  ]
+
+
+def _inner_stack(name: str, first: int, length: int, number: int | None, member: None, *, has_last: bool):
+  """A stack of the layers of a cycle but the last, and one of the last layers."""
+  inner, cycles = length - has_last, range(number or 1)
+  outer = () if number is None else (number,)
+  if inner:
+    blocks = tuple(first + length * c + k for c in cycles for k in range(inner))
+    yield Stack((name, _INNER), blocks, (*outer, inner))
+  if has_last:
+    yield Stack((name, "global_layer"), tuple(first + length * c + inner for c in cycles), outer)

@@ -1,0 +1,158 @@
+"""Blocks that the float64 oracle does not restate: what each stream changes, gradients, decoding and training.
+
+Whether a model starts as the stock model is tested for these blocks as for all others, in tests/test_blocks.py.
+"""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from maxtext.common.common_types import MODEL_MODE_TRAIN
+from maxtext.utils import maxtext_utils
+import numpy as np
+import pytest
+
+import maxtext_mudd
+from maxtext_mudd import blocks
+from maxtext_mudd.blocks.streams import Streams, decouple
+from tests import models, steps
+from tests.blocks import OTHERS, config_of, packed
+
+STEP = 2e-3  # of finite differences
+PAIRS = ("qk", "qv", "qr", "kv", "kr", "vr")
+
+
+@functools.cache
+def stock(block):
+  """A stock model with random weights, and its configuration."""
+  config = config_of(block)
+  model = models.build(config)
+  models.randomise(model)
+  return model, config
+
+
+def layers_of_each_kind(model) -> dict[tuple, tuple[int, nnx.Module]]:
+  """By kind, the first layer of that kind, with its number."""
+  kinds = {}
+  for number, layer in enumerate(model.decoder.get_layers(), 1):
+    traits = ("attention_type", "is_moe_layer", "is_nope_layer", "is_full_attention_layer")
+    attention = type(getattr(layer, "attention", None)).__name__
+    kinds.setdefault(
+      (type(layer).__name__, attention, *(str(getattr(layer, name, None)) for name in traits)), (number, layer)
+    )
+  return kinds
+
+
+OF_ONE_KIND = ("default", "qwen3_custom_moe", "fused", "gpt3, fused")
+
+
+@pytest.mark.parametrize("block", OTHERS)
+def test_each_stream_of_a_layer_matters(block):
+  model, config = stock(block)
+  layers = layers_of_each_kind(model)
+  assert len(layers) == (1 if block in OF_ONE_KIND else 2)
+  data = packed(config)
+  rng = np.random.default_rng(0)
+  shape = (*data["inputs"].shape, config.emb_dim)
+  arrays = {stream: jnp.asarray(rng.standard_normal(shape), jnp.float32) for stream in "qkvr"}
+  for kind, (block_number, layer) in layers.items():
+    decoupled, read = nnx.clone(layer), blocks.streams_read(config, block_number)
+    decouple(decoupled, blocks.spec(config), blocks.normed_streams(config, block_number))
+
+    def call(layer, x):
+      with jax.set_mesh(maxtext_utils.get_mesh_from_config(config)):
+        call = nnx.jit(lambda layer, x: layer(x, *inputs, True, MODEL_MODE_TRAIN)[0])
+        inputs = data["inputs_segmentation"], data["inputs_position"]
+        return np.asarray(call(layer, x))
+
+    x = arrays["r"]
+    expected = call(layer, x)
+    np.testing.assert_allclose(call(decoupled, Streams(x, x, x, x)), expected, atol=1e-5 * expected.std(), err_msg=kind)
+    output = call(decoupled, Streams(**arrays))
+    changes = {c: arrays | {c: arrays[c] + 0.5 * x[:, ::-1]} for c in "qkvr"}
+    changes |= {pair: arrays | {pair[0]: arrays[pair[1]], pair[1]: arrays[pair[0]]} for pair in PAIRS}
+    for name, changed in changes.items():
+      change = np.abs(call(decoupled, Streams(**changed)) - output).max()
+      assert (change > 0.01 * output.std()) == (not {*name}.isdisjoint(read)), (kind, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", OTHERS)
+def test_gradient(block):
+  """The derivative along a random direction is that of finite differences, for parameters of connections and for all.
+  Weights are near their initial values: where they are larger, float32 has too few digits for differences."""
+  config = config_of(block, mudd=True)
+  model = models.build(config)
+  graphdef, params, others = nnx.split(model, nnx.Param, ...)
+  rng = np.random.default_rng(0)
+  flat = nnx.to_flat_state(params)
+  for path, parameter in flat:
+    x = np.asarray(parameter.get_value())
+    scale = 0.3 * x.std() if path[-1] not in ("w2", "a") else 0.1
+    parameter.set_value(jnp.asarray(x + scale * rng.standard_normal(x.shape), x.dtype))
+  data = packed(config)
+  weights = rng.standard_normal((*data["inputs"].shape, config.vocab_size)).astype(np.float32) / 100
+
+  @jax.jit
+  def objective(params):
+    logits = models.logits(nnx.merge(graphdef, params, others), data)
+    return jnp.vdot(logits, weights, precision="highest")
+
+  gradients = jax.jit(jax.grad(objective))(params)
+  for only in ("connection", ""):
+    values = {path: np.asarray(parameter.get_value()) for path, parameter in flat}
+    direction = nnx.from_flat_state(
+      (path, parameter.replace(jnp.asarray(_direction(rng, values[path], only in "/".join(map(str, path))))))
+      for path, parameter in flat
+    )
+    ahead, back = (objective(jax.tree.map(lambda x, d, s=s: x + s * d, params, direction)) for s in (STEP, -STEP))
+    difference = float(ahead - back) / (2 * STEP)
+    products = jax.tree.map(lambda x, y: jnp.vdot(x, y), gradients, direction)
+    assert float(sum(jax.tree.leaves(products))) == pytest.approx(difference, rel=5e-3), only
+
+
+def _direction(rng, value, moves: bool):
+  step = (value.std() + 1e-3) * rng.standard_normal(value.shape)
+  return np.where(moves, step, 0).astype(value.dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
+@pytest.mark.parametrize("block", OTHERS)
+def test_generates_what_teacher_forcing_says(block, scan):
+  config = config_of(block, mudd=True, scan_layers=scan, max_target_length=24)
+  model = models.build(config)
+  models.randomise(model)
+  prompts = [[1, 7, 11, 2, 30], [5, 9]]
+  found = maxtext_mudd.generate(model, config, prompts, 6)
+  for row, prompt in zip(found, prompts):
+    models.check_greedy(model, row, len(prompt), 6)
+
+
+WITH_MUON = ("deepseek", "gemma3", "gpt_oss", "qwen3_custom_moe", "qwen3_next")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
+@pytest.mark.parametrize(("block", "optimizer"), [*((x, "adamw") for x in OTHERS), *((x, "muon") for x in WITH_MUON)])
+def test_trains(block, optimizer, scan):
+  """Three of MaxText's train steps on one batch: losses fall, and every parameter of connections is trained."""
+  keys = {"mudd": True, "scan_layers": scan, "opt_type": optimizer}
+  config = config_of(block, **keys, learning_rate=1e-3, steps=20, warmup_steps_fraction=0.05)
+  step, state = steps.prepare(config)
+  before = connection_values(state)
+  losses = []
+  for _ in range(3):
+    state, found = step(state, models.batch(config))
+    losses.append(float(found["scalar"]["learning/loss"]))
+  assert np.isfinite(losses).all()
+  assert losses[2] < losses[1]
+  after = connection_values(state)
+  unchanged = [path for path, value in before.items() if np.array_equal(value, after[path])]
+  assert before and not unchanged
+
+
+def connection_values(state) -> dict[str, np.ndarray]:
+  flat = nnx.to_flat_state(state["model"].filter(nnx.Param))
+  return {"/".join(map(str, path)): np.asarray(x.get_value()) for path, x in flat if "connection" in path}

@@ -1,0 +1,87 @@
+"""What the launcher says of settings that do not work with a decoder block."""
+
+import pytest
+
+from tests import runs
+from tests.refusals import refuse
+
+GPT_OSS = ("decoder_block=gpt_oss", "mudd_init=stock", "mudd_ffn_reallocation=false")
+DEEPSEEK = ("decoder_block=deepseek", "attention_type=mla", "mudd_init=stock", "mudd_ffn_reallocation=false")
+OLMO3 = ("decoder_block=olmo3", "mudd_init=stock", "mudd_ffn_reallocation=false", "scan_layers=true")
+MISTAKES = {
+  "not supported": (
+    ["decoder_block=gemma2", "mudd_init=stock"],
+    "decoder_block='gemma2' is not supported; supported are llama2, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma, ",
+  ),
+  "re-allocated FFNs": (
+    [*GPT_OSS, "mudd_ffn_reallocation=true"],
+    "mudd_ffn_reallocation=True does not work with decoder_block='gpt_oss': its layers have different FFNs already; "
+    "set mudd_ffn_reallocation=False.",
+  ),
+  "FFNs in parts": (
+    [*GPT_OSS, "mudd_ffn_parts=2"],
+    "decoder_block='gpt_oss' does not work with mudd_ffn_parts=2: its FFNs are not computed in parts; set "
+    "mudd_ffn_parts=1.",
+  ),
+  "fused and quantised": (
+    ["fused_qkv=true", "quantization=int8"],
+    "quantization=int8 does not work with mudd=True and fused_qkv=True: its scales are of whole kernels, of which "
+    "columns read different streams; set fused_qkv=False.",
+  ),
+  "latent attention in another block": (
+    ["attention_type=mla"],
+    "attention_type='mla' does not work with decoder_block='llama2': MaxText has latent attention in the block of "
+    "deepseek; use 'global'.",
+  ),
+  "a cache of one latent": (
+    [*DEEPSEEK, "mla_naive_kvcache=false"],
+    "mla_naive_kvcache=False does not work with mudd=True and attention_type='mla': keys and values have a latent "
+    "each, and MaxText caches one; set it to True.",
+  ),
+  "rotary table": (
+    [*GPT_OSS, "mudd_rope_table=bfloat16"],
+    "decoder_block='gpt_oss' does not work with mudd_rope_table=bfloat16: its positions are not those of the released "
+    "models; set mudd_rope_table=stock.",
+  ),
+  "no norm before the FFN": (
+    [*OLMO3, "depth_connection=mhc"],
+    "decoder_block='olmo3' does not work with depth_connection=mhc: no norm of it reads the sum of its input and "
+    "attention; use a decoder_block such as llama2.",
+  ),
+  "cycles that leave layers out": (
+    [*OLMO3, "base_num_decoder_layers=6", "inhomogeneous_layer_cycle_interval=4"],
+    "base_num_decoder_layers=6 does not work with scan_layers=True and inhomogeneous_layer_cycle_interval=4: MaxText "
+    "scans whole cycles of layers and would leave some out; make one a multiple of the other.",
+  ),
+  "cycles of a block that has none": (
+    ["scan_layers=true", "mudd_ffn_reallocation=false", "mudd_init=stock", "inhomogeneous_layer_cycle_interval=2"],
+    "inhomogeneous_layer_cycle_interval=2 does not work with mudd=True and decoder_block='llama2': MaxText scans its "
+    "layers one by one and would leave some out; set it to 1.",
+  ),
+  "sublayers in cycles within cycles": (
+    [
+      "decoder_block=gemma4",
+      "mudd_init=stock",
+      "mudd_ffn_reallocation=false",
+      "scan_layers=true",
+      "depth_connection=mhc",
+    ],
+    "scan_layers=True with decoder_block='gemma4' does not work with depth_connection=mhc: MaxText scans its layers "
+    "within cycles; set scan_layers=False.",
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  return runs.build_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_refusal(mistake, corpus, tmp_path, monkeypatch, capsys):
+  overrides, message = MISTAKES[mistake]
+  overrides = [f"base_output_directory={tmp_path / 'out'}", "run_name=x", *corpus, *overrides]
+  keys = [override.split("=")[0] for override in overrides]
+  overrides = [o for i, o in enumerate(overrides) if o.split("=")[0] not in keys[i + 1 :]]
+  assert refuse([runs.RUN_YML, *overrides], monkeypatch, capsys).startswith(message)
+  assert not (tmp_path / "out").exists()

@@ -1,0 +1,34 @@
+"""The table of docs/decoders.md, from made-up results of tests."""
+
+import pathlib
+import runpy
+
+from tests.blocks import BLOCKS, OTHERS
+
+ROOT = pathlib.Path(__file__).parents[1]
+JUNIT = """<testsuites><testsuite>
+<testcase name="test_trains[qwen3-adamw-single]"/>
+<testcase name="test_trains[qwen3-adamw-scanned]"><failure/></testcase>
+<testcase name="test_trains[qwen3_moe-adamw-single]"/>
+<testcase name="test_gradient[deepseek, indexer]"/>
+<testcase name="test_gradient[deepseek]"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_table(tmp_path):
+  (tmp_path / "results.xml").write_text(JUNIT)
+  page = runpy.run_path(str(ROOT / "docs" / "decoders.py"))
+  found = page["results"]([tmp_path / "results.xml"])
+  blocks = ["qwen3", "qwen3_moe", "deepseek", "deepseek, indexer"]
+  _, _, *rows = page["table"](found, blocks)
+  cells = {block: dict(zip(page["FEATURES"], row.split(" | ")[1:])) for block, row in zip(blocks, rows)}
+  assert cells["qwen3"]["trains"] == "**no**"
+  assert cells["qwen3_moe"]["trains"] == "yes"
+  feature = "gradient by finite differences"
+  assert [cells[block][feature] for block in blocks] == ["", "", "", "yes"]
+
+
+def test_the_page_has_every_block():
+  text = (ROOT / "docs" / "decoders.md").read_text().split("<!-- written by docs/decoders.py -->")[1]
+  for block in (*BLOCKS, *OTHERS):
+    assert f"| {block} |" in text

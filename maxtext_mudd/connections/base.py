@@ -101,9 +101,9 @@ def check_plan(plan: Plan) -> None:
         f"the site after block {block} is {site}; its block must be {block}, its sources some of 0 to {block}, in "
         f"order, with {block} as the last."
       )
-  last, ways = plan.sites.get(plan.num_blocks), 2 if plan.mtp_blocks else 1
+  last, (number, ways) = plan.sites.get(plan.num_blocks), ("two", 2) if plan.mtp_blocks else ("one", 1)
   if last and last.ways != ways:
-    raise ValueError(f"the site after the last block makes the streams {last.streams!r}; it must make {ways}.")
+    raise ValueError(f"the site after the last block makes the streams {last.streams!r}; it must make {number}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,8 +46,6 @@ class MuddDecoder(NNXDecoder):
 
   def __init__(self, config, mesh, quant=None, model_mode=MODEL_MODE_TRAIN, *, rngs):
     super().__init__(config, mesh, quant, model_mode, rngs=rngs)
-    if self._is_connected:
-      connections.family(config).share(self)
     initializers.initialise(self, config, rngs)
     if config.use_chunked_prefill:
       prefill_in_chunks(self, config.prefill_chunk_size)
@@ -81,6 +79,7 @@ class MuddDecoder(NNXDecoder):
     else:
       for block, layer in enumerate(self.get_layers(), 1):
         connect(layer, self._connection([block], rngs), self.config)
+    connections.family(self.config).share(self)
 
   def _create_and_register_layer(self, layer_cls, rngs, base_name, i, **layer_kwargs):
     if self._is_connected:

@@ -1,10 +1,12 @@
-"""Compiles the paper's models for TPU pods; reports the time to compile and the memory of a chip that they need.
+"""Compiles models for TPU pods; reports the time to compile and the memory of a chip that they need.
 
     .venv/bin/python benchmarks/aot.py --models 405m,2p8b --output 2026-11-22-aot
+    .venv/bin/python benchmarks/aot.py --models gemma3-12b,deepseek2-16b --output 2026-11-29-aot-other-decoders
 
 Each row is the train step of one configuration in yaml/, with the batch size of its file, compiled ahead of time on
-this host for all chips of a topology. Rows named `stock` are the plain model of the same size in MaxText without
-connections. No TPU is needed, and no compiled program runs.
+this host for all chips of a topology; or of a model that MaxText has by name, with MUDD's default keys. Rows named
+`stock` are the plain model of the same size in MaxText without connections. No TPU is needed, and no compiled program
+runs.
 """
 
 import argparse
@@ -12,13 +14,18 @@ import json
 import sys
 
 import compiled_step
+import families
 import record
 from record import MeasurementError
+import tpu_step_traffic
 
 from maxtext_mudd import versions
 
 # Topologies by model. The first is the one on which the file in yaml/ has the paper's batch.
 MODELS = {"405m": ("v5p-16", "v6e-8"), "1p4b": ("v5p-32",), "2p8b": ("v5p-128",), "6p9b": ("v5p-128",)}
+# Models of MaxText's that have other decoder blocks, by their names there, with keys for one sequence on each chip.
+BY_NAME = {"gemma3-12b": ("v5p-64",), "deepseek2-16b": ("v5p-64",)}
+OF_NAMED = {"max_target_length": 4096, "per_device_batch_size": 1, "remat_policy": "full"}
 ALSO_SINGLE = ("405m",)  # models that are compiled with single layers, too
 # Default keys of MUDD models whose layers are scanned and whose FFNs are re-allocated.
 SCANNED_KEYS = {"mudd_ffn_groups": 2, "mudd_ffn_parts": 2}
@@ -33,13 +40,17 @@ COLUMNS = [
   "arguments GB",
   "temporaries GB",
   "to stock",
+  "HBM GB",
+  "beyond stock / floor",
 ]
 COLUMNS += ["both, of the chip"]
 NOTES = """
 Memory is that of one chip. {widths}
 Arguments: parameters, moments and data, which are updated in place. Temporaries: the most memory that the step holds
 besides the arguments, as the compiler states it, with the outputs that do not replace arguments. To stock: the value
-divided by that of the stock row above. Compile seconds were measured on this host and depend on its other load. Nothing
+divided by that of the stock row above. HBM: bytes that the final HLO moves in a step on one chip, as
+benchmarks/tpu_step_traffic.py counts them; those beyond stock are divided by what the aggregates have to move, as
+benchmarks/families.py states it. Compile seconds were measured on this host and depend on its other load. Nothing
 ran on a TPU.
 """
 _FALSE = ("false", "no", "off", "f", "n", "0")  # the texts that MaxText reads as false
@@ -48,7 +59,7 @@ _FALSE = ("false", "no", "off", "f", "n", "0")  # the texts that MaxText reads a
 def cases(models: list[str]):
   """(model, topology, whether scanned, whether MUDD) of each row."""
   for model in models:
-    for topology in MODELS[model]:
+    for topology in (MODELS | BY_NAME)[model]:
       for scan in (True, False) if model in ALSO_SINGLE else (True,):
         for mudd in (False, True):
           yield model, topology, scan, mudd
@@ -85,8 +96,10 @@ def widths(overrides: dict) -> str:
 
 def measure(model: str, topology: str, scan: bool, mudd: bool, overrides: dict) -> dict:
   """Compiles one row."""
-  keys = keys_of(scan, mudd, overrides)
-  yaml = f"yaml/{'mudd' if mudd else 'transformer_pp'}_{model}.yml"
+  if model in BY_NAME:
+    yaml, keys = "yaml/mudd_base.yml", {"model_name": model, "mudd": mudd, "scan_layers": scan, **OF_NAMED, **overrides}
+  else:
+    yaml, keys = f"yaml/{'mudd' if mudd else 'transformer_pp'}_{model}.yml", keys_of(scan, mudd, overrides)
   row = {"model": model, "yaml": yaml, "topology": topology, "scan_layers": scan, "mudd": mudd}
   try:
     config, compiled, seconds = compiled_step.compile_step(yaml, topology, keys)
@@ -94,9 +107,12 @@ def measure(model: str, topology: str, scan: bool, mudd: bool, overrides: dict) 
     return row | {"does_not_fit": str(error)}
   memory = compiled.memory_analysis()
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  array = int(config.per_device_batch_size * config.max_target_length * config.emb_dim)
   return row | {
     "per_device_batch_size": config.per_device_batch_size,
     "compile_seconds": seconds,
+    "hbm_bytes": tpu_step_traffic.step_bytes(compiled.as_text(), families.buffer_of(config))["hbm_bytes"],
+    "floor_bytes": families.floor_units(config) * 2 * array,
     "argument_bytes": memory.argument_size_in_bytes,
     "temporary_bytes": memory.temp_size_in_bytes + outputs,
   }
@@ -111,7 +127,10 @@ def cells(row: dict, stock: dict | None) -> list[str]:
   chip = CHIP_GIB[row["topology"].split("-")[0]] * 2**30
   case = [row["topology"], "scanned" if row["scan_layers"] else "single", "MUDD" if row["mudd"] else "stock"]
   if "does_not_fit" in row:
-    return [row["model"], *case, *["-"] * 5, "does not fit"]
+    return [row["model"], *case, *["-"] * 7, "does not fit"]
+  beyond = "-"
+  if row["mudd"] and stock and "hbm_bytes" in stock:
+    beyond = f"{(row['hbm_bytes'] - stock['hbm_bytes']) / row['floor_bytes']:.2f}"
   return [
     f"{row['model']}, batch {row['per_device_batch_size']:g}",
     *case,
@@ -120,6 +139,8 @@ def cells(row: dict, stock: dict | None) -> list[str]:
     f"{row['argument_bytes'] / 1e9:.2f}",
     f"{row['temporary_bytes'] / 1e9:.2f}",
     ratio("temporary_bytes"),
+    f"{row['hbm_bytes'] / 1e9:.0f}",
+    beyond,
     f"{100 * (row['argument_bytes'] + row['temporary_bytes']) / chip:.0f} %",
   ]
 
@@ -133,18 +154,18 @@ def main() -> int:
   )
   options = parser.parse_args()
   models = options.models.split(",")
-  unknown = [model for model in models if model not in MODELS]
+  unknown = [model for model in models if model not in MODELS | BY_NAME]
   wrong = [x for x in options.overrides if "=" not in x]
   problem = versions.missing_libtpu()
   if unknown:
-    problem = f"--models has {unknown[0]!r}; use some of {', '.join(MODELS)}."
+    problem = f"--models has {unknown[0]!r}; use some of {', '.join(MODELS | BY_NAME)}."
   elif wrong:
     problem = f"{wrong[0]!r} is not key=value."
   if problem:
     print(problem, file=sys.stderr)
     return 2
   keys = dict(x.split("=", 1) for x in options.overrides)
-  about = record.facts(", ".join(sorted({topology for model in models for topology in MODELS[model]})))
+  about = record.facts(", ".join(sorted({topology for model in models for topology in (MODELS | BY_NAME)[model]})))
   rows, lines, failed, stock = [], [], False, None
   print(record.table(COLUMNS, []), end="", flush=True)
   for case in cases(models):

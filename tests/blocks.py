@@ -91,6 +91,7 @@ OTHERS = {
   },
   "qwen3_custom_moe": MOE | {"attention_output_dim": 24, "moe_expert_input_dim": 24},
 }
+FUSED = ("fused", "gpt3, fused", "qwen3_next", "qwen3_5")  # have a projection whose columns read different streams
 BLOCKS = {
   "llama2": (GQA, Arch(3, **GQA_ARCH)),
   "mistral": (GQA, Arch(3, **GQA_ARCH)),

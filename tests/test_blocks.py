@@ -7,7 +7,7 @@ import pytest
 
 from maxtext_mudd import blocks
 from tests import models
-from tests.blocks import BLOCKS, OTHERS, TOLERANCE, config_of, expected, packed
+from tests.blocks import BLOCKS, FUSED, OTHERS, TOLERANCE, config_of, expected, packed
 from tests.oracle import Arch, Oracle
 
 
@@ -15,18 +15,20 @@ def test_every_supported_block_is_tested():
   assert {*BLOCKS, *(keys.get("decoder_block", name) for name, keys in OTHERS.items())} == {*blocks.BLOCKS}
 
 
-def assert_starts_alike(stock, mudd):
+def assert_starts_alike(stock, mudd, tolerance=0):
   """Bit for bit, op by op: under jit the compiler may fuse the two models' sums differently (it does for gpt3)."""
   data = packed(stock)
   plain = models.logits(models.build(stock), data)
   assert np.std(plain) > 0.01
-  np.testing.assert_array_equal(models.logits(models.build(mudd), data), plain)
+  np.testing.assert_allclose(models.logits(models.build(mudd), data), plain, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("block", [*BLOCKS, *OTHERS])
 def test_starts_as_the_stock_model(block):
   keys = {"remat_policy": "none"}
-  assert_starts_alike(config_of(block, **keys), config_of(block, mudd=True, **keys))
+  # On a CPU the product of a part of the columns may add in another order than that of all; the errors seen are 1.1e-6.
+  tolerance = 5e-6 if block in FUSED else 0
+  assert_starts_alike(config_of(block, **keys), config_of(block, mudd=True, **keys), tolerance)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -14,6 +14,7 @@ class Arch:
   `ways`, `streams`, `dilation`, `period`, `window`, `pre_norm`, `post_norm` as the paper has them; no `ways`: none.
   `table`: sources and streams by DA, instead of `ways`, `streams`, `dilation`, `period`, `window` and `depth_start`.
   `sharing`: groups of DAs that have one weight MLP, whose parameters have the path of any of them.
+  `extra`: number of extra embeddings, the sources -1, -2, ...; `groups` of them, each for as many DAs in a row.
   `hyper`: n of Hyper-Connections, instead of all these.
   """
 
@@ -45,6 +46,8 @@ class Arch:
   cap: float = 0.0  # of dynamic weights
   static: bool = True
   depth_start: float = 0.0
+  extra: int = 0
+  groups: int = 1
   hyper: int = 0
   table: dict[int, tuple[tuple[int, ...], str]] | None = None
   sharing: tuple[tuple[int, ...], ...] = ()
@@ -146,12 +149,26 @@ class Oracle:
       return self.feed_forward(self.norm(xr, f"{layer}/{arch.ffn_norm}"), layer) + a
     return self.feed_forward(self.norm(a, f"{layer}/{arch.ffn_norm}"), layer) + a
 
+  def has_aggregate(self, i):
+    """Whether a DA follows block i."""
+    arch = self.arch
+    if arch.table:
+      return i in arch.table
+    makes = i < arch.layers or arch.ways == 1 or "r" in arch.streams
+    return arch.ways and i % arch.period == 0 and i / arch.layers > arch.depth_start and makes
+
   def sources(self, i):
-    """Which of X_0..X_i the DA after block i sees."""
-    if self.arch.table:
-      return self.arch.table[i][0]
-    seen = sorted(range(i, -1, -self.arch.dilation))
-    return [j for j in seen if not self.arch.window or j == 0 or i - j < self.arch.window]
+    """Which of the extra embeddings and X_0..X_i the DA after block i sees, oldest first."""
+    arch = self.arch
+    if arch.table:
+      return arch.table[i][0]
+    seen = sorted(range(i, -1, -arch.dilation))
+    seen = [j for j in seen if not arch.window or j == 0 or i - j < arch.window]
+    all_aggregates = [block for block in range(1, arch.layers + 1) if self.has_aggregate(block)]
+    share = all_aggregates.index(i) / len(all_aggregates)
+    group = max(k for k in range(arch.groups) if k / arch.groups <= share)
+    tables = np.split(np.arange(1, arch.extra + 1), arch.groups)[group]
+    return [*(-int(table) for table in tables[::-1]), *seen]
 
   def path_of_aggregate(self, i):
     if i == self.arch.layers:
@@ -159,15 +176,13 @@ class Oracle:
     return f"decoder/layers_{i}/connection/depth_aggregate"
 
   def depth_aggregate(self, i, normed, newest):
-    """Streams by name (paper, Eqs. 5, 6, 10)."""
+    """Streams by name (paper, Eqs. 5, 6, 10), from the sources by number."""
     arch = self.arch
     last, path = i == arch.layers, self.path_of_aggregate(i)
     if arch.table:
       names = arch.table[i][1]
     else:
       names = [c for c in "qkvr" if c in arch.streams and (not last or c == "r")] if arch.ways == 4 else ["x"]
-    if not names:
-      return {}
     sources = self.sources(i)
     weights = np.zeros((1, 1, len(names), len(sources)))
     if arch.static:
@@ -203,16 +218,18 @@ class Oracle:
       x = x + self["decoder/position_embedder/embedding"][positions]
     if arch.hyper:
       return self.unembed(self.hyper_connected(x, positions, segments))
-    normed = [self.rms(x, self["decoder/layers_0/connection/embedding_norm/scale"]) if arch.pre_norm else x]
+    start = "decoder/layers_0/connection"
+    normed = {0: self.rms(x, self[f"{start}/embedding_norm/scale"]) if arch.pre_norm else x}
+    for k in range(1, arch.extra + 1):
+      looked_up = self[f"decoder/extra_embeddings/table_{k}/embedding"][tokens]
+      norm = f"{start}/extra_norms/norm_{k}/scale"
+      normed[-k] = self.rms(looked_up, self[norm]) if arch.pre_norm else looked_up
     xq = xk = xv = xr = x
     for i in range(1, arch.layers + 1):
       x = self.block(i, xq, xk, xv, xr, positions, segments)
       scale = self.parameters.get(f"decoder/layers_{i - 1}/connection/output_norm/scale")
-      normed.append(self.rms(x, scale) if arch.pre_norm else x)
-      has_aggregate = arch.ways and i % arch.period == 0 and i / arch.layers > arch.depth_start
-      if arch.table:
-        has_aggregate = i in arch.table
-      streams = self.depth_aggregate(i, normed, x) if has_aggregate else {}
+      normed[i] = self.rms(x, scale) if arch.pre_norm else x
+      streams = self.depth_aggregate(i, normed, x) if self.has_aggregate(i) else {}
       order = "qkvr"
       if self.swapped and self.swapped[0] == i + 1:
         first, second = self.swapped[1:]

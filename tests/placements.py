@@ -1,5 +1,5 @@
-"""Two tables of placements, and what they say, written out by hand: one in which each DA differs from the others, and
-one in which DAs share weight MLPs."""
+"""Tables of placements, and what they say, written out by hand: in most of them each DA differs from the others, and
+in one DAs share weight MLPs."""
 
 BLOCKS = 6
 IRREGULAR = [
@@ -33,3 +33,9 @@ SHARED_DAS = {
   6: ((0, 6), "r"),
 }
 SHARING = ((2, 4), (5, 6))
+OF_EXTRA = [  # for four blocks and three extra embeddings
+  {"block": 1, "sources": "all", "streams": "x"},
+  {"block": 2, "sources": [-2, "last:2"], "streams": "vr"},
+  {"block": "L", "sources": ["-3..-1 step 2", "every:1"], "streams": "r"},
+]
+OF_EXTRA_DAS = {1: ((-3, -2, -1, 0, 1), "x"), 2: ((-2, 1, 2), "vr"), 4: ((-3, -1, 0, 1, 2, 3, 4), "r")}

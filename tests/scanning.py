@@ -8,7 +8,7 @@ import numpy as np
 from tests import models
 from tests.blocks import BLOCKS, OTHERS
 from tests.placements import BLOCKS as IRREGULAR_BLOCKS
-from tests.placements import IRREGULAR
+from tests.placements import IRREGULAR, OF_EXTRA
 
 # Single and scanned layers add in another order. In float32 they may differ by RELATIVE of the largest logit and of the
 # norm of all gradients together, and by OF_TENSOR of the largest entry of one gradient. A model that magnifies rounding
@@ -20,6 +20,7 @@ SMALL = {"base_num_decoder_layers": 3}
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
 CONNECTED_MTP = {"mudd_mtp": "connected", "mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.3}
 
+EXTRA = {"mudd_extra_embeddings": 4, "mudd_embedding_groups": 2}
 PLACEMENTS = {"base_num_decoder_layers": IRREGULAR_BLOCKS, "mudd_placements": IRREGULAR}
 DCA_SUM = "DCA with the sum of middle sources, groups"
 CASES = {
@@ -64,6 +65,28 @@ CASES = {
     "mudd_dynamic": False,
   },
   "placements, fused": {**PLACEMENTS, **BOTH_NORMS, "mudd_kernel": "pallas_interpret"},
+  "extra embeddings": {**SMALL, **EXTRA},
+  "extra embeddings, 2x2, both norms": {
+    **EXTRA,
+    "base_num_decoder_layers": 5,
+    "mudd_source_dilation": 2,
+    "mudd_block_period": 2,
+    **BOTH_NORMS,
+  },
+  "extra embeddings, fused, FFN groups": {
+    **EXTRA,
+    "base_num_decoder_layers": 4,
+    "mudd_kernel": "pallas_interpret",
+    "mudd_ffn_reallocation": True,
+    "mudd_ffn_groups": 2,
+    "mudd_ffn_round_to": 8,
+  },
+  "extra embeddings, placements": {
+    "base_num_decoder_layers": 4,
+    "mudd_extra_embeddings": 3,
+    "mudd_placements": OF_EXTRA,
+    "mudd_pre_norm": True,
+  },
   "static": {**SMALL, "mudd_dynamic": False},
   "dynamic": {**SMALL, "mudd_static": False},
   "dynamic, both norms": {**SMALL, "mudd_static": False, **BOTH_NORMS},
@@ -190,6 +213,7 @@ CASES = {
     "mudd_window": 2,
     "mudd_kernel": "pallas_interpret",
   },
+  "multi-token prediction, connected, extra embeddings": {**SMALL, **CONNECTED_MTP, **EXTRA, **BOTH_NORMS},
   "multi-token prediction, connected, static": {**SMALL, **CONNECTED_MTP, "mudd_dynamic": False},
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},

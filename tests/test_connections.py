@@ -13,7 +13,8 @@ from tests import models
 from tests.blocks import BLOCKS, TOLERANCE, config_of, expected, packed
 from tests.oracle import Oracle
 from tests.placements import BLOCKS as IRREGULAR_BLOCKS
-from tests.placements import IRREGULAR, IRREGULAR_DAS, SHARED, SHARED_DAS, SHARING
+from tests.placements import IRREGULAR, IRREGULAR_DAS, OF_EXTRA, OF_EXTRA_DAS, SHARED, SHARED_DAS, SHARING
+from tests.scanning import BOTH_NORMS, EXTRA
 
 FAMILIES = {
   "plain residual": ({"depth_connection": "residual"}, {}),
@@ -47,6 +48,19 @@ FAMILIES = {
     },
     {"layers": IRREGULAR_BLOCKS, "table": SHARED_DAS, "sharing": SHARING},
   ),
+  "MUDD, extra embeddings": (EXTRA, {"ways": 4, "extra": 4, "groups": 2}),
+  "MUDD, extra embeddings, SW2, pre- and post-norm": (
+    {"mudd_extra_embeddings": 3, "mudd_embedding_groups": 3, "mudd_window": 2, **BOTH_NORMS},
+    {"ways": 4, "extra": 3, "groups": 3, "window": 2, "pre_norm": True, "post_norm": "r"},
+  ),
+  "DDFormer, extra embeddings, 2x1": (
+    {"mudd_ways": 1, "mudd_extra_embeddings": 2, "mudd_source_dilation": 2},
+    {"ways": 1, "extra": 2, "dilation": 2},
+  ),
+  "MUDD, placements, extra embeddings": (
+    {"mudd_placements": OF_EXTRA, "base_num_decoder_layers": 4, "mudd_extra_embeddings": 3, "mudd_pre_norm": True},
+    {"layers": 4, "table": OF_EXTRA_DAS, "extra": 3, "pre_norm": True},
+  ),
   "DHC×4": ({"depth_connection": "hyper_connections"}, {"hyper": 4}),
   "SHC×3": (
     {"depth_connection": "hyper_connections", "mudd_expansion_rate": 3, "mudd_dynamic": False},
@@ -70,13 +84,8 @@ def model_and_oracle(family, block):
 
 
 def fast_or_slow(pairs):
-  fast = {
-    ("MUDD", "llama2"),
-    ("MUDD, placements", "llama2"),
-    ("MUDD, placements, shared MLPs", "llama2"),
-    ("DHC×4", "llama2"),
-    ("DHC×4", "gpt3"),
-  }
+  fast = {("MUDD", "llama2"), ("MUDD, placements", "llama2"), ("MUDD, placements, shared MLPs", "llama2")}
+  fast |= {("MUDD, extra embeddings", "llama2"), ("DHC×4", "llama2"), ("DHC×4", "gpt3")}
   return [pytest.param(*pair, marks=() if pair in fast else pytest.mark.slow) for pair in pairs]
 
 

@@ -33,6 +33,7 @@ CASES = {  # blocks, and the keys that differ from the defaults
   "no aggregate at the end, two streams": (7, {"mudd_block_period": 3, "mudd_dense_streams": "qr"}),
   "the upper half": (10, {"mudd_depth_start": 0.5}),
   "placements": (BLOCKS, {"mudd_placements": IRREGULAR}),
+  "extra embeddings": (9, {"mudd_extra_embeddings": 4, "mudd_embedding_groups": 2}),
 }
 
 
@@ -44,7 +45,8 @@ def plan_of(blocks: int, **keys) -> Plan:
 
 
 def parameters(plan: Plan):
-  """(the embedding, of each block its matrices and the weights of the aggregate before it, those of the last one)."""
+  """(the embeddings, extra ones first; of each block its matrices and the weights of the aggregate before it; those of
+  the last one)."""
   rng = np.random.default_rng(0)
 
   def normal(*shape, scale=1.0):
@@ -65,7 +67,8 @@ def parameters(plan: Plan):
   for block in range(1, plan.num_blocks + 1):
     ways = plan.before(block).ways if plan.before(block) else 1
     blocks.append((normal(ways, width, width, scale=0.5 * width**-0.5), weights(plan.before(block))))
-  return normal(*SHAPE), blocks, weights(plan.sites.get(plan.num_blocks))
+  embeddings = [normal(*SHAPE) for _ in range(plan.oldest, 1)]
+  return embeddings, blocks, weights(plan.sites.get(plan.num_blocks))
 
 
 def output_of(matrices, streams, newest):
@@ -75,9 +78,10 @@ def output_of(matrices, streams, newest):
 
 def plain_loss(plan, has_norm, given):
   """The plan with Eqs. 5 and 6 as they are written."""
-  embedding, blocks, last = given
+  embeddings, blocks, last = given
   source_of = jnp.sin if has_norm else lambda x: x  # any function serves as a pre-norm
-  newest, sources = embedding, [source_of(embedding)]
+  newest = embeddings[-1]
+  sources = {j: source_of(x) for j, x in enumerate(embeddings, plan.oldest)}
 
   def mixed(weights, aggregate):
     own = [sources[j] for j in aggregate.sources]
@@ -92,16 +96,16 @@ def plain_loss(plan, has_norm, given):
   for block, (matrices, weights) in enumerate(blocks, 1):
     before = plan.before(block)
     newest = output_of(matrices, mixed(weights, before) if before else [newest], newest)
-    sources.append(source_of(newest))
+    sources[block] = source_of(newest)
   hidden = sum(mixed(last, plan.sites[plan.num_blocks])) if last is not None else newest
   return jnp.sum(jnp.cos(hidden) * hidden)
 
 
 def loss(plan, has_norm, passes, recomputes, given):
   """The same by `history`."""
-  embedding, blocks, last = given
+  embeddings, blocks, last = given
   source_of = jnp.sin if has_norm else lambda x: x
-  carry = History((source_of(embedding),), embedding if has_norm else None)
+  carry = History.start([source_of(x) for x in embeddings], embeddings[-1] if has_norm else None)
 
   def weights_of(parameters, number, output, is_source):
     if not hasattr(parameters, "w1"):

@@ -9,7 +9,7 @@ import pytest
 
 from tests import runs, train_on_mesh
 from tests.blocks import MOE, OTHERS
-from tests.scanning import CONNECTED_MTP
+from tests.scanning import CONNECTED_MTP, EXTRA
 
 # Well conditioned, and not with Adam: that makes full steps of gradients that are nothing but rounding.
 DENSE = {"base_num_decoder_layers": 4, "mudd_pre_norm": True, "mudd_post_norm": True}
@@ -26,6 +26,8 @@ MESHES = {
   ),
   "MTP, tensor 2, FSDP 4": ({"ici_tensor_parallelism": 2, "ici_fsdp_parallelism": 4}, DENSE | CONNECTED_MTP),
   "MTP, FSDP 8": ({"ici_fsdp_parallelism": 8}, DENSE | CONNECTED_MTP),
+  "extra embeddings, tensor 2, FSDP 4": ({"ici_tensor_parallelism": 2, "ici_fsdp_parallelism": 4}, DENSE | EXTRA),
+  "extra embeddings, FSDP 8": ({"ici_fsdp_parallelism": 8}, DENSE | EXTRA),
   "expert 4, FSDP 2": (
     {"ici_expert_parallelism": 4, "ici_fsdp_parallelism": 2},
     DENSE | MOE | {"decoder_block": "mixtral", "base_mlp_dim": 16, "base_moe_mlp_dim": 16},

@@ -19,7 +19,7 @@ from tests import models, runs
 from tests.blocks import MOE
 from tests.placements import BLOCKS as IRREGULAR_BLOCKS
 from tests.placements import IRREGULAR
-from tests.scanning import BOTH_NORMS, CONNECTED_MTP
+from tests.scanning import BOTH_NORMS, CONNECTED_MTP, EXTRA
 from tests.steps import value_and_gradients
 
 # Five blocks make a full group of aggregates, and one that is not. With both norms the random models are well
@@ -42,6 +42,7 @@ CASES = {
     {"base_num_decoder_layers": IRREGULAR_BLOCKS, "mudd_placements": IRREGULAR, **BOTH_NORMS},
     1e-4,  # 7e-5 was seen, in static weights of DA_1; one rounding of each parameter moves them by 9e-5
   ),
+  "extra embeddings": ({"base_num_decoder_layers": 6, **EXTRA, **BOTH_NORMS}, 2e-5),
   "MTP": ({"base_num_decoder_layers": 4, **CONNECTED_MTP, "mtp_num_layers": 2, **BOTH_NORMS}, 2e-5),
   "experts": ({"base_num_decoder_layers": 5, "decoder_block": "mixtral", **MOE, **BOTH_NORMS}, 2e-5),
   "dropout": ({"base_num_decoder_layers": 3, "enable_dropout": True, "dropout_rate": 0.2, **BOTH_NORMS}, 2e-5),

@@ -206,6 +206,22 @@ def test_learning_rate_factor(optimizer):
     np.testing.assert_allclose(found[path], (0.25 if "connection/" in path else 1) * x, rtol=1e-6, err_msg=path)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_extra_embeddings_are_trained_as_the_token_embedding(optimizer):
+  """From the same values and gradients, whatever the keys for connections say."""
+  overrides = {"opt_type": optimizer, "adam_weight_decay": 0.1, "mudd_decay": "nothing"}
+  overrides |= {"mudd_learning_rate_factor": 0.25, "mudd_extra_embeddings": 2}
+  _, _, values, gradients = random_model(json.dumps(overrides))
+  token, *tables = sorted((path for path in values if path.endswith("/embedding")), key=lambda path: "extra" in path)
+  assert len(tables) == 2
+  values, gradients = ({**x, **dict.fromkeys(tables, x[token])} for x in (values, gradients))
+  found = updates(overrides, values, gradients)
+  decayed = updates({**overrides, "adam_weight_decay": 0.2}, values, gradients)
+  for table in tables:
+    np.testing.assert_array_equal(found[table], found[token])
+    assert (found[table] != decayed[table]).any()
+
+
 def test_a_mask_that_trains_nothing_is_refused():
   with pytest.raises(ConfigError, match=r"trainable_parameters_mask=\['conection'\] matches no parameter, so nothing"):
     updates({"trainable_parameters_mask": ["conection"]})

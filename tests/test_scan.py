@@ -27,7 +27,7 @@ from tests.scanning import (
   run,
 )
 
-FAST = ("MUDD", "placements", "hyper-connections", "AttnRes of blocks of 2", "DCA")
+FAST = ("MUDD", "placements", "extra embeddings", "hyper-connections", "AttnRes of blocks of 2", "DCA")
 
 
 def with_dropout(model, data, enable: bool):

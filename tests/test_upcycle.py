@@ -30,6 +30,7 @@ FAMILIES = {
     "mudd_placements": [{"block": "1..2", "sources": [0, "last:1"], "streams": "vr", "mlp": "both"}]
   },
   "DenseFormer": {"mudd_ways": 1, "mudd_dynamic": False},
+  "extra embeddings, both norms": {**BOTH_NORMS, "mudd_extra_embeddings": 2, "mudd_embedding_groups": 2},
   "hyper-connections": {"depth_connection": "hyper_connections"},
   "hyper-connections, static": {
     "depth_connection": "hyper_connections",
@@ -134,7 +135,8 @@ def check_parameters(folder: pathlib.Path, stock: dict[str, np.ndarray], seed: i
   for name in values.keys() & expected.keys():
     np.testing.assert_array_equal(values[name], expected[name], err_msg=name)
   new = new_model(cfg)
-  assert values.keys() - expected.keys() == {name for name in new if "connection" in name.split("/")}
+  is_added = {"connection", "extra_embeddings"}.intersection
+  assert values.keys() - expected.keys() == {name for name in new if is_added(name.split("/"))}
   for name in values.keys() - expected.keys():
     np.testing.assert_array_equal(values[name], new[name], err_msg=name)
 

@@ -1,11 +1,11 @@
 """Puts depth connections into a trained model of stock MaxText ("upcycling").
 
 The new model has the trained parameters, and the attention norm of a block three times (LN_q, LN_k and LN_v) where the
-block reads separate streams. The parameters of the connections have the initial values of a new model with the same
-configuration. At these values it computes what the trained model computes.
+block reads separate streams. The parameters of the connections, and tables of extra embeddings, have the initial values
+of a new model with the same configuration. At these values it computes what the trained model computes.
 
 In a train state, an optimizer moment is treated like its parameter: LN_q, LN_k and LN_v start with the moments of the
-norm that they were, so that Adam moves them as it moved that norm. Moments of the connections are zero.
+norm that they were, so that Adam moves them as it moved that norm. Moments of the new parameters are zero.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,8 @@ from maxtext_mudd.checkpoints import layout, model_config, orbax_folder, paramet
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.config.errors import ConfigError
 
-_CONNECTION = "connection"  # in the path of every parameter that the plain model does not have
+# Every parameter that the plain model does not have has one of these in its path.
+_ADDED = frozenset({"connection", "extra_embeddings"})
 # Beginnings of paths in a train state: of moments, and of what belongs to no parameter.
 _MOMENTS, _OTHER_STATE = "opt_state/", "nnx_aux/"
 
@@ -79,7 +80,7 @@ def to_run(checkpoint: pathlib.Path, target: pathlib.Path, config) -> int:
     raise ConfigError(f"{path} has no optimizer state, which --run keeps; write the parameters with --maxtext-dir.")
   advice = "use the keys of the optimizer with which the run was trained, or write the parameters with --maxtext-dir"
   values = dict(_with_connections(values, config))
-  train_state.write(config, values, step, target, checkpoint, _is_moment_of_connection, advice)
+  train_state.write(config, values, step, target, checkpoint, _is_added_moment, advice)
   return step
 
 
@@ -91,7 +92,7 @@ def _plain_parameters(path: pathlib.Path, config) -> dict[str, tensors.Tensor]:
   """
   _check_config(config)
   saved = orbax_folder.parameters(path)
-  connection = next((name for name in sorted(saved) if _CONNECTION in name.split("/")), None)
+  connection = next((name for name in sorted(saved) if _is_added(name)), None)
   if connection:
     raise ConfigError(f"{path} has {connection}: its model has depth connections already; name one that has none.")
   plain = changed(config, mudd=False, scan_layers=run.is_scanned(saved))
@@ -135,7 +136,7 @@ def _single_layers(
   """`_with_connections` for single layers.
 
   Args:
-    new: the initial values of the parameters of connections.
+    new: the initial values of the parameters that the plain model does not have.
   """
   norm, plan, singles = block_spec(config).attention_norm, connections.plan(config), stacks.single_layers(config)
   roots = set()  # what paths of parameters begin with
@@ -153,18 +154,24 @@ def _single_layers(
       yield root + path, value
 
 
-def _is_moment_of_connection(path: str) -> bool:
-  return path.startswith(_MOMENTS) and _CONNECTION in path.split("/")
+def _is_added(path: str) -> bool:
+  return not _ADDED.isdisjoint(path.split("/"))
+
+
+def _is_added_moment(path: str) -> bool:
+  return path.startswith(_MOMENTS) and _is_added(path)
 
 
 def _initial_parameters(config) -> dict[str, np.ndarray]:
-  """The parameters of connections of a new model, by path, as training on one device initialises them."""
+  """The parameters of a new model that the plain one does not have, by path, as training on one device initialises
+  them."""
   mesh = maxtext_utils.get_mesh_from_config(config)
   create, _ = model_creation_utils.create_nnx_abstract_model(config, mesh)
 
   def new_parameters():
     flat = nnx.to_flat_state(nnx.state(create(), nnx.Param))
-    return {"/".join(map(str, path)): x.get_value() for path, x in flat if _CONNECTION in path}
+    by_path = {"/".join(map(str, path)): x.get_value() for path, x in flat}
+    return {path: x for path, x in by_path.items() if _is_added(path)}
 
   with jax.default_prng_impl("unsafe_rbg"), jax.set_mesh(mesh):  # the random numbers of MaxText's trainer
     return {path: np.asarray(x) for path, x in jax.jit(new_parameters)().items()}

@@ -115,6 +115,7 @@ def describe(config) -> list[tuple[str, ...]]:
   """Rows with exact counts; and for the dense family beside them the paper's formulas, which are for MUDD with four
   streams."""
   cost = counts.connections_cost(config)
+  of_connections = cost.parameters - cost.embedding_parameters
   plain, block_parameters = counts.plain_parameters(config), paper.block_parameters(config)
   flops = cost.flops / counts.plain_flops(config)
   memory = cost.activations / paper.plain_activations(config)
@@ -130,8 +131,9 @@ def describe(config) -> list[tuple[str, ...]]:
     ),
     ("parameters", f"{plain + cost.parameters:,}", ""),
     ("  without embeddings and connections", f"{counts.plain_parameters(config, embeddings=False):,}", ""),
-    ("  of the connections", f"{cost.parameters:,}", ""),
-    ("    over 12LD²", percent(cost.parameters / block_parameters), ""),
+    *([("  of extra embeddings", f"{cost.embedding_parameters:,}", "")] if cost.embedding_parameters else []),
+    ("  of the connections", f"{of_connections:,}", ""),
+    ("    over 12LD²", percent(of_connections / block_parameters), ""),
     (
       "    W1 and W2 alone, over 12LD²",
       percent(cost.weight_parameters / block_parameters),

@@ -9,7 +9,8 @@ families:
   of their own. `multi_stream` has what families of n residual streams share, `scored_sources` what families of sources
   with logits share.
 
-Blocks count from 1, as in the paper: source 0 is the embedding, source i the output of block i.
+Blocks count from 1, as in the paper: source 0 is the embedding, source i the output of block i. Extra embeddings, of
+further tables, are the sources -1, -2, ..., older than source 0.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
   import jax
   from jaxtyping import Array, Bool, Float
 
-  from maxtext_mudd.connections.connection import MtpConnection
+  from maxtext_mudd.connections.connection import Embeddings, MtpConnection
   from maxtext_mudd.kernels import Passes, Weights
   from maxtext_mudd.keys import Refusal
 
@@ -68,11 +69,18 @@ class Plan:
       connected, MTP block k counts as block L+k, and DA_{L+k} makes one stream, which the output head and the next MTP
       block read.
     separate_norms: blocks that have LN_q, LN_k and LN_v, beside those that read several streams of a site.
+    extra_embeddings: m, the number of extra embeddings: sources -1 to -m.
   """
 
   num_blocks: int
   sites: Mapping[int, Site] = dataclasses.field(default_factory=dict)
   separate_norms: Sequence[int] = ()
+  extra_embeddings: int = 0
+
+  @property
+  def oldest(self) -> int:
+    """-m, the number of the oldest source. A history has its sources from this one on, so source j is number j + m."""
+    return -self.extra_embeddings
 
   @property
   def mtp_blocks(self) -> tuple[int, ...]:
@@ -94,12 +102,12 @@ def check_plan(plan: Plan) -> None:
   for block, site in plan.sites.items():
     if (
       site.block != block
-      or list(site.sources) != sorted({*site.sources} & {*range(block + 1)})
+      or list(site.sources) != sorted({*site.sources} & {*range(plan.oldest, block + 1)})
       or (site.sources[-1:] != (block,))
     ):
       raise ValueError(
-        f"the site after block {block} is {site}; its block must be {block}, its sources some of 0 to {block}, in "
-        f"order, with {block} as the last."
+        f"the site after block {block} is {site}; its block must be {block}, its sources some of {plan.oldest} to "
+        f"{block}, in order, with {block} as the last."
       )
   last, (number, ways) = plan.sites.get(plan.num_blocks), ("two", 2) if plan.mtp_blocks else ("one", 1)
   if last and last.ways != ways:
@@ -113,12 +121,14 @@ class Cost:
   Attributes:
     parameters: all parameters that the plain model has not.
     weight_parameters: those among them that Eq. 13 of the paper counts (W1 and W2); 0 for families without them.
+    embedding_parameters: those among them that are tables of extra embeddings.
     flops: forward FLOPs per token.
     activations: arrays [B,T,D] that are kept at the peak beyond those of the plain model (Appendix E).
   """
 
   parameters: int = 0
   weight_parameters: int = 0
+  embedding_parameters: int = 0
   flops: int = 0
   activations: int = 0
 
@@ -293,10 +303,11 @@ class Connection(Protocol):
     """Changes a stock layer, once, after it is built, so that it accepts what `read` returns: by three attention norms,
     for example, or by norms that take a pytree."""
 
-  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> Any:
+  def start(self, embedding: Float[Array, "B T D"] | Embeddings, rematerialise: Callable | None = None) -> Any:
     """The carry before the first block.
 
     Args:
+      embedding: X_0; `Embeddings` for a family whose plan has extra ones.
       rematerialise: for scanned layers: wraps the function of a block in `jax.checkpoint` with MaxText's policy. None:
         the whole block is recomputed in the backward pass. Single layers ignore it.
     """
@@ -369,7 +380,7 @@ class HistoryFamily(BaseFamily):
   """
 
   Keys = HistoryKeys
-  start_modules = ("embedding_norm",)
+  start_modules = ("embedding_norm", "extra_norms")
   finish_modules = ("final_depth_aggregate",)
 
   @classmethod

@@ -3,7 +3,7 @@
 Where sources are pre-normed, each block's own X_i is kept besides, as stock layers keep their input.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -23,8 +23,8 @@ class HistoryBuffer:
   """What flows between scanned blocks. Not a tuple: stock layers unpack tuples.
 
   Attributes:
-    buffer: X_0 to X_i, pre-normed where `mudd_pre_norm` is on, and zeros after them.
-    count: i + 1; also the number of the block that comes next.
+    buffer: extra embeddings, oldest first, X_0 to X_i, pre-normed where `mudd_pre_norm` is on, and zeros after them.
+    count: the number of sources, m + i + 1 with m extra embeddings.
     newest: X_i as the block returned it, where that is not the last source.
     of_mtp: sources after X_L, which is the last in the buffer: of MTP blocks, pre-normed like others.
   """
@@ -37,15 +37,17 @@ class HistoryBuffer:
   @classmethod
   def start(
     cls,
-    source: Float[Array, "B T D"],
+    sources: Sequence[Float[Array, "B T D"]],
     newest: Float[Array, "B T D"] | None,
     num_blocks: int,
     sharding: NamedSharding | None,
     rematerialise: Callable | None,
   ) -> "HistoryBuffer":
     """The buffer before the first block, `sharding` being that of one source."""
-    buffer = ScanBuffer.zeros([source], num_blocks + 1, [sharding], rematerialise)
-    return cls(_append(buffer, jnp.zeros((), jnp.int32), source), jnp.ones((), jnp.int32), newest)
+    buffer = ScanBuffer.zeros(sources[-1:], len(sources) + num_blocks, [sharding], rematerialise)
+    for k, source in enumerate(sources):
+      buffer = _append(buffer, jnp.asarray(k, jnp.int32), source)
+    return cls(buffer, jnp.asarray(len(sources), jnp.int32), newest)
 
   @property
   def output(self) -> Float[Array, "B T D"]:
@@ -67,13 +69,14 @@ class HistoryBuffer:
 
     def step(parts, parameters, count, newest, state, arguments):
       (sources,), output, sums = parts, newest, []
+      number = count + link.plan.oldest
       if newest is None:
         taken, sources = sources.take(count - 1, 1)
         output = taken[0]
       if link.weights is not None:
-        weights = link.weights(parameters, count, output, newest is None)
+        weights = link.weights(parameters, number, output, newest is None)
         sums, sources = sources.mix(link.passes, count, weights)
-      source, output, rest = link.block(state, count, sums, output, arguments)
+      source, output, rest = link.block(state, number, sums, output, arguments)
       return [sources], (source, None if newest is None else output, rest)
 
     inputs = (parameters, self.count, self.newest, state, arguments)
@@ -98,7 +101,8 @@ class HistoryBuffer:
     site."""
     (sources,) = self.buffer.parts
     end = len(sources.array)
-    weights = link.weights(parameters, end + len(self.of_mtp), self.output, self.newest is None)
+    number = end + len(self.of_mtp) + link.plan.oldest
+    weights = link.weights(parameters, number, self.output, self.newest is None)
     if not self.of_mtp:
       sums, sources = sources.mix(link.passes, jnp.asarray(end), weights)
     else:  # an appended source would be a copy of the buffer, which the backward pass of blocks needs as it is

@@ -52,6 +52,33 @@ class PlainConnection(nnx.Module):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Embeddings:
+  """What a connection starts with where the plan has extra embeddings.
+
+  Attributes:
+    token: X_0, which block 1 reads.
+    extra: the sources -1, -2, ..., -m.
+  """
+
+  token: Float[Array, "B T D"]
+  extra: tuple[Float[Array, "B T D"], ...]
+
+
+class SourceNorms(nnx.Module):
+  """The norms of several sources: `norm_1`, `norm_2`, ..."""
+
+  def __init__(self, norms: Sequence[nnx.Module]):
+    self.number = len(norms)
+    for k, norm in enumerate(norms, 1):
+      setattr(self, f"norm_{k}", norm)
+
+  def __call__(self, sources: Sequence[Float[Array, "B T D"]]) -> tuple[Float[Array, "B T D"], ...]:
+    """Each source, normed by its own norm."""
+    return tuple(getattr(self, f"norm_{k}")(x) for k, x in enumerate(sources, 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class MtpInput:
   """What an MTP block that is connected receives.
 
@@ -99,6 +126,8 @@ class HistoryConnection(PlainConnection):
     self.carry_type = HistoryBuffer if config.scan_layers else History
     if starts:
       self.embedding_norm = family.source_norm(config, rngs)
+      extra_norms = [family.source_norm(config, rngs) for _ in range(plan.extra_embeddings)]
+      self.extra_norms = SourceNorms(extra_norms) if any(extra_norms) else None
     if blocks:
       self.table = layout.table(plan, blocks, padded=config.scan_layers)
       self.output_norm = family.source_norm(config, rngs)
@@ -113,11 +142,16 @@ class HistoryConnection(PlainConnection):
     if any(self.table.separate_norms):
       decouple(layer, block_spec(self.config), normed_streams(self.config, self.blocks[0]))
 
-  def start(self, embedding: Float[Array, "B T D"], rematerialise: Callable | None = None) -> History | HistoryBuffer:
+  def start(
+    self, embedding: Float[Array, "B T D"] | Embeddings, rematerialise: Callable | None = None
+  ) -> History | HistoryBuffer:
+    embedding, extra = (embedding.token, embedding.extra) if self.plan.extra_embeddings else (embedding, ())
     norm = self.embedding_norm
     source, newest = (embedding, None) if norm is None else (norm(embedding), embedding)
+    extra = extra if self.extra_norms is None else self.extra_norms(extra)
     sharding = source_sharding(self.config, self.mesh, source.shape)
-    return self.carry_type.start(source, newest, self.plan.num_blocks, sharding, rematerialise)
+    sources = (*reversed(extra), source)
+    return self.carry_type.start(sources, newest, self.plan.num_blocks, sharding, rematerialise)
 
   def through(self, block: Callable, state: Any, carry: History | HistoryBuffer, arguments: Any):
     """`block` reads (number of the block, sums of Eq. 5 or None, X_i)."""
@@ -216,7 +250,7 @@ class HistoryConnection(PlainConnection):
     return Link(self.plan, site, runs, from_parameters, block, recomputed), parameters
 
   def _newest_column(self, number):
-    return number - 1 if self.config.scan_layers else len(self.table.padded.sources) - 1
+    return number - 1 - self.plan.oldest if self.config.scan_layers else len(self.table.padded.sources) - 1
 
   def _weights(self, module: Aggregate, number, output: Float[Array, "B T D"], is_source: bool) -> kernels.Weights:
     """Weights of the sources in the carry that a block's site may see: of all entries of a buffer. A stream that the
@@ -243,12 +277,13 @@ class HistoryConnection(PlainConnection):
     weights = _weights(module, output, len(sources) - 1, None, is_source)
     if not self.config.scan_layers:
       return weights
-    at, entries = jnp.asarray(sources), self.final_site.block + 1
+    at, entries = jnp.asarray(sources) - self.plan.oldest, self.final_site.block + 1 - self.plan.oldest
     return kernels.map_columns(weights, lambda x: jnp.zeros((*x.shape[:-1], entries), x.dtype).at[..., at].set(x))
 
   def _fill(self, x: Array) -> Array:
     """Padded with zeros to all entries of a buffer."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.plan.num_blocks + 1 - x.shape[-1])])
+    entries = self.plan.num_blocks + 1 - self.plan.oldest
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, entries - x.shape[-1])])
 
 
 class MtpConnection(HistoryConnection):

@@ -53,7 +53,7 @@ class History:
   """What flows between blocks. Not a tuple: stock layers unpack tuples.
 
   Attributes:
-    sources: X_0 (the embedding) to X_i, pre-normed where `mudd_pre_norm` is on.
+    sources: extra embeddings, oldest first, then X_0 (the embedding) to X_i; pre-normed where `mudd_pre_norm` is on.
     newest: X_i as the block returned it; None: it is the last source.
     weights: of the last aggregate, where the backward pass of the next recomputes its streams; else None.
     recomputed: zeros; their cotangents are the streams of the last aggregate, recomputed by the backward pass of the
@@ -69,9 +69,9 @@ class History:
   pending: list[Pending] = dataclasses.field(default_factory=list)
 
   @classmethod
-  def start(cls, source: Float[Array, "B T D"], newest: Float[Array, "B T D"] | None, *_) -> "History":
+  def start(cls, sources: Sequence[Float[Array, "B T D"]], newest: Float[Array, "B T D"] | None, *_) -> "History":
     """The history before the first block; what a buffer needs besides is not used."""
-    return cls((source,), newest)
+    return cls(tuple(sources), newest)
 
   @property
   def output(self) -> Float[Array, "B T D"]:
@@ -88,7 +88,7 @@ class History:
     Args:
       parameters: of the aggregate, state: of the block; they may hold the same arrays.
     """
-    number = len(self.sources)
+    number = len(self.sources) + link.plan.oldest
     if link.weights is None:
       source, output, rest = link.block(state, number, None, self.output, arguments)
       return self.append(source, output), rest
@@ -111,7 +111,8 @@ class History:
   def mix(self, link: Link, parameters: Any) -> tuple[list[Float[Array, "B T D"]], "History"]:
     """The sums of a site that no block reads, such as DA_L, and the history for the next such site."""
     history = name_last(self)
-    weights = link.weights(parameters, len(self.sources), history.output, history.newest is None)
+    number = len(self.sources) + link.plan.oldest
+    weights = link.weights(parameters, number, history.output, history.newest is None)
     return aggregate(PlacedAggregate(place(link.plan, link.site.block), link.passes), history, weights)
 
   def append(self, source: Float[Array, "B T D"], output: Float[Array, "B T D"]) -> "History":
@@ -134,6 +135,7 @@ class Place:
 
   Attributes:
     aggregate: its site.
+    oldest: the oldest source of the model.
     previous: the one before it, if any.
     later_in_group: the later ones of its group, in order.
     is_first_of_group: whether no other of its group is earlier.
@@ -143,12 +145,17 @@ class Place:
   """
 
   aggregate: Site
+  oldest: int
   previous: Site | None
   later_in_group: tuple[Site, ...]
   is_first_of_group: bool
   is_last: bool
   in_last_group: bool
   oldest_near: int
+
+  def by_number(self, arrays: Sequence[Array]) -> dict[int, Array]:
+    """Arrays of all sources so far, oldest first, by the number of the source."""
+    return dict(enumerate(arrays, self.oldest))
 
 
 def place(plan: Plan, block: int) -> Place:
@@ -161,6 +168,7 @@ def place(plan: Plan, block: int) -> Place:
   aggregate_at = plan.sites.get
   return Place(
     aggregate=aggregate_at(block),
+    oldest=plan.oldest,
     previous=aggregate_at(blocks[number - 1]) if number else None,
     later_in_group=tuple(aggregate_at(b) for b in blocks[number + 1 : last + 1]),
     is_first_of_group=number == first,
@@ -259,7 +267,8 @@ def _residuals(history: History) -> History:
 
 
 def _streams(here: PlacedAggregate, history: History, weights: Weights) -> list[Float[Array, "B T D"]]:
-  return here.passes.forward([history.sources[j] for j in here.place.aggregate.sources], weights)
+  sources = here.place.by_number(history.sources)
+  return here.passes.forward([sources[j] for j in here.place.aggregate.sources], weights)
 
 
 def _after(here: PlacedAggregate, history: History, weights: Weights, recomputes: bool) -> History:
@@ -303,9 +312,9 @@ def _backward(
     read = tuple(sorted({*site.sources, *place.previous.sources}))
     recompute = _among(history.weights, place.previous.sources, read)
   near = tuple(j for j in site.sources if j >= place.oldest_near)
-  totals = list(after.sources)
+  sources, totals = place.by_number(history.sources), place.by_number(after.sources)
   gradients = passes.backward(
-    [history.sources[j] for j in read],
+    [sources[j] for j in read],
     _among(weights, site.sources, read),
     to_streams,
     near=tuple(read.index(j) for j in near),
@@ -327,9 +336,9 @@ def _backward(
     newest = after.newest if after.newest is not None else jnp.zeros_like(history.newest)
     newest = newest if to_newest is None else newest + to_newest
   elif to_newest is not None:
-    totals[-1] = totals[-1] + to_newest
+    totals[site.block] = totals[site.block] + to_newest
   zeros = jax.tree.map(jnp.zeros_like, history.weights)
-  return History(tuple(totals), newest, zeros, gradients.streams, pending), to_weights
+  return History(tuple(totals.values()), newest, zeros, gradients.streams, pending), to_weights
 
 
 def _for_push(weights: Weights, hidden: Float[Array, "B T K"] | None, dtype) -> Weights:
@@ -341,7 +350,7 @@ def _for_push(weights: Weights, hidden: Float[Array, "B T K"] | None, dtype) -> 
   return weights.astype(wide)
 
 
-def _push(here: PlacedAggregate, pending: list[Pending], totals: list) -> None:
+def _push(here: PlacedAggregate, pending: list[Pending], totals: dict[int, Array]) -> None:
   """Adds what the aggregates of a group send to older sources, to `totals` in place."""
   place = here.place
   group = (place.aggregate, *place.later_in_group)

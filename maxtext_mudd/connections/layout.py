@@ -1,10 +1,10 @@
 """Pads the parameters of single layers to one shape for scanned layers, and removes the padding.
 
 All blocks of a scanned stack have parameters of one shape. Along the axes that `Family.depth_axes` names, those of a
-site are padded with zeros: there is an entry for every source from X_0 on, whichever the site mixes, and one for every
-stream that a site of the stack makes; hidden widths are padded at their end. Padding has a gradient of zero and stays
-zero in training. So does every parameter that exists only in another block of the stack, such as LN_k of the first
-block.
+site are padded with zeros: there is an entry for every source so far, extra embeddings first, whichever the site mixes,
+and one for every stream that a site of the stack makes; hidden widths are padded at their end. Padding has a gradient
+of zero and stays zero in training. So does every parameter that exists only in another block of the stack, such as LN_k
+of the first block.
 """
 
 from collections.abc import Sequence
@@ -32,12 +32,14 @@ class Table:
     padded: one site that holds those of all blocks; for a single block, its own. Its streams may be letters of "qkvr"
       and "x" beside them. None where there are none.
     separate_norms: by block, whether it has LN_q, LN_k and LN_v.
+    oldest: the oldest source of the model.
   """
 
   blocks: tuple[int, ...]
   sites: tuple[Site | None, ...]
   padded: Site | None
   separate_norms: tuple[bool, ...]
+  oldest: int
 
   @property
   def makes(self) -> tuple[tuple[bool, ...], ...]:
@@ -51,8 +53,9 @@ class Table:
 
   @property
   def visible(self) -> tuple[tuple[bool, ...], ...]:
-    """By block and source X_0, X_1, ..., whether its site mixes the source."""
-    return tuple(tuple(site is not None and j in site.sources for j in range(self.blocks[-1])) for site in self.sites)
+    """By block and source, the oldest first, whether its site mixes the source."""
+    sources = range(self.oldest, self.blocks[-1])
+    return tuple(tuple(site is not None and j in site.sources for j in sources) for site in self.sites)
 
 
 def table(plan: Plan, blocks: Sequence[int], *, padded: bool) -> Table:
@@ -65,10 +68,10 @@ def table(plan: Plan, blocks: Sequence[int], *, padded: bool) -> Table:
   there = [site for site in sites if site]
   site = there[0] if there else None
   if there and padded:
-    sources = tuple(range(blocks[-1]))
+    sources = tuple(range(plan.oldest, blocks[-1]))
     streams = "".join(x for x in f"{STREAMS}x" if any(x in other.streams for other in there))
     site = Site(blocks[-1] - 1, sources, streams, max(other.hidden for other in there))
-  return Table(tuple(blocks), sites, site, tuple(map(plan.has_separate_norms, blocks)))
+  return Table(tuple(blocks), sites, site, tuple(map(plan.has_separate_norms, blocks)), plan.oldest)
 
 
 def existing_entries(config, table: Table, path: tuple[str, ...]) -> np.ndarray | None:
@@ -198,7 +201,9 @@ def _positions(site: Site | None, padded: Site, name: str) -> list[int]:
     return []
   if name == "streams":
     return [padded.streams.index(stream) for stream in site.streams]
-  return list(site.sources) if name == "sources" else list(range(site.hidden))
+  if name == "sources":
+    return [padded.sources.index(source) for source in site.sources]
+  return list(range(site.hidden))
 
 
 def _size(padded: Site, name: str) -> int:

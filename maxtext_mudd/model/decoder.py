@@ -1,6 +1,7 @@
 """The decoder with depth connections: MaxText's layers, each with a connection that computes its inputs."""
 
 from collections.abc import Sequence
+import contextvars
 import functools
 import operator
 
@@ -20,8 +21,14 @@ from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import history, layout
 from maxtext_mudd.connections.base import Connection
+from maxtext_mudd.connections.connection import Embeddings
 from maxtext_mudd.model import initializers
+from maxtext_mudd.model.extra_embeddings import ExtraEmbeddings
 from maxtext_mudd.model.layer import connect, connection_rngs, cycle, with_ffn_width
+
+# Whether the decoder embeds the tokens of its own call, with which the connections start. Blocks of multi-token
+# prediction call `_apply_embedding`, too, for the embeddings of later tokens.
+_starts_connections = contextvars.ContextVar("starts_connections", default=False)
 
 
 class LayerGroups(nnx.Module):
@@ -47,6 +54,8 @@ class MuddDecoder(NNXDecoder):
   def __init__(self, config, mesh, quant=None, model_mode=MODEL_MODE_TRAIN, *, rngs):
     super().__init__(config, mesh, quant, model_mode, rngs=rngs)
     initializers.initialise(self, config, rngs)
+    number = connections.plan(config).extra_embeddings if self._is_connected else 0
+    self.extra_embeddings = ExtraEmbeddings(number, config, mesh, rngs) if number else None
     if config.use_chunked_prefill:
       prefill_in_chunks(self, config.prefill_chunk_size)
 
@@ -80,6 +89,24 @@ class MuddDecoder(NNXDecoder):
       for block, layer in enumerate(self.get_layers(), 1):
         connect(layer, self._connection([block], rngs), self.config)
     connections.family(self.config).share(self)
+
+  @functools.wraps(NNXDecoder.__call__)
+  def __call__(self, *args, **kwargs):
+    token = _starts_connections.set(True)
+    try:
+      return super().__call__(*args, **kwargs)
+    finally:
+      _starts_connections.reset(token)
+
+  def _apply_embedding(
+    self, shared_embedding, decoder_input_tokens, decoder_positions, deterministic, model_mode, **kwargs
+  ):
+    arguments = (decoder_input_tokens, decoder_positions, deterministic, model_mode)
+    embedding = super()._apply_embedding(shared_embedding, *arguments, **kwargs)
+    if self.extra_embeddings is None or not _starts_connections.get():
+      return embedding
+    extra = self.extra_embeddings(decoder_input_tokens.astype("int32"), model_mode)
+    return Embeddings(embedding, tuple(self.dropout(x, deterministic=deterministic) for x in extra))
 
   def _create_and_register_layer(self, layer_cls, rngs, base_name, i, **layer_kwargs):
     if self._is_connected:
@@ -178,7 +205,7 @@ class MuddDecoder(NNXDecoder):
 
   def _start(self, x):
     """The carry of the connections, from the embedding or from the stack before."""
-    return self.connection.start(x, self._rematerialisation()) if isinstance(x, jax.Array) else x
+    return self.connection.start(x, self._rematerialisation()) if isinstance(x, jax.Array | Embeddings) else x
 
   def _finish(self, carry):
     """The hidden state after the last stack."""

@@ -18,9 +18,13 @@ from maxtext_mudd.connections.base import Connection
 _CONNECTION_SEED = 0x6D756464  # separates the keys of the connections from those of the stock layers
 
 
-def connection_rngs(rngs: nnx.Rngs, block: int) -> nnx.Rngs:
-  """Separate random keys for one connection, so that stock parameters have the same initial values as without."""
-  return nnx.Rngs(params=jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + block))
+def connection_rngs(rngs: nnx.Rngs, number: int) -> nnx.Rngs:
+  """Separate random keys for one connection, so that stock parameters have the same initial values as without.
+
+  Args:
+    number: of the block that the connection belongs to; -k for the k-th table of extra embeddings.
+  """
+  return nnx.Rngs(params=jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + number))
 
 
 @functools.cache

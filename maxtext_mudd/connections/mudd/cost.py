@@ -11,9 +11,11 @@ def cost(config) -> Cost:
   decoupled = [block for block in range(1, plan.num_blocks + 1) if plan.has_separate_norms(block)]
   norms = sum(blocks.separate_norm_parameters(config, block) for block in decoupled)
   weights = sum(site.hidden * (config.emb_dim + site.ways * len(site.sources)) for site in _mlps(plan))
+  tables = plan.extra_embeddings * config.vocab_size * config.emb_dim
   return Cost(
-    parameters=weights + _other_parameters(config, plan) + norms,
+    parameters=weights + tables + _other_parameters(config, plan) + norms,
     weight_parameters=weights,
+    embedding_parameters=tables,
     flops=sum(_flops(site, config.emb_dim) for site in plan.sites.values()),
     activations=_activations(config, plan),
   )
@@ -37,7 +39,8 @@ def _other_parameters(config, plan) -> int:
       total += width
     if config.mudd_weight_scale:
       total += site.ways * len(site.sources)
-  return total + ((plan.num_blocks + 1 + len(plan.mtp_blocks)) * width if config.mudd_pre_norm else 0)
+  sources = plan.num_blocks + 1 + len(plan.mtp_blocks) + plan.extra_embeddings
+  return total + (sources * width if config.mudd_pre_norm else 0)
 
 
 def _flops(site, width: int) -> int:
@@ -47,9 +50,10 @@ def _flops(site, width: int) -> int:
 
 
 def _activations(config, plan) -> int:
-  """Gradients of the sources that are mixed, the streams of one block, and the normed sources where there is a
-  pre-norm."""
+  """Gradients of the sources that are mixed, the streams of one block, the extra embeddings, and the normed sources
+  where there is a pre-norm."""
   seen = {source for site in plan.sites.values() for source in site.sources}
   streams = max((site.ways for site in plan.sites.values()), default=1)
-  normed = plan.num_blocks + len(plan.mtp_blocks) if config.mudd_pre_norm else 0
-  return max(len(seen) - 1, 0) + streams - 1 + normed
+  extra = plan.extra_embeddings
+  normed = plan.num_blocks + len(plan.mtp_blocks) + extra if config.mudd_pre_norm else 0
+  return max(len(seen) - 1, 0) + streams - 1 + extra + normed

@@ -22,8 +22,8 @@ class DenseKeys(WeightKeys, HistoryKeys):
   mudd_placements: list[Any] = key(
     [],
     "Rows, or the path of a YAML file with rows, that say after which blocks DAs stand, what each mixes, which streams "
-    "it makes, how wide its weight MLP is and which DAs share it; empty: as the six keys that are shorthands for such "
-    "a table say.",
+    "it makes, how wide its weight MLP is and which DAs share it; empty: as the keys that are shorthands for such a "
+    "table say.",
   )
   mudd_ways: Literal[1, 4] = key(4, "C: 4 for separate q, k, v and residual streams, 1 for one input.", needs=_NO_TABLE)
   mudd_dense_streams: str = key(
@@ -52,6 +52,15 @@ class DenseKeys(WeightKeys, HistoryKeys):
     0.0, "DAs stand only after blocks beyond this share of the depth; 0: after all.", needs=_NO_TABLE, ge=0, lt=1
   )
   mudd_window: int = key(0, "n: a DA sees the last n block outputs and the embedding; 0: all.", needs=_NO_TABLE, ge=0)
+  mudd_extra_embeddings: int = key(
+    0, "m: further tables of token embeddings, each of which gives DAs one source more (-1 to -m).", ge=0
+  )
+  mudd_embedding_groups: int = key(
+    1,
+    "g: groups of extra embeddings; each DA sees one group, deeper DAs the groups of later tables.",
+    needs=_NO_TABLE,
+    ge=1,
+  )
   mudd_pre_norm: bool = key(False, "RMSNorm on every source (Eq. 10).")
   mudd_post_norm: bool = key(False, "RMSNorm on the sum, and X_i added to every stream (Eq. 10).")
   mudd_post_norm_streams: str = key(
@@ -82,6 +91,21 @@ class DenseKeys(WeightKeys, HistoryKeys):
       number, column = of_mlps[0]
       raise ValueError(
         f"mudd_placements: row {number} has {column}, and mudd_dynamic=False leaves no weight MLP; remove {column}."
+      )
+    return self
+
+  @model_validator(mode="after")
+  def _check_embedding_groups(self):
+    tables, groups = self.mudd_extra_embeddings, self.mudd_embedding_groups
+    if groups > 1 and not tables:
+      raise ValueError(
+        f"mudd_embedding_groups={groups} does nothing with mudd_extra_embeddings=0; leave it at 1, or set "
+        f"mudd_extra_embeddings={groups} or another multiple."
+      )
+    if tables % groups:
+      raise ValueError(
+        f"mudd_embedding_groups={groups} does not divide mudd_extra_embeddings={tables}; make the number of tables a "
+        "multiple of the number of groups."
       )
     return self
 
@@ -146,12 +170,33 @@ def check_sizes(config) -> None:
       f"mudd_hidden_expansion={config.mudd_hidden_expansion} (mudd_last_hidden_expansion="
       f"{config.mudd_last_hidden_expansion}) makes a weight MLP of width 0; raise it, or set mudd_dynamic=False."
     )
+  _check_embeddings(config, plan)
+
+
+def _check_embeddings(config, plan: Plan) -> None:
+  """Raises ValueError for a table of extra embeddings that no DA mixes, so that nothing would train it."""
+  aggregates = [site for site in plan.sites.values() if site.block <= plan.num_blocks]
+  groups = config.mudd_embedding_groups
+  if groups > len(aggregates):
+    raise ValueError(
+      f"mudd_embedding_groups={groups} leaves groups without a DA, of which the model has {len(aggregates)}; use at "
+      f"most {len(aggregates)}."
+    )
+  mixed = {source for site in aggregates for source in site.sources}
+  unused = [source for source in range(-1, plan.oldest - 1, -1) if source not in mixed]
+  if unused:
+    raise ValueError(
+      f"mudd_extra_embeddings={plan.extra_embeddings} makes the source {unused[0]}, which no row of mudd_placements "
+      "mixes; add it to the sources of a row, or lower mudd_extra_embeddings."
+    )
 
 
 def _check_widths(config) -> None:
   """Raises ValueError for a rule of hidden widths that no row of `mudd_placements` leaves a width to."""
-  num_blocks, rows = config.num_decoder_layers, config.mudd_placements
-  by_rule = [x.block for x in placements.expand(rows, num_blocks) if x.hidden is None] if rows else [1, num_blocks]
+  num_blocks, rows, by_rule = config.num_decoder_layers, config.mudd_placements, [1, config.num_decoder_layers]
+  if rows:
+    placed = placements.expand(rows, num_blocks, config.mudd_extra_embeddings)
+    by_rule = [x.block for x in placed if x.hidden is None]
   read = {
     "mudd_hidden_expansion": any(block < num_blocks for block in by_rule),
     "mudd_last_hidden_expansion": num_blocks in by_rule,

@@ -5,8 +5,9 @@ A row of the table stands for one DA, or for several that differ in their blocks
   block     The block that the DA follows. A number from 1 on; L, the last block; L-N, N blocks before it; a range of
             these such as 1..L-1, also with a step, as in 1..L-1 step 2; or a list of all these.
   sources   What the DA mixes: all; last:N, the last N block outputs, without the embedding; every:K, each K-th source,
-            counted back from the newest; numbers and ranges as above, 0 for the embedding; or a list, for the union of
-            its entries. The newest source, the output of `block`, has to be among them.
+            counted back from the newest to the embedding; numbers and ranges as above, 0 for the embedding and -1, -2,
+            ... for extra embeddings; or a list, for the union of its entries. The newest source, the output of
+            `block`, has to be among them.
   streams   Letters of qkvr, or x for one stream that serves as all four. The DA after block L makes r or x.
   hidden    Optional: K, the hidden width of the weight MLP. By default the rule of `mudd_hidden_expansion` gives it.
   mlp       Optional: a name. DAs with the same name share one weight MLP: W1, W2, the scale of the norm before W1, and
@@ -27,7 +28,7 @@ from maxtext_mudd import assets
 from maxtext_mudd.connections.base import STREAMS
 
 _COLUMNS = ("block", "sources", "streams", "hidden", "mlp")
-_POSITION = r"\d{1,6}|L(?:-\d{1,6})?"
+_POSITION = r"-?\d{1,6}|L(?:-\d{1,6})?"
 _RANGE = re.compile(rf"(?P<first>{_POSITION})(?:\.\.(?P<last>{_POSITION})(?: step (?P<step>[1-9]\d*))?)?")
 _RULE = re.compile(r"all|(?P<rule>last|every):(?P<number>[1-9]\d*)")
 
@@ -81,8 +82,11 @@ def check(rows: Sequence[Any]) -> None:
       raise ValueError(f"mudd_placements: row {number} {error}.") from None
 
 
-def expand(rows: Sequence[Any], num_blocks: int) -> list[Placement]:
+def expand(rows: Sequence[Any], num_blocks: int, extra_embeddings: int = 0) -> list[Placement]:
   """The DAs of a model with L = `num_blocks`, sorted by block, from rows that `check` accepts.
+
+  Args:
+    extra_embeddings: m; the sources -1 to -m exist.
 
   Raises:
     ValueError: a row names a block or a source that does not exist there, two rows place the same DA, a DA lacks its
@@ -97,7 +101,7 @@ def expand(rows: Sequence[Any], num_blocks: int) -> list[Placement]:
           f"mudd_placements: rows {rows_by_block[block]} and {number} both place DA_{block}; name each block once."
         )
       rows_by_block[block] = number
-      placements.append(_placement(row, number, block, num_blocks))
+      placements.append(_placement(row, number, block, num_blocks, -extra_embeddings))
     if number not in rows_by_block.values():
       raise ValueError(
         f"mudd_placements: row {number} has block: {row['block']}, which is no block of a model with L={num_blocks}; "
@@ -150,16 +154,17 @@ def _check_row(row: Any) -> None:
     raise ValueError(f"has mlp: {row['mlp']!r}; use a name, such as late, or leave it out")
 
 
-def _placement(row: dict, number: int, block: int, num_blocks: int) -> Placement:
-  """DA_block, as its row describes it."""
+def _placement(row: dict, number: int, block: int, num_blocks: int, oldest: int) -> Placement:
+  """DA_block, as its row describes it, in a model with sources from `oldest` on."""
   at = f"mudd_placements: row {number}"
   if not 1 <= block <= num_blocks:
     raise ValueError(f"{at} places DA_{block}, and the model has L={num_blocks} blocks; use blocks from 1 to L.")
-  sources = _sources(row["sources"], block, num_blocks)
-  missing = [source for source in sources if not 0 <= source <= block]
+  sources = _sources(row["sources"], block, num_blocks, oldest)
+  missing = [source for source in sources if not oldest <= source <= block]
   if missing:
     raise ValueError(
-      f"{at} gives DA_{block} the source X_{missing[0]}, which does not exist there; use sources from 0 to {block}."
+      f"{at} gives DA_{block} the source X_{missing[0]}, which does not exist there; use sources from {oldest} to "
+      f"{block}."
     )
   if block not in sources:
     raise ValueError(
@@ -174,7 +179,7 @@ def _placement(row: dict, number: int, block: int, num_blocks: int) -> Placement
   return Placement(block, sources, streams, row.get("hidden"), row.get("mlp"))
 
 
-def _sources(column: Any, block: int, num_blocks: int) -> tuple[int, ...]:
+def _sources(column: Any, block: int, num_blocks: int, oldest: int) -> tuple[int, ...]:
   """The union of what the terms of a row name, before it is checked."""
   sources = set()
   for term in _terms(column):
@@ -183,8 +188,10 @@ def _sources(column: Any, block: int, num_blocks: int) -> tuple[int, ...]:
       sources |= {*_numbers([term], num_blocks)}
     elif rule["rule"] == "last":
       sources |= {*range(max(1, block + 1 - int(rule["number"])), block + 1)}
+    elif rule["rule"] == "every":
+      sources |= {*range(block, -1, -int(rule["number"]))}
     else:
-      sources |= {*range(block, -1, -int(rule["number"] or 1))}
+      sources |= {*range(oldest, block + 1)}
   return tuple(sorted(sources))
 
 

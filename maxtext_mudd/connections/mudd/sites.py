@@ -15,6 +15,21 @@ def visible_sources(block: int, *, dilation: int, window: int) -> tuple[int, ...
   return tuple(j for j in every_kth if window == 0 or j == 0 or j > block - window)
 
 
+def extra_embeddings(number: int, aggregates: int, *, tables: int, groups: int) -> tuple[int, ...]:
+  """The extra embeddings that a DA mixes, oldest first: those of one group.
+
+  Both the tables and the DAs are divided into `groups` runs, in order of their numbers and of depth, and the k-th run
+  of DAs mixes the k-th run of tables. Where DAs are not divisible, runs differ by one DA.
+
+  Args:
+    number: of the DA among all, from 0 on.
+    aggregates: the number of DAs.
+    tables: m, a multiple of `groups`.
+  """
+  group, size = number * groups // aggregates, tables // groups
+  return tuple(range(-(group + 1) * size, -group * size))
+
+
 def hidden_width(ways: int, sources: int, *, expansion: float, round_to: int) -> int:
   """K = C·N·expansion. Released rule: rounded up to the next multiple of `round_to`, exact multiples too; 0: exact."""
   width = int(ways * sources * expansion)
@@ -32,12 +47,13 @@ def plan(config) -> Plan:
   Raises:
     ValueError: the table does not fit `num_decoder_layers`.
   """
-  num_blocks, table = config.num_decoder_layers, config.mudd_placements
-  found = placements.expand(table, num_blocks) if table else _from_keys(config)
+  num_blocks, table, extra = config.num_decoder_layers, config.mudd_placements, config.mudd_extra_embeddings
+  found = placements.expand(table, num_blocks, extra) if table else _from_keys(config)
   if config.mudd_mtp == "connected":
     found = _with_mtp(found, num_blocks, config.mtp_num_layers)
   sites = {placement.block: _site(config, placement) for placement in _read(config, found)}
-  return Plan(num_blocks, sites, separate_norms=(1,) if config.mudd_first_block_norms == "separate" else ())
+  separate_norms = (1,) if config.mudd_first_block_norms == "separate" else ()
+  return Plan(num_blocks, sites, separate_norms, extra)
 
 
 def _from_keys(config) -> list[Placement]:
@@ -49,7 +65,9 @@ def _from_keys(config) -> list[Placement]:
     if streams and block > config.mudd_depth_start * num_blocks:
       sources = visible_sources(block, dilation=config.mudd_source_dilation, window=config.mudd_window)
       found.append(Placement(block, sources, streams))
-  return found
+  tables, groups = config.mudd_extra_embeddings, config.mudd_embedding_groups
+  extra = [extra_embeddings(number, len(found), tables=tables, groups=groups) for number in range(len(found))]
+  return [dataclasses.replace(x, sources=(*more, *x.sources)) for x, more in zip(found, extra)]
 
 
 def _read(config, found: list[Placement]) -> list[Placement]:
@@ -63,7 +81,8 @@ def _read(config, found: list[Placement]) -> list[Placement]:
 
 
 def _with_mtp(found: list[Placement], num_blocks: int, mtp_blocks: int) -> list[Placement]:
-  """DA_L makes the stream of MTP besides. A DA follows each MTP block and makes one stream of all sources."""
+  """DA_L makes the stream of MTP besides. A DA follows each MTP block and makes one stream of all sources but extra
+  embeddings."""
   found = [dataclasses.replace(x, streams=f"{x.streams}m") if x.block == num_blocks else x for x in found]
   after = range(num_blocks + 1, num_blocks + mtp_blocks + 1)
   return [*found, *(Placement(block, tuple(range(block + 1)), "m") for block in after)]

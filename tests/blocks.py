@@ -82,8 +82,8 @@ OTHERS = {
   | DELTA_NET
   | {"base_num_decoder_layers": 8, "inhomogeneous_layer_cycle_interval": 3, "shared_experts": 1},
   "qwen3_5": MOE | DELTA_NET | CYCLES | {"shared_experts": 1},
-  "fused": GQA | {"decoder_block": "llama2", "fused_qkv": True},
-  "gpt3, fused": {
+  "fused projection": GQA | {"decoder_block": "llama2", "fused_qkv": True},
+  "gpt3, fused projection": {
     "decoder_block": "gpt3",
     "mlp_activations": ["gelu"],
     "trainable_position_size": 16,
@@ -91,7 +91,12 @@ OTHERS = {
   },
   "qwen3_custom_moe": MOE | {"attention_output_dim": 24, "moe_expert_input_dim": 24},
 }
-FUSED = ("fused", "gpt3, fused", "qwen3_next", "qwen3_5")  # have a projection whose columns read different streams
+FUSED = (
+  "fused projection",
+  "gpt3, fused projection",
+  "qwen3_next",
+  "qwen3_5",
+)  # have a projection whose columns read different streams
 BLOCKS = {
   "llama2": (GQA, Arch(3, **GQA_ARCH)),
   "mistral": (GQA, Arch(3, **GQA_ARCH)),

@@ -11,22 +11,64 @@ OLMO3 = ("decoder_block=olmo3", "mudd_init=stock", "mudd_ffn_reallocation=false"
 MISTAKES = {
   "not supported": (
     ["decoder_block=gemma2", "mudd_init=stock"],
-    "decoder_block='gemma2' is not supported; supported are llama2, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma, ",
+    "decoder_block='gemma2' does not work with mudd=True: supported are llama2, mistral, mixtral, qwen2, qwen3, ",
   ),
   "re-allocated FFNs": (
     [*GPT_OSS, "mudd_ffn_reallocation=true"],
-    "mudd_ffn_reallocation=True does not work with decoder_block='gpt_oss': its layers have different FFNs already; "
-    "set mudd_ffn_reallocation=False.",
+    "mudd_ffn_reallocation=True does not work with decoder_block='gpt_oss': MaxText builds its layers with one "
+    "width; set mudd_ffn_reallocation=False.",
   ),
   "FFNs in parts": (
     [*GPT_OSS, "mudd_ffn_parts=2"],
-    "decoder_block='gpt_oss' does not work with mudd_ffn_parts=2: its FFNs are not computed in parts; set "
+    "decoder_block='gpt_oss' does not work with mudd_ffn_parts=2: parts are made of plain FFNs only; set "
     "mudd_ffn_parts=1.",
   ),
   "fused and quantised": (
     ["fused_qkv=true", "quantization=int8"],
     "quantization=int8 does not work with mudd=True and fused_qkv=True: its scales are of whole kernels, of which "
     "columns read different streams; set fused_qkv=False.",
+  ),
+  "MTP": (
+    [*GPT_OSS, "mtp_num_layers=1"],
+    "mtp_num_layers=1 does not work with decoder_block='gpt_oss': MaxText cannot build its layers for multi-token "
+    "prediction; set it to 0.",
+  ),
+  "MTP of cycles": (
+    ["decoder_block=llama4", *GPT_OSS[1:], "scan_layers=true", "mtp_num_layers=1"],
+    "mtp_num_layers=1 does not work with scan_layers=True and decoder_block='llama4': each block of multi-token "
+    "prediction would be a whole cycle of layers; set scan_layers=False.",
+  ),
+  "other projections": (
+    [*DEEPSEEK, "fused_qkv=true"],
+    "fused_qkv=True does not work with decoder_block='deepseek': it has other projections; set fused_qkv=False.",
+  ),
+  "a name for sizes": (
+    ["decoder_block=gemma3", *GPT_OSS[1:]],
+    "model_name=default does not work with decoder_block='gemma3': MaxText scales queries by the name of the model; "
+    "use gemma3-4b, gemma3-12b, gemma3-27b, for other sizes with override_model_config=True.",
+  ),
+  "not latent": (
+    ["decoder_block=deepseek", *GPT_OSS[1:]],
+    "attention_type='global' does not work with decoder_block='deepseek': its attention is latent; use 'mla'.",
+  ),
+  "more dense layers than layers": (
+    [*DEEPSEEK, "first_num_dense_layers=9"],
+    "first_num_dense_layers=9 does not work with base_num_decoder_layers=2: so many of the layers are dense; use a "
+    "number from 0 to that of all layers.",
+  ),
+  "a stream that nothing reads": (
+    [
+      "decoder_block=default",
+      *GPT_OSS[1:],
+      "share_kv_projections=true",
+      "mudd_placements=[{block: 1, sources: all, streams: vr}]",
+    ],
+    "mudd_placements gives DA_1 the stream v, which block 2 does not read with share_kv_projections=True; leave it "
+    "out.",
+  ),
+  "no cycle": (
+    ["inhomogeneous_layer_cycle_interval=0"],
+    "inhomogeneous_layer_cycle_interval=0",
   ),
   "latent attention in another block": (
     ["attention_type=mla"],
@@ -40,18 +82,18 @@ MISTAKES = {
   ),
   "rotary table": (
     [*GPT_OSS, "mudd_rope_table=bfloat16"],
-    "decoder_block='gpt_oss' does not work with mudd_rope_table=bfloat16: its positions are not those of the released "
-    "models; set mudd_rope_table=stock.",
+    "decoder_block='gpt_oss' does not work with mudd_rope_table=bfloat16: it does not rotate queries and keys as the "
+    "released models do; set mudd_rope_table=stock.",
   ),
   "no norm before the FFN": (
     [*OLMO3, "depth_connection=mhc"],
-    "decoder_block='olmo3' does not work with depth_connection=mhc: no norm of it reads the sum of its input and "
-    "attention; use a decoder_block such as llama2.",
+    "decoder_block='olmo3' does not work with depth_connection=mhc: its FFN reads the sum of its input and "
+    "attention without a norm, or does not read it; use a decoder_block such as llama2.",
   ),
   "cycles that leave layers out": (
     [*OLMO3, "base_num_decoder_layers=6", "inhomogeneous_layer_cycle_interval=4"],
     "base_num_decoder_layers=6 does not work with scan_layers=True and inhomogeneous_layer_cycle_interval=4: MaxText "
-    "scans whole cycles of layers and would leave some out; make one a multiple of the other.",
+    "scans whole cycles of layers and would leave some out; use a multiple of 4.",
   ),
   "cycles of a block that has none": (
     ["scan_layers=true", "mudd_ffn_reallocation=false", "mudd_init=stock", "inhomogeneous_layer_cycle_interval=2"],

@@ -111,7 +111,7 @@ def test_other_families(family, name, scan):
 @pytest.mark.parametrize(
   ("block", "name"),
   [
-    ("fused", "tensor 2, FSDP 4"),
+    ("fused projection", "tensor 2, FSDP 4"),
     ("gemma3", "tensor 2, FSDP 4"),
     ("gemma4, tied values", "FSDP 8"),
     ("qwen3_next", "tensor 2, FSDP 4"),

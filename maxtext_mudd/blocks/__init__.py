@@ -52,6 +52,8 @@ class BlockSpec:
     is_rotary: Queries and keys are rotated by their positions.
     tied_every: Of every so many layers, the last takes `share_kv_projections`: its values are its keys. None: no layer
       takes it.
+    takes_mtp: MaxText can build a single layer of it for multi-token prediction.
+    takes_fused_qkv: `fused_qkv` makes one projection of queries, keys and values.
     is_released: It is the block of the authors' PyTorch MUDDFormer, up to the factor of `scales_query_kernel`.
     is_plain: All layers are alike, each with one attention over all positions and one feed-forward block. Then
       `complexity` counts its parameters and FLOPs, and the keys of Sect. 3.4 and of initial values know its matrices.
@@ -72,6 +74,8 @@ class BlockSpec:
   shares_norm: bool = False
   is_rotary: bool = True
   tied_every: int | None = None
+  takes_mtp: bool = True
+  takes_fused_qkv: bool = True
   is_released: bool = False
   is_plain: bool = True
   layers: tuple[str, ...] = ("layers",)
@@ -87,6 +91,8 @@ _hybrid = functools.partial(
   "post_attention_layernorm",
   attention="attention",
   takes_chunked_prefill=False,
+  takes_mtp=False,
+  takes_fused_qkv=False,
   is_plain=False,
 )
 _in_cycles = functools.partial(BlockSpec, is_plain=False, cycle=Cycle("layers"))
@@ -102,14 +108,14 @@ BLOCKS = {
   "gemma": _gemma(scales_query_kernel=True, is_plain=True),
   "gemma3": _gemma(cycle=Cycle("layers", 6, has_remainder=True)),
   "gemma4": _gemma(tied_every=6, cycle=Cycle(None, 6, "scanned_blocks", has_remainder=True)),
-  "gpt_oss": _in_cycles(attention="GptOssAttention"),
+  "gpt_oss": _in_cycles(attention="GptOssAttention", takes_mtp=False),
   "llama4": _in_cycles(),
   "envy": _in_cycles(),
-  "olmo3": _in_cycles(None, None, attention="attention"),
+  "olmo3": _in_cycles(None, None, attention="attention", takes_mtp=False),
   "qwen3_next": _hybrid(cycle=Cycle(None, has_remainder=True)),
   "qwen3_5": _hybrid(cycle=Cycle("layer")),
-  "qwen3_custom_moe": BlockSpec(feed_forward_norm=None, takes_qk_norm=True, is_plain=False),
-  "deepseek": BlockSpec(is_plain=False, layers=("dense_layers", "moe_layers")),
+  "qwen3_custom_moe": BlockSpec(feed_forward_norm=None, takes_qk_norm=True, takes_mtp=False, is_plain=False),
+  "deepseek": BlockSpec(takes_fused_qkv=False, is_plain=False, layers=("dense_layers", "moe_layers")),
   "default": BlockSpec(
     "pre_self_attention_norm", None, is_parallel=True, shares_norm=True, tied_every=1, is_plain=False
   ),
@@ -132,7 +138,10 @@ def spec(config) -> BlockSpec:
   """
   name = _PYTHIA if config.mudd_decoder_layer == _PYTHIA else config.decoder_block.value
   if name not in BLOCKS:
-    raise ValueError(f"decoder_block={name!r} is not supported; supported are {', '.join(DECODER_BLOCKS)}.")
+    supported = ", ".join(DECODER_BLOCKS)
+    raise ValueError(
+      f"decoder_block={name!r} does not work with mudd=True: supported are {supported}; use one of these."
+    )
   return BLOCKS[name]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 
 from maxtext_mudd import blocks as decoder_blocks
-from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks import Cycle, ffn_widths
 
 _INNER = "local_layers"  # a stack within each cycle
 _REMAINDER = "layers_remainder"
@@ -21,7 +21,7 @@ class Stack:
     path: attributes that lead from the decoder to the stack.
     blocks: numbers of the blocks, rising, in the order of the arrays.
     sizes: of the axes along which parameters are stacked: one axis or, where a stack lies within each scanned cycle,
-      two, that of cycles first. None for a layer that is not stacked, after the last whole cycle.
+      two, that of cycles first. No axis for a layer that is not stacked, which follows the last whole cycle.
   """
 
   path: tuple[str, ...]
@@ -49,11 +49,9 @@ def of_config(config) -> tuple[Stack, ...]:
     return tuple(_stack((name,), blocks) for name, blocks in _sections(config) if blocks)
   length = cycle.length or config.inhomogeneous_layer_cycle_interval
   number, rest = divmod(config.num_decoder_layers, length)
-  members = _inner_stack if cycle.member is None else _members
-  return (
-    *(members(cycle.name, 1, length, number, cycle.member, has_last=True) if number else ()),
-    *(members(_REMAINDER, number * length + 1, rest, None, cycle.member, has_last=False) if rest else ()),
-  )
+  whole = _cycles(cycle, cycle.name, range(1, number * length + 1, length), length, (number,)) if number else []
+  remainder = _cycles(cycle, _REMAINDER, range(number * length + 1, number * length + 2), rest, ()) if rest else []
+  return (*whole, *remainder)
 
 
 def index(blocks: Sequence[int], number):
@@ -96,29 +94,20 @@ def _stack(path: tuple[str, ...], blocks: Sequence[int]) -> Stack:
   return Stack(path, tuple(blocks), (len(blocks),))
 
 
-def _members(name: str, first: int, length: int, number: int | None, member: str, *, has_last: bool) -> list[Stack]:
-  """A stack for each place in a cycle.
+def _cycles(cycle: Cycle, name: str, firsts: Sequence[int], length: int, sizes: tuple[int, ...]) -> list[Stack]:
+  """The stacks of cycles of so many layers.
 
   Args:
-    number: of cycles; None for one that is not scanned.
-    has_last: whether the last layer of a cycle is there.
+    firsts: the first block of each cycle.
+    sizes: of the axes along which the cycles are stacked.
   """
-  return [
-    Stack(
-      (name, f"{member}_{k}"),
-      tuple(first + k + length * c for c in range(number or 1)),
-      () if number is None else (number,),
-    )
-    for k in range(length)
-  ]
-
-
-def _inner_stack(name: str, first: int, length: int, number: int | None, member: None, *, has_last: bool):
-  """A stack of the layers of a cycle but the last, and one of the last layers."""
-  inner, cycles = length - has_last, range(number or 1)
-  outer = () if number is None else (number,)
+  if cycle.member is not None:
+    return [Stack((name, f"{cycle.member}_{k}"), tuple(first + k for first in firsts), sizes) for k in range(length)]
+  has_last = bool(sizes)  # what follows the last whole cycle is the beginning of one
+  inner, found = length - has_last, []
   if inner:
-    blocks = tuple(first + length * c + k for c in cycles for k in range(inner))
-    yield Stack((name, _INNER), blocks, (*outer, inner))
+    blocks = tuple(first + k for first in firsts for k in range(inner))
+    found.append(Stack((name, _INNER), blocks, (*sizes, inner)))
   if has_last:
-    yield Stack((name, "global_layer"), tuple(first + length * c + inner for c in cycles), outer)
+    found.append(Stack((name, "global_layer"), tuple(first + inner for first in firsts), sizes))
+  return found

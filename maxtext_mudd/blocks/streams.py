@@ -90,15 +90,15 @@ class StreamNorm(nnx.Module):
 
 
 @functools.cache
-def _reading(module_class: type[nnx.Module], stream: str) -> type[nnx.Module]:
+def reading(module_class: type[nnx.Module], attribute: str) -> type[nnx.Module]:
+  """A module class that reads one attribute of its input, such as one of `Streams`."""
+
   class Reading(module_class):
-    """Reads one of the streams."""
-
     @functools.wraps(module_class.__call__)
-    def __call__(self, inputs: Streams, *args, **kwargs):
-      return super().__call__(getattr(inputs, stream), *args, **kwargs)
+    def __call__(self, inputs, *args, **kwargs):
+      return super().__call__(getattr(inputs, attribute), *args, **kwargs)
 
-  Reading.__name__ = Reading.__qualname__ = f"{module_class.__name__}Of{stream.upper()}"
+  Reading.__name__ = Reading.__qualname__ = f"{module_class.__name__}Reading{attribute.capitalize()}"
   return Reading
 
 
@@ -203,11 +203,11 @@ def decouple(layer: nnx.Module, block: BlockSpec, streams: str) -> None:
   attention = operator.attrgetter(block.attention)(layer)
   for path, module in list(nnx.iter_modules(attention)):
     if isinstance(module, DenseGeneral) and path[-1] in _READS:
-      change_class(module, _reading(type(module), _READS[path[-1]]))
+      change_class(module, reading(type(module), _READS[path[-1]]))
     elif fused := _fused_projection(module):
       projection, columns = fused
       change_class(projection, _reading_by_columns(type(projection), columns))
   if isinstance(attention, MLA):
     change_class(attention, LatentAttention)
   if block.shares_norm:
-    change_class(layer.mlp, _reading(type(layer.mlp), "r"))
+    change_class(layer.mlp, reading(type(layer.mlp), "r"))

@@ -31,7 +31,7 @@ def refusals(config) -> Iterator[Refusal]:
     config.use_chunked_prefill and known is not None and not known.takes_chunked_prefill,
     "use_chunked_prefill=True",
     f"decoder_block={block!r}",
-    "MaxText's attends to one chunk alone; set it to False",
+    "its attention reads one chunk of the prompt alone; set it to False",
   )
   if is_pythia:
     yield from _pythia(config)
@@ -49,7 +49,7 @@ def refusals(config) -> Iterator[Refusal]:
     not (spec.is_rotary and spec.is_plain),
     f"decoder_block={block!r}",
     table,
-    "its positions are not those of the released models; set mudd_rope_table=stock",
+    "it does not rotate queries and keys as the released models do; set mudd_rope_table=stock",
   )
 
 

@@ -7,6 +7,8 @@ from pydantic import field_validator
 from maxtext_mudd import blocks, connections
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
+_GEMMA3 = ("gemma3-4b", "gemma3-12b", "gemma3-27b")  # the names with which MaxText builds this block
+
 
 class DepthConnectionKeys(KeyGroup):
   """The keys that choose a family."""
@@ -55,7 +57,8 @@ def refusals(config) -> Iterator[Refusal]:
     spec.feed_forward_norm is None and reads_sublayers,
     layer,
     f"depth_connection={config.depth_connection}",
-    "no norm of it reads the sum of its input and attention; use a decoder_block such as llama2",
+    "its FFN reads the sum of its input and attention without a norm, or does not read it; use a decoder_block such as "
+    "llama2",
   )
   interval = config.inhomogeneous_layer_cycle_interval
   yield Refusal(
@@ -70,38 +73,21 @@ def refusals(config) -> Iterator[Refusal]:
     f"depth_connection={config.depth_connection}",
     "MaxText scans its layers within cycles; set scan_layers=False",
   )
-  is_whole = spec.cycle is None or spec.cycle.has_remainder or config.num_decoder_layers % interval == 0
+  yield Refusal(interval < 1, f"inhomogeneous_layer_cycle_interval={interval}", mudd, "set it to 1 or more")
+  has_rest = interval > 0 and config.num_decoder_layers % interval != 0
   yield Refusal(
-    config.scan_layers and not is_whole,
+    config.scan_layers and spec.cycle is not None and not spec.cycle.has_remainder and has_rest,
     f"base_num_decoder_layers={config.base_num_decoder_layers}",
     f"scan_layers=True and inhomogeneous_layer_cycle_interval={interval}",
-    "MaxText scans whole cycles of layers and would leave some out; make one a multiple of the other",
+    f"MaxText scans whole cycles of layers and would leave some out; use a multiple of {interval}",
   )
+  yield from _of_block(config, spec, layer)
   quantization = config.quantization.value
   yield Refusal(
     config.fused_qkv and bool(quantization),
     f"quantization={quantization}",
     "mudd=True and fused_qkv=True",
     "its scales are of whole kernels, of which columns read different streams; set fused_qkv=False",
-  )
-  is_latent = config.attention_type == "mla"
-  yield Refusal(
-    is_latent and block != "deepseek",
-    "attention_type='mla'",
-    layer,
-    "MaxText has latent attention in the block of deepseek; use 'global'",
-  )
-  yield Refusal(
-    is_latent and not config.mla_naive_kvcache,
-    "mla_naive_kvcache=False",
-    "mudd=True and attention_type='mla'",
-    "keys and values have a latent each, and MaxText caches one; set it to True",
-  )
-  yield Refusal(
-    is_latent and config.use_batch_split_schedule,
-    "use_batch_split_schedule=True",
-    mudd,
-    "it does not call the layers; set it to False",
   )
   yield Refusal(
     config.using_pipeline_parallelism,
@@ -115,7 +101,12 @@ def refusals(config) -> Iterator[Refusal]:
     mudd,
     "it is a depth connection of MaxText's; set it to 1",
   )
-  yield Refusal(bool(config.engram_layers), "engram_layers", mudd, "only deepseek has them; leave it empty")
+  yield Refusal(
+    bool(config.engram_layers),
+    f"engram_layers={list(config.engram_layers)}",
+    mudd,
+    "they add to the input of a block, which is several streams; leave it empty",
+  )
   yield Refusal(
     config.shard_mode.value == "explicit",
     "shard_mode=explicit",
@@ -127,6 +118,65 @@ def refusals(config) -> Iterator[Refusal]:
   )
   if config.scan_layers:
     yield from _scanned(config)
+
+
+def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
+  """Yields the settings that do not work with a block."""
+  block, number = config.decoder_block.value, config.mtp_num_layers
+  yield Refusal(
+    number > 0 and not spec.takes_mtp,
+    f"mtp_num_layers={number}",
+    layer,
+    "MaxText cannot build its layers for multi-token prediction; set it to 0",
+  )
+  yield Refusal(
+    number > 0 and config.scan_layers and spec.cycle is not None,
+    f"mtp_num_layers={number}",
+    f"scan_layers=True and {layer}",
+    "each block of multi-token prediction would be a whole cycle of layers; set scan_layers=False",
+  )
+  yield Refusal(
+    config.fused_qkv and not spec.takes_fused_qkv,
+    "fused_qkv=True",
+    layer,
+    "it has other projections; set fused_qkv=False",
+  )
+  is_latent, dense = config.attention_type == "mla", config.first_num_dense_layers
+  yield Refusal(
+    is_latent and block != "deepseek",
+    "attention_type='mla'",
+    layer,
+    "MaxText has latent attention in the block of deepseek; use 'global'",
+  )
+  if block == "deepseek":
+    yield Refusal(
+      not is_latent, f"attention_type={config.attention_type!r}", layer, "its attention is latent; use 'mla'"
+    )
+    yield Refusal(
+      not 0 <= dense <= config.num_decoder_layers,
+      f"first_num_dense_layers={dense}",
+      f"base_num_decoder_layers={config.base_num_decoder_layers}",
+      "so many of the layers are dense; use a number from 0 to that of all layers",
+    )
+  yield Refusal(
+    is_latent and not config.mla_naive_kvcache,
+    "mla_naive_kvcache=False",
+    "mudd=True and attention_type='mla'",
+    "keys and values have a latent each, and MaxText caches one; set it to True",
+  )
+  yield Refusal(
+    is_latent and config.use_batch_split_schedule,
+    "use_batch_split_schedule=True",
+    "mudd=True",
+    "it does not call the layers; set it to False",
+  )
+  yield Refusal(
+    block == "gemma3" and config.model_name not in _GEMMA3,
+    f"model_name={config.model_name}",
+    layer,
+    f"MaxText scales queries by the name of the model; use {', '.join(_GEMMA3)}, for other sizes with "
+    "override_model_config=True",
+  )
 
 
 def _scanned(config) -> Iterator[Refusal]:

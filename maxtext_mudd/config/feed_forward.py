@@ -79,7 +79,7 @@ def refusals(config) -> Iterator[Refusal]:
     config.mudd_ffn_reallocation and not is_plain,
     "mudd_ffn_reallocation=True",
     block,
-    "its layers have different FFNs already; set mudd_ffn_reallocation=False",
+    "MaxText builds its layers with one width; set mudd_ffn_reallocation=False",
   )
   if config.mudd_ffn_parts == 1:
     return
@@ -89,7 +89,7 @@ def refusals(config) -> Iterator[Refusal]:
   sharded = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key, 1) != 1]
   narrowest = min(ffn_widths.of_config(config))
   quantization = config.quantization.value
-  yield Refusal(not is_plain, block, parts, f"its FFNs are not computed in parts; {remedy}")
+  yield Refusal(not is_plain, block, parts, f"parts are made of plain FFNs only; {remedy}")
   yield Refusal(
     config.num_experts > 1,
     f"num_experts={config.num_experts}",

@@ -14,13 +14,11 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from maxtext.layers.normalizations import RMSNorm
-from maxtext.models.gpt3 import Gpt3LayerNorm
 
 from maxtext_mudd.blocks import normed_streams
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.classes import change_class
-from maxtext_mudd.blocks.streams import decouple
+from maxtext_mudd.blocks.streams import decouple, reading
 from maxtext_mudd.connections.connection import PlainConnection
 
 
@@ -97,24 +95,7 @@ class SublayerConnection(PlainConnection):
     return output.carry(output.arrays)
 
 
-class ReadingRMSNorm(RMSNorm):
-  """RMSNorm of a sublayer's input."""
-
-  def __call__(self, x: SublayerInput, **kwargs):
-    return super().__call__(x.read, **kwargs)
-
-
-class ReadingGpt3LayerNorm(Gpt3LayerNorm):
-  """GPT-3's LayerNorm of a sublayer's input."""
-
-  def __call__(self, x: SublayerInput, **kwargs):
-    return super().__call__(x.read, **kwargs)
-
-
-_READING = {RMSNorm: ReadingRMSNorm, Gpt3LayerNorm: ReadingGpt3LayerNorm}
-
-
 def read_sublayer_input(layer: nnx.Module, path: str) -> None:
   """Makes the norm at a path of a stock layer read a `SublayerInput`."""
   norm = operator.attrgetter(path)(layer)
-  change_class(norm, _READING[type(norm)])
+  change_class(norm, reading(type(norm), "read"))

@@ -49,9 +49,10 @@ def plan(config) -> Plan:
   """
   num_blocks, table, extra = config.num_decoder_layers, config.mudd_placements, config.mudd_extra_embeddings
   found = placements.expand(table, num_blocks, extra) if table else _from_keys(config)
+  found = _checked(config, found) if table else _read(config, found)
   if config.mudd_mtp == "connected":
     found = _with_mtp(found, num_blocks, config.mtp_num_layers)
-  sites = {placement.block: _site(config, placement) for placement in _read(config, found)}
+  sites = {placement.block: _site(config, placement) for placement in found}
   separate_norms = (1,) if config.mudd_first_block_norms == "separate" else ()
   return Plan(num_blocks, sites, separate_norms, extra)
 
@@ -78,6 +79,20 @@ def _read(config, found: list[Placement]) -> list[Placement]:
     for x in found
   ]
   return [x for x in there if x.streams]
+
+
+def _checked(config, found: list[Placement]) -> list[Placement]:
+  """The DAs of a table. Raises ValueError for a stream that the next block does not read."""
+  for placement in found:
+    reader = placement.block + 1
+    read = f"{blocks.streams_read(config, reader)}x" if reader <= config.num_decoder_layers else placement.streams
+    unread = "".join(stream for stream in placement.streams if stream not in read)
+    if unread:
+      raise ValueError(
+        f"mudd_placements gives DA_{placement.block} the stream {unread}, which block {reader} does not read with "
+        "share_kv_projections=True; leave it out."
+      )
+  return found
 
 
 def _with_mtp(found: list[Placement], num_blocks: int, mtp_blocks: int) -> list[Placement]:

@@ -1,4 +1,4 @@
-"""Small models of every supported decoder block, and what the oracle has to be told of each that it restates."""
+"""Small models of every supported decoder block, and what the oracle needs to know of each that it restates."""
 
 import numpy as np
 

@@ -60,7 +60,7 @@ def test_loss_and_gradients(case):
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("norms", [{}, BOTH_NORMS], ids=["no norms", "both norms"])
 def test_starts_as_mtp_of_the_hidden_state(norms, scan):
-  """At initial values a stream of MTP is the newest block output, from which MaxText's MTP goes on."""
+  """At initial values a stream of MTP is the newest block output, from which MaxText's MTP continues."""
   logits, losses = {}, {}
   for mtp in ("head", "connected"):
     cfg = models.config(**MTP | {"mudd_mtp": mtp, "mtp_num_layers": 2, "scan_layers": scan}, **norms)

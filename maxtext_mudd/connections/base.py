@@ -42,7 +42,7 @@ class Site:
     block: i, the block that it follows; the output of this block is its newest source.
     sources: the sources that it mixes, oldest first, the newest last.
     streams: the streams that it makes, a subset of "qkvr"; "x" for one stream that serves as all four. Where
-      multi-token prediction (MTP) is connected, DA_L makes "m" besides, which the first MTP block reads.
+      multi-token prediction (MTP) is connected, DA_L also makes "m", which the first MTP block reads.
     hidden: K, the hidden width of the weight MLP; 0 where the weights are static only.
     mlp: name of the weight MLP, which all sites with this name share; None: no other site has it.
   """

@@ -96,7 +96,7 @@ def _checked(config, found: list[Placement]) -> list[Placement]:
 
 
 def _with_mtp(found: list[Placement], num_blocks: int, mtp_blocks: int) -> list[Placement]:
-  """DA_L makes the stream of MTP besides. A DA follows each MTP block and makes one stream of all sources but extra
+  """DA_L also makes the stream of MTP. A DA follows each MTP block and makes one stream of all sources but extra
   embeddings."""
   found = [dataclasses.replace(x, streams=f"{x.streams}m") if x.block == num_blocks else x for x in found]
   after = range(num_blocks + 1, num_blocks + mtp_blocks + 1)

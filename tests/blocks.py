@@ -23,7 +23,8 @@ LATENT = {
   "kv_lora_rank": 16,
   "qk_nope_head_dim": 8,
   "qk_rope_head_dim": 4,
-  "v_head_dim": 8,
+  "v_head_dim": 12,
+  "head_dim": 12,  # MaxText's cache of keys and values needs all these to be one width
 }
 DELTA_NET = {
   "gdn_num_value_heads": 4,

@@ -3,7 +3,7 @@
 import pytest
 
 from tests import runs
-from tests.refusals import refuse
+from tests.refusals import refused_run
 
 MISTAKES = {
   "mistyped key": (["mudd_way=4"], "mudd_way is not a configuration key; the nearest is mudd_ways."),
@@ -355,8 +355,4 @@ def corpus(tmp_path_factory):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_configuration_mistakes(mistake, corpus, tmp_path, monkeypatch, capsys):
   overrides, message = MISTAKES[mistake]
-  overrides = [f"base_output_directory={tmp_path / 'out'}", "run_name=x", *corpus, *overrides]
-  keys = [override.split("=")[0] for override in overrides]
-  overrides = [o for i, o in enumerate(overrides) if o.split("=")[0] not in keys[i + 1 :]]
-  assert refuse([runs.RUN_YML, *overrides], monkeypatch, capsys).startswith(message)
-  assert not (tmp_path / "out").exists()
+  assert refused_run(overrides, corpus, tmp_path, monkeypatch, capsys).startswith(message)

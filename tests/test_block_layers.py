@@ -19,7 +19,7 @@ from maxtext_mudd.blocks.streams import Streams, decouple
 from tests import models, steps
 from tests.blocks import OTHERS, config_of, packed
 
-STEP = 1e-3  # of finite differences
+STEP = 4e-4  # of finite differences; with larger ones tokens go to other experts
 PAIRS = ("qk", "qv", "qr", "kv", "kr", "vr")
 
 
@@ -80,21 +80,19 @@ def test_each_stream_of_a_layer_matters(block):
 @pytest.mark.slow
 @pytest.mark.parametrize("block", OTHERS)
 def test_gradient(block):
-  """The derivative along a random direction of all parameters of connections is that of finite differences. Weights are
-  near their initial values: where they are larger, the model is too curved for the digits of float32."""
+  """Derivatives along random directions of all parameters of connections are those of finite differences.
+
+  Weights are near their initial values: where they are larger, the model is too curved for the digits of float32.
+  Between two points a token may go to another expert, which makes a jump: one direction of three may differ.
+  """
   config = config_of(block, mudd=True)
   model = models.build(config)
   graphdef, params, others = nnx.split(model, nnx.Param, ...)
   rng = np.random.default_rng(0)
-  direction = []
   for path, parameter in nnx.to_flat_state(params):
     x = np.asarray(parameter.get_value())
     scale = 0.3 * x.std() if path[-1] not in ("w2", "a") else 0.1
-    x = x + scale * rng.standard_normal(x.shape)
-    parameter.set_value(jnp.asarray(x, jnp.float32))
-    moved = ("connection" in path) * (x.std() + 1e-3) * rng.standard_normal(x.shape)
-    direction.append((path, parameter.replace(jnp.asarray(moved, jnp.float32))))
-  direction = nnx.from_flat_state(direction)
+    parameter.set_value(jnp.asarray(x + scale * rng.standard_normal(x.shape), jnp.float32))
   data = packed(config)
   weights = rng.standard_normal((*data["inputs"].shape, config.vocab_size)).astype(np.float32) / 100
 
@@ -103,13 +101,30 @@ def test_gradient(block):
     logits = models.logits(nnx.merge(graphdef, params, others, copy=True), data)
     return jnp.vdot(logits, weights, precision="highest")
 
-  def difference(step):
-    ahead, back = (objective(jax.tree.map(lambda x, d, s=s: x + s * d, params, direction)) for s in (step, -step))
-    return float(ahead - back) / (2 * step)
+  gradients, errors = jax.jit(jax.grad(objective))(params), []
+  for _ in range(3):
+    direction = random_direction(params, rng)
+    products = jax.tree.map(lambda x, y: jnp.vdot(x, y), gradients, direction)
+    derivative = float(sum(jax.tree.leaves(products)))
+    coarse, fine = (difference(objective, params, direction, step) for step in (STEP, STEP / 2))
+    expected = (4 * fine - coarse) / 3  # without the error of second order in the step
+    errors.append(abs(derivative / expected - 1))
+  assert sorted(errors)[1] < 0.01, errors
 
-  products = jax.tree.map(lambda x, y: jnp.vdot(x, y), jax.jit(jax.grad(objective))(params), direction)
-  expected = (4 * difference(STEP / 2) - difference(STEP)) / 3  # without the error of second order in the step
-  assert float(sum(jax.tree.leaves(products))) == pytest.approx(expected, rel=0.01)
+
+def random_direction(params: nnx.State, rng) -> nnx.State:
+  """Zero for parameters that are not of connections."""
+  direction = []
+  for path, parameter in nnx.to_flat_state(params):
+    x = np.asarray(parameter.get_value())
+    moved = ("connection" in path) * (x.std() + 1e-3) * rng.standard_normal(x.shape)
+    direction.append((path, parameter.replace(jnp.asarray(moved, jnp.float32))))
+  return nnx.from_flat_state(direction)
+
+
+def difference(function, params: nnx.State, direction: nnx.State, step: float) -> float:
+  ahead, back = (function(jax.tree.map(lambda x, d, s=s: x + s * d, params, direction)) for s in (step, -step))
+  return float(ahead - back) / (2 * step)
 
 
 @pytest.mark.slow

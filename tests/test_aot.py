@@ -31,6 +31,7 @@ def rows(monkeypatch, tmp_path, capsys):
       return row | {"does_not_fit": "it needs 40G of the chip's 31.25G, 8.75G too much."}
     share = 1.5 if mudd else 1.0
     sizes = {"argument_bytes": 4 * GB, "temporary_bytes": share * 6 * GB}
+    sizes |= {"hbm_bytes": share * 60 * GB, "floor_bytes": 24 * GB if mudd else 0}
     return row | {"per_device_batch_size": 4.0, "compile_seconds": 50 * share, **sizes}
 
   monkeypatch.setattr(record, "in_own_process", compiled)
@@ -61,11 +62,16 @@ def test_the_table(rows, tmp_path):
   assert status == 0
   assert all(keys == {"remat_policy": "minimal"} for *_, keys in asked)
   written = (tmp_path / "mine.md").read_text()
-  assert "| 405m, batch 4 | v5p-16 | scanned | MUDD | 75 | 1.50 | 4.00 | 9.00 | 1.50 | 13 % |" in written
-  assert "| 405m | v6e-8 | single | MUDD | - | - | - | - | - | does not fit |" in written
+  assert "| 405m, batch 4 | v5p-16 | scanned | MUDD | 75 | 1.50 | 4.00 | 9.00 | 1.50 | 90 | 1.25 | 13 % |" in written
+  assert "| 405m | v6e-8 | single | MUDD | - | - | - | - | - | - | - | does not fit |" in written
   assert "- 405m on v6e-8: it needs 40G of the chip's 31.25G, 8.75G too much." in written
   assert "8.75G too much" in printed.err
   assert len(json.loads((tmp_path / "mine.json").read_text())["rows"]) == 8
+
+
+def test_models_by_name(rows):
+  _, asked, _ = rows("--models", "gemma3-12b")
+  assert [case[:4] for case in asked] == [("gemma3-12b", "v5p-64", True, mudd) for mudd in (False, True)]
 
 
 def test_what_a_row_sets():
@@ -98,7 +104,7 @@ def test_the_note_tells_the_widths(rows, overrides, said):
 @pytest.mark.parametrize(
   ("arguments", "sentence"),
   [
-    (("--models", "3b"), "--models has '3b'; use some of 405m, 1p4b, 2p8b, 6p9b."),
+    (("--models", "3b"), "--models has '3b'; use some of 405m, 1p4b, 2p8b, 6p9b, gemma3-12b, deepseek2-16b."),
     (("remat_policy",), "'remat_policy' is not key=value."),
   ],
 )

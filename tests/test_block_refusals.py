@@ -25,8 +25,8 @@ MISTAKES = {
   ),
   "fused and quantised": (
     ["fused_qkv=true", "quantization=int8"],
-    "quantization=int8 does not work with mudd=True and fused_qkv=True: its scales are of whole kernels, of which "
-    "columns read different streams; set fused_qkv=False.",
+    "quantization=int8 does not work with mudd=True and fused_qkv=True: scales are of whole kernels, of which "
+    "columns read different streams; use another one.",
   ),
   "MTP": (
     [*GPT_OSS, "mtp_num_layers=1"],
@@ -65,6 +65,11 @@ MISTAKES = {
     ],
     "mudd_placements gives DA_1 the stream v, which block 2 does not read with share_kv_projections=True; leave it "
     "out.",
+  ),
+  "part of a pattern": (
+    [*OLMO3, "base_num_decoder_layers=4", "inhomogeneous_layer_cycle_interval=2"],
+    "inhomogeneous_layer_cycle_interval=2 does not work with scan_layers=True and decoder_block='olmo3': the kinds of "
+    "its layers come again after 4; use a multiple of 4.",
   ),
   "no cycle": (
     ["inhomogeneous_layer_cycle_interval=0"],
@@ -108,8 +113,8 @@ MISTAKES = {
       "scan_layers=true",
       "depth_connection=mhc",
     ],
-    "scan_layers=True with decoder_block='gemma4' does not work with depth_connection=mhc: MaxText scans its layers "
-    "within cycles; set scan_layers=False.",
+    "decoder_block='gemma4' does not work with depth_connection=mhc: its layers multiply their output, which is not "
+    "one array, by a parameter; use a decoder_block such as gemma3.",
   ),
 }
 

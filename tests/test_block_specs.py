@@ -87,7 +87,9 @@ def test_released_blocks_have_the_parameters_of_the_released_models(block):
 
 
 def test_other_blocks():
-  with pytest.raises(ValueError, match=r"decoder_block='gemma2' is not supported; supported are llama2, .*, gpt3\.$"):
+  with pytest.raises(
+    ValueError, match=r"decoder_block='gemma2' does not work with mudd=True: supported are llama2, .*, gpt3;"
+  ):
     blocks.spec(models.config(decoder_block="gemma2"))
 
 

@@ -21,12 +21,14 @@ class Cycle:
       `local_layers`, and the last is `global_layer`.
     length: Layers in a cycle; None: `inhomogeneous_layer_cycle_interval`.
     name: The attribute of the decoder that has the cycles.
+    pattern: The kinds of layers come again after so many layers; the length of a cycle is a multiple of it.
     has_remainder: Layers after the last whole cycle are in `layers_remainder`. In other blocks MaxText leaves them out.
   """
 
   member: str | None
   length: int | None = None
   name: str = "layers"
+  pattern: int = 1
   has_remainder: bool = False
 
 
@@ -50,6 +52,7 @@ class BlockSpec:
       block reads the sum of that input and attention.
     shares_norm: The feed-forward block of a parallel block has no norm for itself, but reads that of attention.
     is_rotary: Queries and keys are rotated by their positions.
+    scales_output: The layer multiplies its output by a parameter.
     tied_every: Of every so many layers, the last takes `share_kv_projections`: its values are its keys. None: no layer
       takes it.
     takes_mtp: MaxText can build a single layer of it for multi-token prediction.
@@ -73,6 +76,7 @@ class BlockSpec:
   is_parallel: bool = False
   shares_norm: bool = False
   is_rotary: bool = True
+  scales_output: bool = False
   tied_every: int | None = None
   takes_mtp: bool = True
   takes_fused_qkv: bool = True
@@ -107,11 +111,11 @@ BLOCKS = {
   "qwen3_moe": BlockSpec(takes_qk_norm=True),
   "gemma": _gemma(scales_query_kernel=True, is_plain=True),
   "gemma3": _gemma(cycle=Cycle("layers", 6, has_remainder=True)),
-  "gemma4": _gemma(tied_every=6, cycle=Cycle(None, 6, "scanned_blocks", has_remainder=True)),
-  "gpt_oss": _in_cycles(attention="GptOssAttention", takes_mtp=False),
+  "gemma4": _gemma(scales_output=True, tied_every=6, cycle=Cycle(None, 6, "scanned_blocks", has_remainder=True)),
+  "gpt_oss": _in_cycles(attention="GptOssAttention", takes_mtp=False, cycle=Cycle("layers", pattern=2)),
   "llama4": _in_cycles(),
   "envy": _in_cycles(),
-  "olmo3": _in_cycles(None, None, attention="attention", takes_mtp=False),
+  "olmo3": _in_cycles(None, None, attention="attention", takes_mtp=False, cycle=Cycle("layers", pattern=4)),
   "qwen3_next": _hybrid(cycle=Cycle(None, has_remainder=True)),
   "qwen3_5": _hybrid(cycle=Cycle("layer")),
   "qwen3_custom_moe": BlockSpec(feed_forward_norm=None, takes_qk_norm=True, takes_mtp=False, is_plain=False),

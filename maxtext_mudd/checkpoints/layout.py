@@ -17,6 +17,7 @@ from maxtext_mudd.connections import layout
 from maxtext_mudd.connections.base import Plan
 
 _CONNECTION = "connection/"
+_OTHER_STATE = "nnx_aux/"  # what the paths of state begin with that is not of parameters, in a train state
 
 
 def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
@@ -73,7 +74,8 @@ def _stacked(values, paths: Mapping[int, str], stack: stacks.Stack, root: str, n
         f"{name} is {shapes} in blocks that mudd_ffn_groups={len(ffn_widths.groups(config))} scans together"
       )
     by_block[k] = value
-  return np.ascontiguousarray(layout.of_stack(config, stack, by_block))
+  is_parameter = not root.startswith(_OTHER_STATE)
+  return np.ascontiguousarray(layout.of_stack(config, stack, by_block, is_parameter=is_parameter))
 
 
 def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
@@ -97,11 +99,12 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
       stack = stacks.of_path(config, match[2].split("/"))
       if stack is None:
         raise ValueError(f"{path} is of layers that this model does not have")
+      is_parameter = not match[1].startswith(_OTHER_STATE)
       blocks, full_name = stack.blocks, match[2].removeprefix("/".join(stack.path) + "/")
-      sizes = layout.stacked_sizes(config, stack, value.shape)
+      sizes = layout.stacked_sizes(config, stack, value.shape, is_parameter=is_parameter)
       if sizes != stack.sizes:
         raise ValueError(f"{path} is of {math.prod(sizes)} layers, not {len(blocks)}")
-      by_block = layout.by_block(config, stack, value)
+      by_block = layout.by_block(config, stack, value, is_parameter=is_parameter)
       table = layout.table(plan, blocks, padded=True)
       name = tuple(full_name.split("/"))
       exists = layout.existing_entries(config, table, name)

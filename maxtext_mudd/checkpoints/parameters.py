@@ -12,6 +12,7 @@ import jax
 from maxtext.utils import maxtext_utils, model_creation_utils
 from orbax.checkpoint import PyTreeCheckpointer
 
+from maxtext_mudd.blocks import stacks
 from maxtext_mudd.checkpoints import model_config
 from maxtext_mudd.config.errors import ConfigError, brief
 
@@ -70,7 +71,7 @@ def check(
     ConfigError: a parameter is missing, is not one of the model, or has another shape.
   """
   advice = "name the keys that the model was trained with."
-  is_scanned = {any("decoder/layers/" in name for name in names) for names in (saved_shapes, model_shapes)}
+  is_scanned = {any(stacks.is_scanned(name.split("/")) for name in names) for names in (saved_shapes, model_shapes)}
   if len(is_scanned) > 1:
     advice = "set scan_layers as it was in training."
   for name, parameter in model_shapes.items():

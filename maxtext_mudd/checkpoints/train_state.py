@@ -17,6 +17,7 @@ from maxtext.configs.pyconfig import HyperParameters
 from maxtext.utils import maxtext_utils, model_creation_utils, train_utils
 import numpy as np
 
+from maxtext_mudd.blocks import stacks
 from maxtext_mudd.checkpoints import layout, orbax_folder
 from maxtext_mudd.checkpoints.staging import staged
 from maxtext_mudd.config.errors import ConfigError
@@ -46,7 +47,7 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
   check_new(target)
   step, checkpoint = find_checkpoint(source, step)
   values = read(checkpoint)
-  scanned = any("/decoder/layers/" in path for path in values)
+  scanned = any(stacks.is_scanned(path.split("/")) for path in values)
   if scanned == config.scan_layers:
     raise ConfigError(
       f"scan_layers={config.scan_layers}: {checkpoint} has {'scanned' if scanned else 'single'} layers already; set "

@@ -7,6 +7,7 @@ from pydantic import field_validator
 from maxtext_mudd import blocks, connections
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
+_WITH_DELTA_NETS = ("qwen3_next", "qwen3_5")
 _GEMMA3 = ("gemma3-4b", "gemma3-12b", "gemma3-27b")  # the names with which MaxText builds this block
 
 
@@ -60,6 +61,12 @@ def refusals(config) -> Iterator[Refusal]:
     "its FFN reads the sum of its input and attention without a norm, or does not read it; use a decoder_block such as "
     "llama2",
   )
+  yield Refusal(
+    spec.scales_output and reads_sublayers,
+    layer,
+    f"depth_connection={config.depth_connection}",
+    "its layers multiply their output, which is not one array, by a parameter; use a decoder_block such as gemma3",
+  )
   interval = config.inhomogeneous_layer_cycle_interval
   yield Refusal(
     config.scan_layers and interval > 1 and spec.cycle is None,
@@ -74,6 +81,13 @@ def refusals(config) -> Iterator[Refusal]:
     "MaxText scans its layers within cycles; set scan_layers=False",
   )
   yield Refusal(interval < 1, f"inhomogeneous_layer_cycle_interval={interval}", mudd, "set it to 1 or more")
+  pattern = spec.cycle.pattern if spec.cycle else 1
+  yield Refusal(
+    config.scan_layers and interval % pattern != 0,
+    f"inhomogeneous_layer_cycle_interval={interval}",
+    f"scan_layers=True and {layer}",
+    f"the kinds of its layers come again after {pattern}; use a multiple of {pattern}",
+  )
   has_rest = interval > 0 and config.num_decoder_layers % interval != 0
   yield Refusal(
     config.scan_layers and spec.cycle is not None and not spec.cycle.has_remainder and has_rest,
@@ -82,12 +96,14 @@ def refusals(config) -> Iterator[Refusal]:
     f"MaxText scans whole cycles of layers and would leave some out; use a multiple of {interval}",
   )
   yield from _of_block(config, spec, layer)
-  quantization = config.quantization.value
+  quantization, weights = config.quantization.value, str(config.weight_dtype)
+  is_quantized = bool(quantization) or "float8" in weights
+  is_fused = config.fused_qkv or block in _WITH_DELTA_NETS
   yield Refusal(
-    config.fused_qkv and bool(quantization),
-    f"quantization={quantization}",
-    "mudd=True and fused_qkv=True",
-    "its scales are of whole kernels, of which columns read different streams; set fused_qkv=False",
+    is_fused and is_quantized,
+    f"quantization={quantization}" if quantization else f"weight_dtype={weights}",
+    f"{mudd} and fused_qkv=True" if config.fused_qkv else f"{mudd} and {layer}",
+    "scales are of whole kernels, of which columns read different streams; use another one",
   )
   yield Refusal(
     config.using_pipeline_parallelism,

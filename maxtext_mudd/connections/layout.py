@@ -131,23 +131,30 @@ def single_shape(
   return tuple(sizes.get(axis, size) for axis, size in enumerate(shape))
 
 
-def by_block(config, stack: Stack, value):
-  """A parameter of a stack with its blocks first: [number of blocks, ...]. Takes and returns NumPy or JAX arrays."""
+def by_block(config, stack: Stack, value, *, is_parameter: bool = True):
+  """A parameter of a stack with its blocks first: [number of blocks, ...]. Takes and returns NumPy or JAX arrays.
+
+  Args:
+    is_parameter: whether it is stacked along `param_scan_axis`, and not, as other state is, along its first axes.
+  """
   xp, axes = value.__array_namespace__(), range(len(stack.sizes))
-  value = xp.moveaxis(value, [_first_axis(config, stack, value.ndim) + k for k in axes], list(axes))
+  if is_parameter:
+    value = xp.moveaxis(value, [_first_axis(config, stack, value.ndim) + k for k in axes], list(axes))
   return value if len(axes) == 1 else xp.reshape(value, (len(stack.blocks), *value.shape[len(axes) :]))
 
 
-def of_stack(config, stack: Stack, values):
+def of_stack(config, stack: Stack, values, *, is_parameter: bool = True):
   """`by_block` backwards."""
   xp, axes = values.__array_namespace__(), range(len(stack.sizes))
   value = values if len(axes) == 1 else xp.reshape(values, (*stack.sizes, *values.shape[1:]))
+  if not is_parameter:
+    return value
   return xp.moveaxis(value, list(axes), [_first_axis(config, stack, value.ndim) + k for k in axes])
 
 
-def stacked_sizes(config, stack: Stack, shape: Sequence[int]) -> tuple[int, ...]:
+def stacked_sizes(config, stack: Stack, shape: Sequence[int], *, is_parameter: bool = True) -> tuple[int, ...]:
   """Of the shape of a parameter, the axes along which it is stacked."""
-  first = _first_axis(config, stack, len(shape))
+  first = _first_axis(config, stack, len(shape)) if is_parameter else 0
   return tuple(shape[first : first + len(stack.sizes)])
 
 

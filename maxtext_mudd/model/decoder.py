@@ -197,11 +197,16 @@ class MuddDecoder(NNXDecoder):
     carry = apply(self._start(y), *args, **kwargs)
     return carry if isinstance(carry, jax.Array) else self._finish(carry)
 
-  def _apply_remainder_block(self, block, y, *args, **kwargs):
+  def _apply_remainder_block(self, block, y, layer_args, layer_kwargs, **kwargs):
     apply = super()._apply_remainder_block
     if not self._is_connected:
-      return apply(block, y, *args, **kwargs)
-    return self._finish(apply(block, self._start(y), *args, **kwargs))
+      return apply(block, y, layer_args, layer_kwargs, **kwargs)
+    carry = self._start(y)
+    if block.connection.rematerialises:  # MaxText would recompute it twice, and drop the losses of its routers
+      carry, _ = block(carry, *layer_args, **layer_kwargs)
+    else:
+      carry = apply(block, carry, layer_args, layer_kwargs, **kwargs)
+    return self._finish(carry)
 
   def _start(self, x):
     """The carry of the connections, from the embedding or from the stack before."""

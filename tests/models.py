@@ -6,6 +6,7 @@ import pathlib
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from maxtext.common.common_types import DecoderBlockType
 from maxtext.configs import pyconfig
 from maxtext.layers import quantizations
 from maxtext.models import models
@@ -17,6 +18,7 @@ import maxtext_mudd
 DATA = pathlib.Path(__file__).parent / "data"
 BASE_YML = str(pathlib.Path(pyconfig.__file__).parent / "base.yml")
 
+LLAMA2 = DecoderBlockType.LLAMA2
 SMALL = {
   "run_name": "test",
   "enable_checkpointing": False,

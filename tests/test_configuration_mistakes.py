@@ -13,8 +13,8 @@ MISTAKES = {
   ),
   "chunks of gpt3": (
     ["use_chunked_prefill=true", "decoder_block=gpt3"],
-    "use_chunked_prefill=True does not work with decoder_block='gpt3': MaxText's attends to one chunk alone; set it to "
-    "False.",
+    "use_chunked_prefill=True does not work with decoder_block='gpt3': its attention reads one chunk of the "
+    "prompt alone; set it to False.",
   ),
   "no tokens": (["max_target_length=0"], "max_target_length=0 is less than one token; set it to 1 or more."),
   "no value": (["mudd"], "mudd is not key=value, nor a configuration file, which ends in .yml."),

@@ -31,7 +31,9 @@ TABLES = [f"decoder/extra_embeddings/table_{k}/embedding" for k in range(1, 5)]
 
 def plan(blocks: int = 6, **keys) -> Plan:
   sizes = {"num_decoder_layers": blocks, "mtp_num_layers": 1}
-  return connections.plan(types.SimpleNamespace(**sizes, **MuddKeys(mudd=True, **keys).model_dump()))
+  return connections.plan(
+    types.SimpleNamespace(**sizes, decoder_block=models.LLAMA2, **MuddKeys(mudd=True, **keys).model_dump())
+  )
 
 
 GROUPS = {  # keys, and the extra embeddings that each DA mixes

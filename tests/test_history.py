@@ -16,6 +16,7 @@ from maxtext_mudd.connections import history
 from maxtext_mudd.connections.base import Link, Plan
 from maxtext_mudd.connections.history import History
 from maxtext_mudd.connections.mudd import sites
+from tests import models
 from tests.placements import BLOCKS, IRREGULAR
 
 SHAPE, HIDDEN = (2, 12, 16), 8
@@ -41,7 +42,7 @@ def plan_of(blocks: int, **keys) -> Plan:
   """The plan of a MUDD model whose weight MLPs are as wide as they have weights."""
   narrow = {"mudd_last_hidden_expansion": 1.0, "mudd_hidden_round_to": 0} if keys.get("mudd_dynamic", True) else {}
   values = MuddKeys(mudd=True, **keys, **narrow).model_dump()
-  return sites.plan(types.SimpleNamespace(num_decoder_layers=blocks, **values))
+  return sites.plan(types.SimpleNamespace(num_decoder_layers=blocks, decoder_block=models.LLAMA2, **values))
 
 
 def parameters(plan: Plan):

@@ -30,7 +30,9 @@ def restore_reading():
 
 def sites(rows, blocks: int = 6, **keys) -> dict[int, Site]:
   values = MuddKeys(mudd=True, mudd_placements=rows, **keys).model_dump()
-  return dict(connections.plan(types.SimpleNamespace(num_decoder_layers=blocks, **values)).sites)
+  return dict(
+    connections.plan(types.SimpleNamespace(num_decoder_layers=blocks, decoder_block=models.LLAMA2, **values)).sites
+  )
 
 
 def test_a_table_of_different_aggregates():

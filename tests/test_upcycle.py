@@ -335,7 +335,7 @@ def test_refusals(tmp_path, capsys):
     "mudd_rope_table=stock."
   )
   assert said("mudd=true", "depth_connection=dca").startswith("depth_connection=dca adds the outputs of blocks in ")
-  assert "mudd=True: supported are llama2, " in said("mudd=true", "decoder_block=deepseek")
+  assert "mudd=True: supported are llama2, " in said("mudd=true", "decoder_block=gemma2")
   assert said("mudd=true", checkpoint=connected).startswith(
     f"{connected} has decoder/layers_1/connection/depth_aggregate/a: its model has depth connections already"
   )

@@ -31,7 +31,7 @@ def results(files: list[pathlib.Path]) -> dict[tuple[str, str], bool]:
   found = {}
   for file in files:
     for case in ET.parse(file).getroot().iter("testcase"):
-      name, _, parameters = case.get("name").partition("[")
+      name, _, parameters = (case.get("name") or "").partition("[")
       if case.find("skipped") is None:
         passed = case.find("failure") is None and case.find("error") is None
         found[name, parameters.removesuffix("]")] = passed

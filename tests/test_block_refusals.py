@@ -20,7 +20,7 @@ MISTAKES = {
   ),
   "FFNs in parts": (
     [*GPT_OSS, "mudd_ffn_parts=2"],
-    "decoder_block='gpt_oss' does not work with mudd_ffn_parts=2: parts are made of plain FFNs only; set "
+    "decoder_block='gpt_oss' does not work with mudd_ffn_parts=2: only plain FFNs are computed in parts; set "
     "mudd_ffn_parts=1.",
   ),
   "fused and quantised": (

@@ -8,7 +8,7 @@ import pytest
 
 from maxtext_mudd.checkpoints import layout
 from tests import models, steps
-from tests.blocks import BLOCKS
+from tests.blocks import BLOCKS, OTHERS
 from tests.scanning import (
   BOTH_NORMS,
   CASES,
@@ -28,6 +28,17 @@ from tests.scanning import (
 )
 
 FAST = ("MUDD", "placements", "extra embeddings", "hyper-connections", "AttnRes of blocks of 2", "DCA")
+
+
+def test_no_case_replaces_another():
+  """A model of a block whose name is that of a case would run in its place."""
+  names = [*BLOCKS, *OTHERS]
+  assert len({*names}) == len(names)
+  for name in names:
+    assert CASES[name]["decoder_block"] == (OTHERS | {x: keys for x, (keys, _) in BLOCKS.items()})[name].get(
+      "decoder_block", name
+    )
+  assert CASES["fused"]["mudd_kernel"] == "pallas_interpret"
 
 
 def with_dropout(model, data, enable: bool):

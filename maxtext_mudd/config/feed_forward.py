@@ -89,7 +89,7 @@ def refusals(config) -> Iterator[Refusal]:
   sharded = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key, 1) != 1]
   narrowest = min(ffn_widths.of_config(config))
   quantization = config.quantization.value
-  yield Refusal(not is_plain, block, parts, f"parts are made of plain FFNs only; {remedy}")
+  yield Refusal(not is_plain, block, parts, f"only plain FFNs are computed in parts; {remedy}")
   yield Refusal(
     config.num_experts > 1,
     f"num_experts={config.num_experts}",

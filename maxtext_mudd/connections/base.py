@@ -276,7 +276,7 @@ class BaseFamily:
 
   @classmethod
   def share(cls, decoder: nnx.Module) -> None:
-    """All connections have parameters of their own."""
+    """No connections have parameters in common."""
 
 
 class Connection(Protocol):

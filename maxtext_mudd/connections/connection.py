@@ -73,7 +73,7 @@ class SourceNorms(nnx.Module):
       setattr(self, f"norm_{k}", norm)
 
   def __call__(self, sources: Sequence[Float[Array, "B T D"]]) -> tuple[Float[Array, "B T D"], ...]:
-    """Each source, normed by its own norm."""
+    """Each source, normed by the norm with its number."""
     return tuple(getattr(self, f"norm_{k}")(x) for k, x in enumerate(sources, 1))
 
 

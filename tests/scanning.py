@@ -22,6 +22,12 @@ CONNECTED_MTP = {"mudd_mtp": "connected", "mtp_num_layers": 1, "mtp_loss_scaling
 
 EXTRA = {"mudd_extra_embeddings": 4, "mudd_embedding_groups": 2}
 PLACEMENTS = {"base_num_decoder_layers": IRREGULAR_BLOCKS, "mudd_placements": IRREGULAR}
+OF_SUBLAYERS = {
+  "hyper-connections": {"depth_connection": "hyper_connections"},
+  "mHC": {"depth_connection": "mhc"},
+  "AttnRes": {"depth_connection": "attnres", "mudd_attnres_block": 2},
+  "DCA": {"depth_connection": "dca"},
+}
 DCA_SUM = "DCA with the sum of middle sources, groups"
 CASES = {
   "MUDD": SMALL,
@@ -218,6 +224,11 @@ CASES = {
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, keys in OTHERS.items()},
+  **{
+    f"{family}, {block}": {"decoder_block": block, **OTHERS[block], **keys}
+    for family, keys in OF_SUBLAYERS.items()
+    for block in ("gemma3", "gpt_oss", "llama4", "deepseek", "qwen3_5")
+  },
 }
 
 

@@ -32,6 +32,18 @@ def test_starts_as_the_stock_model(block):
   assert_starts_alike(config_of(block, **keys), config_of(block, mudd=True, **keys), tolerance)
 
 
+# Their layers have no two sublayers that each add to what a norm read.
+WITHOUT_SUBLAYERS = ("default", "olmo3", "qwen3_custom_moe", *(block for block in OTHERS if block.startswith("gemma4")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in OTHERS if block not in WITHOUT_SUBLAYERS])
+def test_hyper_connections_start_as_the_stock_model(block):
+  keys = {"remat_policy": "none"}
+  connected = config_of(block, mudd=True, depth_connection="hyper_connections", **keys)
+  assert_starts_alike(config_of(block, **keys), connected)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_equals_the_oracle(block):
   cfg = config_of(block, mudd=True)

@@ -16,7 +16,7 @@ from maxtext_mudd import connections, convert
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.checkpoints import layout, model_config, model_folder, orbax_folder, train_state
 from tests import models, runs
-from tests.blocks import BLOCKS, config_of, packed
+from tests.blocks import BLOCKS, FUSED, OTHERS, config_of, packed
 from tests.published import hugging_face, refusal
 
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
@@ -64,7 +64,8 @@ def written(keys) -> list[str]:
 def config_file(folder: pathlib.Path, block: str = "llama2", **keys) -> str:
   """A file of the small models of the tests."""
   file = folder / f"{block}.yml"
-  keys = models.SMALL | {"decoder_block": block} | BLOCKS[block][0] | {"remat_policy": "none", **keys}
+  of_block = OTHERS[block] if block in OTHERS else BLOCKS[block][0]
+  keys = models.SMALL | {"decoder_block": block} | of_block | {"remat_policy": "none", **keys}
   file.write_text(yaml.safe_dump({"base_config": "base.yml", **keys}))
   return str(file)
 
@@ -107,7 +108,7 @@ def op_by_op(model, data):
     return np.asarray(models.logits(model, data))
 
 
-def check_logits(folder: pathlib.Path, plain) -> None:
+def check_logits(folder: pathlib.Path, plain, tolerance: float = 0) -> None:
   """Bit for bit, op by op: under jit the compiler may fuse the sums of two models in different ways."""
   cfg, values = read(folder)
   model = models.build(cfg)
@@ -115,7 +116,7 @@ def check_logits(folder: pathlib.Path, plain) -> None:
   data = packed(cfg)
   expected = op_by_op(plain, data)
   assert np.std(expected) > 0.1
-  np.testing.assert_array_equal(op_by_op(model, data), expected)
+  np.testing.assert_allclose(op_by_op(model, data), expected, rtol=0, atol=tolerance)
 
 
 def check_parameters(folder: pathlib.Path, stock: dict[str, np.ndarray], seed: int = 0) -> None:
@@ -183,6 +184,17 @@ def test_blocks(block, tmp_path):
   source, target = save(tmp_path / "stock", values), tmp_path / "m"
   upcycle(source, target, config_file(tmp_path, block), "mudd=true")
   check_logits(target, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
+@pytest.mark.parametrize("block", OTHERS)
+def test_other_blocks(block, scan, tmp_path):
+  keys = {"scan_layers": scan}
+  plain, values = trained(block=block, **keys)
+  source, target = save(tmp_path / "stock", values), tmp_path / "m"
+  upcycle(source, target, config_file(tmp_path, block, **keys), "mudd=true")
+  check_logits(target, plain, 5e-5 if block in FUSED else 0)  # as tests/test_blocks.py
 
 
 @pytest.mark.parametrize(("before", "after"), slow_but([(True, True)], [(True, True), (True, False), (False, True)]))

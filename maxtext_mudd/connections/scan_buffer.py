@@ -167,7 +167,7 @@ def _append(array, index, entry):
 # JAX's derivative would set the gradient of the entry before to zero, which nothing reads, in a copy of the array.
 _append.defvjp(
   lambda array, index, entry: (_append(array, index, entry), index),
-  lambda index, totals: (totals, None, jax.lax.dynamic_index_in_dim(totals, index, keepdims=False)),
+  lambda index, totals: (totals, None, _read_before_writing(totals, index)[0]),
 )
 
 
@@ -190,8 +190,8 @@ def _put_backward(kept, cotangents):
 
 
 def _read_before_writing(array, index):
-  """The entry at `index`, and `index` for what is written after this reading. Without the barrier XLA may do both at
-  once, in a copy of the array."""
+  """The entry at `index`, and `index` for what is written after this reading. Without the barrier XLA may read when
+  the entry is used, or as it writes, and copies the array for that."""
   return jax.lax.optimization_barrier((jax.lax.dynamic_index_in_dim(array, index, keepdims=False), index))
 
 
@@ -218,8 +218,9 @@ def _take(array, index, number, axis):
 
 def _add_at(number, axis, index, cotangents):
   to_taken, totals = cotangents
-  total = jax.lax.dynamic_slice_in_dim(totals, index, number, axis) + to_taken
-  return jax.lax.dynamic_update_slice_in_dim(totals, total, index, axis), None
+  # As in `_read_before_writing`.
+  taken, index = jax.lax.optimization_barrier((jax.lax.dynamic_slice_in_dim(totals, index, number, axis), index))
+  return jax.lax.dynamic_update_slice_in_dim(totals, taken + to_taken, index, axis), None
 
 
 _take.defvjp(lambda array, index, number, axis: (_take(array, index, number, axis), index), _add_at)

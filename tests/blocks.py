@@ -1,7 +1,10 @@
 """Small models of every supported decoder block, and what the oracle needs to know of each that it restates."""
 
+from flax import nnx
 import numpy as np
 
+from maxtext_mudd import blocks
+from maxtext_mudd.blocks.halves import split
 from tests import models
 from tests.oracle import Arch
 
@@ -40,6 +43,7 @@ CYCLES = {"base_num_decoder_layers": 4, "inhomogeneous_layer_cycle_interval": 2}
 # Blocks that the oracle does not restate. Each model has layers of every kind.
 OTHERS = {
   "default": {},
+  "gemma2": POST_NORMS | {"base_num_decoder_layers": 2, "mlp_activations": ["gelu", "linear"]},
   "gemma3": POST_NORMS | {"model_name": "gemma3-4b", "override_model_config": True, "base_num_decoder_layers": 8},
   "gemma4": POST_NORMS | {"base_num_decoder_layers": 14},
   "gemma4, experts": MOE
@@ -144,6 +148,17 @@ BLOCKS = {
 def config_of(block, **overrides):
   keys = OTHERS[block] if block in OTHERS else BLOCKS[block][0]
   return models.config(**({"decoder_block": block} | keys | overrides))
+
+
+def single_blocks(model, config) -> list[nnx.Module]:
+  """The layers of a stock model, or the halves of layers that are two blocks."""
+  layers, cycle = model.decoder.get_layers(), blocks.spec(config).cycle
+  if not (cycle and cycle.sides):
+    return layers
+  halves = [nnx.clone(layer) for layer in layers]
+  for layer in halves:
+    split(layer, cycle)
+  return [getattr(layer, f"half_{k}") for layer in halves for k in range(2)]
 
 
 def packed(cfg):

@@ -16,7 +16,7 @@ from maxtext_mudd.blocks.classes import change_class
 from maxtext_mudd.checkpoints.hugging_face import names
 from maxtext_mudd.model import counts
 from tests import models
-from tests.blocks import OTHERS
+from tests.blocks import OTHERS, single_blocks
 
 KEYS = OTHERS | {
   "mixtral": {"num_experts": 4, "num_experts_per_tok": 2, "base_moe_mlp_dim": 64},
@@ -49,7 +49,7 @@ def test_spec(block):
   config = config_of(block)
   spec = blocks.spec(config)
   assert spec is blocks.BLOCKS[block]
-  layer = abstract(block).decoder.get_layers()[-1]  # in a hybrid one, that of full attention
+  layer = single_blocks(abstract(block), config)[-1]  # in a hybrid one, that of full attention
   norms = [operator.attrgetter(path)(layer) for path in (spec.attention_norm, spec.feed_forward_norm) if path]
   assert len({*map(id, norms)}) == len(norms)
   for norm in norms:

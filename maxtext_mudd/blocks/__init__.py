@@ -23,6 +23,8 @@ class Cycle:
     name: The attribute of the decoder that has the cycles.
     pattern: The kinds of layers come again after so many layers; the length of a cycle is a multiple of it.
     has_remainder: Layers after the last whole cycle are in `layers_remainder`. In other blocks MaxText leaves them out.
+    sides: MaxText calls the whole cycle one layer, scanned or single, and counts it once. The names of the modules that
+      it has for each decoder layer of the cycle end with these, in their order.
   """
 
   member: str | None
@@ -30,6 +32,7 @@ class Cycle:
   name: str = "layers"
   pattern: int = 1
   has_remainder: bool = False
+  sides: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,7 @@ BLOCKS = {
   "qwen3": BlockSpec(takes_qk_norm=True, is_released=True),
   "qwen3_moe": BlockSpec(takes_qk_norm=True),
   "gemma": _gemma(scales_query_kernel=True, is_plain=True),
+  "gemma2": _gemma(cycle=Cycle("half", 2, sides=("local", "global"))),
   "gemma3": _gemma(cycle=Cycle("layers", 6, has_remainder=True)),
   "gemma4": _gemma(scales_output=True, tied_every=6, cycle=Cycle(None, 6, "scanned_blocks", has_remainder=True)),
   "gpt_oss": _in_cycles(attention="GptOssAttention", takes_mtp=False, cycle=Cycle("layers", pattern=2)),
@@ -147,6 +151,12 @@ def spec(config) -> BlockSpec:
       f"decoder_block={name!r} does not work with mudd=True: supported are {supported}; use one of these."
     )
   return BLOCKS[name]
+
+
+def num_blocks(config) -> int:
+  """L, the number of blocks. MaxText's `num_decoder_layers` counts the layers that it builds, which may be two each."""
+  cycle = spec(config).cycle
+  return config.num_decoder_layers * (len(cycle.sides) if cycle and cycle.sides else 1)
 
 
 def streams_read(config, block: int) -> str:

@@ -96,6 +96,8 @@ OTHERS = {
   },
   "qwen3_custom_moe": MOE | {"attention_output_dim": 24, "moe_expert_input_dim": 24},
 }
+# MaxText runs these scanned only. They have no attention, and so read one stream.
+SIMPLE = ("simple", "simple_mlp")
 FUSED = (
   "fused projection",
   "gpt3, fused projection",

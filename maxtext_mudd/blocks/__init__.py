@@ -1,7 +1,8 @@
 """The decoder blocks that work with depth connections: one `BlockSpec` each.
 
 A block of MaxText belongs here when it reads its input x in three ways only: by a norm and then the projections of
-attention, by these projections without a norm, or in the residual sum `x + attention`. The tests compare each with the
+attention, by these projections without a norm, or in the residual sum `x + attention`. A block without attention reads
+one stream, and belongs here, too. The tests compare each with the
 block of MaxText at initial values, and at random weights with an independent reference or, where that would restate a
 whole block, with what each stream must change.
 
@@ -44,7 +45,7 @@ class BlockSpec:
     feed_forward_norm: Path of the norm before the feed-forward block, from the layer; dots separate submodules. None:
       no norm reads the sum of that input and attention, so that families which make an input for each sublayer cannot
       use the block.
-    attention: Name of attention, a submodule of the layer.
+    attention: Name of attention, a submodule of the layer. None: the layer has none, and reads one stream.
     has_biases: The norms are LayerNorms with a bias, and every projection of attention and feed-forward block has one.
     takes_attention_bias: `attention_bias` adds a bias to the query, key and value projections. Other blocks ignore it.
     takes_qk_norm: `use_qk_norm` adds an RMSNorm to queries and one to keys. Other blocks ignore it.
@@ -70,7 +71,7 @@ class BlockSpec:
 
   attention_norm: str | None = "pre_self_attention_layer_norm"
   feed_forward_norm: str | None = "post_self_attention_layer_norm"
-  attention: str = "self_attention"
+  attention: str | None = "self_attention"
   has_biases: bool = False
   takes_attention_bias: bool = False
   takes_qk_norm: bool = False
@@ -102,6 +103,7 @@ _hybrid = functools.partial(
   takes_fused_qkv=False,
   is_plain=False,
 )
+_simple = BlockSpec(None, None, attention=None, takes_mtp=False, takes_fused_qkv=False, is_plain=False)
 _in_cycles = functools.partial(BlockSpec, is_plain=False, cycle=Cycle("layers"))
 
 # By `decoder_block`, but for pythia.
@@ -127,6 +129,8 @@ BLOCKS = {
   "default": BlockSpec(
     "pre_self_attention_norm", None, is_parallel=True, shares_norm=True, tied_every=1, is_plain=False
   ),
+  "simple": _simple,
+  "simple_mlp": _simple,
   "gpt3": BlockSpec(
     "pre_self_attention_norm", "mlp.mlp_layer_norm", has_biases=True, takes_chunked_prefill=False, is_rotary=False
   ),

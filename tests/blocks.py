@@ -154,13 +154,10 @@ def config_of(block, **overrides):
 
 def single_blocks(model, config) -> list[nnx.Module]:
   """The layers of a stock model, or the halves of layers that are two blocks."""
-  layers, cycle = model.decoder.get_layers(), blocks.spec(config).cycle
-  if not (cycle and cycle.sides):
+  layers, row = model.decoder.get_layers(), blocks.spec(config)
+  if not row.sides:
     return layers
-  halves = [nnx.clone(layer) for layer in layers]
-  for layer in halves:
-    split(layer, cycle)
-  return [getattr(layer, f"half_{k}") for layer in halves for k in range(2)]
+  return [getattr(layer, half) for layer in map(nnx.clone, layers) for half in split(layer, row.cycle)]
 
 
 def packed(cfg):

@@ -92,6 +92,18 @@ def test_halves_in_a_row_are_the_layer():
       assert np.abs(output - expected).max() > 0.1
 
 
+def test_halves_record_what_the_layer_records():
+  """One value for each of MaxText's layers, of its output."""
+  found = []
+  for mudd in (False, True):
+    model = models.build(config_of("gemma2", mudd=mudd, record_internal_nn_metrics=1, remat_policy="none"))
+    models.logits(model, packed(model.config))
+    sown = nnx.to_flat_state(nnx.pop(model, nnx.Intermediate))
+    found.append([float(x.get_value()[0]) for path, x in sorted(sown) if path[-1] == "activation_stdev"])
+  assert found[0] == found[1]
+  assert len({*found[0]}) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", OTHERS)
 def test_gradient(block):

@@ -12,8 +12,8 @@ GEMMA2 = ("decoder_block=gemma2", "mudd_init=stock", "mudd_ffn_reallocation=fals
 SIMPLE = ("decoder_block=simple", "mudd_init=stock", "mudd_ffn_reallocation=false")
 MISTAKES = {
   "not supported": (
-    ["decoder_block=gemma2", "mudd_init=stock"],
-    "decoder_block='gemma2' does not work with mudd=True: supported are llama2, mistral, mixtral, qwen2, qwen3, ",
+    ["decoder_block=gemma4_small", "mudd_init=stock"],
+    "decoder_block='gemma4_small' does not work with mudd=True: supported are llama2, mistral, mixtral, qwen2, qwen3, ",
   ),
   "re-allocated FFNs": (
     [*GPT_OSS, "mudd_ffn_reallocation=true"],

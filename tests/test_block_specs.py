@@ -6,12 +6,13 @@ import operator
 
 from flax import nnx
 import jax
+from maxtext.configs import pyconfig
 from maxtext.layers.attentions import Attention
 from maxtext.layers.linears import DenseGeneral
 from maxtext.utils import maxtext_utils
 import pytest
 
-from maxtext_mudd import blocks
+from maxtext_mudd import blocks, connections
 from maxtext_mudd.blocks.classes import change_class
 from maxtext_mudd.checkpoints.hugging_face import names
 from maxtext_mudd.model import counts
@@ -88,9 +89,16 @@ def test_released_blocks_have_the_parameters_of_the_released_models(block):
 
 def test_other_blocks():
   with pytest.raises(
-    ValueError, match=r"decoder_block='gemma2' does not work with mudd=True: supported are llama2, .*, gpt3;"
+    ValueError, match=r"decoder_block='gemma4_small' does not work with mudd=True: supported are llama2, .*, gpt3;"
   ):
-    blocks.spec(models.config(decoder_block="gemma2"))
+    blocks.spec(models.config(decoder_block="gemma4_small"))
+
+
+@pytest.mark.parametrize(("name", "number"), [("gemma2-2b", 26), ("gemma2-9b", 42), ("gemma2-27b", 46)])
+def test_models_of_pairs_have_the_published_number_of_blocks(name, number):
+  """MaxText counts half of them. The file of each model passes the checks of the configuration."""
+  config = pyconfig.initialize(["", models.BASE_YML], run_name="x", model_name=name, mudd=True, log_config=False)
+  assert blocks.num_blocks(config) == connections.plan(config).num_blocks == number
 
 
 def test_change_class():

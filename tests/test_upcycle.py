@@ -16,7 +16,7 @@ from maxtext_mudd import connections, convert
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.checkpoints import layout, model_config, model_folder, orbax_folder, train_state
 from tests import models, runs
-from tests.blocks import BLOCKS, config_of, packed
+from tests.blocks import BLOCKS, OTHERS, config_of, packed
 from tests.published import hugging_face, refusal
 
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
@@ -64,7 +64,8 @@ def written(keys) -> list[str]:
 def config_file(folder: pathlib.Path, block: str = "llama2", **keys) -> str:
   """A file of the small models of the tests."""
   file = folder / f"{block}.yml"
-  keys = models.SMALL | {"decoder_block": block} | BLOCKS[block][0] | {"remat_policy": "none", **keys}
+  of_block = OTHERS[block] if block in OTHERS else BLOCKS[block][0]
+  keys = models.SMALL | {"decoder_block": block} | of_block | {"remat_policy": "none", **keys}
   file.write_text(yaml.safe_dump({"base_config": "base.yml", **keys}))
   return str(file)
 
@@ -177,7 +178,7 @@ def test_families(family, tmp_path):
   check_parameters(target, values, seed=7)
 
 
-@pytest.mark.parametrize("block", slow_but(["pythia"], BLOCKS))
+@pytest.mark.parametrize("block", slow_but(["pythia"], [*BLOCKS, "gemma2"]))
 def test_blocks(block, tmp_path):
   plain, values = trained(block=block)
   source, target = save(tmp_path / "stock", values), tmp_path / "m"
@@ -194,6 +195,27 @@ def test_layouts(before, after, tmp_path):
   upcycle(source, target, config_file(tmp_path), "mudd=true", *written({"scan_layers": after}))
   check_logits(target, plain)
   check_parameters(target, singles)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+def test_layouts_of_layers_that_are_two_blocks(scan, tmp_path):
+  """And moments of the optimizer, which move with their parameters."""
+  plain, values = trained(block="gemma2", scan_layers=scan)
+  source, target = save(tmp_path / "stock", values), tmp_path / "m"
+  upcycle(source, target, config_file(tmp_path, "gemma2"), "mudd=true", *written({"scan_layers": not scan}))
+  check_logits(target, plain)
+
+  before = plain_run(tmp_path / "a", block="gemma2", scan_layers=scan)
+  checkpoint, target = tmp_path / "a" / "checkpoints" / str(STEP), tmp_path / "b"
+  command = ["upcycle", "--checkpoint", str(checkpoint), "--run", str(target)]
+  convert.main([*command, config_file(tmp_path, "gemma2", scan_layers=scan), "mudd=true"])
+  after = train_state.read(target / "checkpoints" / str(STEP))
+  layer = "opt_state/0/mu/params/decoder/layers" + ("" if scan else "_1")
+  for k, side in enumerate(("local", "global")):
+    moment, norm = f"{layer}/half_{k}/self_attention/query/kernel", f"{layer}/half_{k}/pre_self_attention_norm"
+    np.testing.assert_array_equal(after[moment], before[f"{layer}/self_attention_{side}/query/kernel"])
+    np.testing.assert_array_equal(after[f"{norm}/q/scale"], before[f"{layer}/pre_self_attention_norm_{side}/scale"])
 
 
 def test_every_family_is_upcycled_or_refused():
@@ -215,9 +237,9 @@ def test_refused_families_change_logits(setting):
 STEP = 5
 
 
-def plain_run(folder: pathlib.Path, **keys) -> dict[str, np.ndarray]:
+def plain_run(folder: pathlib.Path, block: str = "llama2", **keys) -> dict[str, np.ndarray]:
   """Writes a checkpoint of a plain run, with random moments and a data position; returns the train state by path."""
-  tree = train_state_nnx.to_checkpoint_dict(new_state(config_of("llama2", **keys)))
+  tree = train_state_nnx.to_checkpoint_dict(new_state(config_of(block, **keys)))
   del tree["nnx_aux"]  # random states, which the conversion makes anew
   rng = np.random.default_rng(3)
 
@@ -335,7 +357,7 @@ def test_refusals(tmp_path, capsys):
     "mudd_rope_table=stock."
   )
   assert said("mudd=true", "depth_connection=dca").startswith("depth_connection=dca adds the outputs of blocks in ")
-  assert "mudd=True: supported are llama2, " in said("mudd=true", "decoder_block=gemma2")
+  assert "mudd=True: supported are llama2, " in said("mudd=true", "decoder_block=gemma4_small")
   assert said("mudd=true", checkpoint=connected).startswith(
     f"{connected} has decoder/layers_1/connection/depth_aggregate/a: its model has depth connections already"
   )

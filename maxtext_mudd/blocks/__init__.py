@@ -89,6 +89,11 @@ class BlockSpec:
   layers: tuple[str, ...] = ("layers",)
   cycle: Cycle | None = None
 
+  @property
+  def sides(self) -> tuple[str, ...]:
+    """Those of the cycle that MaxText calls one layer; none for other blocks."""
+    return self.cycle.sides if self.cycle else ()
+
 
 _PYTHIA = "pythia"
 
@@ -159,8 +164,7 @@ def spec(config) -> BlockSpec:
 
 def num_blocks(config) -> int:
   """L, the number of blocks. MaxText's `num_decoder_layers` counts the layers that it builds, which may be two each."""
-  cycle = spec(config).cycle
-  return config.num_decoder_layers * (len(cycle.sides) if cycle and cycle.sides else 1)
+  return config.num_decoder_layers * max(len(spec(config).sides), 1)
 
 
 def streams_read(config, block: int) -> str:

@@ -25,13 +25,19 @@ class Nothing:
     return x
 
 
-def split(layer: nnx.Module, cycle: Cycle) -> None:
-  """Gives a layer of MaxText, or a scanned stack of such layers, its halves in place of their modules."""
+def split(layer: nnx.Module, cycle: Cycle) -> list[str]:
+  """Gives a layer of MaxText, or a scanned stack of such layers, its halves in place of their modules.
+
+  Returns:
+    the attributes of the halves, in the order in which they run.
+  """
   halves = [_half(layer, side, cycle.sides) for side in cycle.sides]
   for name in [name for name in vars(layer) if name.endswith(cycle.sides)]:
     delattr(layer, name)
-  for k, half in enumerate(halves):
-    setattr(layer, f"{cycle.member}_{k}", half)
+  names = [f"{cycle.member}_{k}" for k, _ in enumerate(halves)]
+  for name, half in zip(names, halves):
+    setattr(layer, name, half)
+  return names
 
 
 def _half(layer: nnx.Module, side: str, sides: tuple[str, ...]) -> nnx.Module:

@@ -82,9 +82,9 @@ def is_scanned(path: Sequence[str]) -> bool:
 def single_layers(config) -> dict[str, int]:
   """By the path from the decoder to a single layer, as "layers_0" or "layers_0/half_0", the number of its block."""
   layers = [f"{name}_{index}" for name, numbers in _sections(config) for index, _ in enumerate(numbers)]
-  cycle = decoder_blocks.spec(config).cycle
-  if cycle and cycle.sides:
-    layers = [f"{layer}/{cycle.member}_{k}" for layer in layers for k, _ in enumerate(cycle.sides)]
+  row = decoder_blocks.spec(config)
+  if row.sides:
+    layers = [f"{layer}/{row.cycle.member}_{k}" for layer in layers for k, _ in enumerate(row.sides)]
   return {path: block for block, path in enumerate(layers, 1)}
 
 
@@ -97,9 +97,9 @@ def block_of_single(config, path: Sequence[str]) -> int | None:
 
 def path_from_plain(config, path: str) -> str:
   """The path in a model with connections of a parameter that has this path in MaxText's plain model."""
-  cycle = decoder_blocks.spec(config).cycle
-  for k, side in enumerate(cycle.sides if cycle else ()):
-    path = re.sub(rf"(decoder/layers(?:_\d+)?)/(\w+)_{side}/", rf"\1/{cycle.member}_{k}/\2/", path)
+  row = decoder_blocks.spec(config)
+  for k, side in enumerate(row.sides):
+    path = re.sub(rf"(decoder/layers(?:_\d+)?)/(\w+)_{side}/", rf"\1/{row.cycle.member}_{k}/\2/", path)
   return path
 
 

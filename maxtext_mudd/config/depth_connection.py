@@ -69,7 +69,7 @@ def refusals(config) -> Iterator[Refusal]:
   )
   interval = config.inhomogeneous_layer_cycle_interval
   yield Refusal(
-    config.scan_layers and interval > 1 and (spec.cycle is None or bool(spec.cycle.sides)),
+    config.scan_layers and interval > 1 and (spec.cycle is None or bool(spec.sides)),
     f"inhomogeneous_layer_cycle_interval={interval}",
     f"{mudd} and {layer}",
     "MaxText scans its layers one by one and would leave some out; set it to 1",
@@ -153,13 +153,13 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     "MaxText cannot build its layers for multi-token prediction; set it to 0",
   )
   yield Refusal(
-    number > 0 and config.scan_layers and spec.cycle is not None and not spec.cycle.sides,
+    number > 0 and config.scan_layers and spec.cycle is not None and not spec.sides,
     f"mtp_num_layers={number}",
     f"scan_layers=True and {layer}",
     "each block of multi-token prediction would be a whole cycle of layers; set scan_layers=False",
   )
   yield Refusal(
-    spec.cycle is not None and bool(spec.cycle.sides) and config.enable_dropout and config.dropout_rate > 0,
+    bool(spec.sides) and config.enable_dropout and config.dropout_rate > 0,
     f"dropout_rate={config.dropout_rate}",
     f"mudd=True and {layer}",
     "MaxText runs two blocks in one layer, and each would drop out the output of the other; set it to 0",

@@ -132,11 +132,10 @@ class MuddDecoder(NNXDecoder):
 
   def _split_layers(self) -> None:
     """Splits layers of MaxText that are several blocks. Each becomes a cycle, of layers that are connected later."""
-    row = decoder_blocks.spec(self.config).cycle
-    if row and row.sides:
-      for layer in self.get_layers():
-        split(layer, row)
-        change_class(layer, cycle(type(layer), tuple((f"{row.member}_{k}", None) for k in range(row.length))))
+    row = decoder_blocks.spec(self.config)
+    for layer in self.get_layers() if row.sides else []:
+      halves = split(layer, row.cycle)
+      change_class(layer, cycle(type(layer), tuple((half, None) for half in halves)))
 
   def _connect_stacks(self, rngs: nnx.Rngs) -> None:
     """Connects the stacks of scanned layers. A connection of the decoder itself starts and finishes them."""
@@ -148,8 +147,8 @@ class MuddDecoder(NNXDecoder):
       singles = [self._connection([block], rngs, scan_layers=False) for block in stack.blocks]
       layout.initialise(layers, singles, stack, self.config)
       members.setdefault(stack.path[0], []).append((stack.path[-1], stack.inner_length))
-    row = decoder_blocks.spec(self.config).cycle
-    if row and not row.sides:
+    row = decoder_blocks.spec(self.config)
+    if row.cycle and not row.sides:
       for name, of_cycle in members.items():
         cycles = getattr(self, name)
         change_class(cycles, cycle(type(cycles), tuple(of_cycle)))

@@ -56,9 +56,9 @@ def table(found: dict[tuple[str, str], bool], blocks: list[str]) -> list[str]:
 
 
 def main(files: list[str]) -> None:
-  from tests.blocks import BLOCKS, OTHERS
+  from tests.blocks import BLOCKS, OTHERS, SIMPLE
 
-  rows = table(results([pathlib.Path(file) for file in files]), [*BLOCKS, *OTHERS])
+  rows = table(results([pathlib.Path(file) for file in files]), [*BLOCKS, *OTHERS, *SIMPLE])
   page = PAGE.read_text()
   before, after = page.split(BEGIN)[0], page.split(END)[1]
   PAGE.write_text("\n".join([f"{before}{BEGIN}", *rows, f"{END}{after}"]))

@@ -1,7 +1,10 @@
 """Small models of every supported decoder block, and what the oracle needs to know of each that it restates."""
 
+from flax import nnx
 import numpy as np
 
+from maxtext_mudd import blocks
+from maxtext_mudd.blocks.halves import split
 from tests import models
 from tests.oracle import Arch
 
@@ -40,6 +43,7 @@ CYCLES = {"base_num_decoder_layers": 4, "inhomogeneous_layer_cycle_interval": 2}
 # Blocks that the oracle does not restate. Each model has layers of every kind.
 OTHERS = {
   "default": {},
+  "gemma2": POST_NORMS | {"base_num_decoder_layers": 2, "mlp_activations": ["gelu", "linear"]},
   "gemma3": POST_NORMS | {"model_name": "gemma3-4b", "override_model_config": True, "base_num_decoder_layers": 8},
   "gemma4": POST_NORMS | {"base_num_decoder_layers": 14},
   "gemma4, experts": MOE
@@ -92,6 +96,8 @@ OTHERS = {
   },
   "qwen3_custom_moe": MOE | {"attention_output_dim": 24, "moe_expert_input_dim": 24},
 }
+# MaxText runs these scanned only. They have no attention, and so read one stream.
+SIMPLE = ("simple", "simple_mlp")
 FUSED = (
   "fused projection",
   "gpt3, fused projection",
@@ -144,6 +150,14 @@ BLOCKS = {
 def config_of(block, **overrides):
   keys = OTHERS[block] if block in OTHERS else BLOCKS[block][0]
   return models.config(**({"decoder_block": block} | keys | overrides))
+
+
+def single_blocks(model, config) -> list[nnx.Module]:
+  """The layers of a stock model, or the halves of layers that are two blocks."""
+  layers, row = model.decoder.get_layers(), blocks.spec(config)
+  if not row.sides:
+    return layers
+  return [getattr(layer, half) for layer in map(nnx.clone, layers) for half in split(layer, row.cycle)]
 
 
 def packed(cfg):

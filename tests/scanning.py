@@ -221,6 +221,18 @@ CASES = {
   },
   "multi-token prediction, connected, extra embeddings": {**SMALL, **CONNECTED_MTP, **EXTRA, **BOTH_NORMS},
   "multi-token prediction, connected, static": {**SMALL, **CONNECTED_MTP, "mudd_dynamic": False},
+  "multi-token prediction, connected, pairs of layers": {
+    "decoder_block": "gemma2",
+    **OTHERS["gemma2"],
+    **BOTH_NORMS,
+    **CONNECTED_MTP,
+  },
+  "hyper-connections, pairs of layers": {
+    "decoder_block": "gemma2",
+    **OTHERS["gemma2"],
+    "depth_connection": "hyper_connections",
+  },
+  "DCA, pairs of layers": {"decoder_block": "gemma2", **OTHERS["gemma2"], "depth_connection": "dca"},
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, keys in OTHERS.items()},

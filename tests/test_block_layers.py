@@ -17,7 +17,7 @@ import maxtext_mudd
 from maxtext_mudd import blocks
 from maxtext_mudd.blocks.streams import Streams, decouple
 from tests import models, steps
-from tests.blocks import OTHERS, config_of, packed
+from tests.blocks import OTHERS, config_of, packed, single_blocks
 
 STEP = 4e-4  # of finite differences; with larger ones tokens go to other experts
 PAIRS = ("qk", "qv", "qr", "kv", "kr", "vr")
@@ -32,10 +32,10 @@ def stock(block):
   return model, config
 
 
-def layers_of_each_kind(model) -> dict[tuple, tuple[int, nnx.Module]]:
+def layers_of_each_kind(model, config) -> dict[tuple, tuple[int, nnx.Module]]:
   """By kind, the first layer of that kind, with its number."""
   kinds = {}
-  for number, layer in enumerate(model.decoder.get_layers(), 1):
+  for number, layer in enumerate(single_blocks(model, config), 1):
     traits = ("attention_type", "is_moe_layer", "is_nope_layer", "is_full_attention_layer")
     attention = type(getattr(layer, "attention", None)).__name__
     kinds.setdefault(
@@ -50,7 +50,7 @@ OF_ONE_KIND = ("default", "qwen3_custom_moe", "fused projection", "gpt3, fused p
 @pytest.mark.parametrize("block", OTHERS)
 def test_each_stream_of_a_layer_matters(block):
   model, config = stock(block)
-  layers = layers_of_each_kind(model)
+  layers = layers_of_each_kind(model, config)
   assert len(layers) == (1 if block in OF_ONE_KIND else 2)
   data = packed(config)
   rng = np.random.default_rng(0)
@@ -75,6 +75,33 @@ def test_each_stream_of_a_layer_matters(block):
     for name, changed in changes.items():
       change = np.abs(call(decoupled, Streams(**changed)) - output).max()
       assert (change > 0.01 * output.std()) == (not {*name}.isdisjoint(read)), (kind, name)
+
+
+def test_halves_in_a_row_are_the_layer():
+  """Bit for bit, op by op: what a half does not have of the layer adds nothing."""
+  model, config = stock("gemma2")
+  data = packed(config)
+  inputs = data["inputs_segmentation"], data["inputs_position"], True, MODEL_MODE_TRAIN
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((*data["inputs"].shape, config.emb_dim)), jnp.float32)
+  local, last, *_ = single_blocks(model, config)
+  with jax.set_mesh(maxtext_utils.get_mesh_from_config(config)):
+    expected = model.decoder.layers_0(x, *inputs)[0]
+    between = local(x, *inputs)[0]
+    np.testing.assert_array_equal(last(between, *inputs)[0], expected)
+    for output in (x, between, last(x, *inputs)[0]):
+      assert np.abs(output - expected).max() > 0.1
+
+
+def test_halves_record_what_the_layer_records():
+  """One value for each of MaxText's layers, of its output."""
+  found = []
+  for mudd in (False, True):
+    model = models.build(config_of("gemma2", mudd=mudd, record_internal_nn_metrics=1, remat_policy="none"))
+    models.logits(model, packed(model.config))
+    sown = nnx.to_flat_state(nnx.pop(model, nnx.Intermediate))
+    found.append([float(x.get_value()[0]) for path, x in sorted(sown) if path[-1] == "activation_stdev"])
+  assert found[0] == found[1]
+  assert len({*found[0]}) == 2
 
 
 @pytest.mark.slow

@@ -8,10 +8,12 @@ from tests.refusals import refused_run
 GPT_OSS = ("decoder_block=gpt_oss", "mudd_init=stock", "mudd_ffn_reallocation=false")
 DEEPSEEK = ("decoder_block=deepseek", "attention_type=mla", "mudd_init=stock", "mudd_ffn_reallocation=false")
 OLMO3 = ("decoder_block=olmo3", "mudd_init=stock", "mudd_ffn_reallocation=false", "scan_layers=true")
+GEMMA2 = ("decoder_block=gemma2", "mudd_init=stock", "mudd_ffn_reallocation=false")  # of four blocks
+SIMPLE = ("decoder_block=simple", "mudd_init=stock", "mudd_ffn_reallocation=false")
 MISTAKES = {
   "not supported": (
-    ["decoder_block=gemma2", "mudd_init=stock"],
-    "decoder_block='gemma2' does not work with mudd=True: supported are llama2, mistral, mixtral, qwen2, qwen3, ",
+    ["decoder_block=gemma4_small", "mudd_init=stock"],
+    "decoder_block='gemma4_small' does not work with mudd=True: supported are llama2, mistral, mixtral, qwen2, qwen3, ",
   ),
   "re-allocated FFNs": (
     [*GPT_OSS, "mudd_ffn_reallocation=true"],
@@ -104,6 +106,49 @@ MISTAKES = {
     ["scan_layers=true", "mudd_ffn_reallocation=false", "mudd_init=stock", "inhomogeneous_layer_cycle_interval=2"],
     "inhomogeneous_layer_cycle_interval=2 does not work with mudd=True and decoder_block='llama2': MaxText scans its "
     "layers one by one and would leave some out; set it to 1.",
+  ),
+  "cycles of another length": (
+    [
+      "decoder_block=gemma4",
+      "mudd_init=stock",
+      "mudd_ffn_reallocation=false",
+      "scan_layers=true",
+      "inhomogeneous_layer_cycle_interval=2",
+    ],
+    "inhomogeneous_layer_cycle_interval=2 does not work with mudd=True and decoder_block='gemma4': MaxText scans "
+    "cycles of 6 of its layers, whatever the key says; set it to 1.",
+  ),
+  "cycles of pairs": (
+    [*GEMMA2, "scan_layers=true", "inhomogeneous_layer_cycle_interval=2"],
+    "inhomogeneous_layer_cycle_interval=2 does not work with mudd=True and decoder_block='gemma2': MaxText scans its "
+    "layers one by one and would leave some out; set it to 1.",
+  ),
+  "dropout of pairs": (
+    [*GEMMA2, "enable_dropout=true", "dropout_rate=0.1"],
+    "dropout_rate=0.1 does not work with mudd=True and decoder_block='gemma2': MaxText runs two blocks in one layer, "
+    "and each would drop out the output of the other; set it to 0.",
+  ),
+  "a block beyond those of pairs": (
+    [*GEMMA2, "mudd_placements=[{block: 5, sources: all, streams: r}]"],
+    "mudd_placements: row 1 places DA_5, and the model has L=4 blocks; use blocks from 1 to L.",
+  ),
+  "single layers of a block that MaxText scans only": (
+    [*SIMPLE, "mudd_ways=1"],
+    "scan_layers=False does not work with decoder_block='simple': its single layers return an array where MaxText's "
+    "decoder takes a pair; set scan_layers=True.",
+  ),
+  "streams without attention": (
+    [*SIMPLE, "scan_layers=true"],
+    "decoder_block='simple' does not work with separate streams or norms of queries, keys and values: it has no "
+    "attention; set mudd_ways=1, or use the stream x alone in mudd_placements.",
+  ),
+  "norms without attention": (
+    [*SIMPLE, "scan_layers=true", "mudd_ways=1", "mudd_first_block_norms=separate"],
+    "decoder_block='simple' does not work with separate streams or norms of queries, keys and values",
+  ),
+  "sublayers without norms": (
+    [*SIMPLE, "scan_layers=true", "depth_connection=hyper_connections"],
+    "decoder_block='simple' does not work with depth_connection=hyper_connections: its FFN reads the sum of its input",
   ),
   "sublayers in cycles within cycles": (
     [

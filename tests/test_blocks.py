@@ -7,12 +7,12 @@ import pytest
 
 from maxtext_mudd import blocks
 from tests import models
-from tests.blocks import BLOCKS, FUSED, OTHERS, TOLERANCE, config_of, expected, packed
+from tests.blocks import BLOCKS, FUSED, OTHERS, SIMPLE, TOLERANCE, config_of, expected, packed
 from tests.oracle import Arch, Oracle
 
 
 def test_every_supported_block_is_tested():
-  assert {*BLOCKS, *(keys.get("decoder_block", name) for name, keys in OTHERS.items())} == {*blocks.BLOCKS}
+  assert {*BLOCKS, *SIMPLE, *(keys.get("decoder_block", name) for name, keys in OTHERS.items())} == {*blocks.BLOCKS}
 
 
 def assert_starts_alike(stock, mudd, tolerance=0):

@@ -112,6 +112,7 @@ def test_other_families(family, name, scan):
   ("block", "name"),
   [
     ("fused projection", "tensor 2, FSDP 4"),
+    ("gemma2", "tensor 2, FSDP 4"),
     ("gemma3", "tensor 2, FSDP 4"),
     ("gemma4, tied values", "FSDP 8"),
     ("qwen3_next", "tensor 2, FSDP 4"),

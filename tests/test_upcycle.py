@@ -208,6 +208,27 @@ def test_layouts(before, after, tmp_path):
   check_parameters(target, singles)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+def test_layouts_of_layers_that_are_two_blocks(scan, tmp_path):
+  """And moments of the optimizer, which move with their parameters."""
+  plain, values = trained(block="gemma2", scan_layers=scan)
+  source, target = save(tmp_path / "stock", values), tmp_path / "m"
+  upcycle(source, target, config_file(tmp_path, "gemma2"), "mudd=true", *written({"scan_layers": not scan}))
+  check_logits(target, plain)
+
+  before = plain_run(tmp_path / "a", block="gemma2", scan_layers=scan)
+  checkpoint, target = tmp_path / "a" / "checkpoints" / str(STEP), tmp_path / "b"
+  command = ["upcycle", "--checkpoint", str(checkpoint), "--run", str(target)]
+  convert.main([*command, config_file(tmp_path, "gemma2", scan_layers=scan), "mudd=true"])
+  after = train_state.read(target / "checkpoints" / str(STEP))
+  layer = "opt_state/0/mu/params/decoder/layers" + ("" if scan else "_1")
+  for k, side in enumerate(("local", "global")):
+    moment, norm = f"{layer}/half_{k}/self_attention/query/kernel", f"{layer}/half_{k}/pre_self_attention_norm"
+    np.testing.assert_array_equal(after[moment], before[f"{layer}/self_attention_{side}/query/kernel"])
+    np.testing.assert_array_equal(after[f"{norm}/q/scale"], before[f"{layer}/pre_self_attention_norm_{side}/scale"])
+
+
 def test_every_family_is_upcycled_or_refused():
   cases = [*FAMILIES.values(), *REFUSED.values()]
   of_package = {name for name, family in connections.FAMILIES.items() if family.__module__.startswith("maxtext_mudd.")}
@@ -227,9 +248,9 @@ def test_refused_families_change_logits(setting):
 STEP = 5
 
 
-def plain_run(folder: pathlib.Path, **keys) -> dict[str, np.ndarray]:
+def plain_run(folder: pathlib.Path, block: str = "llama2", **keys) -> dict[str, np.ndarray]:
   """Writes a checkpoint of a plain run, with random moments and a data position; returns the train state by path."""
-  tree = train_state_nnx.to_checkpoint_dict(new_state(config_of("llama2", **keys)))
+  tree = train_state_nnx.to_checkpoint_dict(new_state(config_of(block, **keys)))
   del tree["nnx_aux"]  # random states, which the conversion makes anew
   rng = np.random.default_rng(3)
 
@@ -347,7 +368,7 @@ def test_refusals(tmp_path, capsys):
     "mudd_rope_table=stock."
   )
   assert said("mudd=true", "depth_connection=dca").startswith("depth_connection=dca adds the outputs of blocks in ")
-  assert "mudd=True: supported are llama2, " in said("mudd=true", "decoder_block=gemma2")
+  assert "mudd=True: supported are llama2, " in said("mudd=true", "decoder_block=gemma4_small")
   assert said("mudd=true", checkpoint=connected).startswith(
     f"{connected} has decoder/layers_1/connection/depth_aggregate/a: its model has depth connections already"
   )

@@ -1,7 +1,8 @@
 """The decoder blocks that work with depth connections: one `BlockSpec` each.
 
 A block of MaxText belongs here when it reads its input x in three ways only: by a norm and then the projections of
-attention, by these projections without a norm, or in the residual sum `x + attention`. The tests compare each with the
+attention, by these projections without a norm, or in the residual sum `x + attention`. A block without attention reads
+one stream, and belongs here, too. The tests compare each with the
 block of MaxText at initial values, and at random weights with an independent reference or, where that would restate a
 whole block, with what each stream must change.
 
@@ -23,6 +24,8 @@ class Cycle:
     name: The attribute of the decoder that has the cycles.
     pattern: The kinds of layers come again after so many layers; the length of a cycle is a multiple of it.
     has_remainder: Layers after the last whole cycle are in `layers_remainder`. In other blocks MaxText leaves them out.
+    sides: MaxText calls the whole cycle one layer, scanned or single, and counts it once. The names of the modules that
+      it has for each decoder layer of the cycle end with these, in their order.
   """
 
   member: str | None
@@ -30,6 +33,7 @@ class Cycle:
   name: str = "layers"
   pattern: int = 1
   has_remainder: bool = False
+  sides: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,7 @@ class BlockSpec:
     feed_forward_norm: Path of the norm before the feed-forward block, from the layer; dots separate submodules. None:
       no norm reads the sum of that input and attention, so that families which make an input for each sublayer cannot
       use the block.
-    attention: Name of attention, a submodule of the layer.
+    attention: Name of attention, a submodule of the layer. None: the layer has none, and reads one stream.
     has_biases: The norms are LayerNorms with a bias, and every projection of attention and feed-forward block has one.
     takes_attention_bias: `attention_bias` adds a bias to the query, key and value projections. Other blocks ignore it.
     takes_qk_norm: `use_qk_norm` adds an RMSNorm to queries and one to keys. Other blocks ignore it.
@@ -67,7 +71,7 @@ class BlockSpec:
 
   attention_norm: str | None = "pre_self_attention_layer_norm"
   feed_forward_norm: str | None = "post_self_attention_layer_norm"
-  attention: str = "self_attention"
+  attention: str | None = "self_attention"
   has_biases: bool = False
   takes_attention_bias: bool = False
   takes_qk_norm: bool = False
@@ -85,6 +89,11 @@ class BlockSpec:
   layers: tuple[str, ...] = ("layers",)
   cycle: Cycle | None = None
 
+  @property
+  def sides(self) -> tuple[str, ...]:
+    """Those of the cycle that MaxText calls one layer; none for other blocks."""
+    return self.cycle.sides if self.cycle else ()
+
 
 _PYTHIA = "pythia"
 
@@ -99,6 +108,7 @@ _hybrid = functools.partial(
   takes_fused_qkv=False,
   is_plain=False,
 )
+_simple = BlockSpec(None, None, attention=None, takes_mtp=False, takes_fused_qkv=False, is_plain=False)
 _in_cycles = functools.partial(BlockSpec, is_plain=False, cycle=Cycle("layers"))
 
 # By `decoder_block`, but for pythia.
@@ -110,6 +120,7 @@ BLOCKS = {
   "qwen3": BlockSpec(takes_qk_norm=True, is_released=True),
   "qwen3_moe": BlockSpec(takes_qk_norm=True),
   "gemma": _gemma(scales_query_kernel=True, is_plain=True),
+  "gemma2": _gemma(cycle=Cycle("half", 2, sides=("local", "global"))),
   "gemma3": _gemma(cycle=Cycle("layers", 6, has_remainder=True)),
   "gemma4": _gemma(scales_output=True, tied_every=6, cycle=Cycle(None, 6, "scanned_blocks", has_remainder=True)),
   "gpt_oss": _in_cycles(attention="GptOssAttention", takes_mtp=False, cycle=Cycle("layers", pattern=2)),
@@ -123,6 +134,8 @@ BLOCKS = {
   "default": BlockSpec(
     "pre_self_attention_norm", None, is_parallel=True, shares_norm=True, tied_every=1, is_plain=False
   ),
+  "simple": _simple,
+  "simple_mlp": _simple,
   "gpt3": BlockSpec(
     "pre_self_attention_norm", "mlp.mlp_layer_norm", has_biases=True, takes_chunked_prefill=False, is_rotary=False
   ),
@@ -147,6 +160,11 @@ def spec(config) -> BlockSpec:
       f"decoder_block={name!r} does not work with mudd=True: supported are {supported}; use one of these."
     )
   return BLOCKS[name]
+
+
+def num_blocks(config) -> int:
+  """L, the number of blocks. MaxText's `num_decoder_layers` counts the layers that it builds, which may be two each."""
+  return config.num_decoder_layers * max(len(spec(config).sides), 1)
 
 
 def streams_read(config, block: int) -> str:

@@ -36,7 +36,7 @@ def stacking(values: Mapping[str, np.ndarray], config) -> Iterator[tuple[str, np
   family = connections.family(config)  # the decoder has what starts and finishes, where layers are scanned
   layers = {}
   for path in values:
-    match = re.fullmatch(r"(|.*/)decoder/([a-z_]*layers_\d+)/(.+)", path)
+    match = re.fullmatch(rf"(|.*/)decoder/({stacks.SINGLE_LAYER})/(.+)", path)
     if not match:
       yield path, values[path]
       continue

@@ -69,10 +69,17 @@ def refusals(config) -> Iterator[Refusal]:
   )
   interval = config.inhomogeneous_layer_cycle_interval
   yield Refusal(
-    config.scan_layers and interval > 1 and spec.cycle is None,
+    config.scan_layers and interval > 1 and (spec.cycle is None or bool(spec.sides)),
     f"inhomogeneous_layer_cycle_interval={interval}",
     f"{mudd} and {layer}",
     "MaxText scans its layers one by one and would leave some out; set it to 1",
+  )
+  length = spec.cycle.length if spec.cycle else None
+  yield Refusal(
+    config.scan_layers and interval > 1 and length is not None,
+    f"inhomogeneous_layer_cycle_interval={interval}",
+    f"{mudd} and {layer}",
+    f"MaxText scans cycles of {length} of its layers, whatever the key says; set it to 1",
   )
   yield Refusal(
     config.scan_layers and spec.cycle is not None and spec.cycle.member is None and reads_sublayers,
@@ -146,16 +153,35 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     "MaxText cannot build its layers for multi-token prediction; set it to 0",
   )
   yield Refusal(
-    number > 0 and config.scan_layers and spec.cycle is not None,
+    number > 0 and config.scan_layers and spec.cycle is not None and not spec.sides,
     f"mtp_num_layers={number}",
     f"scan_layers=True and {layer}",
     "each block of multi-token prediction would be a whole cycle of layers; set scan_layers=False",
+  )
+  yield Refusal(
+    bool(spec.sides) and config.enable_dropout and config.dropout_rate > 0,
+    f"dropout_rate={config.dropout_rate}",
+    f"mudd=True and {layer}",
+    "MaxText runs two blocks in one layer, and each would drop out the output of the other; set it to 0",
   )
   yield Refusal(
     config.fused_qkv and not spec.takes_fused_qkv,
     "fused_qkv=True",
     layer,
     "it has other projections; set fused_qkv=False",
+  )
+  yield Refusal(
+    spec.attention is None and not config.scan_layers,
+    "scan_layers=False",
+    layer,
+    "its single layers return an array where MaxText's decoder takes a pair; set scan_layers=True",
+  )
+  plan = connections.plan(config)
+  yield Refusal(
+    spec.attention is None and any(map(plan.has_separate_norms, range(1, plan.num_blocks + 1))),
+    layer,
+    "separate streams or norms of queries, keys and values",
+    "it has no attention; set mudd_ways=1, or use the stream x alone in mudd_placements",
   )
   is_latent, dense = config.attention_type == "mla", config.first_num_dense_layers
   yield Refusal(

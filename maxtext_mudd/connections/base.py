@@ -20,6 +20,7 @@ import dataclasses
 import types
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from maxtext_mudd.blocks import num_blocks
 from maxtext_mudd.connections.family_keys import FamilyKeys, HistoryKeys, kernel_refusals
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ class BaseFamily:
 
   @classmethod
   def plan(cls, config) -> Plan:
-    return Plan(config.num_decoder_layers)
+    return Plan(num_blocks(config))
 
   @classmethod
   def output_init_scale(cls, config) -> float:

@@ -17,6 +17,7 @@ from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths, stacks
 from maxtext_mudd.blocks.chunked_prefill import prefill_in_chunks
 from maxtext_mudd.blocks.classes import change_class
+from maxtext_mudd.blocks.halves import split
 from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import history, layout
@@ -83,10 +84,12 @@ class MuddDecoder(NNXDecoder):
     super()._init_decoder_layers(decoder_block_classes, rngs, mesh)
     if not self._is_connected:
       return
+    self._split_layers()
     if self.config.scan_layers:
       self._connect_stacks(rngs)
     else:
-      for block, layer in enumerate(self.get_layers(), 1):
+      for path, block in stacks.single_layers(self.config).items():
+        layer = operator.attrgetter(path.replace("/", "."))(self)
         connect(layer, self._connection([block], rngs), self.config)
     connections.family(self.config).share(self)
 
@@ -127,6 +130,13 @@ class MuddDecoder(NNXDecoder):
     width = ffn_widths.of_config(self.config)[block - 1]
     return layer_class if width == self.config.mlp_dim else with_ffn_width(layer_class, width)
 
+  def _split_layers(self) -> None:
+    """Splits layers of MaxText that are several blocks. Each becomes a cycle, of layers that are connected later."""
+    row = decoder_blocks.spec(self.config)
+    for layer in self.get_layers() if row.sides else []:
+      halves = split(layer, row.cycle)
+      change_class(layer, cycle(type(layer), tuple((half, None) for half in halves)))
+
   def _connect_stacks(self, rngs: nnx.Rngs) -> None:
     """Connects the stacks of scanned layers. A connection of the decoder itself starts and finishes them."""
     self.connection = self._connection([], rngs)
@@ -137,7 +147,8 @@ class MuddDecoder(NNXDecoder):
       singles = [self._connection([block], rngs, scan_layers=False) for block in stack.blocks]
       layout.initialise(layers, singles, stack, self.config)
       members.setdefault(stack.path[0], []).append((stack.path[-1], stack.inner_length))
-    if decoder_blocks.spec(self.config).cycle:
+    row = decoder_blocks.spec(self.config)
+    if row.cycle and not row.sides:
       for name, of_cycle in members.items():
         cycles = getattr(self, name)
         change_class(cycles, cycle(type(cycles), tuple(of_cycle)))
@@ -169,7 +180,7 @@ class MuddDecoder(NNXDecoder):
     """
     config = self.config if scan_layers is None else changed(self.config, scan_layers=scan_layers)
     starts = not blocks or (not config.scan_layers and blocks[0] == 1)
-    finishes = not blocks or (not config.scan_layers and blocks[-1] == config.num_decoder_layers)
+    finishes = not blocks or (not config.scan_layers and blocks[-1] == decoder_blocks.num_blocks(config))
     rngs = connection_rngs(rngs, blocks[0] if blocks else 0)
     return connections.family(config).build(config, tuple(blocks), self.mesh, rngs, starts=starts, finishes=finishes)
 

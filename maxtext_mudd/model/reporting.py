@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from maxtext_mudd import connections
-from maxtext_mudd.blocks import stacks
+from maxtext_mudd.blocks import num_blocks, stacks
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import metrics
 from maxtext_mudd.connections.metrics import LARGEST_WEIGHT, SOWN
@@ -95,7 +95,7 @@ def _by_aggregate(keys: list[str], value, stream: str, config, *, is_last: bool)
     is_last: whether it is of what follows the last block, or an MTP block.
   """
   if is_last:
-    yield config.num_decoder_layers + (mtp.number_in(keys) or 0), value
+    yield num_blocks(config) + (mtp.number_in(keys) or 0), value
   elif stack := stacks.of_path(config, keys):
     plan = connections.plan(config)
     for block, mean in zip(stack.blocks, jnp.reshape(value, -1)):
@@ -104,5 +104,4 @@ def _by_aggregate(keys: list[str], value, stream: str, config, *, is_last: bool)
       if not plan.sites or (site and stream in (*site.streams, metrics.ALL)):
         yield block - 1, mean
   else:
-    singles = stacks.single_layers(config)
-    yield next(singles[key] for key in keys if key in singles) - 1, value
+    yield stacks.block_of_single(config, keys) - 1, value

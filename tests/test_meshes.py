@@ -130,6 +130,26 @@ def test_other_blocks(block, name):
   assert eight["in_aggregates"] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "keys"),
+  [
+    ("tensor 2, FSDP 4", DENSE),
+    ("tensor 2, FSDP 4", DENSE | EXTRA),
+    ("tensor 2, FSDP 4", DENSE | {"scan_layers": True}),
+    ("FSDP 8", DENSE | {"scan_layers": True, "mudd_kernel": "pallas_interpret"}),
+  ],
+  ids=["single", "extra embeddings", "scanned", "scanned, fused"],
+)
+def test_explicit_axes(name, keys):
+  mesh, _ = MESHES[name]
+  one = train(1, **keys, per_device_batch_size=8)
+  eight = train(8, **keys, **mesh, per_device_batch_size=1, shard_mode="explicit")
+  assert one["losses"][-1] < one["losses"][0]
+  assert eight["losses"] == pytest.approx(one["losses"], abs=1e-5)
+  assert eight["in_aggregates"] == []
+
+
 def test_what_counts_as_gathered():
   source = '%a = f32[1,128,32]{2,1,0} all-gather(%x), metadata={op_name="jit(step)/while/depth_aggregate/mul"}'
   split = '%f = f32[128,4,8]{2,1,0} all-to-all(%x), metadata={op_name="jit(step)/transpose/depth_aggregate/dot"}'

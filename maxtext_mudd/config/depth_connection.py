@@ -8,6 +8,7 @@ from maxtext_mudd import blocks, connections
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 _WITH_DELTA_NETS = ("qwen3_next", "qwen3_5")
+_WITH_EXPLICIT_AXES = ("dense", "residual")
 _GEMMA3 = ("gemma3-4b", "gemma3-12b", "gemma3-27b")  # the names with which MaxText builds this block
 
 
@@ -130,11 +131,12 @@ def refusals(config) -> Iterator[Refusal]:
     mudd,
     "they add to the input of a block, which is several streams; leave it empty",
   )
+  family = config.depth_connection
   yield Refusal(
-    config.shard_mode.value == "explicit",
+    config.shard_mode.value == "explicit" and family not in _WITH_EXPLICIT_AXES,
     "shard_mode=explicit",
-    mudd,
-    "the aggregates leave sharding to the compiler; use shard_mode=auto",
+    f"depth_connection={family}",
+    f"its sums leave sharding to the compiler; use shard_mode=auto, or one of {', '.join(_WITH_EXPLICIT_AXES)}",
   )
   yield Refusal(
     config.use_multimodal, "use_multimodal=True", mudd, "visual features are added between layers; set it to False"

@@ -285,7 +285,7 @@ def _after(here: PlacedAggregate, history: History, weights: Weights, recomputes
       kept = HiddenLayer(hidden, w2, a, scale, weights.cap)
     else:
       kept = jnp.zeros((*weights.shape[:-2], *shape), wide)  # of all tokens, or of each
-    return Pending([jnp.zeros_like(like)] * ahead.ways, kept)
+    return Pending([jnp.zeros_like(like)] * ahead.ways, here.passes.placed(kept))
 
   return dataclasses.replace(
     history,

@@ -16,7 +16,7 @@ from maxtext_mudd import connections, convert
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.checkpoints import layout, model_config, model_folder, orbax_folder, train_state
 from tests import models, runs
-from tests.blocks import BLOCKS, config_of, packed
+from tests.blocks import BLOCKS, OTHERS, config_of, packed
 from tests.published import hugging_face, refusal
 
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
@@ -64,7 +64,8 @@ def written(keys) -> list[str]:
 def config_file(folder: pathlib.Path, block: str = "llama2", **keys) -> str:
   """A file of the small models of the tests."""
   file = folder / f"{block}.yml"
-  keys = models.SMALL | {"decoder_block": block} | BLOCKS[block][0] | {"remat_policy": "none", **keys}
+  of_block = OTHERS[block] if block in OTHERS else BLOCKS[block][0]
+  keys = models.SMALL | {"decoder_block": block} | of_block | {"remat_policy": "none", **keys}
   file.write_text(yaml.safe_dump({"base_config": "base.yml", **keys}))
   return str(file)
 
@@ -177,11 +178,16 @@ def test_families(family, tmp_path):
   check_parameters(target, values, seed=7)
 
 
-@pytest.mark.parametrize("block", slow_but(["pythia"], BLOCKS))
+# Named models have their own sizes in configuration files.
+UNNAMED = {"model_name": "default", "base_num_decoder_layers": 8, "num_kv_shared_layers": 1}
+
+
+@pytest.mark.parametrize("block", slow_but(["pythia"], [*BLOCKS, "gemma4_small"]))
 def test_blocks(block, tmp_path):
-  plain, values = trained(block=block)
+  keys = UNNAMED if block == "gemma4_small" else {}
+  plain, values = trained(block=block, **keys)
   source, target = save(tmp_path / "stock", values), tmp_path / "m"
-  upcycle(source, target, config_file(tmp_path, block), "mudd=true")
+  upcycle(source, target, config_file(tmp_path, block, **keys), "mudd=true")
   check_logits(target, plain)
 
 

@@ -78,6 +78,7 @@ class BlockSpec:
   is_rotary: bool = True
   scales_output: bool = False
   tied_every: int | None = None
+  shares_kv: bool = False
   takes_mtp: bool = True
   takes_fused_qkv: bool = True
   is_released: bool = False
@@ -112,6 +113,7 @@ BLOCKS = {
   "gemma": _gemma(scales_query_kernel=True, is_plain=True),
   "gemma3": _gemma(cycle=Cycle("layers", 6, has_remainder=True)),
   "gemma4": _gemma(scales_output=True, tied_every=6, cycle=Cycle(None, 6, "scanned_blocks", has_remainder=True)),
+  "gemma4_small": _gemma(scales_output=True, shares_kv=True, takes_fused_qkv=False),
   "gpt_oss": _in_cycles(attention="GptOssAttention", takes_mtp=False, cycle=Cycle("layers", pattern=2)),
   "llama4": _in_cycles(),
   "envy": _in_cycles(),
@@ -151,7 +153,10 @@ def spec(config) -> BlockSpec:
 
 def streams_read(config, block: int) -> str:
   """The streams that a block reads, letters of "qkvr"."""
-  every = spec(config).tied_every
+  row = spec(config)
+  if row.shares_kv and 0 < config.num_decoder_layers - config.num_kv_shared_layers < block:
+    return "qr"
+  every = row.tied_every
   return "qkr" if every and config.share_kv_projections and block % every == 0 else "qkvr"
 
 

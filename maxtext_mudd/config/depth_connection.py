@@ -129,9 +129,8 @@ def refusals(config) -> Iterator[Refusal]:
     mudd,
     "the aggregates leave sharding to the compiler; use shard_mode=auto",
   )
-  yield Refusal(
-    config.use_multimodal, "use_multimodal=True", mudd, "visual features are added between layers; set it to False"
-  )
+  if config.use_multimodal:
+    yield from _multimodal(config)
   if config.scan_layers:
     yield from _scanned(config)
 
@@ -218,6 +217,23 @@ def _with_shared_kv(config, layer: str) -> Iterator[Refusal]:
     f"mudd_extra_embeddings={config.mudd_extra_embeddings}",
     f"{layer} and hidden_size_per_layer_input={width}",
     "MaxText makes the inputs of layers from one embedding; set one of the two to 0",
+  )
+
+
+def _multimodal(config) -> Iterator[Refusal]:
+  """Yields the settings that do not work where features of images replace token embeddings, in X_0."""
+  multimodal, indexes = "mudd=True and use_multimodal=True", list(config.deepstack_visual_indexes_for_vit)
+  yield Refusal(
+    bool(indexes),
+    f"deepstack_visual_indexes_for_vit={indexes}",
+    multimodal,
+    "visual features are added to block outputs, which are sources; leave it empty, or set use_multimodal=False",
+  )
+  yield Refusal(
+    config.mudd_extra_embeddings > 0,
+    f"mudd_extra_embeddings={config.mudd_extra_embeddings}",
+    multimodal,
+    "the further tables have tokens, and no rows for images; set it to 0",
   )
 
 

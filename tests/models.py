@@ -84,7 +84,7 @@ def randomise(model, seed=0) -> dict[str, np.ndarray]:
   values = {}
   for path, variable in sorted(parameters(model).items()):
     shape = variable.get_value().shape
-    if path.endswith(("scale", "layer_scalar")):
+    if path.endswith("scale"):
       values[path] = 1 + 0.3 * rng.standard_normal(shape)
     elif path.endswith("/a"):
       values[path] = np.eye(shape[-1])[-1] + 0.4 * rng.standard_normal(shape)

@@ -49,6 +49,14 @@ def set_zero(state: nnx.State, *ends: str) -> None:
       variable.set_value(0 * variable.get_value())
 
 
+def bring_scalars_near_one(state: nnx.State) -> None:
+  """Makes the scales of the outputs of layers as random as those of norms. Where they are random numbers around zero,
+  ten layers with inputs of their own are too curved for any train step."""
+  for path, variable in nnx.to_flat_state(state["model"].filter(nnx.Param)):
+    if path[-1] == "layer_scalar":
+      variable.set_value(1 + 0.3 * variable.get_value())
+
+
 def value_and_gradients(cfg, data=None):
   """(loss, aux, gradients by path) of a random model on a batch, random if not given, through MaxText's own loss."""
   model = models.build(cfg)

@@ -50,8 +50,7 @@ def set_zero(state: nnx.State, *ends: str) -> None:
 
 
 def bring_scalars_near_one(state: nnx.State) -> None:
-  """Makes the scales of the outputs of layers as random as those of norms. Where they are random numbers around zero,
-  ten layers with inputs of their own are too curved for any train step."""
+  """`models.with_scalars_near_one` for a train state."""
   for path, variable in nnx.to_flat_state(state["model"].filter(nnx.Param)):
     if path[-1] == "layer_scalar":
       variable.set_value(1 + 0.3 * variable.get_value())

@@ -56,13 +56,9 @@ def restated(model, data, of_donor=None) -> jax.Array:
   return decoder.apply_output_head(model.token_embedder, x, True, MODEL_MODE_TRAIN)
 
 
-def with_scalars_near_one(values) -> dict[str, np.ndarray]:
-  return {path: 1 + 0.3 * x if path.endswith("layer_scalar") else x for path, x in values.items()}
-
-
 def test_equals_a_restatement():
   model, data = models.build(config_of(BLOCK, mudd=True)), packed(config_of(BLOCK))
-  models.set_parameters(model, with_scalars_near_one(models.randomise(model)))
+  models.set_parameters(model, models.with_scalars_near_one(models.randomise(model)))
   expected = nnx.jit(restated)(model, data)
   found = models.jitted_logits(model, data)
   scale = np.std(expected)
@@ -79,7 +75,7 @@ def test_gradients_equal_those_of_a_restatement(policy):
   """For all parameters, connections' and others, whatever is recomputed in the backward pass."""
   config = config_of(BLOCK, mudd=True, remat_policy=policy)
   model = models.build(config)
-  models.set_parameters(model, with_scalars_near_one(random_values(config)))
+  models.set_parameters(model, models.with_scalars_near_one(random_values(config)))
   graphdef, params, others = nnx.split(model, nnx.Param, ...)
   data = packed(config)
   weights = np.random.default_rng(1).standard_normal((*data["inputs"].shape, config.vocab_size)).astype(np.float32)

@@ -55,6 +55,18 @@ OTHERS = {
   },
   "gemma4, tied values": POST_NORMS
   | {"decoder_block": "gemma4", "share_kv_projections": True, "base_num_decoder_layers": 8},
+  "gemma4_small": {
+    "model_name": "gemma4-e2b",
+    "override_model_config": True,
+    "base_num_decoder_layers": 10,  # four local layers and a global one, and the same with their keys and values
+    "num_kv_shared_layers": 5,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "global_head_dim": 32,
+    "base_num_query_heads": 4,
+    "base_num_kv_heads": 1,
+    "sliding_window_size": 4,
+  },
   "gpt_oss": MOE | CYCLES | {"sliding_window_size": 4, "attention_sink": True, "attention_bias": True},
   "llama4": MOE
   | CYCLES
@@ -104,6 +116,8 @@ FUSED = (
   "qwen3_next",
   "qwen3_5",
 )  # have a projection whose columns read different streams
+SINGLE = ("gemma4_small",)  # MaxText does not scan their layers
+LAYOUTS = [(block, layout) for block in OTHERS for layout in ("single", "scanned")[: 1 if block in SINGLE else 2]]
 BLOCKS = {
   "llama2": (GQA, Arch(3, **GQA_ARCH)),
   "mistral": (GQA, Arch(3, **GQA_ARCH)),

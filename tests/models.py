@@ -102,6 +102,12 @@ def randomise(model, seed=0) -> dict[str, np.ndarray]:
   return values
 
 
+def with_scalars_near_one(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Makes the scales of the outputs of layers as random as those of norms. Random numbers around zero in their place
+  make deep models so curved that rounding and train steps are amplified."""
+  return {path: 1 + 0.3 * x if path.endswith("layer_scalar") else x for path, x in values.items()}
+
+
 def batch(cfg, seed=0) -> dict[str, np.ndarray]:
   """A random batch as MaxText's pipelines make it."""
   rng = np.random.default_rng(seed)

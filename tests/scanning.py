@@ -6,7 +6,7 @@ from maxtext.trainers.pre_train import train
 import numpy as np
 
 from tests import models
-from tests.blocks import BLOCKS, OTHERS
+from tests.blocks import BLOCKS, OTHERS, SINGLE
 from tests.placements import BLOCKS as IRREGULAR_BLOCKS
 from tests.placements import IRREGULAR, OF_EXTRA
 
@@ -235,7 +235,9 @@ CASES = {
   "DCA, pairs of layers": {"decoder_block": "gemma2", **OTHERS["gemma2"], "depth_connection": "dca"},
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
-  **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, keys in OTHERS.items()},
+  **{
+    name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, keys in OTHERS.items() if name not in SINGLE
+  },
   **{
     f"{family}, {block}": {"decoder_block": block, **OTHERS[block], **keys}
     for family, keys in OF_SUBLAYERS.items()

@@ -17,7 +17,7 @@ import maxtext_mudd
 from maxtext_mudd import blocks
 from maxtext_mudd.blocks.streams import Streams, decouple
 from tests import models, steps
-from tests.blocks import OTHERS, config_of, packed, single_blocks
+from tests.blocks import LAYOUTS, OTHERS, config_of, packed, single_blocks
 
 STEP = 4e-4  # of finite differences; with larger ones tokens go to other experts
 PAIRS = ("qk", "qv", "qr", "kv", "kr", "vr")
@@ -36,7 +36,7 @@ def layers_of_each_kind(model, config) -> dict[tuple, tuple[int, nnx.Module]]:
   """By kind, the first layer of that kind, with its number."""
   kinds = {}
   for number, layer in enumerate(single_blocks(model, config), 1):
-    traits = ("attention_type", "is_moe_layer", "is_nope_layer", "is_full_attention_layer")
+    traits = ("attention_type", "is_moe_layer", "is_nope_layer", "is_full_attention_layer", "is_shared")
     attention = type(getattr(layer, "attention", None)).__name__
     kinds.setdefault(
       (type(layer).__name__, attention, *(str(getattr(layer, name, None)) for name in traits)), (number, layer)
@@ -44,14 +44,22 @@ def layers_of_each_kind(model, config) -> dict[tuple, tuple[int, nnx.Module]]:
   return kinds
 
 
-OF_ONE_KIND = ("default", "qwen3_custom_moe", "fused projection", "gpt3, fused projection")
+KINDS = {"default": 1, "qwen3_custom_moe": 1, "fused projection": 1, "gpt3, fused projection": 1, "gemma4_small": 4}
+
+
+def of_earlier_layer(layer, shape: tuple[int, int], rng) -> dict[str, jax.Array]:
+  """Random keys and values for a layer that has none of its own."""
+  if not getattr(layer, "is_shared", False):
+    return {}
+  shape = (*shape, layer.num_kv_heads, layer.head_dim)
+  return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name in ("shared_key", "shared_value")}
 
 
 @pytest.mark.parametrize("block", OTHERS)
 def test_each_stream_of_a_layer_matters(block):
   model, config = stock(block)
   layers = layers_of_each_kind(model, config)
-  assert len(layers) == (1 if block in OF_ONE_KIND else 2)
+  assert len(layers) == KINDS.get(block, 2)
   data = packed(config)
   rng = np.random.default_rng(0)
   shape = (*data["inputs"].shape, config.emb_dim)
@@ -59,10 +67,11 @@ def test_each_stream_of_a_layer_matters(block):
   for kind, (block_number, layer) in layers.items():
     decoupled, read = nnx.clone(layer), blocks.streams_read(config, block_number)
     decouple(decoupled, blocks.spec(config), blocks.normed_streams(config, block_number))
+    given = of_earlier_layer(layer, data["inputs"].shape, rng)
 
-    def call(layer, x):
+    def call(layer, x, given=given):
       with jax.set_mesh(maxtext_utils.get_mesh_from_config(config)):
-        call = nnx.jit(lambda layer, x: layer(x, *inputs, True, MODEL_MODE_TRAIN)[0])
+        call = nnx.jit(lambda layer, x: layer(x, *inputs, True, MODEL_MODE_TRAIN, **given)[0])
         inputs = data["inputs_segmentation"], data["inputs_position"]
         return np.asarray(call(layer, x))
 
@@ -157,13 +166,12 @@ def difference(function, params: nnx.State, direction: nnx.State, step: float) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
-@pytest.mark.parametrize("block", OTHERS)
-def test_generates_what_teacher_forcing_says(block, scan):
+@pytest.mark.parametrize(("block", "layout"), LAYOUTS)
+def test_generates_what_teacher_forcing_says(block, layout):
   # Stock MaxText decodes windows and chunks that are shorter than the text as if they were at other places, and one
   # prompt at a time with the block "default".
   wide = {key: 32 for key in ("sliding_window_size", "chunk_attn_window_size") if key in OTHERS[block]}
-  config = config_of(block, mudd=True, scan_layers=scan, max_target_length=24, **wide)
+  config = config_of(block, mudd=True, scan_layers=layout == "scanned", max_target_length=24, **wide)
   model = models.build(config)
   models.randomise(model)
   prompts = [[1, 7, 11, 2, 30], [5, 9]][: 1 if block == "default" else 2]
@@ -173,16 +181,18 @@ def test_generates_what_teacher_forcing_says(block, scan):
 
 
 WITH_MUON = ("deepseek", "gemma3", "gpt_oss", "qwen3_custom_moe", "qwen3_next")
+TRAINED = [(block, x, layout) for block, layout in LAYOUTS for x in ("adamw", "muon")[: 2 if block in WITH_MUON else 1]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
-@pytest.mark.parametrize(("block", "optimizer"), [*((x, "adamw") for x in OTHERS), *((x, "muon") for x in WITH_MUON)])
-def test_trains(block, optimizer, scan):
+@pytest.mark.parametrize(("block", "optimizer", "layout"), TRAINED)
+def test_trains(block, optimizer, layout):
   """Three of MaxText's train steps on one batch: losses fall, and every parameter of connections is trained."""
-  keys = {"mudd": True, "scan_layers": scan, "opt_type": optimizer}
+  keys = {"mudd": True, "scan_layers": layout == "scanned", "opt_type": optimizer}
   config = config_of(block, **keys, learning_rate=1e-3, steps=20, warmup_steps_fraction=0.05)
   step, state = steps.prepare(config)
+  if block == "gemma4_small":
+    steps.bring_scalars_near_one(state)
   before = connection_values(state)
   losses = []
   for _ in range(3):

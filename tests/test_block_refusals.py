@@ -10,10 +10,11 @@ DEEPSEEK = ("decoder_block=deepseek", "attention_type=mla", "mudd_init=stock", "
 OLMO3 = ("decoder_block=olmo3", "mudd_init=stock", "mudd_ffn_reallocation=false", "scan_layers=true")
 GEMMA2 = ("decoder_block=gemma2", "mudd_init=stock", "mudd_ffn_reallocation=false")  # of four blocks
 SIMPLE = ("decoder_block=simple", "mudd_init=stock", "mudd_ffn_reallocation=false")
+GEMMA4_SMALL = ("decoder_block=gemma4_small", "mudd_init=stock", "mudd_ffn_reallocation=false")
 MISTAKES = {
   "not supported": (
-    ["decoder_block=gemma4_small", "mudd_init=stock"],
-    "decoder_block='gemma4_small' does not work with mudd=True: supported are llama2, mistral, mixtral, qwen2, qwen3, ",
+    ["decoder_block=deepseek4", "mudd_init=stock"],
+    "decoder_block='deepseek4' does not work with mudd=True: supported are llama2, mistral, mixtral, qwen2, qwen3, ",
   ),
   "re-allocated FFNs": (
     [*GPT_OSS, "mudd_ffn_reallocation=true"],
@@ -72,6 +73,35 @@ MISTAKES = {
     [*OLMO3, "base_num_decoder_layers=4", "inhomogeneous_layer_cycle_interval=2"],
     "inhomogeneous_layer_cycle_interval=2 does not work with scan_layers=True and decoder_block='olmo3': the kinds of "
     "its layers come again after 4; use a multiple of 4.",
+  ),
+  "keys and values of no layer": (
+    [*GEMMA4_SMALL, "base_num_decoder_layers=8", "num_kv_shared_layers=3"],
+    "num_kv_shared_layers=3 does not work with base_num_decoder_layers=8: a global layer would use keys and values of "
+    "an earlier one, and there is none; set it to a lower number.",
+  ),
+  "scanned layers that use earlier keys": (
+    [*GEMMA4_SMALL, "scan_layers=true"],
+    "scan_layers=True does not work with decoder_block='gemma4_small': MaxText does not scan its layers; set "
+    "scan_layers=False.",
+  ),
+  "extra embeddings and inputs of layers": (
+    [
+      *GEMMA4_SMALL,
+      "mudd_extra_embeddings=2",
+      "hidden_size_per_layer_input=8",
+      "vocab_size_per_layer_input=256",
+    ],
+    "mudd_extra_embeddings=2 does not work with decoder_block='gemma4_small' and hidden_size_per_layer_input=8: "
+    "MaxText makes the inputs of layers from one embedding; set one of the two to 0.",
+  ),
+  "a stream of keys of another layer": (
+    [
+      *GEMMA4_SMALL,
+      "base_num_decoder_layers=4",
+      "num_kv_shared_layers=1",
+      "mudd_placements=[{block: 3, sources: all, streams: kr}]",
+    ],
+    "mudd_placements gives DA_3 the stream k, which block 4 does not read with num_kv_shared_layers=1; leave it out.",
   ),
   "no cycle": (
     ["inhomogeneous_layer_cycle_interval=0"],

@@ -89,9 +89,9 @@ def test_released_blocks_have_the_parameters_of_the_released_models(block):
 
 def test_other_blocks():
   with pytest.raises(
-    ValueError, match=r"decoder_block='gemma4_small' does not work with mudd=True: supported are llama2, .*, gpt3;"
+    ValueError, match=r"decoder_block='deepseek4' does not work with mudd=True: supported are llama2, .*, gpt3;"
   ):
-    blocks.spec(models.config(decoder_block="gemma4_small"))
+    blocks.spec(models.config(decoder_block="deepseek4"))
 
 
 @pytest.mark.parametrize(("name", "number"), [("gemma2-2b", 26), ("gemma2-9b", 42), ("gemma2-27b", 46)])

@@ -193,6 +193,10 @@ def test_refusals_of_the_command(tmp_path):
       "which also accepts a checkpoint of a run.",
     ),
     (
+      {"load_parameters_path": str(tmp_path), "image_path": "cat.png"},
+      "image_path=cat.png: decoding reads a prompt of text alone; leave it empty.",
+    ),
+    (
       {"load_parameters_path": str(tmp_path), "max_prefill_predict_length": 64, "max_target_length": 64},
       "max_prefill_predict_length=64 leaves no room for new tokens in max_target_length=64; lower the first key, "
       "or raise the second.",

@@ -16,7 +16,7 @@ from maxtext_mudd import connections, convert
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.checkpoints import layout, model_config, model_folder, orbax_folder, train_state
 from tests import models, runs
-from tests.blocks import BLOCKS, FUSED, OTHERS, config_of, packed
+from tests.blocks import BLOCKS, FUSED, LAYOUTS, OTHERS, config_of, packed
 from tests.published import hugging_face, refusal
 
 BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
@@ -178,19 +178,16 @@ def test_families(family, tmp_path):
   check_parameters(target, values, seed=7)
 
 
-@pytest.mark.parametrize("block", slow_but(["pythia"], BLOCKS))
-def test_blocks(block, tmp_path):
-  plain, values = trained(block=block)
-  source, target = save(tmp_path / "stock", values), tmp_path / "m"
-  upcycle(source, target, config_file(tmp_path, block), "mudd=true")
-  check_logits(target, plain)
+# Named models have their own sizes in configuration files.
+UNNAMED = {"gemma4_small": {"model_name": "default", "base_num_decoder_layers": 8, "num_kv_shared_layers": 1}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scan", [False, True], ids=["single", "scanned"])
-@pytest.mark.parametrize("block", OTHERS)
-def test_other_blocks(block, scan, tmp_path):
-  keys = {"scan_layers": scan}
+PYTHIA = ("pythia", "single")
+
+
+@pytest.mark.parametrize(("block", "layout"), slow_but([PYTHIA], [*((x, "single") for x in BLOCKS), *LAYOUTS]))
+def test_blocks(block, layout, tmp_path):
+  keys = {"scan_layers": layout == "scanned", **UNNAMED.get(block, {})}
   plain, values = trained(block=block, **keys)
   source, target = save(tmp_path / "stock", values), tmp_path / "m"
   upcycle(source, target, config_file(tmp_path, block, **keys), "mudd=true")
@@ -368,7 +365,7 @@ def test_refusals(tmp_path, capsys):
     "mudd_rope_table=stock."
   )
   assert said("mudd=true", "depth_connection=dca").startswith("depth_connection=dca adds the outputs of blocks in ")
-  assert "mudd=True: supported are llama2, " in said("mudd=true", "decoder_block=gemma4_small")
+  assert "mudd=True: supported are llama2, " in said("mudd=true", "decoder_block=deepseek4")
   assert said("mudd=true", checkpoint=connected).startswith(
     f"{connected} has decoder/layers_1/connection/depth_aggregate/a: its model has depth connections already"
   )

@@ -82,6 +82,7 @@ class BlockSpec:
   is_rotary: bool = True
   scales_output: bool = False
   tied_every: int | None = None
+  shares_kv: bool = False
   takes_mtp: bool = True
   takes_fused_qkv: bool = True
   is_released: bool = False
@@ -123,6 +124,7 @@ BLOCKS = {
   "gemma2": _gemma(cycle=Cycle("half", 2, sides=("local", "global"))),
   "gemma3": _gemma(cycle=Cycle("layers", 6, has_remainder=True)),
   "gemma4": _gemma(scales_output=True, tied_every=6, cycle=Cycle(None, 6, "scanned_blocks", has_remainder=True)),
+  "gemma4_small": _gemma(scales_output=True, shares_kv=True, takes_fused_qkv=False),
   "gpt_oss": _in_cycles(attention="GptOssAttention", takes_mtp=False, cycle=Cycle("layers", pattern=2)),
   "llama4": _in_cycles(),
   "envy": _in_cycles(),
@@ -169,7 +171,10 @@ def num_blocks(config) -> int:
 
 def streams_read(config, block: int) -> str:
   """The streams that a block reads, letters of "qkvr"."""
-  every = spec(config).tied_every
+  row = spec(config)
+  if row.shares_kv and 0 < config.num_decoder_layers - config.num_kv_shared_layers < block:
+    return "qr"
+  every = row.tied_every
   return "qkr" if every and config.share_kv_projections and block % every == 0 else "qkvr"
 
 

@@ -38,7 +38,8 @@ class Streams:
   """The four inputs of a block. Not a tuple, since stock layers unpack tuples.
 
   Attributes:
-    q, k, v: Inputs of the query, key and value projections, [B,T,D] each.
+    q, k, v: Inputs of the query, key and value projections, [B,T,D] each. After the norms, None for a projection that
+      the layer does not have.
     r: The residual stream, [B,T,D]. After the norms it is normed for a feed-forward block that shares the norm of
       attention, and None for others.
     norm_parameter: Chooses between (parameter of LN_k or LN_v, the same of LN_q) for one layer of a scanned stack in
@@ -66,7 +67,7 @@ class StreamNorm(nnx.Module):
 
   Args:
     streams: those that have a norm, q first. The residual stream has one for a feed-forward block that shares the norm
-      of attention. Values that are keys have none.
+      of attention. Values that are keys have none, nor have keys and values of an earlier layer.
   """
 
   def __init__(self, norm: nnx.Module, streams: str):
@@ -80,7 +81,7 @@ class StreamNorm(nnx.Module):
       for stream in "qkvr"
       if hasattr(self, stream)
     }
-    return Streams(**{"v": None, **normed})
+    return Streams(**{"k": None, "v": None, **normed})
 
   def _chosen(self, norm: nnx.Module, choose: Callable | None) -> nnx.Module:
     if choose is None or norm is self.q:

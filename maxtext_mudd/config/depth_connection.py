@@ -138,9 +138,8 @@ def refusals(config) -> Iterator[Refusal]:
     f"depth_connection={family}",
     f"its sums leave sharding to the compiler; use shard_mode=auto, or one of {', '.join(_WITH_EXPLICIT_AXES)}",
   )
-  yield Refusal(
-    config.use_multimodal, "use_multimodal=True", mudd, "visual features are added between layers; set it to False"
-  )
+  if config.use_multimodal:
+    yield from _multimodal(config)
   if config.scan_layers:
     yield from _scanned(config)
 
@@ -185,6 +184,8 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     "separate streams or norms of queries, keys and values",
     "it has no attention; set mudd_ways=1, or use the stream x alone in mudd_placements",
   )
+  if spec.shares_kv:
+    yield from _with_shared_kv(config, layer)
   is_latent, dense = config.attention_type == "mla", config.first_num_dense_layers
   yield Refusal(
     is_latent and block != "deepseek",
@@ -220,6 +221,47 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     layer,
     f"MaxText scales queries by the name of the model; use {', '.join(_GEMMA3)}, for other sizes with "
     "override_model_config=True",
+  )
+
+
+def _with_shared_kv(config, layer: str) -> Iterator[Refusal]:
+  """Yields the settings that do not work with layers that use keys and values of earlier ones."""
+  from maxtext.models import gemma4_small  # imports JAX
+
+  number, width = config.num_kv_shared_layers, config.hidden_size_per_layer_input
+  kinds = gemma4_small.build_layer_types(config.num_decoder_layers, config.model_name)
+  sharing = [x for x in range(len(kinds)) if gemma4_small.is_kv_shared_layer(x, len(kinds), number)]
+  yield Refusal(
+    config.scan_layers, "scan_layers=True", layer, "MaxText does not scan its layers; set scan_layers=False"
+  )
+  yield Refusal(
+    any(gemma4_small.kv_donor_layer_idx(x, kinds, number) is None for x in sharing),
+    f"num_kv_shared_layers={number}",
+    f"base_num_decoder_layers={config.base_num_decoder_layers}",
+    "a global layer would use keys and values of an earlier one, and there is none; set it to a lower number",
+  )
+  yield Refusal(
+    config.mudd_extra_embeddings > 0 and width > 0 and config.vocab_size_per_layer_input > 0,
+    f"mudd_extra_embeddings={config.mudd_extra_embeddings}",
+    f"{layer} and hidden_size_per_layer_input={width}",
+    "MaxText makes the inputs of layers from one embedding; set one of the two to 0",
+  )
+
+
+def _multimodal(config) -> Iterator[Refusal]:
+  """Yields the settings that do not work where features of images replace token embeddings, in X_0."""
+  multimodal, indexes = "mudd=True and use_multimodal=True", list(config.deepstack_visual_indexes_for_vit)
+  yield Refusal(
+    bool(indexes),
+    f"deepstack_visual_indexes_for_vit={indexes}",
+    multimodal,
+    "visual features are added to block outputs, which are sources; leave it empty, or set use_multimodal=False",
+  )
+  yield Refusal(
+    config.mudd_extra_embeddings > 0,
+    f"mudd_extra_embeddings={config.mudd_extra_embeddings}",
+    multimodal,
+    "the further tables have tokens, and no rows for images; set it to 0",
   )
 
 

@@ -331,6 +331,10 @@ class Connection(Protocol):
     """The argument of the stock layer, from the inputs that `through` gives; called in the layer. Its arrays are
     [B,T,D]: stock layers shard all of them so."""
 
+  def inputs(self, carry: Any) -> Any:
+    """The argument of the stock layer for which `through` calls `read`, without running the block; of single layers
+    only. The decoder asks so for keys and values that later blocks use."""
+
   def write(self, output: Any) -> Any:
     """What the carry keeps of the layer's output; called in the layer. The block returns arrays [B,T,D] only, which it
     shards."""

@@ -43,6 +43,9 @@ class PlainConnection(nnx.Module):
   def read(self, carry):
     return carry
 
+  def inputs(self, carry):
+    return carry
+
   def write(self, output):
     return output
 
@@ -190,6 +193,13 @@ class HistoryConnection(PlainConnection):
         return jnp.where(has_own, parameter, of_q)
 
     return Streams(*(streams.get(stream, one) for stream in STREAMS), choose)
+
+  def inputs(self, carry: History) -> Streams | Float[Array, "B T D"]:
+    module, site, sums = self.depth_aggregate, self.table.padded, None
+    if module is not None:
+      link, parameters = self._link(carry, module, site, self._weights)
+      sums = carry.sums(link, parameters)
+    return self.read(self.blocks[0], sums, carry.output)
 
   def write(self, output: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """What later sites mix."""

@@ -104,6 +104,13 @@ class History:
     source, output, rest = block(state, sums, self.output, arguments)
     return after.append(source, output), rest
 
+  def sums(self, link: Link, parameters: Any) -> list[Float[Array, "B T D"]]:
+    """The sums of a site whose block reads them in `through` besides. The backward pass is one of its own, since
+    only one operation may make the cotangents that the aggregates of the model pass to each other."""
+    alone = dataclasses.replace(link, plan=dataclasses.replace(link.plan, sites={link.site.block: link.site}))
+    sums, _ = History(self.sources, self.newest).mix(alone, parameters)
+    return sums
+
   def close(self, sown: Any) -> tuple["History", Any]:
     """The history after the last block; a buffer has to know where that is."""
     return self, sown

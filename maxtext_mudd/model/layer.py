@@ -82,6 +82,14 @@ def _connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
       nnx.update(self, others)
       return self.connection.finish(carry)[0] if self.connection.finishes else carry, kv_cache
 
+    if hasattr(layer_class, "compute_shared_kv"):
+
+      @functools.wraps(layer_class.compute_shared_kv)
+      def compute_shared_kv(self, inputs, decoder_positions):
+        carry = self.connection.start(inputs) if self.connection.starts else inputs
+        layer = nnx.merge(*nnx.split(self))  # what the connection sows is that of the call
+        return layer_class.compute_shared_kv(layer, layer.connection.inputs(carry), decoder_positions)
+
   ConnectedLayer.__name__ = ConnectedLayer.__qualname__ = f"Connected{layer_class.__name__}"
   return ConnectedLayer
 

@@ -88,9 +88,10 @@ def _checked(config, found: list[Placement]) -> list[Placement]:
     read = f"{blocks.streams_read(config, reader)}x" if reader <= blocks.num_blocks(config) else placement.streams
     unread = "".join(stream for stream in placement.streams if stream not in read)
     if unread:
+      key = "num_kv_shared_layers" if blocks.spec(config).shares_kv else "share_kv_projections"
       raise ValueError(
         f"mudd_placements gives DA_{placement.block} the stream {unread}, which block {reader} does not read with "
-        "share_kv_projections=True; leave it out."
+        f"{key}={getattr(config, key)}; leave it out."
       )
   return found
 

@@ -38,23 +38,26 @@ def layers_of_each_kind(model) -> dict[tuple, tuple[int, nnx.Module]]:
   for number, layer in enumerate(model.decoder.get_layers(), 1):
     traits = ("attention_type", "is_moe_layer", "is_nope_layer", "is_full_attention_layer")
     attention = type(getattr(layer, "attention", None)).__name__
-    kinds.setdefault(
-      (type(layer).__name__, attention, *(str(getattr(layer, name, None)) for name in traits)), (number, layer)
-    )
+    ratio = getattr(getattr(layer, "self_attention", None), "compress_ratio", None)
+    kind = (type(layer).__name__, attention, ratio, *(str(getattr(layer, name, None)) for name in traits))
+    kinds.setdefault(kind, (number, layer))
   return kinds
 
 
 OF_ONE_KIND = ("default", "qwen3_custom_moe", "fused projection", "gpt3, fused projection")
+KINDS = {"deepseek4": 3, **dict.fromkeys(OF_ONE_KIND, 1)}  # of layers; 2 in other models
 
 
 @pytest.mark.parametrize("block", OTHERS)
 def test_each_stream_of_a_layer_matters(block):
   model, config = stock(block)
   layers = layers_of_each_kind(model)
-  assert len(layers) == (1 if block in OF_ONE_KIND else 2)
+  assert len(layers) == KINDS.get(block, 2)
   data = packed(config)
+  tokens = {"decoder_input_tokens": data["inputs"]} if block == "deepseek4" else {}
   rng = np.random.default_rng(0)
-  shape = (*data["inputs"].shape, config.emb_dim)
+  rate = config.mhc_expansion_rate
+  shape = (*data["inputs"].shape, *([rate] if rate > 1 else []), config.emb_dim)
   arrays = {stream: jnp.asarray(rng.standard_normal(shape), jnp.float32) for stream in "qkvr"}
   for kind, (block_number, layer) in layers.items():
     decoupled, read = nnx.clone(layer), blocks.streams_read(config, block_number)
@@ -62,7 +65,7 @@ def test_each_stream_of_a_layer_matters(block):
 
     def call(layer, x):
       with jax.set_mesh(maxtext_utils.get_mesh_from_config(config)):
-        call = nnx.jit(lambda layer, x: layer(x, *inputs, True, MODEL_MODE_TRAIN)[0])
+        call = nnx.jit(lambda layer, x: layer(x, *inputs, True, MODEL_MODE_TRAIN, **tokens)[0])
         inputs = data["inputs_segmentation"], data["inputs_position"]
         return np.asarray(call(layer, x))
 

@@ -6,6 +6,7 @@ import operator
 
 from flax import nnx
 import jax
+from maxtext.layers.attention_compressed import CompressedAttention
 from maxtext.layers.attentions import Attention
 from maxtext.layers.linears import DenseGeneral
 from maxtext.utils import maxtext_utils
@@ -59,7 +60,9 @@ def test_spec(block):
   for module in (*norms, *projections):
     assert (getattr(module, "bias", None) is not None) == spec.has_biases or not spec.is_plain
   attention = getattr(layer, spec.attention)
-  assert spec.takes_chunked_prefill == isinstance(attention, Attention)
+  # Compressed attention makes its long-range keys of one chunk alone.
+  reads_chunks = isinstance(attention, Attention) and not isinstance(attention, CompressedAttention)
+  assert spec.takes_chunked_prefill == reads_chunks
   assert spec.is_rotary == hasattr(attention, "rotary_embedding") or not spec.is_plain
   scales_kernel = isinstance(attention, Attention) and attention.query_pre_attn_scalar is None
   assert spec.scales_query_kernel == scales_kernel or not spec.is_plain

@@ -89,8 +89,8 @@ def _checked(config, found: list[Placement]) -> list[Placement]:
     unread = "".join(stream for stream in placement.streams if stream not in read)
     if unread:
       raise ValueError(
-        f"mudd_placements gives DA_{placement.block} the stream {unread}, which block {reader} does not read with "
-        "share_kv_projections=True; leave it out."
+        f"mudd_placements gives DA_{placement.block} the stream {unread}, which block {reader} does not read: "
+        "its values are its keys; leave it out."
       )
   return found
 

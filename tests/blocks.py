@@ -38,6 +38,7 @@ COMPRESSED = {
   "o_lora_rank": 8,
   "sliding_window_size": 4,
   "use_indexer": True,
+  "indexer_sparse_training": True,  # otherwise MaxText trains indexers alone
   "indexer_head_dim": 8,
   "indexer_n_heads": 2,
   "indexer_topk": 2,
@@ -94,6 +95,7 @@ OTHERS = {
     "base_num_decoder_layers": 2,
     "shared_experts": 1,
     "use_indexer": True,
+    "indexer_sparse_training": True,  # otherwise MaxText trains indexers alone
     "indexer_head_dim": 8,
     "indexer_n_heads": 2,
     "indexer_topk": 4,

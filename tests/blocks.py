@@ -29,6 +29,26 @@ LATENT = {
   "v_head_dim": 12,
   "head_dim": 12,  # MaxText's cache of keys and values needs all these to be one width
 }
+MHC = {"mhc_expansion_rate": 2, "sinkhorn_iterations": 3}
+COMPRESSED = {
+  "model_name": "deepseek4-tiny",
+  "override_model_config": True,
+  "attention_type": "compressed",
+  "base_num_kv_heads": 1,
+  "q_lora_rank": 12,
+  "qk_rope_head_dim": 4,
+  "o_groups": 2,
+  "o_lora_rank": 8,
+  "sliding_window_size": 4,
+  "use_indexer": True,
+  "indexer_sparse_training": True,  # otherwise MaxText trains indexers alone
+  "indexer_head_dim": 8,
+  "indexer_n_heads": 2,
+  "indexer_topk": 2,
+  "first_num_hash_layers": 2,
+  "compress_ratios": [0, 4, 128, 4],
+  "base_num_decoder_layers": 4,
+}
 DELTA_NET = {
   "gdn_num_value_heads": 4,
   "gdn_num_key_heads": 2,
@@ -91,10 +111,22 @@ OTHERS = {
     "base_num_decoder_layers": 2,
     "shared_experts": 1,
     "use_indexer": True,
+    "indexer_sparse_training": True,  # otherwise MaxText trains indexers alone
     "indexer_head_dim": 8,
     "indexer_n_heads": 2,
     "indexer_topk": 4,
   },
+  "deepseek, mHC": MOE
+  | MHC
+  | LATENT
+  | {
+    "decoder_block": "deepseek",
+    "first_num_dense_layers": 2,
+    "base_num_decoder_layers": 4,
+    "shared_experts": 1,
+  },
+  # Long enough for a vector of 128 tokens.
+  "deepseek4": MOE | MHC | COMPRESSED | {"shared_experts": 1, "max_target_length": 160},
   "qwen3_next": MOE
   | DELTA_NET
   | {"base_num_decoder_layers": 8, "inhomogeneous_layer_cycle_interval": 3, "shared_experts": 1},

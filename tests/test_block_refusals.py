@@ -7,15 +7,21 @@ from tests.refusals import refused_run
 
 GPT_OSS = ("decoder_block=gpt_oss", "mudd_init=stock", "mudd_ffn_reallocation=false")
 DEEPSEEK = ("decoder_block=deepseek", "attention_type=mla", "mudd_init=stock", "mudd_ffn_reallocation=false")
+DEEPSEEK4 = (
+  "decoder_block=deepseek4",
+  "model_name=deepseek4-tiny",
+  "override_model_config=true",
+  "mudd_init=stock",
+  "mudd_ffn_reallocation=false",
+  "base_num_decoder_layers=4",
+  "first_num_hash_layers=2",
+  "compress_ratios=[0,4,128,4]",
+)
 OLMO3 = ("decoder_block=olmo3", "mudd_init=stock", "mudd_ffn_reallocation=false", "scan_layers=true")
 GEMMA2 = ("decoder_block=gemma2", "mudd_init=stock", "mudd_ffn_reallocation=false")  # of four blocks
 SIMPLE = ("decoder_block=simple", "mudd_init=stock", "mudd_ffn_reallocation=false")
 GEMMA4_SMALL = ("decoder_block=gemma4_small", "mudd_init=stock", "mudd_ffn_reallocation=false")
 MISTAKES = {
-  "not supported": (
-    ["decoder_block=deepseek4", "mudd_init=stock"],
-    "decoder_block='deepseek4' does not work with mudd=True: supported are llama2, mistral, mixtral, qwen2, qwen3, ",
-  ),
   "re-allocated FFNs": (
     [*GPT_OSS, "mudd_ffn_reallocation=true"],
     "mudd_ffn_reallocation=True does not work with decoder_block='gpt_oss': MaxText builds its layers with one "
@@ -66,8 +72,7 @@ MISTAKES = {
       "share_kv_projections=true",
       "mudd_placements=[{block: 1, sources: all, streams: vr}]",
     ],
-    "mudd_placements gives DA_1 the stream v, which block 2 does not read with share_kv_projections=True; leave it "
-    "out.",
+    "mudd_placements gives DA_1 the stream v, which block 2 does not read: its values are its keys; leave it out.",
   ),
   "part of a pattern": (
     [*OLMO3, "base_num_decoder_layers=4", "inhomogeneous_layer_cycle_interval=2"],
@@ -101,7 +106,8 @@ MISTAKES = {
       "num_kv_shared_layers=1",
       "mudd_placements=[{block: 3, sources: all, streams: kr}]",
     ],
-    "mudd_placements gives DA_3 the stream k, which block 4 does not read with num_kv_shared_layers=1; leave it out.",
+    "mudd_placements gives DA_3 the stream k, which block 4 does not read: it uses keys and values of an earlier one; "
+    "leave it out.",
   ),
   "no cycle": (
     ["inhomogeneous_layer_cycle_interval=0"],
@@ -179,6 +185,72 @@ MISTAKES = {
   "sublayers without norms": (
     [*SIMPLE, "scan_layers=true", "depth_connection=hyper_connections"],
     "decoder_block='simple' does not work with depth_connection=hyper_connections: its FFN reads the sum of its input",
+  ),
+  "hyper-streams of another block": (
+    ["mhc_expansion_rate=2"],
+    "mhc_expansion_rate=2 does not work with decoder_block='llama2': MaxText has several residual streams in the "
+    "blocks deepseek and deepseek4; set it to 1.",
+  ),
+  "two families of hyper-streams": (
+    [*DEEPSEEK, "mhc_expansion_rate=2", "depth_connection=mhc"],
+    "mhc_expansion_rate=2 does not work with depth_connection=mhc: both make the input of every sublayer; set it to 1, "
+    "or depth_connection=dense.",
+  ),
+  "MTP of hyper-streams": (
+    [*DEEPSEEK, "mhc_expansion_rate=2", "mtp_num_layers=1"],
+    "mtp_num_layers=1 does not work with mhc_expansion_rate=2: MaxText gives layers of multi-token prediction one "
+    "residual stream, and they read several; set it to 0.",
+  ),
+  "extra embeddings of hyper-streams": (
+    [*DEEPSEEK, "mhc_expansion_rate=2", "mudd_extra_embeddings=1"],
+    "mudd_extra_embeddings=1 does not work with mhc_expansion_rate=2: MaxText makes its residual streams of one "
+    "embedding; set it to 0.",
+  ),
+  "Engram": (
+    [*DEEPSEEK, "mhc_expansion_rate=2", "engram_layers=[1]", "engram_vocab_bases=[50,50]", "hf_access_token=x"],
+    "engram_layers=[1] does not work with mudd=True: MaxText has Engram in scanned layers and leaves it out of single "
+    "ones; leave it empty.",
+  ),
+  "one residual stream": (
+    [*DEEPSEEK4, "mhc_expansion_rate=1"],
+    "mhc_expansion_rate=1 does not work with decoder_block='deepseek4': its layers have several residual streams; set "
+    "it to 2 or more.",
+  ),
+  "not compressed": (
+    [*DEEPSEEK4, "attention_type=global", "use_indexer=false"],
+    "attention_type='global' does not work with decoder_block='deepseek4': its attention is compressed; use "
+    "'compressed'.",
+  ),
+  "more layers than ratios": (
+    [*DEEPSEEK4, "base_num_decoder_layers=6"],
+    "compress_ratios=[0, 4, 128, 4] does not work with base_num_decoder_layers=6: every layer has its ratio; use as "
+    "many as there are layers.",
+  ),
+  "more layers of hashes than layers": (
+    [*DEEPSEEK4, "first_num_hash_layers=5"],
+    "first_num_hash_layers=5 does not work with base_num_decoder_layers=4: so many of the layers choose experts by "
+    "tokens; use a number from 0 to that of all layers.",
+  ),
+  "scanned with other ratios": (
+    [*DEEPSEEK4, "scan_layers=true", "compress_ratios=[0,4,4,128]"],
+    "compress_ratios=[0, 4, 4, 128] does not work with scan_layers=True, first_num_hash_layers=2 and "
+    "base_num_decoder_layers=4: MaxText scans pairs of layers with the ratios 128 and 4; use these in turn after the "
+    "first layers.",
+  ),
+  "scanned with a layer left over": (
+    [*DEEPSEEK4, "scan_layers=true", "base_num_decoder_layers=3"],
+    "compress_ratios=[0, 4, 128, 4] does not work with scan_layers=True, first_num_hash_layers=2 and "
+    "base_num_decoder_layers=3: MaxText scans pairs of layers",
+  ),
+  "prefilled in chunks": (
+    [*DEEPSEEK4, "use_chunked_prefill=true"],
+    "use_chunked_prefill=True does not work with decoder_block='deepseek4': its attention reads one chunk of the "
+    "prompt alone; set it to False.",
+  ),
+  "a name for experts": (
+    [*DEEPSEEK4, "model_name=default"],
+    "model_name=default does not work with decoder_block='deepseek4': MaxText chooses experts by the name of the "
+    "model; use deepseek4-tiny, deepseek4-284b, for other sizes with override_model_config=True.",
   ),
   "sublayers in cycles within cycles": (
     [

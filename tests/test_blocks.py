@@ -44,6 +44,13 @@ def test_hyper_connections_start_as_the_stock_model(block):
   assert_starts_alike(config_of(block, **keys), connected)
 
 
+def test_plain_connections_pass_residual_streams_on():
+  """`depth_connection: residual`, the baseline, with MaxText's mHC."""
+  keys = {"remat_policy": "none", "first_num_dense_layers": 1, "base_num_decoder_layers": 2}
+  stock = config_of("deepseek, mHC", **keys)
+  assert_starts_alike(stock, config_of("deepseek, mHC", mudd=True, depth_connection="residual", **keys))
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_equals_the_oracle(block):
   cfg = config_of(block, mudd=True)

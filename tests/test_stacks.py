@@ -45,6 +45,18 @@ def test_layers_that_are_two_blocks():
   assert stacks.block_of_single(config, ("decoder", "layers_9")) is None
 
 
+def test_single_layers_then_cycles():
+  assert of_config("deepseek4") == {
+    "layers_0": ((1,), ()),
+    "layers_1": ((2,), ()),
+    "scanned_blocks/layers_0": ((3,), (1,)),
+    "scanned_blocks/layers_1": ((4,), (1,)),
+  }
+  config = config_of("deepseek4", scan_layers=True)
+  assert stacks.of_path(config, ("decoder", "layers_1", "mlp")).blocks == (2,)
+  assert stacks.of_path(config, ("decoder", "scanned_blocks", "layers_1", "mlp")).blocks == (4,)
+
+
 def test_place_of_a_block_in_a_stack():
   blocks = (1, 2, 3, 4, 5, 7, 8, 9, 10, 11)
   assert [stacks.index(blocks, block) for block in blocks] == list(range(10))

@@ -365,7 +365,7 @@ def test_refusals(tmp_path, capsys):
     "mudd_rope_table=stock."
   )
   assert said("mudd=true", "depth_connection=dca").startswith("depth_connection=dca adds the outputs of blocks in ")
-  assert "mudd=True: supported are llama2, " in said("mudd=true", "decoder_block=deepseek4")
+  assert "attention_type='mla' does not work with decoder_block='llama2'" in said("mudd=true", "attention_type=mla")
   assert said("mudd=true", checkpoint=connected).startswith(
     f"{connected} has decoder/layers_1/connection/depth_aggregate/a: its model has depth connections already"
   )

@@ -26,6 +26,7 @@ class Cycle:
     has_remainder: Layers after the last whole cycle are in `layers_remainder`. In other blocks MaxText leaves them out.
     sides: MaxText calls the whole cycle one layer, scanned or single, and counts it once. The names of the modules that
       it has for each decoder layer of the cycle end with these, in their order.
+    singles_first: The key with the number of single layers before the first cycle. None: there are none.
   """
 
   member: str | None
@@ -34,6 +35,7 @@ class Cycle:
   pattern: int = 1
   has_remainder: bool = False
   sides: tuple[str, ...] = ()
+  singles_first: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class BlockSpec:
     scales_output: The layer multiplies its output by a parameter.
     tied_every: Of every so many layers, the last takes `share_kv_projections`: its values are its keys. None: no layer
       takes it.
+    is_tied: Every layer has one projection of keys and values.
     takes_mtp: MaxText can build a single layer of it for multi-token prediction.
     takes_fused_qkv: `fused_qkv` makes one projection of queries, keys and values.
     is_released: It is the block of the authors' PyTorch MUDDFormer, up to the factor of `scales_query_kernel`.
@@ -83,6 +86,7 @@ class BlockSpec:
   scales_output: bool = False
   tied_every: int | None = None
   shares_kv: bool = False
+  is_tied: bool = False
   takes_mtp: bool = True
   takes_fused_qkv: bool = True
   is_released: bool = False
@@ -133,6 +137,14 @@ BLOCKS = {
   "qwen3_5": _hybrid(cycle=Cycle("layer")),
   "qwen3_custom_moe": BlockSpec(feed_forward_norm=None, takes_qk_norm=True, takes_mtp=False, is_plain=False),
   "deepseek": BlockSpec(takes_fused_qkv=False, is_plain=False, layers=("dense_layers", "moe_layers")),
+  "deepseek4": BlockSpec(
+    takes_chunked_prefill=False,
+    is_tied=True,
+    takes_mtp=False,
+    takes_fused_qkv=False,
+    is_plain=False,
+    cycle=Cycle("layers", 2, "scanned_blocks", singles_first="first_num_hash_layers"),
+  ),
   "default": BlockSpec(
     "pre_self_attention_norm", None, is_parallel=True, shares_norm=True, tied_every=1, is_plain=False
   ),
@@ -174,8 +186,8 @@ def streams_read(config, block: int) -> str:
   row = spec(config)
   if row.shares_kv and 0 < config.num_decoder_layers - config.num_kv_shared_layers < block:
     return "qr"
-  every = row.tied_every
-  return "qkr" if every and config.share_kv_projections and block % every == 0 else "qkvr"
+  is_shared = bool(row.tied_every) and config.share_kv_projections and block % row.tied_every == 0
+  return "qkr" if row.is_tied or is_shared else "qkvr"
 
 
 def normed_streams(config, block: int) -> str:

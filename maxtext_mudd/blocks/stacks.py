@@ -24,7 +24,7 @@ class Stack:
     path: attributes that lead from the decoder to the stack.
     blocks: numbers of the blocks, rising, in the order of the arrays.
     sizes: of the axes along which parameters are stacked: one axis or, where a stack lies within each scanned cycle,
-      two, that of cycles first. No axis for a layer that is not stacked, which follows the last whole cycle.
+      two, that of cycles first. No axis for a layer that is not stacked, before the first cycle or after the last.
   """
 
   path: tuple[str, ...]
@@ -51,10 +51,13 @@ def of_config(config) -> tuple[Stack, ...]:
   if cycle is None:
     return tuple(_stack((name,), blocks) for name, blocks in _sections(config) if blocks)
   length = cycle.length or config.inhomogeneous_layer_cycle_interval
-  number, rest = divmod(decoder_blocks.num_blocks(config), length)
-  whole = _cycles(cycle, cycle.name, range(1, number * length + 1, length), length, (number,)) if number else []
-  remainder = _cycles(cycle, _REMAINDER, range(number * length + 1, number * length + 2), rest, ()) if rest else []
-  return (*whole, *remainder)
+  first = getattr(config, cycle.singles_first) if cycle.singles_first else 0
+  singles = [Stack((f"layers_{k}",), (k + 1,), ()) for k in range(first)]
+  number, rest = divmod(decoder_blocks.num_blocks(config) - first, length)
+  end = first + number * length
+  whole = _cycles(cycle, cycle.name, range(first + 1, end + 1, length), length, (number,)) if number else []
+  remainder = _cycles(cycle, _REMAINDER, range(end + 1, end + 2), rest, ()) if rest else []
+  return (*singles, *whole, *remainder)
 
 
 def index(blocks: Sequence[int], number):
@@ -67,11 +70,13 @@ def index(blocks: Sequence[int], number):
 
 def of_path(config, path: Sequence[str]) -> Stack | None:
   """The stack that a parameter's path leads through; None for what is of no stack."""
-  for stack in of_config(config):
-    start, length = stack.path[0], len(stack.path)
-    if start in path and tuple(path[path.index(start) :][:length]) == stack.path:
-      return stack
-  return None
+  found = [stack for stack in of_config(config) if _leads_through(path, stack.path)]
+  # A layer of a cycle may have the name of a single one, whose path is shorter.
+  return max(found, key=lambda stack: len(stack.path), default=None)
+
+
+def _leads_through(path: Sequence[str], stack: tuple[str, ...]) -> bool:
+  return stack[0] in path and tuple(path[path.index(stack[0]) :][: len(stack)]) == stack
 
 
 def is_scanned(path: Sequence[str]) -> bool:

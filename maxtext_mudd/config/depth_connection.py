@@ -9,7 +9,12 @@ from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 _WITH_DELTA_NETS = ("qwen3_next", "qwen3_5")
 _WITH_EXPLICIT_AXES = ("dense", "residual")
-_GEMMA3 = ("gemma3-4b", "gemma3-12b", "gemma3-27b")  # the names with which MaxText builds this block
+_WITH_HYPER_STREAMS = ("deepseek", "deepseek4")
+# The names with which MaxText builds these blocks, and what it does by the name.
+_NAMES = {
+  "gemma3": (("gemma3-4b", "gemma3-12b", "gemma3-27b"), "scales queries"),
+  "deepseek4": (("deepseek4-tiny", "deepseek4-284b"), "chooses experts"),
+}
 
 
 class DepthConnectionKeys(KeyGroup):
@@ -96,9 +101,9 @@ def refusals(config) -> Iterator[Refusal]:
     f"scan_layers=True and {layer}",
     f"the kinds of its layers come again after {pattern}; use a multiple of {pattern}",
   )
-  has_rest = interval > 0 and config.num_decoder_layers % interval != 0
+  leaves_out = spec.cycle is not None and not (spec.cycle.has_remainder or spec.cycle.length)
   yield Refusal(
-    config.scan_layers and spec.cycle is not None and not spec.cycle.has_remainder and has_rest,
+    config.scan_layers and leaves_out and interval > 0 and config.num_decoder_layers % interval != 0,
     f"base_num_decoder_layers={config.base_num_decoder_layers}",
     f"scan_layers=True and inhomogeneous_layer_cycle_interval={interval}",
     f"MaxText scans whole cycles of layers and would leave some out; use a multiple of {interval}",
@@ -119,17 +124,12 @@ def refusals(config) -> Iterator[Refusal]:
     mudd,
     "block outputs are not passed between stages; use fsdp or tensor parallelism",
   )
-  yield Refusal(
-    config.mhc_expansion_rate > 1,
-    f"mhc_expansion_rate={config.mhc_expansion_rate}",
-    mudd,
-    "it is a depth connection of MaxText's; set it to 1",
-  )
+  yield from _hyper_streams(config, layer)
   yield Refusal(
     bool(config.engram_layers),
     f"engram_layers={list(config.engram_layers)}",
     mudd,
-    "they add to the input of a block, which is several streams; leave it empty",
+    "MaxText has Engram in scanned layers and leaves it out of single ones; leave it empty",
   )
   family = config.depth_connection
   yield Refusal(
@@ -215,12 +215,81 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     "mudd=True",
     "it does not call the layers; set it to False",
   )
+  names, does = _NAMES.get(block, ((config.model_name,), ""))
   yield Refusal(
-    block == "gemma3" and config.model_name not in _GEMMA3,
+    config.model_name not in names,
     f"model_name={config.model_name}",
     layer,
-    f"MaxText scales queries by the name of the model; use {', '.join(_GEMMA3)}, for other sizes with "
-    "override_model_config=True",
+    f"MaxText {does} by the name of the model; use {', '.join(names)}, for other sizes with override_model_config=True",
+  )
+  if block == "deepseek4":
+    yield from _deepseek4(config, layer)
+
+
+def _deepseek4(config, layer: str) -> Iterator[Refusal]:
+  """Yields the settings with which MaxText cannot build layers of compressed attention."""
+  first, number, ratios = config.first_num_hash_layers, config.num_decoder_layers, config.compress_ratios
+  sizes = f"base_num_decoder_layers={config.base_num_decoder_layers}"
+  yield Refusal(
+    config.attention_type != "compressed",
+    f"attention_type={config.attention_type!r}",
+    layer,
+    "its attention is compressed; use 'compressed'",
+  )
+  yield Refusal(
+    config.mhc_expansion_rate == 1,
+    "mhc_expansion_rate=1",
+    layer,
+    "its layers have several residual streams; set it to 2 or more",
+  )
+  yield Refusal(
+    not 0 <= first <= number,
+    f"first_num_hash_layers={first}",
+    sizes,
+    "so many of the layers choose experts by tokens; use a number from 0 to that of all layers",
+  )
+  yield Refusal(
+    len(ratios) < number,
+    f"compress_ratios={ratios}",
+    sizes,
+    "every layer has its ratio; use as many as there are layers",
+  )
+  yield Refusal(
+    config.scan_layers and ratios[first:number] != [128, 4] * ((number - first) // 2),
+    f"compress_ratios={ratios}",
+    f"scan_layers=True, first_num_hash_layers={first} and {sizes}",
+    "MaxText scans pairs of layers with the ratios 128 and 4; use these in turn after the first layers",
+  )
+
+
+def _hyper_streams(config, layer: str) -> Iterator[Refusal]:
+  """Yields the settings that do not work with MaxText's hyper-connections."""
+  if config.mhc_expansion_rate == 1:
+    return
+  rate = f"mhc_expansion_rate={config.mhc_expansion_rate}"
+  yield Refusal(
+    config.decoder_block.value not in _WITH_HYPER_STREAMS,
+    rate,
+    layer,
+    f"MaxText has several residual streams in the blocks {' and '.join(_WITH_HYPER_STREAMS)}; set it to 1",
+  )
+  yield Refusal(
+    connections.family(config).reads == "sublayer",
+    rate,
+    f"depth_connection={config.depth_connection}",
+    "both make the input of every sublayer; set it to 1, or depth_connection=dense",
+  )
+  yield Refusal(
+    config.mtp_num_layers > 0,
+    f"mtp_num_layers={config.mtp_num_layers}",
+    rate,
+    "MaxText gives layers of multi-token prediction one residual stream, and they read several; set it to 0",
+  )
+  yield Refusal(
+    connections.plan(config).extra_embeddings > 0,
+    f"mudd_extra_embeddings={connections.plan(config).extra_embeddings}",
+    rate,
+    "MaxText makes its residual streams of one embedding; set it to 0",
   )
 
 

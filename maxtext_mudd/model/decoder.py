@@ -25,7 +25,7 @@ from maxtext_mudd.connections.base import Connection
 from maxtext_mudd.connections.connection import Embeddings
 from maxtext_mudd.model import initializers
 from maxtext_mudd.model.extra_embeddings import ExtraEmbeddings
-from maxtext_mudd.model.layer import connect, connection_rngs, cycle, with_ffn_width
+from maxtext_mudd.model.layer import connect, connection_rngs, cycle, from_positions, to_positions, with_ffn_width
 
 # Whether the decoder embeds the tokens of its own call, with which the connections start. Blocks of multi-token
 # prediction call `_apply_embedding`, too, for the embeddings of later tokens.
@@ -146,9 +146,10 @@ class MuddDecoder(NNXDecoder):
       connect(layers, self._stacked_connection(stack, rngs), self.config)
       singles = [self._connection([block], rngs, scan_layers=False) for block in stack.blocks]
       layout.initialise(layers, singles, stack, self.config)
-      members.setdefault(stack.path[0], []).append((stack.path[-1], stack.inner_length))
+      if len(stack.path) > 1:
+        members.setdefault(stack.path[0], []).append((stack.path[-1], stack.inner_length))
     row = decoder_blocks.spec(self.config)
-    if row.cycle and not row.sides:
+    if row.cycle and not row.sides:  # `_split_layers` changed the classes of layers with several blocks
       for name, of_cycle in members.items():
         cycles = getattr(self, name)
         change_class(cycles, cycle(type(cycles), tuple(of_cycle)))
@@ -202,7 +203,13 @@ class MuddDecoder(NNXDecoder):
     return self._finish(carry) if is_last else carry, layers, None
 
   def _apply_gemma3_scanned_blocks(self, y, *args, **kwargs):
-    apply = super()._apply_gemma3_scanned_blocks
+    return self._apply_stacks(super()._apply_gemma3_scanned_blocks, y, *args, **kwargs)
+
+  def _apply_deepseek4_scanned_blocks(self, y, *args, **kwargs):
+    return self._apply_stacks(super()._apply_deepseek4_scanned_blocks, y, *args, **kwargs)
+
+  def _apply_stacks(self, apply, y, *args, **kwargs):
+    """MaxText's function for all layers of a block, which calls some of them outside the functions overridden here."""
     if not self._is_connected:
       return apply(y, *args, **kwargs)
     carry = apply(self._start(y), *args, **kwargs)
@@ -221,7 +228,9 @@ class MuddDecoder(NNXDecoder):
 
   def _start(self, x):
     """The carry of the connections, from the embedding or from the stack before."""
-    return self.connection.start(x, self._rematerialisation()) if isinstance(x, jax.Array | Embeddings) else x
+    if not isinstance(x, jax.Array | Embeddings):
+      return x
+    return self.connection.start(to_positions(x, self.config.mhc_expansion_rate), self._rematerialisation())
 
   def _finish(self, carry):
     """The hidden state after the last stack."""
@@ -229,7 +238,7 @@ class MuddDecoder(NNXDecoder):
     hidden, sown = self.connection.finish(carry, [nnx.state(layers, _is_floating_state) for layers in all_layers])
     for layers, of_layers in zip(all_layers, sown):
       nnx.update(layers, of_layers)
-    return hidden
+    return from_positions(hidden, self.config.mhc_expansion_rate)
 
   def _rematerialisation(self):
     """The argument `rematerialise` of `Connection.start` for the policy. None recomputes everything. MaxText treats the

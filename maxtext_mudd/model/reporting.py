@@ -23,7 +23,8 @@ def connection_tflops(config) -> float:
   if config.num_experts > 1:
     width *= config.num_experts_per_tok
   feed_forward = 2 * width * config.emb_dim * (len(config.mlp_activations) + 1)
-  return _FORWARD_AND_BACKWARD * tokens * (counts.connections_cost(config).flops + feed_forward) / 1e12
+  of_connections = config.mhc_expansion_rate * counts.connections_cost(config).flops  # residual streams are positions
+  return _FORWARD_AND_BACKWARD * tokens * (of_connections + feed_forward) / 1e12
 
 
 def with_connection_flops(stock):

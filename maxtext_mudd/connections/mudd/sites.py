@@ -88,10 +88,10 @@ def _checked(config, found: list[Placement]) -> list[Placement]:
     read = f"{blocks.streams_read(config, reader)}x" if reader <= blocks.num_blocks(config) else placement.streams
     unread = "".join(stream for stream in placement.streams if stream not in read)
     if unread:
-      key = "num_kv_shared_layers" if blocks.spec(config).shares_kv else "share_kv_projections"
+      reason = "it uses keys and values of an earlier one" if "k" in unread else "its values are its keys"
       raise ValueError(
-        f"mudd_placements gives DA_{placement.block} the stream {unread}, which block {reader} does not read with "
-        f"{key}={getattr(config, key)}; leave it out."
+        f"mudd_placements gives DA_{placement.block} the stream {unread}, which block {reader} does not read: "
+        f"{reason}; leave it out."
       )
   return found
 

@@ -34,8 +34,8 @@ MISTAKES = {
   ),
   "fused and quantised": (
     ["fused_qkv=true", "quantization=int8"],
-    "quantization=int8 does not work with mudd=True and fused_qkv=True: scales are of whole kernels, of which "
-    "columns read different streams; use another one.",
+    "quantization=int8 does not work with mudd=True and fused_qkv=True: a scale is of a whole kernel, whose "
+    "columns read different streams; leave quantization empty and use another weight_dtype than float8.",
   ),
   "MTP": (
     [*GPT_OSS, "mtp_num_layers=1"],
@@ -176,7 +176,7 @@ MISTAKES = {
   "streams without attention": (
     [*SIMPLE, "scan_layers=true"],
     "decoder_block='simple' does not work with separate streams or norms of queries, keys and values: it has no "
-    "attention; set mudd_ways=1, or use the stream x alone in mudd_placements.",
+    "attention; set mudd_ways=1 and mudd_first_block_norms=shared, or use the stream x alone in mudd_placements.",
   ),
   "norms without attention": (
     [*SIMPLE, "scan_layers=true", "mudd_ways=1", "mudd_first_block_norms=separate"],
@@ -260,8 +260,8 @@ MISTAKES = {
       "scan_layers=true",
       "depth_connection=mhc",
     ],
-    "decoder_block='gemma4' does not work with depth_connection=mhc: its layers multiply their output, which is not "
-    "one array, by a parameter; use a decoder_block such as gemma3.",
+    "decoder_block='gemma4' does not work with depth_connection=mhc: its layers multiply their output by a "
+    "parameter, and the family keeps several arrays in its place; use a decoder_block such as gemma3.",
   ),
 }
 

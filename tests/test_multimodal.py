@@ -137,8 +137,8 @@ def test_features_between_layers_are_refused(name):
 
 def test_extra_embeddings_are_refused():
   sentence = (
-    "mudd_extra_embeddings=1 does not work with mudd=True and use_multimodal=True: the further tables have tokens, and "
-    "no rows for images; set it to 0."
+    "mudd_extra_embeddings=1 does not work with mudd=True and use_multimodal=True: the further tables have rows for "
+    "tokens and none for images; set it to 0."
   )
   with pytest.raises(ConfigError) as error:
     by_name("gemma3-4b", mudd_extra_embeddings=1)

@@ -2,9 +2,8 @@
 
 A block of MaxText belongs here when it reads its input x in three ways only: by a norm and then the projections of
 attention, by these projections without a norm, or in the residual sum `x + attention`. A block without attention reads
-one stream, and belongs here, too. The tests compare each with the
-block of MaxText at initial values, and at random weights with an independent reference or, where that would restate a
-whole block, with what each stream must change.
+one stream, and belongs here, too. The tests compare each with the block of MaxText at initial values, and at random
+weights with an independent reference or, where that would restate a whole block, with what each stream must change.
 
 No JAX and no MaxText here: command lines are checked before these are imported.
 """
@@ -24,8 +23,8 @@ class Cycle:
     name: The attribute of the decoder that has the cycles.
     pattern: The kinds of layers come again after so many layers; the length of a cycle is a multiple of it.
     has_remainder: Layers after the last whole cycle are in `layers_remainder`. In other blocks MaxText leaves them out.
-    sides: MaxText calls the whole cycle one layer, scanned or single, and counts it once. The names of the modules that
-      it has for each decoder layer of the cycle end with these, in their order.
+    sides: Suffixes of the modules of a layer of MaxText that computes several blocks, in the order in which they run:
+      "local" and "global". That layer is a cycle, scanned or single. Empty: a layer is one block.
     singles_first: The key with the number of single layers before the first cycle. None: there are none.
   """
 
@@ -62,6 +61,8 @@ class BlockSpec:
     tied_every: Of every so many layers, the last takes `share_kv_projections`: its values are its keys. None: no layer
       takes it.
     is_tied: Every layer has one projection of keys and values.
+    uses_earlier_kv: With `num_kv_shared_layers` n, the last n layers use keys and values of earlier ones. They have no
+      projections of keys and values, and read q and r only.
     takes_mtp: MaxText can build a single layer of it for multi-token prediction.
     takes_fused_qkv: `fused_qkv` makes one projection of queries, keys and values.
     is_released: It is the block of the authors' PyTorch MUDDFormer, up to the factor of `scales_query_kernel`.
@@ -85,7 +86,7 @@ class BlockSpec:
   is_rotary: bool = True
   scales_output: bool = False
   tied_every: int | None = None
-  shares_kv: bool = False
+  uses_earlier_kv: bool = False
   is_tied: bool = False
   takes_mtp: bool = True
   takes_fused_qkv: bool = True
@@ -96,7 +97,7 @@ class BlockSpec:
 
   @property
   def sides(self) -> tuple[str, ...]:
-    """Those of the cycle that MaxText calls one layer; none for other blocks."""
+    """`Cycle.sides`; empty for blocks without cycles."""
     return self.cycle.sides if self.cycle else ()
 
 
@@ -128,7 +129,7 @@ BLOCKS = {
   "gemma2": _gemma(cycle=Cycle("half", 2, sides=("local", "global"))),
   "gemma3": _gemma(cycle=Cycle("layers", 6, has_remainder=True)),
   "gemma4": _gemma(scales_output=True, tied_every=6, cycle=Cycle(None, 6, "scanned_blocks", has_remainder=True)),
-  "gemma4_small": _gemma(scales_output=True, shares_kv=True, takes_fused_qkv=False),
+  "gemma4_small": _gemma(scales_output=True, uses_earlier_kv=True, takes_fused_qkv=False),
   "gpt_oss": _in_cycles(attention="GptOssAttention", takes_mtp=False, cycle=Cycle("layers", pattern=2)),
   "llama4": _in_cycles(),
   "envy": _in_cycles(),
@@ -184,7 +185,7 @@ def num_blocks(config) -> int:
 def streams_read(config, block: int) -> str:
   """The streams that a block reads, letters of "qkvr"."""
   row = spec(config)
-  if row.shares_kv and 0 < config.num_decoder_layers - config.num_kv_shared_layers < block:
+  if row.uses_earlier_kv and 0 < config.num_decoder_layers - config.num_kv_shared_layers < block:
     return "qr"
   is_shared = bool(row.tied_every) and config.share_kv_projections and block % row.tied_every == 0
   return "qkr" if row.is_tied or is_shared else "qkvr"

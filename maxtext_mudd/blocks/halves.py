@@ -1,10 +1,9 @@
-"""A layer of MaxText that runs two decoder layers in a row, as two modules that can be called one by one.
+"""Splits a layer of MaxText that computes two blocks in a row into two modules, one for each block.
 
-The layer of gemma2 has the modules of a local and of a global decoder layer, whose names end so. Each half is a module
-of the same class with the modules of one of the two. Where the stock `__call__` reads a module of the other, a half
-gives it a function that adds nothing: norms return their input, attention and feed-forward block return `Nothing`. So
-the stock `__call__`, which does not change, computes one decoder layer, and what it takes or returns beside that layer
-may be any pytree, such as `Streams`.
+The layer of gemma2 computes a local block and then a global one. Its modules are named `*_local` and `*_global`.
+`split` replaces them by two modules, `half_0` and `half_1`. Each half runs the stock `__call__` of the layer, in which
+the modules of the other half do nothing: norms return their input, attention and feed-forward block return `Nothing`.
+So the input of the half may be `Streams`, in either half.
 """
 
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from maxtext_mudd.blocks.classes import change_class
 
 @jax.tree_util.register_static
 class Nothing:
-  """What a sublayer adds that is not there: `Nothing() + x` is x itself, of whatever type."""
+  """The output of a sublayer of the other half: `Nothing() + x` is x itself, of whatever type."""
 
   def __add__(self, x):
     return x
@@ -57,10 +56,10 @@ def _class_of_half(layer_class: type[nnx.Module], side: str, sides: tuple[str, .
     """Has `self_attention` for `self_attention_local` if it is the local half, and so on."""
 
     def __getattr__(self, name):
-      module, _, of = name.rpartition("_")
-      if of == side:
+      module, _, suffix = name.rpartition("_")
+      if suffix == side:
         return getattr(self, module)
-      return _without_effect(module) if of in sides else object.__getattribute__(self, name)  # which raises
+      return _without_effect(module) if suffix in sides else object.__getattribute__(self, name)  # which raises
 
     def sow(self, *args, **kwargs):
       if side == sides[-1]:  # MaxText records one value for each of its layers, of the output of both halves

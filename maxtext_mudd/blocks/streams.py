@@ -29,8 +29,8 @@ from maxtext_mudd.blocks import BlockSpec
 from maxtext_mudd.blocks.classes import change_class
 
 # The stream that a projection of attention reads, by its name in MaxText's attention modules. What decides how much is
-# written and forgotten in a gated delta net belongs to its keys, and so do the vectors of compressed attention, which
-# are keys and values, and their gates.
+# written and forgotten in a gated delta net reads what its keys read. In compressed attention the vectors that are keys
+# and values, and their gates, read k.
 _READS = {
   "query": "q",
   "key": "k",

@@ -1,8 +1,9 @@
 """Puts depth connections into a trained model of stock MaxText ("upcycling").
 
-The new model has the trained parameters, and the attention norm of a block three times (LN_q, LN_k and LN_v) where the
-block reads separate streams. The parameters of the connections, and tables of extra embeddings, have the initial values
-of a new model with the same configuration. At these values it computes what the trained model computes.
+The new model has the trained parameters, and the attention norm of a block once for each stream that it serves (LN_q,
+LN_k and LN_v) where the block reads separate streams. The parameters of the connections, and tables of extra
+embeddings, have the initial values of a new model with the same configuration. At these values it computes what the
+trained model computes.
 
 In a train state, an optimizer moment is treated like its parameter: LN_q, LN_k and LN_v start with the moments of the
 norm that they were, so that Adam moves them as it moved that norm. Moments of the new parameters are zero.

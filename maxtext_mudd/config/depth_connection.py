@@ -71,7 +71,8 @@ def refusals(config) -> Iterator[Refusal]:
     spec.scales_output and reads_sublayers,
     layer,
     f"depth_connection={config.depth_connection}",
-    "its layers multiply their output, which is not one array, by a parameter; use a decoder_block such as gemma3",
+    "its layers multiply their output by a parameter, and the family keeps several arrays in its place; use a "
+    "decoder_block such as gemma3",
   )
   interval = config.inhomogeneous_layer_cycle_interval
   yield Refusal(
@@ -116,7 +117,8 @@ def refusals(config) -> Iterator[Refusal]:
     is_fused and is_quantized,
     f"quantization={quantization}" if quantization else f"weight_dtype={weights}",
     f"{mudd} and fused_qkv=True" if config.fused_qkv else f"{mudd} and {layer}",
-    "scales are of whole kernels, of which columns read different streams; use another one",
+    "a scale is of a whole kernel, whose columns read different streams; leave quantization empty and use another "
+    "weight_dtype than float8",
   )
   yield Refusal(
     config.using_pipeline_parallelism,
@@ -182,10 +184,11 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     spec.attention is None and any(map(plan.has_separate_norms, range(1, plan.num_blocks + 1))),
     layer,
     "separate streams or norms of queries, keys and values",
-    "it has no attention; set mudd_ways=1, or use the stream x alone in mudd_placements",
+    "it has no attention; set mudd_ways=1 and mudd_first_block_norms=shared, or use the stream x alone in "
+    "mudd_placements",
   )
-  if spec.shares_kv:
-    yield from _with_shared_kv(config, layer)
+  if spec.uses_earlier_kv:
+    yield from _with_earlier_kv(config, layer)
   is_latent, dense = config.attention_type == "mla", config.first_num_dense_layers
   yield Refusal(
     is_latent and block != "deepseek",
@@ -293,7 +296,7 @@ def _hyper_streams(config, layer: str) -> Iterator[Refusal]:
   )
 
 
-def _with_shared_kv(config, layer: str) -> Iterator[Refusal]:
+def _with_earlier_kv(config, layer: str) -> Iterator[Refusal]:
   """Yields the settings that do not work with layers that use keys and values of earlier ones."""
   from maxtext.models import gemma4_small  # imports JAX
 
@@ -330,7 +333,7 @@ def _multimodal(config) -> Iterator[Refusal]:
     config.mudd_extra_embeddings > 0,
     f"mudd_extra_embeddings={config.mudd_extra_embeddings}",
     multimodal,
-    "the further tables have tokens, and no rows for images; set it to 0",
+    "the further tables have rows for tokens and none for images; set it to 0",
   )
 
 

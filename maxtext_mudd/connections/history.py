@@ -105,8 +105,8 @@ class History:
     return after.append(source, output), rest
 
   def sums(self, link: Link, parameters: Any) -> list[Float[Array, "B T D"]]:
-    """The sums of a site whose block reads them in `through` besides. The backward pass is one of its own, since
-    only one operation may make the cotangents that the aggregates of the model pass to each other."""
+    """The sums of a site once more, besides those in `through`, as for keys and values that later blocks use. They are
+    differentiated separately, since only one operation may make the cotangents of `pending` and `recomputed`."""
     alone = dataclasses.replace(link, plan=dataclasses.replace(link.plan, sites={link.site.block: link.site}))
     sums, _ = History(self.sources, self.newest).mix(alone, parameters)
     return sums

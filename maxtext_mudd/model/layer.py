@@ -60,8 +60,8 @@ def with_ffn_width(layer_class: type[nnx.Module], width: int) -> type[nnx.Module
 def connect(layer: nnx.Module, connection: Connection, config: HyperParameters) -> None:
   """Puts a depth connection around the `__call__` of a stock layer, or of the layers of a scanned stack.
 
-  Stock parameters keep their paths. The exception is the attention norm of a block that reads four streams: it becomes
-  three norms, `q`, `k` and `v`.
+  Stock parameters keep their paths. The exception is the attention norm of a block that reads separate streams: it
+  becomes a norm for each stream that it serves, such as `q`, `k` and `v`.
   """
   layer.connection = connection
   connection.adapt(layer)
@@ -109,7 +109,7 @@ def _connected(layer_class: type[nnx.Module], rate: int) -> type[nnx.Module]:
       @functools.wraps(layer_class.compute_shared_kv)
       def compute_shared_kv(self, inputs, decoder_positions):
         carry = self.connection.start(inputs) if self.connection.starts else inputs
-        layer = nnx.merge(*nnx.split(self))  # what the connection sows is that of the call
+        layer = nnx.merge(*nnx.split(self))  # a copy: only the run in `__call__` may record metrics
         return layer_class.compute_shared_kv(layer, layer.connection.inputs(carry), decoder_positions)
 
   ConnectedLayer.__name__ = ConnectedLayer.__qualname__ = f"Connected{layer_class.__name__}"
@@ -125,7 +125,7 @@ def cycle(cycle_class: type[nnx.Module], members: tuple[tuple[str, int | None], 
   """
 
   class Cycle(cycle_class):
-    """Runs its layers in a row, as MaxText's class does, which shards what it passes to them as an array."""
+    """Runs its layers in a row. MaxText's `__call__` does this too, but shards what it passes on as one array."""
 
     @property
     def connection(self) -> Connection:

@@ -63,7 +63,7 @@ MISTAKES = {
   "more dense layers than layers": (
     [*DEEPSEEK, "first_num_dense_layers=9"],
     "first_num_dense_layers=9 does not work with base_num_decoder_layers=2: so many of the layers are dense; use a "
-    "number from 0 to that of all layers.",
+    "number from 0 to 2.",
   ),
   "a stream that nothing reads": (
     [
@@ -208,8 +208,18 @@ MISTAKES = {
   ),
   "Engram": (
     [*DEEPSEEK, "mhc_expansion_rate=2", "engram_layers=[1]", "engram_vocab_bases=[50,50]", "hf_access_token=x"],
-    "engram_layers=[1] does not work with mudd=True: MaxText has Engram in scanned layers and leaves it out of single "
-    "ones; leave it empty.",
+    "engram_layers=[1] does not work with mudd=True: Engram adds to the input of a block, which is several streams, "
+    "and MaxText leaves it out of single layers; leave it empty.",
+  ),
+  "a kernel of hyper-streams": (
+    [*DEEPSEEK, "mhc_expansion_rate=2", "enable_mhc_lite=true", "use_mhc_pallas_kernel=true"],
+    "use_mhc_pallas_kernel=True does not work with mudd=True and mhc_expansion_rate=2: it was not tried with separate "
+    "streams; set it to False.",
+  ),
+  "caches of vLLM": (
+    [*OLMO3, "base_num_decoder_layers=4", "inhomogeneous_layer_cycle_interval=4", "attention=vllm_rpa"],
+    "attention=vllm_rpa does not work with mudd=True and decoder_block='olmo3': layers in cycles do not return the "
+    "caches that vLLM keeps; use another attention.",
   ),
   "one residual stream": (
     [*DEEPSEEK4, "mhc_expansion_rate=1"],

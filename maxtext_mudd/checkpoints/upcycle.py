@@ -50,6 +50,7 @@ def to_model_folder(
   """
   path = run.items_of(checkpoint)
   config = pyconfig.initialize(["", config_file], **{**overrides, **model_config.local_keys()})
+  parameters.check_state(config)
   saved = _plain_parameters(path, config)
   run.write(path, saved, config, target, lambda values: _with_connections(values, config))
 

@@ -8,7 +8,6 @@ from maxtext_mudd import blocks, connections
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 _WITH_DELTA_NETS = ("qwen3_next", "qwen3_5")
-_WITH_EXPLICIT_AXES = ("dense", "residual")
 _WITH_HYPER_STREAMS = ("deepseek", "deepseek4")
 # The names with which MaxText builds these blocks, and what it does by the name.
 _NAMES = {
@@ -131,14 +130,20 @@ def refusals(config) -> Iterator[Refusal]:
     bool(config.engram_layers),
     f"engram_layers={list(config.engram_layers)}",
     mudd,
-    "MaxText has Engram in scanned layers and leaves it out of single ones; leave it empty",
+    "Engram adds to the input of a block, which is several streams, and MaxText leaves it out of single layers; leave "
+    "it empty",
   )
-  family = config.depth_connection
   yield Refusal(
-    config.shard_mode.value == "explicit" and family not in _WITH_EXPLICIT_AXES,
+    config.shard_mode.value == "explicit" and not connections.family(config).takes_explicit_axes,
     "shard_mode=explicit",
-    f"depth_connection={family}",
-    f"its sums leave sharding to the compiler; use shard_mode=auto, or one of {', '.join(_WITH_EXPLICIT_AXES)}",
+    f"depth_connection={config.depth_connection}",
+    "its sums leave sharding to the compiler; use shard_mode=auto, or depth_connection=dense",
+  )
+  yield Refusal(
+    spec.cycle is not None and config.attention.startswith("vllm"),
+    f"attention={config.attention}",
+    f"{mudd} and {layer}",
+    "layers in cycles do not return the caches that vLLM keeps; use another attention",
   )
   if config.use_multimodal:
     yield from _multimodal(config)
@@ -204,7 +209,7 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
       not 0 <= dense <= config.num_decoder_layers,
       f"first_num_dense_layers={dense}",
       f"base_num_decoder_layers={config.base_num_decoder_layers}",
-      "so many of the layers are dense; use a number from 0 to that of all layers",
+      f"so many of the layers are dense; use a number from 0 to {config.num_decoder_layers}",
     )
   yield Refusal(
     is_latent and not config.mla_naive_kvcache,
@@ -218,13 +223,15 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     "mudd=True",
     "it does not call the layers; set it to False",
   )
-  names, does = _NAMES.get(block, ((config.model_name,), ""))
-  yield Refusal(
-    config.model_name not in names,
-    f"model_name={config.model_name}",
-    layer,
-    f"MaxText {does} by the name of the model; use {', '.join(names)}, for other sizes with override_model_config=True",
-  )
+  if block in _NAMES:
+    names, does = _NAMES[block]
+    yield Refusal(
+      config.model_name not in names,
+      f"model_name={config.model_name}",
+      layer,
+      f"MaxText {does} by the name of the model; use {', '.join(names)}, for other sizes with "
+      "override_model_config=True",
+    )
   if block == "deepseek4":
     yield from _deepseek4(config, layer)
 
@@ -277,6 +284,12 @@ def _hyper_streams(config, layer: str) -> Iterator[Refusal]:
     f"MaxText has several residual streams in the blocks {' and '.join(_WITH_HYPER_STREAMS)}; set it to 1",
   )
   yield Refusal(
+    config.use_mhc_pallas_kernel,
+    "use_mhc_pallas_kernel=True",
+    f"mudd=True and {rate}",
+    "it was not tried with separate streams; set it to False",
+  )
+  yield Refusal(
     connections.family(config).reads == "sublayer",
     rate,
     f"depth_connection={config.depth_connection}",
@@ -288,12 +301,12 @@ def _hyper_streams(config, layer: str) -> Iterator[Refusal]:
     rate,
     "MaxText gives layers of multi-token prediction one residual stream, and they read several; set it to 0",
   )
-  yield Refusal(
-    connections.plan(config).extra_embeddings > 0,
-    f"mudd_extra_embeddings={connections.plan(config).extra_embeddings}",
-    rate,
-    "MaxText makes its residual streams of one embedding; set it to 0",
-  )
+  yield _extra_embeddings(config, rate, "MaxText makes its residual streams of one embedding")
+
+
+def _extra_embeddings(config, setting: str, reason: str) -> Refusal:
+  number = connections.plan(config).extra_embeddings
+  return Refusal(number > 0, f"mudd_extra_embeddings={number}", setting, f"{reason}; set it to 0")
 
 
 def _with_earlier_kv(config, layer: str) -> Iterator[Refusal]:
@@ -312,12 +325,9 @@ def _with_earlier_kv(config, layer: str) -> Iterator[Refusal]:
     f"base_num_decoder_layers={config.base_num_decoder_layers}",
     "a global layer would use keys and values of an earlier one, and there is none; set it to a lower number",
   )
-  yield Refusal(
-    config.mudd_extra_embeddings > 0 and width > 0 and config.vocab_size_per_layer_input > 0,
-    f"mudd_extra_embeddings={config.mudd_extra_embeddings}",
-    f"{layer} and hidden_size_per_layer_input={width}",
-    "MaxText makes the inputs of layers from one embedding; set one of the two to 0",
-  )
+  if width > 0 and config.vocab_size_per_layer_input > 0:
+    setting = f"{layer} and hidden_size_per_layer_input={width}"
+    yield _extra_embeddings(config, setting, "MaxText makes the inputs of layers from one embedding")
 
 
 def _multimodal(config) -> Iterator[Refusal]:
@@ -329,12 +339,7 @@ def _multimodal(config) -> Iterator[Refusal]:
     multimodal,
     "visual features are added to block outputs, which are sources; leave it empty, or set use_multimodal=False",
   )
-  yield Refusal(
-    config.mudd_extra_embeddings > 0,
-    f"mudd_extra_embeddings={config.mudd_extra_embeddings}",
-    multimodal,
-    "the further tables have rows for tokens and none for images; set it to 0",
-  )
+  yield _extra_embeddings(config, multimodal, "the further tables have rows for tokens and none for images")
 
 
 def _scanned(config) -> Iterator[Refusal]:

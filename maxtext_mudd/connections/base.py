@@ -167,6 +167,7 @@ class Family(Protocol):
 
   Attributes:
     Keys: group of configuration keys, with their checks; `MuddConfig` inherits it.
+    takes_explicit_axes: whether models run on meshes with explicit axes (`shard_mode=explicit`).
     reads: "sublayer" if the family needs the outputs of attention and of the FFN one by one, since it makes an input
       for each or adds them up by itself; otherwise "block".
     depth_axes: names of the axes of an `Aggregate`'s parameters that depend on the site, by the last name of a
@@ -181,6 +182,7 @@ class Family(Protocol):
   """
 
   Keys: ClassVar[type[FamilyKeys]]
+  takes_explicit_axes: ClassVar[bool]
   reads: ClassVar[Literal["block", "sublayer"]]
   depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]]
   matrices: ClassVar[Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]]
@@ -244,6 +246,7 @@ class BaseFamily:
   """What a family is unless it says otherwise. A subclass brings `cost` and `build`, and `plan` if it has sites."""
 
   Keys = FamilyKeys
+  takes_explicit_axes = False
   reads = "block"
   depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = types.MappingProxyType({})
   matrices: ClassVar[Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]] = types.MappingProxyType({})
@@ -385,6 +388,7 @@ class HistoryFamily(BaseFamily):
   """
 
   Keys = HistoryKeys
+  takes_explicit_axes = True
   start_modules = ("embedding_norm", "extra_norms")
   finish_modules = ("final_depth_aggregate",)
 

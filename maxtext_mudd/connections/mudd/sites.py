@@ -88,7 +88,8 @@ def _checked(config, found: list[Placement]) -> list[Placement]:
     read = f"{blocks.streams_read(config, reader)}x" if reader <= blocks.num_blocks(config) else placement.streams
     unread = "".join(stream for stream in placement.streams if stream not in read)
     if unread:
-      reason = "it uses keys and values of an earlier one" if "k" in unread else "its values are its keys"
+      of_earlier = blocks.spec(config).uses_earlier_kv
+      reason = "it uses keys and values of an earlier one" if of_earlier else "its values are its keys"
       raise ValueError(
         f"mudd_placements gives DA_{placement.block} the stream {unread}, which block {reader} does not read: "
         f"{reason}; leave it out."

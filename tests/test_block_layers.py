@@ -17,7 +17,7 @@ import maxtext_mudd
 from maxtext_mudd import blocks
 from maxtext_mudd.blocks.streams import Streams, decouple
 from tests import models, steps
-from tests.blocks import LAYOUTS, OTHERS, config_of, packed, single_blocks
+from tests.blocks import LAYOUTS, OTHERS, SLOW, config_of, packed, single_blocks
 
 STEP = 4e-4  # of finite differences; with larger ones tokens go to other experts
 PAIRS = ("qk", "qv", "qr", "kv", "kr", "vr")
@@ -57,7 +57,7 @@ def of_earlier_layer(layer, shape: tuple[int, int], rng) -> dict[str, jax.Array]
   return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name in ("shared_key", "shared_value")}
 
 
-@pytest.mark.parametrize("block", OTHERS)
+@pytest.mark.parametrize("block", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in OTHERS])
 def test_each_stream_of_a_layer_matters(block):
   model, config = stock(block)
   layers = layers_of_each_kind(model, config)

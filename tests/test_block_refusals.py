@@ -97,7 +97,7 @@ MISTAKES = {
       "vocab_size_per_layer_input=256",
     ],
     "mudd_extra_embeddings=2 does not work with decoder_block='gemma4_small' and hidden_size_per_layer_input=8: "
-    "MaxText makes the inputs of layers from one embedding; set one of the two to 0.",
+    "MaxText makes the inputs of layers from one embedding; set it to 0.",
   ),
   "a stream of keys of another layer": (
     [

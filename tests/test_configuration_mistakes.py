@@ -312,7 +312,7 @@ MISTAKES = {
   "explicit sharding": (
     ["shard_mode=explicit", "depth_connection=dca", "mudd_init=stock", "mudd_ffn_reallocation=false"],
     "shard_mode=explicit does not work with depth_connection=dca: its sums leave sharding to the compiler; use "
-    "shard_mode=auto, or one of dense, residual.",
+    "shard_mode=auto, or depth_connection=dense.",
   ),
   "a kernel for another device": (
     ["mudd_kernel=pallas"],

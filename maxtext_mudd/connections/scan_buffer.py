@@ -135,10 +135,10 @@ class ScanBuffer:
       return pullback.forward(parts, inputs)
 
     def backward(kept, cotangents):
-      after, _ = cotangents
+      after, to_outputs = cotangents
       parts = [Entries(x.mirror, x.mirror) for x in after]  # the mirror's cotangent is the array after the block
       if rematerialise is None:
-        _, vjp = jax.vjp(block, parts, *kept)
+        _, vjp = jax.vjp(block, parts, *_not_before(to_outputs, kept))
       else:
         vjp = pullback.restore(parts, kept)
       before, *to_inputs = vjp(cotangents)
@@ -273,6 +273,16 @@ _close.defvjp(
   lambda parts, others: (([x.array for x in parts], others), [x.array for x in parts]),
   lambda final, cotangents: ([Entries(*x) for x in zip(cotangents[0], final)], cotangents[1]),
 )
+
+
+def _not_before(cotangents, inputs):
+  """`inputs`, with integers that are there only when the cotangents are. A block reads the buffer by them. So XLA does
+  not recompute all blocks of a cycle first, and hold for each what its backward pass needs."""
+  floating = [x for x in jax.tree.leaves(cotangents) if jnp.issubdtype(x.dtype, jnp.floating)]
+  leaves, tree = jax.tree.flatten(inputs)
+  held, _ = jax.lax.optimization_barrier(([x for x in leaves if jnp.issubdtype(x.dtype, jnp.integer)], floating))
+  held = iter(held)
+  return jax.tree.unflatten(tree, [next(held) if jnp.issubdtype(x.dtype, jnp.integer) else x for x in leaves])
 
 
 class _Pullback:

@@ -34,6 +34,9 @@ def check_decoding(config) -> None:
     raise ConfigError("load_parameters_path='' names no checkpoint; name one, such as OUTPUT/RUN/checkpoints/STEP.")
   if "://" not in config.load_parameters_path and not pathlib.Path(config.load_parameters_path).is_dir():
     raise ConfigError(f"load_parameters_path={config.load_parameters_path}: there is no such folder.")
+  for key in ("image_path", "video_path", "audio_path"):
+    if path := getattr(config, key):
+      raise ConfigError(f"{key}={path}: decoding reads a prompt of text alone; leave it empty.")
   if config.max_prefill_predict_length >= config.max_target_length:
     raise ConfigError(
       f"max_prefill_predict_length={config.max_prefill_predict_length} leaves no room for new tokens in "

@@ -1,7 +1,10 @@
 """Small models of every supported decoder block, and what the oracle needs to know of each that it restates."""
 
+from flax import nnx
 import numpy as np
 
+from maxtext_mudd import blocks
+from maxtext_mudd.blocks.halves import split
 from tests import models
 from tests.oracle import Arch
 
@@ -26,6 +29,26 @@ LATENT = {
   "v_head_dim": 12,
   "head_dim": 12,  # MaxText's cache of keys and values needs all these to be one width
 }
+MHC = {"mhc_expansion_rate": 2, "sinkhorn_iterations": 3}
+COMPRESSED = {
+  "model_name": "deepseek4-tiny",
+  "override_model_config": True,
+  "attention_type": "compressed",
+  "base_num_kv_heads": 1,
+  "q_lora_rank": 12,
+  "qk_rope_head_dim": 4,
+  "o_groups": 2,
+  "o_lora_rank": 8,
+  "sliding_window_size": 4,
+  "use_indexer": True,
+  "indexer_sparse_training": True,  # otherwise MaxText trains indexers alone
+  "indexer_head_dim": 8,
+  "indexer_n_heads": 2,
+  "indexer_topk": 2,
+  "first_num_hash_layers": 2,
+  "compress_ratios": [0, 4, 128, 4],
+  "base_num_decoder_layers": 4,
+}
 DELTA_NET = {
   "gdn_num_value_heads": 4,
   "gdn_num_key_heads": 2,
@@ -40,6 +63,7 @@ CYCLES = {"base_num_decoder_layers": 4, "inhomogeneous_layer_cycle_interval": 2}
 # Blocks that the oracle does not restate. Each model has layers of every kind.
 OTHERS = {
   "default": {},
+  "gemma2": POST_NORMS | {"base_num_decoder_layers": 2, "mlp_activations": ["gelu", "linear"]},
   "gemma3": POST_NORMS | {"model_name": "gemma3-4b", "override_model_config": True, "base_num_decoder_layers": 8},
   "gemma4": POST_NORMS | {"base_num_decoder_layers": 14},
   "gemma4, experts": MOE
@@ -51,6 +75,18 @@ OTHERS = {
   },
   "gemma4, tied values": POST_NORMS
   | {"decoder_block": "gemma4", "share_kv_projections": True, "base_num_decoder_layers": 8},
+  "gemma4_small": {
+    "model_name": "gemma4-e2b",
+    "override_model_config": True,
+    "base_num_decoder_layers": 10,  # four local layers and a global one, and the same with their keys and values
+    "num_kv_shared_layers": 5,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "global_head_dim": 32,
+    "base_num_query_heads": 4,
+    "base_num_kv_heads": 1,
+    "sliding_window_size": 4,
+  },
   "gpt_oss": MOE | CYCLES | {"sliding_window_size": 4, "attention_sink": True, "attention_bias": True},
   "llama4": MOE
   | CYCLES
@@ -75,10 +111,22 @@ OTHERS = {
     "base_num_decoder_layers": 2,
     "shared_experts": 1,
     "use_indexer": True,
+    "indexer_sparse_training": True,  # otherwise MaxText trains indexers alone
     "indexer_head_dim": 8,
     "indexer_n_heads": 2,
     "indexer_topk": 4,
   },
+  "deepseek, mHC": MOE
+  | MHC
+  | LATENT
+  | {
+    "decoder_block": "deepseek",
+    "first_num_dense_layers": 2,
+    "base_num_decoder_layers": 4,
+    "shared_experts": 1,
+  },
+  # Long enough for a vector of 128 tokens.
+  "deepseek4": MOE | MHC | COMPRESSED | {"shared_experts": 1, "max_target_length": 160},
   "qwen3_next": MOE
   | DELTA_NET
   | {"base_num_decoder_layers": 8, "inhomogeneous_layer_cycle_interval": 3, "shared_experts": 1},
@@ -92,12 +140,19 @@ OTHERS = {
   },
   "qwen3_custom_moe": MOE | {"attention_output_dim": 24, "moe_expert_input_dim": 24},
 }
+# MaxText runs these scanned only. They have no attention, and so read one stream.
+SIMPLE = ("simple", "simple_mlp")
 FUSED = (
   "fused projection",
   "gpt3, fused projection",
   "qwen3_next",
   "qwen3_5",
 )  # have a projection whose columns read different streams
+# Second models of a block, and those that take longest to compile. What tests them layer by layer is slow.
+SLOW = ("gemma4, experts", "gemma4, tied values", "envy", "deepseek, no query latent", "deepseek, indexer")
+SLOW += ("deepseek4", "qwen3_5", "gpt3, fused projection")
+SINGLE = ("gemma4_small",)  # MaxText does not scan their layers
+LAYOUTS = [(block, layout) for block in OTHERS for layout in ("single", "scanned")[: 1 if block in SINGLE else 2]]
 BLOCKS = {
   "llama2": (GQA, Arch(3, **GQA_ARCH)),
   "mistral": (GQA, Arch(3, **GQA_ARCH)),
@@ -144,6 +199,14 @@ BLOCKS = {
 def config_of(block, **overrides):
   keys = OTHERS[block] if block in OTHERS else BLOCKS[block][0]
   return models.config(**({"decoder_block": block} | keys | overrides))
+
+
+def single_blocks(model, config) -> list[nnx.Module]:
+  """The layers of a stock model, or the halves of layers that are two blocks."""
+  layers, row = model.decoder.get_layers(), blocks.spec(config)
+  if not row.sides:
+    return layers
+  return [getattr(layer, half) for layer in map(nnx.clone, layers) for half in split(layer, row.cycle)]
 
 
 def packed(cfg):

@@ -78,12 +78,11 @@ def set_parameters(model, values: dict[str, np.ndarray]) -> None:
   nnx.update(model, state)
 
 
-def randomise(model, seed=0) -> dict[str, np.ndarray]:
-  """Random values for every parameter, large enough that each of them matters; returns them."""
+def random_parameters(shapes: dict[str, tuple[int, ...]], seed=0) -> dict[str, np.ndarray]:
+  """Random values for parameters of these shapes by path, large enough that each of them matters."""
   rng = np.random.default_rng(seed)
   values = {}
-  for path, variable in sorted(parameters(model).items()):
-    shape = variable.get_value().shape
+  for path, shape in sorted(shapes.items()):
     if path.endswith("scale"):
       values[path] = 1 + 0.3 * rng.standard_normal(shape)
     elif path.endswith("/a"):
@@ -92,9 +91,21 @@ def randomise(model, seed=0) -> dict[str, np.ndarray]:
       values[path] = 0.2 * rng.standard_normal(shape)
     else:
       values[path] = rng.standard_normal(shape) * max(shape[0], 1) ** -0.5
-  values = {path: value.astype(np.float32) for path, value in values.items()}
+  return {path: value.astype(np.float32) for path, value in values.items()}
+
+
+def randomise(model, seed=0) -> dict[str, np.ndarray]:
+  """Sets every parameter to random values and returns them."""
+  shapes = {path: variable.get_value().shape for path, variable in parameters(model).items()}
+  values = random_parameters(shapes, seed)
   set_parameters(model, values)
   return values
+
+
+def with_scalars_near_one(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Makes the scales of the outputs of layers as random as those of norms. Random numbers around zero in their place
+  make deep models so curved that rounding and train steps are amplified."""
+  return {path: 1 + 0.3 * x if path.endswith("layer_scalar") else x for path, x in values.items()}
 
 
 def batch(cfg, seed=0) -> dict[str, np.ndarray]:

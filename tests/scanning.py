@@ -6,7 +6,7 @@ from maxtext.trainers.pre_train import train
 import numpy as np
 
 from tests import models
-from tests.blocks import BLOCKS, OTHERS
+from tests.blocks import BLOCKS, OTHERS, SINGLE
 from tests.placements import BLOCKS as IRREGULAR_BLOCKS
 from tests.placements import IRREGULAR, OF_EXTRA
 
@@ -22,6 +22,12 @@ CONNECTED_MTP = {"mudd_mtp": "connected", "mtp_num_layers": 1, "mtp_loss_scaling
 
 EXTRA = {"mudd_extra_embeddings": 4, "mudd_embedding_groups": 2}
 PLACEMENTS = {"base_num_decoder_layers": IRREGULAR_BLOCKS, "mudd_placements": IRREGULAR}
+OF_SUBLAYERS = {
+  "hyper-connections": {"depth_connection": "hyper_connections"},
+  "mHC": {"depth_connection": "mhc"},
+  "AttnRes": {"depth_connection": "attnres", "mudd_attnres_block": 2},
+  "DCA": {"depth_connection": "dca"},
+}
 DCA_SUM = "DCA with the sum of middle sources, groups"
 CASES = {
   "MUDD": SMALL,
@@ -215,9 +221,28 @@ CASES = {
   },
   "multi-token prediction, connected, extra embeddings": {**SMALL, **CONNECTED_MTP, **EXTRA, **BOTH_NORMS},
   "multi-token prediction, connected, static": {**SMALL, **CONNECTED_MTP, "mudd_dynamic": False},
+  "multi-token prediction, connected, pairs of layers": {
+    "decoder_block": "gemma2",
+    **OTHERS["gemma2"],
+    **BOTH_NORMS,
+    **CONNECTED_MTP,
+  },
+  "hyper-connections, pairs of layers": {
+    "decoder_block": "gemma2",
+    **OTHERS["gemma2"],
+    "depth_connection": "hyper_connections",
+  },
+  "DCA, pairs of layers": {"decoder_block": "gemma2", **OTHERS["gemma2"], "depth_connection": "dca"},
   "tiled vocabulary": {**SMALL, **BOTH_NORMS, "num_vocab_tiling": 4},
   **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, (keys, _) in BLOCKS.items()},
-  **{name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, keys in OTHERS.items()},
+  **{
+    name: {**SMALL, **BOTH_NORMS, "decoder_block": name, **keys} for name, keys in OTHERS.items() if name not in SINGLE
+  },
+  **{
+    f"{family}, {block}": {"decoder_block": block, **OTHERS[block], **keys}
+    for family, keys in OF_SUBLAYERS.items()
+    for block in ("gemma3", "gpt_oss", "llama4", "deepseek", "qwen3_5")
+  },
 }
 
 

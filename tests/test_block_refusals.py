@@ -7,12 +7,21 @@ from tests.refusals import refused_run
 
 GPT_OSS = ("decoder_block=gpt_oss", "mudd_init=stock", "mudd_ffn_reallocation=false")
 DEEPSEEK = ("decoder_block=deepseek", "attention_type=mla", "mudd_init=stock", "mudd_ffn_reallocation=false")
+DEEPSEEK4 = (
+  "decoder_block=deepseek4",
+  "model_name=deepseek4-tiny",
+  "override_model_config=true",
+  "mudd_init=stock",
+  "mudd_ffn_reallocation=false",
+  "base_num_decoder_layers=4",
+  "first_num_hash_layers=2",
+  "compress_ratios=[0,4,128,4]",
+)
 OLMO3 = ("decoder_block=olmo3", "mudd_init=stock", "mudd_ffn_reallocation=false", "scan_layers=true")
+GEMMA2 = ("decoder_block=gemma2", "mudd_init=stock", "mudd_ffn_reallocation=false")  # of four blocks
+SIMPLE = ("decoder_block=simple", "mudd_init=stock", "mudd_ffn_reallocation=false")
+GEMMA4_SMALL = ("decoder_block=gemma4_small", "mudd_init=stock", "mudd_ffn_reallocation=false")
 MISTAKES = {
-  "not supported": (
-    ["decoder_block=gemma2", "mudd_init=stock"],
-    "decoder_block='gemma2' does not work with mudd=True: supported are llama2, mistral, mixtral, qwen2, qwen3, ",
-  ),
   "re-allocated FFNs": (
     [*GPT_OSS, "mudd_ffn_reallocation=true"],
     "mudd_ffn_reallocation=True does not work with decoder_block='gpt_oss': MaxText builds its layers with one "
@@ -25,8 +34,8 @@ MISTAKES = {
   ),
   "fused and quantised": (
     ["fused_qkv=true", "quantization=int8"],
-    "quantization=int8 does not work with mudd=True and fused_qkv=True: scales are of whole kernels, of which "
-    "columns read different streams; use another one.",
+    "quantization=int8 does not work with mudd=True and fused_qkv=True: a scale is of a whole kernel, whose "
+    "columns read different streams; leave quantization empty and use another weight_dtype than float8.",
   ),
   "MTP": (
     [*GPT_OSS, "mtp_num_layers=1"],
@@ -54,7 +63,7 @@ MISTAKES = {
   "more dense layers than layers": (
     [*DEEPSEEK, "first_num_dense_layers=9"],
     "first_num_dense_layers=9 does not work with base_num_decoder_layers=2: so many of the layers are dense; use a "
-    "number from 0 to that of all layers.",
+    "number from 0 to 2.",
   ),
   "a stream that nothing reads": (
     [
@@ -63,13 +72,42 @@ MISTAKES = {
       "share_kv_projections=true",
       "mudd_placements=[{block: 1, sources: all, streams: vr}]",
     ],
-    "mudd_placements gives DA_1 the stream v, which block 2 does not read with share_kv_projections=True; leave it "
-    "out.",
+    "mudd_placements gives DA_1 the stream v, which block 2 does not read: its values are its keys; leave it out.",
   ),
   "part of a pattern": (
     [*OLMO3, "base_num_decoder_layers=4", "inhomogeneous_layer_cycle_interval=2"],
     "inhomogeneous_layer_cycle_interval=2 does not work with scan_layers=True and decoder_block='olmo3': the kinds of "
     "its layers come again after 4; use a multiple of 4.",
+  ),
+  "keys and values of no layer": (
+    [*GEMMA4_SMALL, "base_num_decoder_layers=8", "num_kv_shared_layers=3"],
+    "num_kv_shared_layers=3 does not work with base_num_decoder_layers=8: a global layer would use keys and values of "
+    "an earlier one, and there is none; set it to a lower number.",
+  ),
+  "scanned layers that use earlier keys": (
+    [*GEMMA4_SMALL, "scan_layers=true"],
+    "scan_layers=True does not work with decoder_block='gemma4_small': MaxText does not scan its layers; set "
+    "scan_layers=False.",
+  ),
+  "extra embeddings and inputs of layers": (
+    [
+      *GEMMA4_SMALL,
+      "mudd_extra_embeddings=2",
+      "hidden_size_per_layer_input=8",
+      "vocab_size_per_layer_input=256",
+    ],
+    "mudd_extra_embeddings=2 does not work with decoder_block='gemma4_small' and hidden_size_per_layer_input=8: "
+    "MaxText makes the inputs of layers from one embedding; set it to 0.",
+  ),
+  "a stream of keys of another layer": (
+    [
+      *GEMMA4_SMALL,
+      "base_num_decoder_layers=4",
+      "num_kv_shared_layers=1",
+      "mudd_placements=[{block: 3, sources: all, streams: kr}]",
+    ],
+    "mudd_placements gives DA_3 the stream k, which block 4 does not read: it uses keys and values of an earlier one; "
+    "leave it out.",
   ),
   "no cycle": (
     ["inhomogeneous_layer_cycle_interval=0"],
@@ -105,6 +143,125 @@ MISTAKES = {
     "inhomogeneous_layer_cycle_interval=2 does not work with mudd=True and decoder_block='llama2': MaxText scans its "
     "layers one by one and would leave some out; set it to 1.",
   ),
+  "cycles of another length": (
+    [
+      "decoder_block=gemma4",
+      "mudd_init=stock",
+      "mudd_ffn_reallocation=false",
+      "scan_layers=true",
+      "inhomogeneous_layer_cycle_interval=2",
+    ],
+    "inhomogeneous_layer_cycle_interval=2 does not work with mudd=True and decoder_block='gemma4': MaxText scans "
+    "cycles of 6 of its layers, whatever the key says; set it to 1.",
+  ),
+  "cycles of pairs": (
+    [*GEMMA2, "scan_layers=true", "inhomogeneous_layer_cycle_interval=2"],
+    "inhomogeneous_layer_cycle_interval=2 does not work with mudd=True and decoder_block='gemma2': MaxText scans its "
+    "layers one by one and would leave some out; set it to 1.",
+  ),
+  "dropout of pairs": (
+    [*GEMMA2, "enable_dropout=true", "dropout_rate=0.1"],
+    "dropout_rate=0.1 does not work with mudd=True and decoder_block='gemma2': MaxText runs two blocks in one layer, "
+    "and each would drop out the output of the other; set it to 0.",
+  ),
+  "a block beyond those of pairs": (
+    [*GEMMA2, "mudd_placements=[{block: 5, sources: all, streams: r}]"],
+    "mudd_placements: row 1 places DA_5, and the model has L=4 blocks; use blocks from 1 to L.",
+  ),
+  "single layers of a block that MaxText scans only": (
+    [*SIMPLE, "mudd_ways=1"],
+    "scan_layers=False does not work with decoder_block='simple': its single layers return an array where MaxText's "
+    "decoder takes a pair; set scan_layers=True.",
+  ),
+  "streams without attention": (
+    [*SIMPLE, "scan_layers=true"],
+    "decoder_block='simple' does not work with separate streams or norms of queries, keys and values: it has no "
+    "attention; set mudd_ways=1 and mudd_first_block_norms=shared, or use the stream x alone in mudd_placements.",
+  ),
+  "norms without attention": (
+    [*SIMPLE, "scan_layers=true", "mudd_ways=1", "mudd_first_block_norms=separate"],
+    "decoder_block='simple' does not work with separate streams or norms of queries, keys and values",
+  ),
+  "sublayers without norms": (
+    [*SIMPLE, "scan_layers=true", "depth_connection=hyper_connections"],
+    "decoder_block='simple' does not work with depth_connection=hyper_connections: its FFN reads the sum of its input",
+  ),
+  "hyper-streams of another block": (
+    ["mhc_expansion_rate=2"],
+    "mhc_expansion_rate=2 does not work with decoder_block='llama2': MaxText has several residual streams in the "
+    "blocks deepseek and deepseek4; set it to 1.",
+  ),
+  "two families of hyper-streams": (
+    [*DEEPSEEK, "mhc_expansion_rate=2", "depth_connection=mhc"],
+    "mhc_expansion_rate=2 does not work with depth_connection=mhc: both make the input of every sublayer; set it to 1, "
+    "or depth_connection=dense.",
+  ),
+  "MTP of hyper-streams": (
+    [*DEEPSEEK, "mhc_expansion_rate=2", "mtp_num_layers=1"],
+    "mtp_num_layers=1 does not work with mhc_expansion_rate=2: MaxText gives layers of multi-token prediction one "
+    "residual stream, and they read several; set it to 0.",
+  ),
+  "extra embeddings of hyper-streams": (
+    [*DEEPSEEK, "mhc_expansion_rate=2", "mudd_extra_embeddings=1"],
+    "mudd_extra_embeddings=1 does not work with mhc_expansion_rate=2: MaxText makes its residual streams of one "
+    "embedding; set it to 0.",
+  ),
+  "Engram": (
+    [*DEEPSEEK, "mhc_expansion_rate=2", "engram_layers=[1]", "engram_vocab_bases=[50,50]", "hf_access_token=x"],
+    "engram_layers=[1] does not work with mudd=True: Engram adds to the input of a block, which is several streams, "
+    "and MaxText leaves it out of single layers; leave it empty.",
+  ),
+  "a kernel of hyper-streams": (
+    [*DEEPSEEK, "mhc_expansion_rate=2", "enable_mhc_lite=true", "use_mhc_pallas_kernel=true"],
+    "use_mhc_pallas_kernel=True does not work with mudd=True and mhc_expansion_rate=2: it was not tried with separate "
+    "streams; set it to False.",
+  ),
+  "caches of vLLM": (
+    [*OLMO3, "base_num_decoder_layers=4", "inhomogeneous_layer_cycle_interval=4", "attention=vllm_rpa"],
+    "attention=vllm_rpa does not work with mudd=True and decoder_block='olmo3': layers in cycles do not return the "
+    "caches that vLLM keeps; use another attention.",
+  ),
+  "one residual stream": (
+    [*DEEPSEEK4, "mhc_expansion_rate=1"],
+    "mhc_expansion_rate=1 does not work with decoder_block='deepseek4': its layers have several residual streams; set "
+    "it to 2 or more.",
+  ),
+  "not compressed": (
+    [*DEEPSEEK4, "attention_type=global", "use_indexer=false"],
+    "attention_type='global' does not work with decoder_block='deepseek4': its attention is compressed; use "
+    "'compressed'.",
+  ),
+  "more layers than ratios": (
+    [*DEEPSEEK4, "base_num_decoder_layers=6"],
+    "compress_ratios=[0, 4, 128, 4] does not work with base_num_decoder_layers=6: every layer has its ratio; use as "
+    "many as there are layers.",
+  ),
+  "more layers of hashes than layers": (
+    [*DEEPSEEK4, "first_num_hash_layers=5"],
+    "first_num_hash_layers=5 does not work with base_num_decoder_layers=4: so many of the layers choose experts by "
+    "tokens; use a number from 0 to that of all layers.",
+  ),
+  "scanned with other ratios": (
+    [*DEEPSEEK4, "scan_layers=true", "compress_ratios=[0,4,4,128]"],
+    "compress_ratios=[0, 4, 4, 128] does not work with scan_layers=True, first_num_hash_layers=2 and "
+    "base_num_decoder_layers=4: MaxText scans pairs of layers with the ratios 128 and 4; use these in turn after the "
+    "first layers.",
+  ),
+  "scanned with a layer left over": (
+    [*DEEPSEEK4, "scan_layers=true", "base_num_decoder_layers=3"],
+    "compress_ratios=[0, 4, 128, 4] does not work with scan_layers=True, first_num_hash_layers=2 and "
+    "base_num_decoder_layers=3: MaxText scans pairs of layers",
+  ),
+  "prefilled in chunks": (
+    [*DEEPSEEK4, "use_chunked_prefill=true"],
+    "use_chunked_prefill=True does not work with decoder_block='deepseek4': its attention reads one chunk of the "
+    "prompt alone; set it to False.",
+  ),
+  "a name for experts": (
+    [*DEEPSEEK4, "model_name=default"],
+    "model_name=default does not work with decoder_block='deepseek4': MaxText chooses experts by the name of the "
+    "model; use deepseek4-tiny, deepseek4-284b, for other sizes with override_model_config=True.",
+  ),
   "sublayers in cycles within cycles": (
     [
       "decoder_block=gemma4",
@@ -113,8 +270,8 @@ MISTAKES = {
       "scan_layers=true",
       "depth_connection=mhc",
     ],
-    "decoder_block='gemma4' does not work with depth_connection=mhc: its layers multiply their output, which is not "
-    "one array, by a parameter; use a decoder_block such as gemma3.",
+    "decoder_block='gemma4' does not work with depth_connection=mhc: its layers multiply their output by a "
+    "parameter, and the family keeps several arrays in its place; use a decoder_block such as gemma3.",
   ),
 }
 

@@ -6,17 +6,19 @@ import operator
 
 from flax import nnx
 import jax
+from maxtext.configs import pyconfig
+from maxtext.layers.attention_compressed import CompressedAttention
 from maxtext.layers.attentions import Attention
 from maxtext.layers.linears import DenseGeneral
 from maxtext.utils import maxtext_utils
 import pytest
 
-from maxtext_mudd import blocks
+from maxtext_mudd import blocks, connections
 from maxtext_mudd.blocks.classes import change_class
 from maxtext_mudd.checkpoints.hugging_face import names
 from maxtext_mudd.model import counts
 from tests import models
-from tests.blocks import OTHERS
+from tests.blocks import OTHERS, single_blocks
 
 KEYS = OTHERS | {
   "mixtral": {"num_experts": 4, "num_experts_per_tok": 2, "base_moe_mlp_dim": 64},
@@ -44,12 +46,12 @@ def shapes(block, **overrides) -> dict[str, tuple[int, ...]]:
   return {path: value.get_value().shape for path, value in found.items()}
 
 
-@pytest.mark.parametrize("block", blocks.BLOCKS)
+@pytest.mark.parametrize("block", [name for name, spec in blocks.BLOCKS.items() if spec.attention])
 def test_spec(block):
   config = config_of(block)
   spec = blocks.spec(config)
   assert spec is blocks.BLOCKS[block]
-  layer = abstract(block).decoder.get_layers()[-1]  # in a hybrid one, that of full attention
+  layer = single_blocks(abstract(block), config)[-1]  # in a hybrid one, that of full attention
   norms = [operator.attrgetter(path)(layer) for path in (spec.attention_norm, spec.feed_forward_norm) if path]
   assert len({*map(id, norms)}) == len(norms)
   for norm in norms:
@@ -59,7 +61,9 @@ def test_spec(block):
   for module in (*norms, *projections):
     assert (getattr(module, "bias", None) is not None) == spec.has_biases or not spec.is_plain
   attention = getattr(layer, spec.attention)
-  assert spec.takes_chunked_prefill == isinstance(attention, Attention)
+  # Compressed attention makes its long-range keys of one chunk alone.
+  reads_chunks = isinstance(attention, Attention) and not isinstance(attention, CompressedAttention)
+  assert spec.takes_chunked_prefill == reads_chunks
   assert spec.is_rotary == hasattr(attention, "rotary_embedding") or not spec.is_plain
   scales_kernel = isinstance(attention, Attention) and attention.query_pre_attn_scalar is None
   assert spec.scales_query_kernel == scales_kernel or not spec.is_plain
@@ -86,11 +90,20 @@ def test_released_blocks_have_the_parameters_of_the_released_models(block):
   assert found == shapes(block, **keys)
 
 
-def test_other_blocks():
+def test_blocks_without_a_row(monkeypatch):
+  """Those of a later MaxText, for example."""
+  monkeypatch.delitem(blocks.BLOCKS, "gemma")
   with pytest.raises(
-    ValueError, match=r"decoder_block='gemma2' does not work with mudd=True: supported are llama2, .*, gpt3;"
+    ValueError, match=r"decoder_block='gemma' does not work with mudd=True: supported are llama2, .*, gpt3;"
   ):
-    blocks.spec(models.config(decoder_block="gemma2"))
+    blocks.spec(models.config(decoder_block="gemma"))
+
+
+@pytest.mark.parametrize(("name", "number"), [("gemma2-2b", 26), ("gemma2-9b", 42), ("gemma2-27b", 46)])
+def test_models_of_pairs_have_the_published_number_of_blocks(name, number):
+  """MaxText counts half of them. The file of each model passes the checks of the configuration."""
+  config = pyconfig.initialize(["", models.BASE_YML], run_name="x", model_name=name, mudd=True, log_config=False)
+  assert blocks.num_blocks(config) == connections.plan(config).num_blocks == number
 
 
 def test_change_class():

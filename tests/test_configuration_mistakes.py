@@ -310,9 +310,9 @@ MISTAKES = {
     "equal.",
   ),
   "explicit sharding": (
-    ["shard_mode=explicit"],
-    "shard_mode=explicit does not work with mudd=True: the aggregates leave sharding to the compiler; use "
-    "shard_mode=auto.",
+    ["shard_mode=explicit", "depth_connection=dca", "mudd_init=stock", "mudd_ffn_reallocation=false"],
+    "shard_mode=explicit does not work with depth_connection=dca: its sums leave sharding to the compiler; use "
+    "shard_mode=auto, or depth_connection=dense.",
   ),
   "a kernel for another device": (
     ["mudd_kernel=pallas"],

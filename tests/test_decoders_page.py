@@ -3,7 +3,7 @@
 import pathlib
 import runpy
 
-from tests.blocks import BLOCKS, OTHERS
+from tests.blocks import BLOCKS, OTHERS, SIMPLE
 
 ROOT = pathlib.Path(__file__).parents[1]
 JUNIT = """<testsuites><testsuite>
@@ -30,5 +30,5 @@ def test_table(tmp_path):
 
 def test_the_page_has_every_block():
   text = (ROOT / "docs" / "decoders.md").read_text().split("<!-- written by docs/decoders.py -->")[1]
-  for block in (*BLOCKS, *OTHERS):
+  for block in (*BLOCKS, *OTHERS, *SIMPLE):
     assert f"| {block} | yes |" in text

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from maxtext_mudd import connections, plugin
+from maxtext_mudd.blocks import num_blocks
 from maxtext_mudd.checkpoints import layout
 from maxtext_mudd.connections.base import Cost, HistoryFamily, Plan, Site, check_plan
 from maxtext_mudd.connections.family_keys import HistoryKeys, WeightKeys
@@ -36,12 +37,12 @@ class LastTwo(HistoryFamily, nnx.Module):
 
   @classmethod
   def plan(cls, config) -> Plan:
-    blocks = range(1, config.num_decoder_layers + 1)
-    return Plan(config.num_decoder_layers, {block: Site(block, (block - 1, block), "x") for block in blocks})
+    blocks = range(1, num_blocks(config) + 1)
+    return Plan(len(blocks), {block: Site(block, (block - 1, block), "x") for block in blocks})
 
   @classmethod
   def cost(cls, config) -> Cost:
-    blocks = config.num_decoder_layers
+    blocks = num_blocks(config)
     return Cost(parameters=2 * blocks, flops=2 * 2 * config.emb_dim * blocks, activations=blocks)
 
   def __init__(self, config, site, mesh, rngs):

@@ -15,7 +15,7 @@ from maxtext_mudd import convert, decode
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.inference import generation
 from tests import models, runs
-from tests.blocks import MOE
+from tests.blocks import MOE, OTHERS
 
 FAST = (("muddformer_tiny", False),)
 SLOW = (("muddformer_tiny", True), ("muddpythia_tiny", False), ("muddpythia_tiny", True))
@@ -193,6 +193,10 @@ def test_refusals_of_the_command(tmp_path):
       "which also accepts a checkpoint of a run.",
     ),
     (
+      {"load_parameters_path": str(tmp_path), "image_path": "cat.png"},
+      "image_path=cat.png: decoding reads a prompt of text alone; leave it empty.",
+    ),
+    (
       {"load_parameters_path": str(tmp_path), "max_prefill_predict_length": 64, "max_target_length": 64},
       "max_prefill_predict_length=64 leaves no room for new tokens in max_target_length=64; lower the first key, "
       "or raise the second.",
@@ -217,6 +221,10 @@ def test_refusals_of_the_command(tmp_path):
     (
       {"load_parameters_path": str(tmp_path), "moba": True},
       "moba=True: MaxText attends to all keys in decoding, and to chosen blocks of them in training; use logits.",
+    ),
+    (
+      {"load_parameters_path": str(tmp_path), "decoder_block": "deepseek4"} | OTHERS["deepseek4"],
+      "decoder_block='deepseek4': MaxText makes other compressed keys in decoding than in training; use logits.",
     ),
   ):
     with pytest.raises(ConfigError) as refused:

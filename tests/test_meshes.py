@@ -112,6 +112,7 @@ def test_other_families(family, name, scan):
   ("block", "name"),
   [
     ("fused projection", "tensor 2, FSDP 4"),
+    ("gemma2", "tensor 2, FSDP 4"),
     ("gemma3", "tensor 2, FSDP 4"),
     ("gemma4, tied values", "FSDP 8"),
     ("qwen3_next", "tensor 2, FSDP 4"),
@@ -126,6 +127,26 @@ def test_other_blocks(block, name):
   eight = train(8, **keys, per_device_batch_size=1, **mesh)
   assert one["losses"][-1] < one["losses"][0]
   assert eight["losses"][:3] == pytest.approx(one["losses"][:3], rel=5e-5)
+  assert eight["in_aggregates"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "keys"),
+  [
+    ("tensor 2, FSDP 4", DENSE),
+    ("tensor 2, FSDP 4", DENSE | EXTRA),
+    ("tensor 2, FSDP 4", DENSE | {"scan_layers": True}),
+    ("FSDP 8", DENSE | {"scan_layers": True, "mudd_kernel": "pallas_interpret"}),
+  ],
+  ids=["single", "extra embeddings", "scanned", "scanned, fused"],
+)
+def test_explicit_axes(name, keys):
+  mesh, _ = MESHES[name]
+  one = train(1, **keys, per_device_batch_size=8)
+  eight = train(8, **keys, **mesh, per_device_batch_size=1, shard_mode="explicit")
+  assert one["losses"][-1] < one["losses"][0]
+  assert eight["losses"] == pytest.approx(one["losses"], abs=1e-5)
   assert eight["in_aggregates"] == []
 
 

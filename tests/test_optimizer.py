@@ -238,7 +238,7 @@ REFUSED = {
   "Muon with a block that MaxText does not have it for": (
     {"opt_type": "muon", "decoder_block": "mistral"},
     "opt_type=muon does not work with decoder_block='mistral': MaxText has Muon for llama2, qwen3, qwen3_moe, "
-    "qwen3_custom_moe, qwen3_next, gemma3, gpt_oss, deepseek; use one of these, or opt_type=adamw.",
+    "qwen3_custom_moe, qwen3_next, gemma3, gpt_oss, deepseek, deepseek4; use one of these, or opt_type=adamw.",
   ),
   "another Muon": (
     {"opt_type": "muon", "muon_type": "maxtext_muon"},

@@ -8,7 +8,7 @@ import pytest
 
 from maxtext_mudd.checkpoints import layout
 from tests import models, steps
-from tests.blocks import BLOCKS, OTHERS
+from tests.blocks import BLOCKS, OTHERS, SINGLE
 from tests.scanning import (
   BOTH_NORMS,
   CASES,
@@ -34,7 +34,7 @@ def test_no_case_replaces_another():
   """A model of a block whose name is that of a case would run in its place."""
   names = [*BLOCKS, *OTHERS]
   assert len({*names}) == len(names)
-  for name in names:
+  for name in {*names} - {*SINGLE}:
     assert CASES[name]["decoder_block"] == (OTHERS | {x: keys for x, (keys, _) in BLOCKS.items()})[name].get(
       "decoder_block", name
     )
@@ -62,8 +62,9 @@ def test_same_as_single_layers(case):
   assert float(found_aux["moe_lb_loss"]) == pytest.approx(float(aux["moe_lb_loss"]), rel=RELATIVE)
   tolerance = max(RELATIVE * largest(logits), OF_ROUNDING * largest(rounded_logits - logits))
   np.testing.assert_allclose(found_logits, logits, atol=tolerance, rtol=0)
-  # The gradient of `alpha_scale` is one number: a sum over all tokens and streams, whose terms largely cancel.
-  floor = ZERO if case.startswith("hyper") else 0.0
+  # The gradient of `alpha_scale` is one number: a sum over all tokens and streams, whose terms largely cancel. The
+  # error seen of MaxText's mHC is 1.4e-9 of the norm.
+  floor = ZERO if case.startswith("hyper") else ZERO / 10 if case == "deepseek, mHC" else 0.0
   check_gradients(layout.unstack(found, scanned), gradients, rounded, UNFELT.get(case, ()), floor)
   for path, x in layout.stack(layout.unstack(found, scanned), scanned).items():
     np.testing.assert_array_equal(found[path], x, err_msg=f"padding of {path} has a gradient")

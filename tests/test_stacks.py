@@ -35,6 +35,28 @@ def test_dense_layers_then_experts():
   assert of_config("deepseek", first_num_dense_layers=0) == {"moe_layers": ((1, 2, 3, 4), (4,))}
 
 
+def test_layers_that_are_two_blocks():
+  assert of_config("gemma2") == {"layers/half_0": ((1, 3), (2,)), "layers/half_1": ((2, 4), (2,))}
+  config = config_of("gemma2")
+  paths = ["layers_0/half_0", "layers_0/half_1", "layers_1/half_0", "layers_1/half_1"]
+  assert stacks.single_layers(config) == {path: block for block, path in enumerate(paths, 1)}
+  path = ("decoder", "layers_1", "half_0", "connection", "depth_aggregate", "a")
+  assert stacks.block_of_single(config, path) == 3
+  assert stacks.block_of_single(config, ("decoder", "layers_9")) is None
+
+
+def test_single_layers_then_cycles():
+  assert of_config("deepseek4") == {
+    "layers_0": ((1,), ()),
+    "layers_1": ((2,), ()),
+    "scanned_blocks/layers_0": ((3,), (1,)),
+    "scanned_blocks/layers_1": ((4,), (1,)),
+  }
+  config = config_of("deepseek4", scan_layers=True)
+  assert stacks.of_path(config, ("decoder", "layers_1", "mlp")).blocks == (2,)
+  assert stacks.of_path(config, ("decoder", "scanned_blocks", "layers_1", "mlp")).blocks == (4,)
+
+
 def test_place_of_a_block_in_a_stack():
   blocks = (1, 2, 3, 4, 5, 7, 8, 9, 10, 11)
   assert [stacks.index(blocks, block) for block in blocks] == list(range(10))

@@ -17,7 +17,7 @@ from maxtext_mudd import kernels
 from maxtext_mudd.config.stock_checks import REMAT_POLICIES
 from maxtext_mudd.model import counts
 from tests import models, steps
-from tests.blocks import MOE
+from tests.blocks import MOE, config_of
 from tests.steps import POLICIES, value_and_gradients
 
 TINY = {"mudd": True, "base_num_decoder_layers": 2}
@@ -263,6 +263,17 @@ def test_reported_flops_count_aggregates_and_reallocated_ffns():
   tokens = 2 * 16 * 2
   # Sums in float64, some of which cancel; no error was seen.
   assert found - plain == pytest.approx(3 * tokens * extra / 1e12, rel=1e-14, abs=0)
+
+
+def test_reported_flops_count_every_residual_stream():
+  """Aggregates mix each of the residual streams of MaxText's mHC."""
+
+  def extra(streams):
+    configs = [config_of("deepseek, mHC", mhc_expansion_rate=streams, mudd=mudd) for mudd in (True, False)]
+    (mudd, *_), (stock, *_) = (maxtext_utils.calculate_tflops_training_per_device(x, log=False) for x in configs)
+    return mudd - stock
+
+  assert extra(3) == pytest.approx(3 * extra(1), rel=1e-12)
 
 
 def test_parameter_count():

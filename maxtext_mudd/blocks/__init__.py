@@ -1,9 +1,9 @@
 """The decoder blocks that work with depth connections: one `BlockSpec` each.
 
 A block of MaxText belongs here when it reads its input x in three ways only: by a norm and then the projections of
-attention, by these projections without a norm, or in the residual sum `x + attention`. The tests compare each with the
-block of MaxText at initial values, and at random weights with an independent reference or, where that would restate a
-whole block, with what each stream must change.
+attention, by these projections without a norm, or in the residual sum `x + attention`. A block without attention reads
+one stream, and belongs here, too. The tests compare each with the block of MaxText at initial values, and at random
+weights with an independent reference or, where that would restate a whole block, with what each stream must change.
 
 No JAX and no MaxText here: command lines are checked before these are imported.
 """
@@ -23,6 +23,9 @@ class Cycle:
     name: The attribute of the decoder that has the cycles.
     pattern: The kinds of layers come again after so many layers; the length of a cycle is a multiple of it.
     has_remainder: Layers after the last whole cycle are in `layers_remainder`. In other blocks MaxText leaves them out.
+    sides: Suffixes of the modules of a layer of MaxText that computes several blocks, in the order in which they run:
+      "local" and "global". That layer is a cycle, scanned or single. Empty: a layer is one block.
+    singles_first: The key with the number of single layers before the first cycle. None: there are none.
   """
 
   member: str | None
@@ -30,6 +33,8 @@ class Cycle:
   name: str = "layers"
   pattern: int = 1
   has_remainder: bool = False
+  sides: tuple[str, ...] = ()
+  singles_first: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,7 @@ class BlockSpec:
     feed_forward_norm: Path of the norm before the feed-forward block, from the layer; dots separate submodules. None:
       no norm reads the sum of that input and attention, so that families which make an input for each sublayer cannot
       use the block.
-    attention: Name of attention, a submodule of the layer.
+    attention: Name of attention, a submodule of the layer. None: the layer has none, and reads one stream.
     has_biases: The norms are LayerNorms with a bias, and every projection of attention and feed-forward block has one.
     takes_attention_bias: `attention_bias` adds a bias to the query, key and value projections. Other blocks ignore it.
     takes_qk_norm: `use_qk_norm` adds an RMSNorm to queries and one to keys. Other blocks ignore it.
@@ -55,6 +60,9 @@ class BlockSpec:
     scales_output: The layer multiplies its output by a parameter.
     tied_every: Of every so many layers, the last takes `share_kv_projections`: its values are its keys. None: no layer
       takes it.
+    is_tied: Every layer has one projection of keys and values.
+    uses_earlier_kv: With `num_kv_shared_layers` n, the last n layers use keys and values of earlier ones. They have no
+      projections of keys and values, and read q and r only.
     takes_mtp: MaxText can build a single layer of it for multi-token prediction.
     takes_fused_qkv: `fused_qkv` makes one projection of queries, keys and values.
     is_released: It is the block of the authors' PyTorch MUDDFormer, up to the factor of `scales_query_kernel`.
@@ -67,7 +75,7 @@ class BlockSpec:
 
   attention_norm: str | None = "pre_self_attention_layer_norm"
   feed_forward_norm: str | None = "post_self_attention_layer_norm"
-  attention: str = "self_attention"
+  attention: str | None = "self_attention"
   has_biases: bool = False
   takes_attention_bias: bool = False
   takes_qk_norm: bool = False
@@ -78,12 +86,19 @@ class BlockSpec:
   is_rotary: bool = True
   scales_output: bool = False
   tied_every: int | None = None
+  uses_earlier_kv: bool = False
+  is_tied: bool = False
   takes_mtp: bool = True
   takes_fused_qkv: bool = True
   is_released: bool = False
   is_plain: bool = True
   layers: tuple[str, ...] = ("layers",)
   cycle: Cycle | None = None
+
+  @property
+  def sides(self) -> tuple[str, ...]:
+    """`Cycle.sides`; empty for blocks without cycles."""
+    return self.cycle.sides if self.cycle else ()
 
 
 _PYTHIA = "pythia"
@@ -99,6 +114,7 @@ _hybrid = functools.partial(
   takes_fused_qkv=False,
   is_plain=False,
 )
+_simple = BlockSpec(None, None, attention=None, takes_mtp=False, takes_fused_qkv=False, is_plain=False)
 _in_cycles = functools.partial(BlockSpec, is_plain=False, cycle=Cycle("layers"))
 
 # By `decoder_block`, but for pythia.
@@ -110,8 +126,10 @@ BLOCKS = {
   "qwen3": BlockSpec(takes_qk_norm=True, is_released=True),
   "qwen3_moe": BlockSpec(takes_qk_norm=True),
   "gemma": _gemma(scales_query_kernel=True, is_plain=True),
+  "gemma2": _gemma(cycle=Cycle("half", 2, sides=("local", "global"))),
   "gemma3": _gemma(cycle=Cycle("layers", 6, has_remainder=True)),
   "gemma4": _gemma(scales_output=True, tied_every=6, cycle=Cycle(None, 6, "scanned_blocks", has_remainder=True)),
+  "gemma4_small": _gemma(scales_output=True, uses_earlier_kv=True, takes_fused_qkv=False),
   "gpt_oss": _in_cycles(attention="GptOssAttention", takes_mtp=False, cycle=Cycle("layers", pattern=2)),
   "llama4": _in_cycles(),
   "envy": _in_cycles(),
@@ -120,9 +138,19 @@ BLOCKS = {
   "qwen3_5": _hybrid(cycle=Cycle("layer")),
   "qwen3_custom_moe": BlockSpec(feed_forward_norm=None, takes_qk_norm=True, takes_mtp=False, is_plain=False),
   "deepseek": BlockSpec(takes_fused_qkv=False, is_plain=False, layers=("dense_layers", "moe_layers")),
+  "deepseek4": BlockSpec(
+    takes_chunked_prefill=False,
+    is_tied=True,
+    takes_mtp=False,
+    takes_fused_qkv=False,
+    is_plain=False,
+    cycle=Cycle("layers", 2, "scanned_blocks", singles_first="first_num_hash_layers"),
+  ),
   "default": BlockSpec(
     "pre_self_attention_norm", None, is_parallel=True, shares_norm=True, tied_every=1, is_plain=False
   ),
+  "simple": _simple,
+  "simple_mlp": _simple,
   "gpt3": BlockSpec(
     "pre_self_attention_norm", "mlp.mlp_layer_norm", has_biases=True, takes_chunked_prefill=False, is_rotary=False
   ),
@@ -149,10 +177,18 @@ def spec(config) -> BlockSpec:
   return BLOCKS[name]
 
 
+def num_blocks(config) -> int:
+  """L, the number of blocks. MaxText's `num_decoder_layers` counts the layers that it builds, which may be two each."""
+  return config.num_decoder_layers * max(len(spec(config).sides), 1)
+
+
 def streams_read(config, block: int) -> str:
   """The streams that a block reads, letters of "qkvr"."""
-  every = spec(config).tied_every
-  return "qkr" if every and config.share_kv_projections and block % every == 0 else "qkvr"
+  row = spec(config)
+  if row.uses_earlier_kv and 0 < config.num_decoder_layers - config.num_kv_shared_layers < block:
+    return "qr"
+  is_shared = bool(row.tied_every) and config.share_kv_projections and block % row.tied_every == 0
+  return "qkr" if row.is_tied or is_shared else "qkvr"
 
 
 def normed_streams(config, block: int) -> str:

@@ -1,5 +1,7 @@
 """Widths of the feed-forward networks where the paper re-allocates parameters to deeper blocks. Pure Python."""
 
+from maxtext_mudd import blocks
+
 RELEASED = {"first": 0.5, "last": 1.5, "round_to": 128}  # arguments of `reallocated` for the released models
 
 
@@ -18,7 +20,7 @@ def reallocated(
 
 def of_config(config) -> tuple[int, ...]:
   """The feed-forward width of each block, from the first."""
-  num_blocks, width = config.num_decoder_layers, config.mlp_dim
+  num_blocks, width = blocks.num_blocks(config), config.mlp_dim
   if not (config.mudd and config.mudd_ffn_reallocation):
     return (width,) * num_blocks
   return reallocated(

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 import dataclasses
+import itertools
+import re
 
 from maxtext_mudd import blocks as decoder_blocks
 from maxtext_mudd.blocks import Cycle, ffn_widths
 
 _INNER = "local_layers"  # a stack within each cycle
 _REMAINDER = "layers_remainder"
+SINGLE_LAYER = r"[a-z_]*layers_\d+(?:/half_\d+)?"  # the path from the decoder to a single layer, of whatever model
 _ATTRIBUTES = {_REMAINDER}.union(  # of decoders with scanned layers
   *({*spec.layers, *([spec.cycle.name] if spec.cycle else [])} for spec in decoder_blocks.BLOCKS.values())
 )
@@ -21,7 +24,7 @@ class Stack:
     path: attributes that lead from the decoder to the stack.
     blocks: numbers of the blocks, rising, in the order of the arrays.
     sizes: of the axes along which parameters are stacked: one axis or, where a stack lies within each scanned cycle,
-      two, that of cycles first. No axis for a layer that is not stacked, which follows the last whole cycle.
+      two, that of cycles first. No axis for a layer that is not stacked, before the first cycle or after the last.
   """
 
   path: tuple[str, ...]
@@ -48,10 +51,13 @@ def of_config(config) -> tuple[Stack, ...]:
   if cycle is None:
     return tuple(_stack((name,), blocks) for name, blocks in _sections(config) if blocks)
   length = cycle.length or config.inhomogeneous_layer_cycle_interval
-  number, rest = divmod(config.num_decoder_layers, length)
-  whole = _cycles(cycle, cycle.name, range(1, number * length + 1, length), length, (number,)) if number else []
-  remainder = _cycles(cycle, _REMAINDER, range(number * length + 1, number * length + 2), rest, ()) if rest else []
-  return (*whole, *remainder)
+  first = getattr(config, cycle.singles_first) if cycle.singles_first else 0
+  singles = [Stack((f"layers_{k}",), (k + 1,), ()) for k in range(first)]
+  number, rest = divmod(decoder_blocks.num_blocks(config) - first, length)
+  end = first + number * length
+  whole = _cycles(cycle, cycle.name, range(first + 1, end + 1, length), length, (number,)) if number else []
+  remainder = _cycles(cycle, _REMAINDER, range(end + 1, end + 2), rest, ()) if rest else []
+  return (*singles, *whole, *remainder)
 
 
 def index(blocks: Sequence[int], number):
@@ -64,11 +70,13 @@ def index(blocks: Sequence[int], number):
 
 def of_path(config, path: Sequence[str]) -> Stack | None:
   """The stack that a parameter's path leads through; None for what is of no stack."""
-  for stack in of_config(config):
-    start, length = stack.path[0], len(stack.path)
-    if start in path and tuple(path[path.index(start) :][:length]) == stack.path:
-      return stack
-  return None
+  found = [stack for stack in of_config(config) if _leads_through(path, stack.path)]
+  # A layer of a cycle may have the name of a single one, whose path is shorter.
+  return max(found, key=lambda stack: len(stack.path), default=None)
+
+
+def _leads_through(path: Sequence[str], stack: tuple[str, ...]) -> bool:
+  return stack[0] in path and tuple(path[path.index(stack[0]) :][: len(stack)]) == stack
 
 
 def is_scanned(path: Sequence[str]) -> bool:
@@ -77,12 +85,31 @@ def is_scanned(path: Sequence[str]) -> bool:
 
 
 def single_layers(config) -> dict[str, int]:
-  """By the attribute of the decoder that has a single layer, the number of its block."""
-  return {f"{name}_{index}": block for name, blocks in _sections(config) for index, block in enumerate(blocks)}
+  """By the path from the decoder to a single layer, as "layers_0" or "layers_0/half_0", the number of its block."""
+  layers = [f"{name}_{index}" for name, numbers in _sections(config) for index, _ in enumerate(numbers)]
+  row = decoder_blocks.spec(config)
+  if row.sides:
+    layers = [f"{layer}/{row.cycle.member}_{k}" for layer in layers for k, _ in enumerate(row.sides)]
+  return {path: block for block, path in enumerate(layers, 1)}
+
+
+def block_of_single(config, path: Sequence[str]) -> int | None:
+  """The number of the block of a single layer that a path leads through; None for what is of no single layer."""
+  singles = single_layers(config)
+  names = (*path, *map("/".join, itertools.pairwise(path)))
+  return next((singles[name] for name in names if name in singles), None)
+
+
+def path_from_plain(config, path: str) -> str:
+  """The path in a model with connections of a parameter that has this path in MaxText's plain model."""
+  row = decoder_blocks.spec(config)
+  for k, side in enumerate(row.sides):
+    path = re.sub(rf"(decoder/layers(?:_\d+)?)/(\w+)_{side}/", rf"\1/{row.cycle.member}_{k}/\2/", path)
+  return path
 
 
 def _sections(config) -> list[tuple[str, range]]:
-  """What the attributes of layers begin with, and the blocks in these layers."""
+  """What the attributes of MaxText's layers begin with, and the numbers of these layers, from 1."""
   names, end = decoder_blocks.spec(config).layers, config.num_decoder_layers + 1
   if len(names) == 1:
     return [(names[0], range(1, end))]

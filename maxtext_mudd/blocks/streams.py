@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from maxtext.common.common_types import MODEL_MODE_TRAIN
 from maxtext.layers.attention_mla import MLA
 from maxtext.layers.linears import DenseGeneral
+from maxtext.layers.mhc import ManifoldConstrainedHyperConnections
 from maxtext.models.gpt3 import Gpt3MultiHeadAttention
 from maxtext.models.qwen3 import Qwen3NextGatedDeltaNet
 from maxtext.utils.sharding import logical_to_mesh_axes
@@ -28,8 +29,20 @@ from maxtext_mudd.blocks import BlockSpec
 from maxtext_mudd.blocks.classes import change_class
 
 # The stream that a projection of attention reads, by its name in MaxText's attention modules. What decides how much is
-# written and forgotten in a gated delta net belongs to its keys.
-_READS = {"query": "q", "key": "k", "value": "v", "wq_a": "q", "wk": "k", "weights_proj": "q", "in_proj_ba": "k"}
+# written and forgotten in a gated delta net reads what its keys read. In compressed attention the vectors that are keys
+# and values, and their gates, read k.
+_READS = {
+  "query": "q",
+  "key": "k",
+  "value": "v",
+  "wq_a": "q",
+  "wk": "k",
+  "weights_proj": "q",
+  "in_proj_ba": "k",
+  "wkv": "k",
+  "kv_proj": "k",
+  "gate_proj": "k",
+}
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +51,8 @@ class Streams:
   """The four inputs of a block. Not a tuple, since stock layers unpack tuples.
 
   Attributes:
-    q, k, v: Inputs of the query, key and value projections, [B,T,D] each.
+    q, k, v: Inputs of the query, key and value projections, [B,T,D] each; before MaxText's mHC, [B,T,n,D]. After the
+      norms, None for a projection that the layer does not have.
     r: The residual stream, [B,T,D]. After the norms it is normed for a feed-forward block that shares the norm of
       attention, and None for others.
     norm_parameter: Chooses between (parameter of LN_k or LN_v, the same of LN_q) for one layer of a scanned stack in
@@ -66,7 +80,7 @@ class StreamNorm(nnx.Module):
 
   Args:
     streams: those that have a norm, q first. The residual stream has one for a feed-forward block that shares the norm
-      of attention. Values that are keys have none.
+      of attention. Values that are keys have none, nor have keys and values of an earlier layer.
   """
 
   def __init__(self, norm: nnx.Module, streams: str):
@@ -80,7 +94,7 @@ class StreamNorm(nnx.Module):
       for stream in "qkvr"
       if hasattr(self, stream)
     }
-    return Streams(**{"v": None, **normed})
+    return Streams(**{"k": None, "v": None, **normed})
 
   def _chosen(self, norm: nnx.Module, choose: Callable | None) -> nnx.Module:
     if choose is None or norm is self.q:
@@ -188,6 +202,29 @@ class LatentAttention(MLA):
     return key, value, cached
 
 
+class HyperConnections(ManifoldConstrainedHyperConnections):
+  """MaxText's hyper-connections, whose layer inputs of q, k and v are each read out of their own stream.
+
+  One set of weights reads all of them. What attention returns is added to the hyper-streams of the residual stream.
+  Where all streams are equal these are stock hyper-connections, with the same parameters.
+  """
+
+  @functools.wraps(ManifoldConstrainedHyperConnections.__call__)
+  def __call__(self, norm_fn, branch_fn, x: Streams, mhc_type, **kwargs):
+    def layer_input(stream: Float[Array, "B T n D"]) -> Float[Array, "B T D"]:
+      taken = []  # the rest of what stock computes of the stream is not used
+
+      def branch(inputs_q, inputs_kv):
+        taken.append(inputs_q)
+        return inputs_q, None
+
+      super(HyperConnections, self).__call__(lambda inputs: inputs, branch, stream, mhc_type)
+      return taken[0]
+
+    streams = Streams(*map(layer_input, (x.q, x.k, x.v)), norm_parameter=x.norm_parameter)
+    return super().__call__(lambda _: norm_fn(streams), branch_fn, x.r, mhc_type, **kwargs)
+
+
 def decouple(layer: nnx.Module, block: BlockSpec, streams: str) -> None:
   """Makes a stock decoder layer read `Streams`.
 
@@ -209,5 +246,7 @@ def decouple(layer: nnx.Module, block: BlockSpec, streams: str) -> None:
       change_class(projection, _reading_by_columns(type(projection), columns))
   if isinstance(attention, MLA):
     change_class(attention, LatentAttention)
+  if hasattr(layer, "mhc_attention"):
+    change_class(layer.mhc_attention, HyperConnections)
   if block.shares_norm:
     change_class(layer.mlp, reading(type(layer.mlp), "r"))

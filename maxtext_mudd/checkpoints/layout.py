@@ -36,7 +36,7 @@ def stacking(values: Mapping[str, np.ndarray], config) -> Iterator[tuple[str, np
   family = connections.family(config)  # the decoder has what starts and finishes, where layers are scanned
   layers = {}
   for path in values:
-    match = re.fullmatch(r"(|.*/)decoder/([a-z_]*layers_\d+)/(.+)", path)
+    match = re.fullmatch(rf"(|.*/)decoder/({stacks.SINGLE_LAYER})/(.+)", path)
     if not match:
       yield path, values[path]
       continue
@@ -93,12 +93,11 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
     if end:
       block = 1 if _module(end[2]) in connections.family(config).start_modules else plan.num_blocks
       singles[f"{end[1]}decoder/{names[block]}/{end[2]}"] = value
-    elif not (match and stacks.is_scanned(match[2].split("/"))):
+    elif not match or (stack := stacks.of_path(config, match[2].split("/"))) is None:
+      if match and stacks.is_scanned(match[2].split("/")):
+        raise ValueError(f"{path} is of layers that this model does not have")
       singles[path] = value
     else:
-      stack = stacks.of_path(config, match[2].split("/"))
-      if stack is None:
-        raise ValueError(f"{path} is of layers that this model does not have")
       is_parameter = not match[1].startswith(_OTHER_STATE)
       blocks, full_name = stack.blocks, match[2].removeprefix("/".join(stack.path) + "/")
       sizes = layout.stacked_sizes(config, stack, value.shape, is_parameter=is_parameter)

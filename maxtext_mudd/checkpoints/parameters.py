@@ -41,13 +41,29 @@ def check_path(path: str, config) -> None:
   """Checks the shapes of the parameters of a checkpoint against a configuration. Does not read the values.
 
   Raises:
-    ConfigError: as `check`, or the checkpoint has no parameters.
+    ConfigError: as `check`, the checkpoint has no parameters, or the model has other state that is trained.
   """
+  check_state(config)
   saved_shapes = shapes(path)
   if not saved_shapes:
     advice = "name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
     raise ConfigError(f"{path} has no parameters, or is damaged; {advice}")
   check(saved_shapes, model_config.parameter_shapes(config), path)
+
+
+def check_state(config) -> None:
+  """Raises ConfigError for a model with trained state besides its parameters, which alone are read of a checkpoint."""
+  if config.mudd and config.routed_bias:
+    raise ConfigError(
+      "routed_bias=True: the biases of routers are not parameters, and only parameters are read of a checkpoint; use a "
+      "model without them."
+    )
+  first = config.first_num_hash_layers
+  if config.mudd and first and config.decoder_block.value == "deepseek4":
+    raise ConfigError(
+      f"first_num_hash_layers={first}: the tables by which these layers choose experts are not parameters, and only "
+      "parameters are read of a checkpoint; use a model without such layers."
+    )
 
 
 def shapes(path: str) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ from maxtext_mudd.config.errors import ConfigError
 
 # Beginnings of `model_name` whose layers read this key. A model folder cannot keep the key: MaxText would check the
 # folder's keys against its own configuration file of that name.
-_READ_BY_NAME = ("deepseek3", "deepseek4", "kimi-k2", "olmo3", "llama4", "qwen3-omni")
+_READ_BY_NAME = ("deepseek3", "deepseek4", "gemma3", "gemma4-e", "kimi-k2", "olmo3", "llama4", "qwen3-omni")
 
 
 def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, overrides: Mapping[str, Any]) -> None:

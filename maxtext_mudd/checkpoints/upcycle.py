@@ -1,8 +1,9 @@
 """Puts depth connections into a trained model of stock MaxText ("upcycling").
 
-The new model has the trained parameters, and the attention norm of a block three times (LN_q, LN_k and LN_v) where the
-block reads separate streams. The parameters of the connections, and tables of extra embeddings, have the initial values
-of a new model with the same configuration. At these values it computes what the trained model computes.
+The new model has the trained parameters, and the attention norm of a block once for each stream that it serves (LN_q,
+LN_k and LN_v) where the block reads separate streams. The parameters of the connections, and tables of extra
+embeddings, have the initial values of a new model with the same configuration. At these values it computes what the
+trained model computes.
 
 In a train state, an optimizer moment is treated like its parameter: LN_q, LN_k and LN_v start with the moments of the
 norm that they were, so that Adam moves them as it moved that norm. Moments of the new parameters are zero.
@@ -49,6 +50,7 @@ def to_model_folder(
   """
   path = run.items_of(checkpoint)
   config = pyconfig.initialize(["", config_file], **{**overrides, **model_config.local_keys()})
+  parameters.check_state(config)
   saved = _plain_parameters(path, config)
   run.write(path, saved, config, target, lambda values: _with_connections(values, config))
 
@@ -79,13 +81,14 @@ def to_run(checkpoint: pathlib.Path, target: pathlib.Path, config) -> int:
   if not any(name.startswith(_MOMENTS) for name in values):
     raise ConfigError(f"{path} has no optimizer state, which --run keeps; write the parameters with --maxtext-dir.")
   advice = "use the keys of the optimizer with which the run was trained, or write the parameters with --maxtext-dir"
+  values = {stacks.path_from_plain(config, name): x for name, x in values.items()}
   values = dict(_with_connections(values, config))
   train_state.write(config, values, step, target, checkpoint, _is_added_moment, advice)
   return step
 
 
 def _plain_parameters(path: pathlib.Path, config) -> dict[str, tensors.Tensor]:
-  """The parameters of a checkpoint by path, as `orbax_folder.parameters`.
+  """The parameters of a checkpoint, by their paths in the new model.
 
   Raises:
     ConfigError: they are not those of the plain model of the configuration, or the configuration changes its logits.
@@ -97,7 +100,7 @@ def _plain_parameters(path: pathlib.Path, config) -> dict[str, tensors.Tensor]:
     raise ConfigError(f"{path} has {connection}: its model has depth connections already; name one that has none.")
   plain = changed(config, mudd=False, scan_layers=run.is_scanned(saved))
   parameters.check({name: x.shape for name, x in saved.items()}, model_config.parameter_shapes(plain), str(path))
-  return saved
+  return {stacks.path_from_plain(config, name): x for name, x in saved.items()}
 
 
 def _check_config(config) -> None:
@@ -141,7 +144,7 @@ def _single_layers(
   norm, plan, singles = block_spec(config).attention_norm, connections.plan(config), stacks.single_layers(config)
   roots = set()  # what paths of parameters begin with
   for path in values:
-    value, match = values[path], re.fullmatch(r"(|.*/)decoder/([a-z_]*layers_\d+)/([^/]+)(/.+)", path)
+    value, match = values[path], re.fullmatch(rf"(|.*/)decoder/({stacks.SINGLE_LAYER})/([^/]+)(/.+)", path)
     if match and not match[1].startswith((_OTHER_STATE, _MOMENTS)):
       roots.add(match[1])
     if match and match[3] == norm and plan.has_separate_norms(singles[match[2]]):

@@ -8,7 +8,12 @@ from maxtext_mudd import blocks, connections
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 _WITH_DELTA_NETS = ("qwen3_next", "qwen3_5")
-_GEMMA3 = ("gemma3-4b", "gemma3-12b", "gemma3-27b")  # the names with which MaxText builds this block
+_WITH_HYPER_STREAMS = ("deepseek", "deepseek4")
+# The names with which MaxText builds these blocks, and what it does by the name.
+_NAMES = {
+  "gemma3": (("gemma3-4b", "gemma3-12b", "gemma3-27b"), "scales queries"),
+  "deepseek4": (("deepseek4-tiny", "deepseek4-284b"), "chooses experts"),
+}
 
 
 class DepthConnectionKeys(KeyGroup):
@@ -65,14 +70,22 @@ def refusals(config) -> Iterator[Refusal]:
     spec.scales_output and reads_sublayers,
     layer,
     f"depth_connection={config.depth_connection}",
-    "its layers multiply their output, which is not one array, by a parameter; use a decoder_block such as gemma3",
+    "its layers multiply their output by a parameter, and the family keeps several arrays in its place; use a "
+    "decoder_block such as gemma3",
   )
   interval = config.inhomogeneous_layer_cycle_interval
   yield Refusal(
-    config.scan_layers and interval > 1 and spec.cycle is None,
+    config.scan_layers and interval > 1 and (spec.cycle is None or bool(spec.sides)),
     f"inhomogeneous_layer_cycle_interval={interval}",
     f"{mudd} and {layer}",
     "MaxText scans its layers one by one and would leave some out; set it to 1",
+  )
+  length = spec.cycle.length if spec.cycle else None
+  yield Refusal(
+    config.scan_layers and interval > 1 and length is not None,
+    f"inhomogeneous_layer_cycle_interval={interval}",
+    f"{mudd} and {layer}",
+    f"MaxText scans cycles of {length} of its layers, whatever the key says; set it to 1",
   )
   yield Refusal(
     config.scan_layers and spec.cycle is not None and spec.cycle.member is None and reads_sublayers,
@@ -88,9 +101,9 @@ def refusals(config) -> Iterator[Refusal]:
     f"scan_layers=True and {layer}",
     f"the kinds of its layers come again after {pattern}; use a multiple of {pattern}",
   )
-  has_rest = interval > 0 and config.num_decoder_layers % interval != 0
+  leaves_out = spec.cycle is not None and not (spec.cycle.has_remainder or spec.cycle.length)
   yield Refusal(
-    config.scan_layers and spec.cycle is not None and not spec.cycle.has_remainder and has_rest,
+    config.scan_layers and leaves_out and interval > 0 and config.num_decoder_layers % interval != 0,
     f"base_num_decoder_layers={config.base_num_decoder_layers}",
     f"scan_layers=True and inhomogeneous_layer_cycle_interval={interval}",
     f"MaxText scans whole cycles of layers and would leave some out; use a multiple of {interval}",
@@ -103,7 +116,8 @@ def refusals(config) -> Iterator[Refusal]:
     is_fused and is_quantized,
     f"quantization={quantization}" if quantization else f"weight_dtype={weights}",
     f"{mudd} and fused_qkv=True" if config.fused_qkv else f"{mudd} and {layer}",
-    "scales are of whole kernels, of which columns read different streams; use another one",
+    "a scale is of a whole kernel, whose columns read different streams; leave quantization empty and use another "
+    "weight_dtype than float8",
   )
   yield Refusal(
     config.using_pipeline_parallelism,
@@ -111,27 +125,28 @@ def refusals(config) -> Iterator[Refusal]:
     mudd,
     "block outputs are not passed between stages; use fsdp or tensor parallelism",
   )
-  yield Refusal(
-    config.mhc_expansion_rate > 1,
-    f"mhc_expansion_rate={config.mhc_expansion_rate}",
-    mudd,
-    "it is a depth connection of MaxText's; set it to 1",
-  )
+  yield from _hyper_streams(config, layer)
   yield Refusal(
     bool(config.engram_layers),
     f"engram_layers={list(config.engram_layers)}",
     mudd,
-    "they add to the input of a block, which is several streams; leave it empty",
+    "Engram adds to the input of a block, which is several streams, and MaxText leaves it out of single layers; leave "
+    "it empty",
   )
   yield Refusal(
-    config.shard_mode.value == "explicit",
+    config.shard_mode.value == "explicit" and not connections.family(config).takes_explicit_axes,
     "shard_mode=explicit",
-    mudd,
-    "the aggregates leave sharding to the compiler; use shard_mode=auto",
+    f"depth_connection={config.depth_connection}",
+    "its sums leave sharding to the compiler; use shard_mode=auto, or depth_connection=dense",
   )
   yield Refusal(
-    config.use_multimodal, "use_multimodal=True", mudd, "visual features are added between layers; set it to False"
+    spec.cycle is not None and config.attention.startswith("vllm"),
+    f"attention={config.attention}",
+    f"{mudd} and {layer}",
+    "layers in cycles do not return the caches that vLLM keeps; use another attention",
   )
+  if config.use_multimodal:
+    yield from _multimodal(config)
   if config.scan_layers:
     yield from _scanned(config)
 
@@ -146,10 +161,16 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     "MaxText cannot build its layers for multi-token prediction; set it to 0",
   )
   yield Refusal(
-    number > 0 and config.scan_layers and spec.cycle is not None,
+    number > 0 and config.scan_layers and spec.cycle is not None and not spec.sides,
     f"mtp_num_layers={number}",
     f"scan_layers=True and {layer}",
     "each block of multi-token prediction would be a whole cycle of layers; set scan_layers=False",
+  )
+  yield Refusal(
+    bool(spec.sides) and config.enable_dropout and config.dropout_rate > 0,
+    f"dropout_rate={config.dropout_rate}",
+    f"mudd=True and {layer}",
+    "MaxText runs two blocks in one layer, and each would drop out the output of the other; set it to 0",
   )
   yield Refusal(
     config.fused_qkv and not spec.takes_fused_qkv,
@@ -157,6 +178,22 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     layer,
     "it has other projections; set fused_qkv=False",
   )
+  yield Refusal(
+    spec.attention is None and not config.scan_layers,
+    "scan_layers=False",
+    layer,
+    "its single layers return an array where MaxText's decoder takes a pair; set scan_layers=True",
+  )
+  plan = connections.plan(config)
+  yield Refusal(
+    spec.attention is None and any(map(plan.has_separate_norms, range(1, plan.num_blocks + 1))),
+    layer,
+    "separate streams or norms of queries, keys and values",
+    "it has no attention; set mudd_ways=1 and mudd_first_block_norms=shared, or use the stream x alone in "
+    "mudd_placements",
+  )
+  if spec.uses_earlier_kv:
+    yield from _with_earlier_kv(config, layer)
   is_latent, dense = config.attention_type == "mla", config.first_num_dense_layers
   yield Refusal(
     is_latent and block != "deepseek",
@@ -172,7 +209,7 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
       not 0 <= dense <= config.num_decoder_layers,
       f"first_num_dense_layers={dense}",
       f"base_num_decoder_layers={config.base_num_decoder_layers}",
-      "so many of the layers are dense; use a number from 0 to that of all layers",
+      f"so many of the layers are dense; use a number from 0 to {config.num_decoder_layers}",
     )
   yield Refusal(
     is_latent and not config.mla_naive_kvcache,
@@ -186,13 +223,123 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     "mudd=True",
     "it does not call the layers; set it to False",
   )
+  if block in _NAMES:
+    names, does = _NAMES[block]
+    yield Refusal(
+      config.model_name not in names,
+      f"model_name={config.model_name}",
+      layer,
+      f"MaxText {does} by the name of the model; use {', '.join(names)}, for other sizes with "
+      "override_model_config=True",
+    )
+  if block == "deepseek4":
+    yield from _deepseek4(config, layer)
+
+
+def _deepseek4(config, layer: str) -> Iterator[Refusal]:
+  """Yields the settings with which MaxText cannot build layers of compressed attention."""
+  first, number, ratios = config.first_num_hash_layers, config.num_decoder_layers, config.compress_ratios
+  sizes = f"base_num_decoder_layers={config.base_num_decoder_layers}"
   yield Refusal(
-    block == "gemma3" and config.model_name not in _GEMMA3,
-    f"model_name={config.model_name}",
+    config.attention_type != "compressed",
+    f"attention_type={config.attention_type!r}",
     layer,
-    f"MaxText scales queries by the name of the model; use {', '.join(_GEMMA3)}, for other sizes with "
-    "override_model_config=True",
+    "its attention is compressed; use 'compressed'",
   )
+  yield Refusal(
+    config.mhc_expansion_rate == 1,
+    "mhc_expansion_rate=1",
+    layer,
+    "its layers have several residual streams; set it to 2 or more",
+  )
+  yield Refusal(
+    not 0 <= first <= number,
+    f"first_num_hash_layers={first}",
+    sizes,
+    "so many of the layers choose experts by tokens; use a number from 0 to that of all layers",
+  )
+  yield Refusal(
+    len(ratios) < number,
+    f"compress_ratios={ratios}",
+    sizes,
+    "every layer has its ratio; use as many as there are layers",
+  )
+  yield Refusal(
+    config.scan_layers and ratios[first:number] != [128, 4] * ((number - first) // 2),
+    f"compress_ratios={ratios}",
+    f"scan_layers=True, first_num_hash_layers={first} and {sizes}",
+    "MaxText scans pairs of layers with the ratios 128 and 4; use these in turn after the first layers",
+  )
+
+
+def _hyper_streams(config, layer: str) -> Iterator[Refusal]:
+  """Yields the settings that do not work with MaxText's hyper-connections."""
+  if config.mhc_expansion_rate == 1:
+    return
+  rate = f"mhc_expansion_rate={config.mhc_expansion_rate}"
+  yield Refusal(
+    config.decoder_block.value not in _WITH_HYPER_STREAMS,
+    rate,
+    layer,
+    f"MaxText has several residual streams in the blocks {' and '.join(_WITH_HYPER_STREAMS)}; set it to 1",
+  )
+  yield Refusal(
+    config.use_mhc_pallas_kernel,
+    "use_mhc_pallas_kernel=True",
+    f"mudd=True and {rate}",
+    "it was not tried with separate streams; set it to False",
+  )
+  yield Refusal(
+    connections.family(config).reads == "sublayer",
+    rate,
+    f"depth_connection={config.depth_connection}",
+    "both make the input of every sublayer; set it to 1, or depth_connection=dense",
+  )
+  yield Refusal(
+    config.mtp_num_layers > 0,
+    f"mtp_num_layers={config.mtp_num_layers}",
+    rate,
+    "MaxText gives layers of multi-token prediction one residual stream, and they read several; set it to 0",
+  )
+  yield _extra_embeddings(config, rate, "MaxText makes its residual streams of one embedding")
+
+
+def _extra_embeddings(config, setting: str, reason: str) -> Refusal:
+  number = connections.plan(config).extra_embeddings
+  return Refusal(number > 0, f"mudd_extra_embeddings={number}", setting, f"{reason}; set it to 0")
+
+
+def _with_earlier_kv(config, layer: str) -> Iterator[Refusal]:
+  """Yields the settings that do not work with layers that use keys and values of earlier ones."""
+  from maxtext.models import gemma4_small  # imports JAX
+
+  number, width = config.num_kv_shared_layers, config.hidden_size_per_layer_input
+  kinds = gemma4_small.build_layer_types(config.num_decoder_layers, config.model_name)
+  sharing = [x for x in range(len(kinds)) if gemma4_small.is_kv_shared_layer(x, len(kinds), number)]
+  yield Refusal(
+    config.scan_layers, "scan_layers=True", layer, "MaxText does not scan its layers; set scan_layers=False"
+  )
+  yield Refusal(
+    any(gemma4_small.kv_donor_layer_idx(x, kinds, number) is None for x in sharing),
+    f"num_kv_shared_layers={number}",
+    f"base_num_decoder_layers={config.base_num_decoder_layers}",
+    "a global layer would use keys and values of an earlier one, and there is none; set it to a lower number",
+  )
+  if width > 0 and config.vocab_size_per_layer_input > 0:
+    setting = f"{layer} and hidden_size_per_layer_input={width}"
+    yield _extra_embeddings(config, setting, "MaxText makes the inputs of layers from one embedding")
+
+
+def _multimodal(config) -> Iterator[Refusal]:
+  """Yields the settings that do not work where features of images replace token embeddings, in X_0."""
+  multimodal, indexes = "mudd=True and use_multimodal=True", list(config.deepstack_visual_indexes_for_vit)
+  yield Refusal(
+    bool(indexes),
+    f"deepstack_visual_indexes_for_vit={indexes}",
+    multimodal,
+    "visual features are added to block outputs, which are sources; leave it empty, or set use_multimodal=False",
+  )
+  yield _extra_embeddings(config, multimodal, "the further tables have rows for tokens and none for images")
 
 
 def _scanned(config) -> Iterator[Refusal]:

@@ -29,7 +29,17 @@ REMAT_POLICIES = (
 )
 
 # Among those that take connections.
-_BLOCKS_OF_MUON = ("llama2", "qwen3", "qwen3_moe", "qwen3_custom_moe", "qwen3_next", "gemma3", "gpt_oss", "deepseek")
+_BLOCKS_OF_MUON = (
+  "llama2",
+  "qwen3",
+  "qwen3_moe",
+  "qwen3_custom_moe",
+  "qwen3_next",
+  "gemma3",
+  "gpt_oss",
+  "deepseek",
+  "deepseek4",
+)
 
 
 class StockChecks(BaseModel):

@@ -20,6 +20,7 @@ import dataclasses
 import types
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from maxtext_mudd.blocks import num_blocks
 from maxtext_mudd.connections.family_keys import FamilyKeys, HistoryKeys, kernel_refusals
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ class Family(Protocol):
 
   Attributes:
     Keys: group of configuration keys, with their checks; `MuddConfig` inherits it.
+    takes_explicit_axes: whether models run on meshes with explicit axes (`shard_mode=explicit`).
     reads: "sublayer" if the family needs the outputs of attention and of the FFN one by one, since it makes an input
       for each or adds them up by itself; otherwise "block".
     depth_axes: names of the axes of an `Aggregate`'s parameters that depend on the site, by the last name of a
@@ -180,6 +182,7 @@ class Family(Protocol):
   """
 
   Keys: ClassVar[type[FamilyKeys]]
+  takes_explicit_axes: ClassVar[bool]
   reads: ClassVar[Literal["block", "sublayer"]]
   depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]]
   matrices: ClassVar[Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]]
@@ -243,6 +246,7 @@ class BaseFamily:
   """What a family is unless it says otherwise. A subclass brings `cost` and `build`, and `plan` if it has sites."""
 
   Keys = FamilyKeys
+  takes_explicit_axes = False
   reads = "block"
   depth_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = types.MappingProxyType({})
   matrices: ClassVar[Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]] = types.MappingProxyType({})
@@ -261,7 +265,7 @@ class BaseFamily:
 
   @classmethod
   def plan(cls, config) -> Plan:
-    return Plan(config.num_decoder_layers)
+    return Plan(num_blocks(config))
 
   @classmethod
   def output_init_scale(cls, config) -> float:
@@ -330,6 +334,10 @@ class Connection(Protocol):
     """The argument of the stock layer, from the inputs that `through` gives; called in the layer. Its arrays are
     [B,T,D]: stock layers shard all of them so."""
 
+  def inputs(self, carry: Any) -> Any:
+    """The argument of the stock layer for which `through` calls `read`, without running the block; of single layers
+    only. The decoder asks so for keys and values that later blocks use."""
+
   def write(self, output: Any) -> Any:
     """What the carry keeps of the layer's output; called in the layer. The block returns arrays [B,T,D] only, which it
     shards."""
@@ -380,6 +388,7 @@ class HistoryFamily(BaseFamily):
   """
 
   Keys = HistoryKeys
+  takes_explicit_axes = True
   start_modules = ("embedding_norm", "extra_norms")
   finish_modules = ("final_depth_aggregate",)
 

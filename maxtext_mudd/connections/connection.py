@@ -17,7 +17,7 @@ from maxtext_mudd.connections import layout, metrics
 from maxtext_mudd.connections.base import STREAMS, Aggregate, HistoryFamily, Link, Site
 from maxtext_mudd.connections.buffer import HistoryBuffer
 from maxtext_mudd.connections.history import History
-from maxtext_mudd.connections.mesh import passes, source_sharding
+from maxtext_mudd.connections.mesh import passes, source_sharding, with_whole_width
 
 
 class PlainConnection(nnx.Module):
@@ -41,6 +41,9 @@ class PlainConnection(nnx.Module):
     return carry, rest
 
   def read(self, carry):
+    return carry
+
+  def inputs(self, carry):
     return carry
 
   def write(self, output):
@@ -191,6 +194,13 @@ class HistoryConnection(PlainConnection):
 
     return Streams(*(streams.get(stream, one) for stream in STREAMS), choose)
 
+  def inputs(self, carry: History) -> Streams | Float[Array, "B T D"]:
+    module, site, sums = self.depth_aggregate, self.table.padded, None
+    if module is not None:
+      link, parameters = self._link(carry, module, site, self._weights)
+      sums = carry.sums(link, parameters)
+    return self.read(self.blocks[0], sums, carry.output)
+
   def write(self, output: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """What later sites mix."""
     return output if self.output_norm is None else self.output_norm(output)
@@ -223,7 +233,8 @@ class HistoryConnection(PlainConnection):
     """What docs/metrics.md lists: all of it with `record_internal_nn_metrics`, otherwise the part of a total."""
 
     def dynamic(newest):
-      mlp = dataclasses.replace(kernels.replace_static(weights, jnp.zeros_like), newest=newest)
+      newest, w1 = with_whole_width(newest), with_whole_width(weights.w1, axis=0)
+      mlp = dataclasses.replace(kernels.replace_static(weights, jnp.zeros_like), newest=newest, w1=w1)
       return kernels.token_weights([newest], mlp)[0]
 
     is_dynamic = isinstance(weights, kernels.WeightMLP)
@@ -245,7 +256,7 @@ class HistoryConnection(PlainConnection):
     graphdef, parameters = nnx.split(module)
 
     def from_parameters(parameters, number, output, is_source: bool) -> kernels.Weights:
-      return weights(nnx.merge(graphdef, parameters), number, output, is_source)
+      return runs.placed(weights(nnx.merge(graphdef, parameters), number, output, is_source))
 
     return Link(self.plan, site, runs, from_parameters, block, recomputed), parameters
 

@@ -104,6 +104,13 @@ class History:
     source, output, rest = block(state, sums, self.output, arguments)
     return after.append(source, output), rest
 
+  def sums(self, link: Link, parameters: Any) -> list[Float[Array, "B T D"]]:
+    """The sums of a site once more, besides those in `through`, as for keys and values that later blocks use. They are
+    differentiated separately, since only one operation may make the cotangents of `pending` and `recomputed`."""
+    alone = dataclasses.replace(link, plan=dataclasses.replace(link.plan, sites={link.site.block: link.site}))
+    sums, _ = History(self.sources, self.newest).mix(alone, parameters)
+    return sums
+
   def close(self, sown: Any) -> tuple["History", Any]:
     """The history after the last block; a buffer has to know where that is."""
     return self, sown
@@ -285,7 +292,7 @@ def _after(here: PlacedAggregate, history: History, weights: Weights, recomputes
       kept = HiddenLayer(hidden, w2, a, scale, weights.cap)
     else:
       kept = jnp.zeros((*weights.shape[:-2], *shape), wide)  # of all tokens, or of each
-    return Pending([jnp.zeros_like(like)] * ahead.ways, kept)
+    return Pending([jnp.zeros_like(like)] * ahead.ways, here.passes.placed(kept))
 
   return dataclasses.replace(
     history,

@@ -6,6 +6,8 @@ from maxtext_mudd.connections.base import BaseFamily, Cost
 class Residual(BaseFamily):
   """`depth_connection: residual`, the baseline of every family."""
 
+  takes_explicit_axes = True
+
   @classmethod
   def cost(cls, config) -> Cost:
     return Cost()

@@ -135,10 +135,10 @@ class ScanBuffer:
       return pullback.forward(parts, inputs)
 
     def backward(kept, cotangents):
-      after, _ = cotangents
+      after, to_outputs = cotangents
       parts = [Entries(x.mirror, x.mirror) for x in after]  # the mirror's cotangent is the array after the block
       if rematerialise is None:
-        _, vjp = jax.vjp(block, parts, *kept)
+        _, vjp = jax.vjp(block, parts, *_not_before(to_outputs, kept))
       else:
         vjp = pullback.restore(parts, kept)
       before, *to_inputs = vjp(cotangents)
@@ -167,7 +167,7 @@ def _append(array, index, entry):
 # JAX's derivative would set the gradient of the entry before to zero, which nothing reads, in a copy of the array.
 _append.defvjp(
   lambda array, index, entry: (_append(array, index, entry), index),
-  lambda index, totals: (totals, None, jax.lax.dynamic_index_in_dim(totals, index, keepdims=False)),
+  lambda index, totals: (totals, None, _read_before_writing(totals, index)[0]),
 )
 
 
@@ -190,8 +190,8 @@ def _put_backward(kept, cotangents):
 
 
 def _read_before_writing(array, index):
-  """The entry at `index`, and `index` for what is written after this reading. Without the barrier XLA may do both at
-  once, in a copy of the array."""
+  """The entry at `index`, and `index` for what is written after this reading. Without the barrier XLA may read when
+  the entry is used, or as it writes, and copies the array for that."""
   return jax.lax.optimization_barrier((jax.lax.dynamic_index_in_dim(array, index, keepdims=False), index))
 
 
@@ -218,8 +218,9 @@ def _take(array, index, number, axis):
 
 def _add_at(number, axis, index, cotangents):
   to_taken, totals = cotangents
-  total = jax.lax.dynamic_slice_in_dim(totals, index, number, axis) + to_taken
-  return jax.lax.dynamic_update_slice_in_dim(totals, total, index, axis), None
+  # As in `_read_before_writing`.
+  taken, index = jax.lax.optimization_barrier((jax.lax.dynamic_slice_in_dim(totals, index, number, axis), index))
+  return jax.lax.dynamic_update_slice_in_dim(totals, taken + to_taken, index, axis), None
 
 
 _take.defvjp(lambda array, index, number, axis: (_take(array, index, number, axis), index), _add_at)
@@ -272,6 +273,16 @@ _close.defvjp(
   lambda parts, others: (([x.array for x in parts], others), [x.array for x in parts]),
   lambda final, cotangents: ([Entries(*x) for x in zip(cotangents[0], final)], cotangents[1]),
 )
+
+
+def _not_before(cotangents, inputs):
+  """`inputs`, with integers that are there only when the cotangents are. A block reads the buffer by them. So XLA does
+  not recompute all blocks of a cycle first, and hold for each what its backward pass needs."""
+  floating = [x for x in jax.tree.leaves(cotangents) if jnp.issubdtype(x.dtype, jnp.floating)]
+  leaves, tree = jax.tree.flatten(inputs)
+  held, _ = jax.lax.optimization_barrier(([x for x in leaves if jnp.issubdtype(x.dtype, jnp.integer)], floating))
+  held = iter(held)
+  return jax.tree.unflatten(tree, [next(held) if jnp.issubdtype(x.dtype, jnp.integer) else x for x in leaves])
 
 
 class _Pullback:

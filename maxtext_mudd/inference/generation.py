@@ -224,6 +224,10 @@ def check_config(config) -> None:
     raise ConfigError(
       "moba=True: MaxText attends to all keys in decoding, and to chosen blocks of them in training; use logits."
     )
+  if config.decoder_block.value == "deepseek4":
+    raise ConfigError(
+      "decoder_block='deepseek4': MaxText makes other compressed keys in decoding than in training; use logits."
+    )
 
 
 def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -> None:

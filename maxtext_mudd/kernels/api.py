@@ -52,8 +52,8 @@ def mix(
       "pallas_interpret": the same kernels, interpreted on any platform. It is slow, makes strict checks, and is for
         tests.
       "auto": "pallas" on TPU for bfloat16 and float32, "xla" otherwise.
-    sharding: sharding of a source, for fused kernels on several devices: B, T and D may be sharded. The mesh axes must
-      be of `AxisType.Auto`.
+    sharding: sharding of a source, for fused kernels on several devices: B, T and D may be sharded. "xla" does not read
+      it: there the compiler partitions.
 
   Returns:
     C arrays of the shape and dtype of a source.
@@ -66,9 +66,8 @@ def mix(
   if implementation == "auto" and isinstance(weights, ChannelWeights) and weights.w.shape[3] > 1:
     implementation = "xla"
   platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
-  passes = Passes(
-    resolve(implementation, platform, source.dtype), sharding, strict=implementation == "pallas_interpret"
-  )
+  resolved = resolve(implementation, platform, source.dtype)
+  passes = Passes(resolved, None if resolved == "xla" else sharding, strict=implementation == "pallas_interpret")
   if passes.implementation != "xla" and source.dtype.name not in tpu.DTYPES:
     dtypes = " or ".join(tpu.DTYPES)
     raise ValueError(f"the sources are {source.dtype}; implementation={implementation!r} takes {dtypes}.")

@@ -3,8 +3,8 @@
 `mix` runs the forward and the backward pass of one aggregate. `connections/history.py` differentiates all aggregates of
 a model together, which moves less memory. It calls the passes directly, and also `push`, which `mix` does not use.
 
-On a mesh, every device runs a fused kernel on its rows (tokens) and its part of D. Small sums over devices precede and
-follow the kernel. The compiler partitions the passes in plain JAX.
+On a mesh, every device runs a pass on its rows (tokens) and its part of D. Small sums over devices precede and follow
+it. Where the axes of the mesh are automatic, the compiler partitions the passes in plain JAX.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,8 @@ class Passes:
 
   Attributes:
     implementation: one of `IMPLEMENTATIONS`.
-    sharding: sharding of a source, for a fused kernel on several devices: B, T and D may be sharded. None: one device.
+    sharding: sharding of a source on several devices: B, T and D may be sharded. None: one device, or the compiler
+      partitions the passes in plain JAX.
     strict: whether memory that was never written reads as NaN under "pallas_interpret", and races are reported. The
       interpreter then calls Python from the compiled program, which `jax.checkpoint` does not support.
   """
@@ -50,14 +51,12 @@ class Passes:
   @jax.named_scope("depth_aggregate")
   def forward(self, sources: Sources, weights: Weights) -> list[Float[Array, "B T D"]]:
     """x^c = sum_j W[..., c, j] * X_j (paper, Eq. 5)."""
-    if self.implementation == "xla":
-      return (xla.forward_buffer if isinstance(sources, Buffer) else xla.forward)(sources, weights)
     self._check_channels(weights)
     layout = _Layout(self.sharding)
 
     def on_device(sources, weights):
       weights, _ = layout.with_hidden(sources, weights)
-      return tpu.forward(sources, weights, interpret=self._interpret)
+      return self._of_device.forward(sources, weights, **self._options)
 
     return layout.map(on_device, (layout.sources(sources), layout.weights(weights)), layout.rows)(sources, weights)
 
@@ -86,16 +85,12 @@ class Passes:
         buffer takes None only.
       keep_hidden: whether to return the hidden layer of a `WeightMLP`, for `push`.
     """
-    is_buffer = isinstance(sources, Buffer)
-    near = tuple(range(len(sources))) if near is None and not is_buffer else near
-    if self.implementation == "xla":
-      if is_buffer:
-        return xla.backward_buffer(sources, weights, gradients, totals)
-      return xla.backward(sources, weights, gradients, near, totals, recompute, keep_hidden)
+    near = tuple(range(len(sources))) if near is None and not isinstance(sources, Buffer) else near
     self._check_channels(weights, recompute)
     layout = _Layout(self.sharding)
     keep_hidden = keep_hidden and isinstance(weights, WeightMLP)
-    pass_of_device = functools.partial(tpu.backward, near=near, interpret=self._interpret, keep_hidden=keep_hidden)
+    options = {"near": near, "keep_hidden": keep_hidden} | self._options
+    pass_of_device = functools.partial(self._of_device.backward, **options)
     on_device = functools.partial(_backward_on_device, layout, pass_of_device, keep_hidden)
     arguments = (sources, weights, list(gradients), totals, recompute)
     in_specs = (
@@ -127,18 +122,18 @@ class Passes:
     Returns:
       The accumulators.
     """
-    if self.implementation == "xla":
-      return xla.push(pushed, totals, count)
     for aggregate in pushed:
       self._check_channels(None, aggregate.weights)
     layout = _Layout(self.sharding)
-    on_device = functools.partial(tpu.push, count=count, interpret=self._interpret)
+    on_device = functools.partial(self._of_device.push, count=count, **self._options)
     specs = [Pending(layout.rows, layout.weights(aggregate.weights)) for aggregate in pushed]
     return layout.map(on_device, (specs, layout.sources(totals)), layout.rows)(list(pushed), totals)
 
   def _check_channels(self, weights: Weights | None, others: Weights | None = None) -> None:
     """Raises ValueError for `ChannelWeights` that fused kernels do not take: with several heads, or in a push or for
     streams that are recomputed (`others`)."""
+    if self.implementation == "xla":
+      return
     if isinstance(weights, ChannelWeights) and weights.w.shape[3] > 1:
       raise ValueError(
         f"w has {weights.w.shape[3]} heads, and implementation={self.implementation!r} mixes with one; use 'xla'."
@@ -146,17 +141,31 @@ class Passes:
     if isinstance(others, ChannelWeights):
       raise ValueError(f"implementation={self.implementation!r} takes no ChannelWeights in a history; use 'xla'.")
 
+  def placed(self, weights: Weights) -> Weights:
+    """Weights as the passes take them: where the axes of the mesh are explicit, they and their gradients are sharded in
+    one way."""
+    layout = _Layout(self.sharding)
+    if self.sharding is None or not layout.mesh.are_all_axes_explicit:
+      return weights
+    return layout.placed(weights, layout.weights(weights))
+
   @property
-  def _interpret(self):
-    if self.implementation == "pallas":
-      return False
-    return tpu.STRICTLY if self.strict else True
+  def _of_device(self):
+    """The module with the passes of one device."""
+    return xla if self.implementation == "xla" else tpu
+
+  @property
+  def _options(self) -> dict:
+    """What its passes take besides."""
+    if self.implementation == "xla":
+      return {}
+    return {"interpret": self.implementation != "pallas" and (tpu.STRICTLY if self.strict else True)}
 
 
 def _backward_on_device(
   layout: "_Layout", pass_of_device: Callable, keep_hidden: bool, sources, weights, gradients, totals, recompute
 ) -> Gradients:
-  """`tpu.backward` on the rows and the part of D of one device, then the sums over devices of gradients of weights."""
+  """The backward pass on the rows and the part of D of one device, then sums over devices of gradients of weights."""
   kernel_weights, hidden = layout.with_hidden(sources, weights)
   recompute, _ = layout.with_hidden(sources, recompute)
   grads = pass_of_device(sources, kernel_weights, gradients, totals=totals, recompute=recompute)
@@ -212,7 +221,16 @@ class _Layout:
   def map(self, function: Callable, in_specs, out_specs) -> Callable:
     if self.mesh is None:
       return function
-    return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    mapped = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if not self.mesh.are_all_axes_explicit:
+      return mapped
+    return lambda *operands: mapped(*self.placed(operands, in_specs))
+
+  def placed(self, operands, specs):
+    """Operands with these specs. Explicit axes of a mesh do not let `shard_map` change them."""
+    specs = jax.tree.leaves(jax.tree_util.tree_broadcast(specs, operands), is_leaf=lambda x: isinstance(x, P))
+    leaves, tree = jax.tree.flatten(operands)
+    return jax.tree.unflatten(tree, [jax.reshard(x, NamedSharding(self.mesh, spec)) for x, spec in zip(leaves, specs)])
 
   def sources(self, sources):
     """Specs of sources or of their gradients."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from maxtext_mudd.kernels.operands import Buffer, Gradients, Pending
+from maxtext_mudd.kernels.operands import Buffer, Gradients, Pending, Sources
 from maxtext_mudd.kernels.weights import (
   Activations,
   ChannelWeights,
@@ -32,8 +32,12 @@ from maxtext_mudd.kernels.weights import (
 PARTS, SMALLEST_PART = 4, 8
 
 
-def forward(sources: Sequence[Float[Array, "B T D"]], weights: Weights) -> list[Float[Array, "B T D"]]:
-  """x^c = sum_j W[..., c, j] * X_j (Eq. 5), summed in float32 or wider, rounded once."""
+def forward(sources: Sources, weights: Weights) -> list[Float[Array, "B T D"]]:
+  """x^c = sum_j W[..., c, j] * X_j (Eq. 5), summed in float32 or wider, rounded once. Of a buffer, sums over its valid
+  entries."""
+  if isinstance(sources, Buffer):
+    buffer = sources
+    return _on_shortest_prefix(buffer, lambda size: forward(*_valid(buffer, weights, size)))
   w, _ = token_weights(sources, weights)
   streams = []
   # Each stream is a sum of its own. With one array [B,T,C,D] for all streams, a train step on a CPU takes 1.1 to 1.2
@@ -45,15 +49,18 @@ def forward(sources: Sequence[Float[Array, "B T D"]], weights: Weights) -> list[
 
 
 def backward(
-  sources: Sequence[Float[Array, "B T D"]],
+  sources: Sources,
   weights: Weights,
   gradients: Sequence[Float[Array, "B T D"]],
-  near: Sequence[int],
-  totals: Sequence[Float[Array, "B T D"]] | None = None,
+  near: Sequence[int] | None,
+  totals: Sequence[Float[Array, "B T D"]] | Float[Array, "S B T D"] | None = None,
   recompute: Weights | None = None,
   keep_hidden: bool = False,
 ) -> Gradients:
-  """Gradients of the near sources and of the weights; arguments as in `Passes.backward`."""
+  """Gradients of the near sources, or of the entries of a buffer, and of the weights; arguments as in
+  `Passes.backward`."""
+  if isinstance(sources, Buffer):
+    return _backward_buffer(sources, weights, gradients, totals)
   w, hidden = token_weights(sources, weights)
   dtype = w.dtype
   grad_streams = [x.astype(dtype) for x in gradients]
@@ -93,19 +100,10 @@ def push(
   return [x.astype(dtype) for x in sums]
 
 
-def forward_buffer(buffer: Buffer, weights: Weights) -> list[Float[Array, "B T D"]]:
-  """`forward` over the valid entries of a buffer."""
-
-  def on_prefix(size):
-    return forward(*_valid(buffer, weights, size))
-
-  return _on_shortest_prefix(buffer, on_prefix)
-
-
-def backward_buffer(
+def _backward_buffer(
   buffer: Buffer, weights: Weights, gradients: Sequence[Float[Array, "B T D"]], totals: Float[Array, "S B T D"] | None
 ) -> Gradients:
-  """`backward` over the valid entries of a buffer; arguments as in `Passes.backward`."""
+  """`backward` over the valid entries of a buffer."""
   if totals is None:
     totals = jnp.zeros_like(buffer.entries)
 
@@ -123,9 +121,10 @@ def backward_buffer(
 
     # `where` selects the valid entries. Zero weights alone would not do: zero times a gradient that is inf is NaN.
     sums = [jnp.where(is_valid[j], x, totals[j]) for j, x in enumerate(grads.sources)]
-    sums = totals.at[:size].set(jnp.stack(sums))
+    sums = jax.lax.dynamic_update_slice_in_dim(totals, jnp.stack(sums), 0, 0)
     if grad_newest is not None:
-      sums = sums.at[buffer.count - 1].add(grad_newest.astype(sums.dtype))
+      total = jax.lax.dynamic_index_in_dim(sums, buffer.count - 1, keepdims=False) + grad_newest.astype(sums.dtype)
+      sums = jax.lax.dynamic_update_index_in_dim(sums, total, buffer.count - 1, 0)
     return Gradients(sums, map_columns(grad_weights, pad_columns))
 
   return _on_shortest_prefix(buffer, on_prefix)

@@ -1,7 +1,7 @@
 """Exact counts for a configuration: parameters, FLOPs, activations. Pure Python, no arrays."""
 
 from maxtext_mudd import connections
-from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.blocks import ffn_widths, num_blocks
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.connections.base import Cost
 
@@ -15,12 +15,12 @@ def connections_cost(config) -> Cost:
 
 def extra_ffn_width(config) -> int:
   """By how much the FFN widths of all blocks together exceed L·mlp_dim, which is what MaxText counts."""
-  return sum(ffn_widths.of_config(config)) - config.num_decoder_layers * config.mlp_dim
+  return sum(ffn_widths.of_config(config)) - num_blocks(config) * config.mlp_dim
 
 
 def plain_parameters(config, *, embeddings: bool = True) -> int:
   """The number of parameters of the model without its connections. FFNs keep their re-allocated widths."""
-  width, blocks = config.emb_dim, config.num_decoder_layers
+  width, blocks = config.emb_dim, num_blocks(config)
   widths = ffn_widths.of_config(config)
   total = blocks * (_attention(config) + 2 * _norm(config)) + sum(_feed_forward(config, ffn) for ffn in widths)
   if embeddings:
@@ -59,7 +59,7 @@ def _feed_forward(config, ffn: int) -> int:
 def plain_flops(config) -> int:
   """Forward FLOPs per token of the blocks without connections. As in the paper, each token attends to T/2 positions,
   and embeddings do not count."""
-  width, blocks = config.emb_dim, config.num_decoder_layers
+  width, blocks = config.emb_dim, num_blocks(config)
   widths = ffn_widths.of_config(config)
   heads, kv_heads = config.num_query_heads, config.num_kv_heads
   attention = 2 * width * config.head_dim * (heads + kv_heads) + config.head_dim * heads * config.max_target_length

@@ -17,6 +17,7 @@ from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths, stacks
 from maxtext_mudd.blocks.chunked_prefill import prefill_in_chunks
 from maxtext_mudd.blocks.classes import change_class
+from maxtext_mudd.blocks.halves import split
 from maxtext_mudd.blocks.pythia import LayerNorm, PythiaDecoderLayer
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import history, layout
@@ -24,7 +25,7 @@ from maxtext_mudd.connections.base import Connection
 from maxtext_mudd.connections.connection import Embeddings
 from maxtext_mudd.model import initializers
 from maxtext_mudd.model.extra_embeddings import ExtraEmbeddings
-from maxtext_mudd.model.layer import connect, connection_rngs, cycle, with_ffn_width
+from maxtext_mudd.model.layer import connect, connection_rngs, cycle, from_positions, to_positions, with_ffn_width
 
 # Whether the decoder embeds the tokens of its own call, with which the connections start. Blocks of multi-token
 # prediction call `_apply_embedding`, too, for the embeddings of later tokens.
@@ -83,10 +84,12 @@ class MuddDecoder(NNXDecoder):
     super()._init_decoder_layers(decoder_block_classes, rngs, mesh)
     if not self._is_connected:
       return
+    self._split_layers()
     if self.config.scan_layers:
       self._connect_stacks(rngs)
     else:
-      for block, layer in enumerate(self.get_layers(), 1):
+      for path, block in stacks.single_layers(self.config).items():
+        layer = operator.attrgetter(path.replace("/", "."))(self)
         connect(layer, self._connection([block], rngs), self.config)
     connections.family(self.config).share(self)
 
@@ -127,6 +130,13 @@ class MuddDecoder(NNXDecoder):
     width = ffn_widths.of_config(self.config)[block - 1]
     return layer_class if width == self.config.mlp_dim else with_ffn_width(layer_class, width)
 
+  def _split_layers(self) -> None:
+    """Splits layers of MaxText that are several blocks. Each becomes a cycle, of layers that are connected later."""
+    row = decoder_blocks.spec(self.config)
+    for layer in self.get_layers() if row.sides else []:
+      halves = split(layer, row.cycle)
+      change_class(layer, cycle(type(layer), tuple((half, None) for half in halves)))
+
   def _connect_stacks(self, rngs: nnx.Rngs) -> None:
     """Connects the stacks of scanned layers. A connection of the decoder itself starts and finishes them."""
     self.connection = self._connection([], rngs)
@@ -136,8 +146,10 @@ class MuddDecoder(NNXDecoder):
       connect(layers, self._stacked_connection(stack, rngs), self.config)
       singles = [self._connection([block], rngs, scan_layers=False) for block in stack.blocks]
       layout.initialise(layers, singles, stack, self.config)
-      members.setdefault(stack.path[0], []).append((stack.path[-1], stack.inner_length))
-    if decoder_blocks.spec(self.config).cycle:
+      if len(stack.path) > 1:
+        members.setdefault(stack.path[0], []).append((stack.path[-1], stack.inner_length))
+    row = decoder_blocks.spec(self.config)
+    if row.cycle and not row.sides:  # `_split_layers` changed the classes of layers with several blocks
       for name, of_cycle in members.items():
         cycles = getattr(self, name)
         change_class(cycles, cycle(type(cycles), tuple(of_cycle)))
@@ -169,7 +181,7 @@ class MuddDecoder(NNXDecoder):
     """
     config = self.config if scan_layers is None else changed(self.config, scan_layers=scan_layers)
     starts = not blocks or (not config.scan_layers and blocks[0] == 1)
-    finishes = not blocks or (not config.scan_layers and blocks[-1] == config.num_decoder_layers)
+    finishes = not blocks or (not config.scan_layers and blocks[-1] == decoder_blocks.num_blocks(config))
     rngs = connection_rngs(rngs, blocks[0] if blocks else 0)
     return connections.family(config).build(config, tuple(blocks), self.mesh, rngs, starts=starts, finishes=finishes)
 
@@ -191,7 +203,13 @@ class MuddDecoder(NNXDecoder):
     return self._finish(carry) if is_last else carry, layers, None
 
   def _apply_gemma3_scanned_blocks(self, y, *args, **kwargs):
-    apply = super()._apply_gemma3_scanned_blocks
+    return self._apply_stacks(super()._apply_gemma3_scanned_blocks, y, *args, **kwargs)
+
+  def _apply_deepseek4_scanned_blocks(self, y, *args, **kwargs):
+    return self._apply_stacks(super()._apply_deepseek4_scanned_blocks, y, *args, **kwargs)
+
+  def _apply_stacks(self, apply, y, *args, **kwargs):
+    """MaxText's function for all layers of a block, which calls some of them outside the functions overridden here."""
     if not self._is_connected:
       return apply(y, *args, **kwargs)
     carry = apply(self._start(y), *args, **kwargs)
@@ -210,7 +228,9 @@ class MuddDecoder(NNXDecoder):
 
   def _start(self, x):
     """The carry of the connections, from the embedding or from the stack before."""
-    return self.connection.start(x, self._rematerialisation()) if isinstance(x, jax.Array | Embeddings) else x
+    if not isinstance(x, jax.Array | Embeddings):
+      return x
+    return self.connection.start(to_positions(x, self.config.mhc_expansion_rate), self._rematerialisation())
 
   def _finish(self, carry):
     """The hidden state after the last stack."""
@@ -218,7 +238,7 @@ class MuddDecoder(NNXDecoder):
     hidden, sown = self.connection.finish(carry, [nnx.state(layers, _is_floating_state) for layers in all_layers])
     for layers, of_layers in zip(all_layers, sown):
       nnx.update(layers, of_layers)
-    return hidden
+    return from_positions(hidden, self.config.mhc_expansion_rate)
 
   def _rematerialisation(self):
     """The argument `rematerialise` of `Connection.start` for the policy. None recomputes everything. MaxText treats the

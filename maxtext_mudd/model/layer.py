@@ -27,6 +27,24 @@ def connection_rngs(rngs: nnx.Rngs, number: int) -> nnx.Rngs:
   return nnx.Rngs(params=jax.random.fold_in(rngs.params.key[...], _CONNECTION_SEED + number))
 
 
+def to_positions(hidden, rate: int):
+  """Hyper-streams of MaxText's mHC as further positions: [B,T,n,D] as [B,T·n,D].
+
+  Connections mix each hyper-stream with the same one of other blocks, as they mix each position.
+
+  Args:
+    rate: n. With 1 the hidden state has no axis of hyper-streams, and is left as it is.
+  """
+  return hidden if rate == 1 else hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+
+
+def from_positions(hidden, rate: int):
+  """`to_positions` backwards, for all arrays of a pytree."""
+  if rate == 1:
+    return hidden
+  return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, rate, x.shape[-1]), hidden)
+
+
 @functools.cache
 def with_ffn_width(layer_class: type[nnx.Module], width: int) -> type[nnx.Module]:
   """The stock layer class with another width of its feed-forward network."""
@@ -42,8 +60,8 @@ def with_ffn_width(layer_class: type[nnx.Module], width: int) -> type[nnx.Module
 def connect(layer: nnx.Module, connection: Connection, config: HyperParameters) -> None:
   """Puts a depth connection around the `__call__` of a stock layer, or of the layers of a scanned stack.
 
-  Stock parameters keep their paths. The exception is the attention norm of a block that reads four streams: it becomes
-  three norms, `q`, `k` and `v`.
+  Stock parameters keep their paths. The exception is the attention norm of a block that reads separate streams: it
+  becomes a norm for each stream that it serves, such as `q`, `k` and `v`.
   """
   layer.connection = connection
   connection.adapt(layer)
@@ -51,18 +69,18 @@ def connect(layer: nnx.Module, connection: Connection, config: HyperParameters) 
     split_feed_forward(layer)
   if config.mudd_rope_table != "stock":
     round_rotary_table(layer, config.mudd_rope_table)
-  change_class(layer, _connected(type(layer)))
+  change_class(layer, _connected(type(layer), config.mhc_expansion_rate))
 
 
 @functools.cache
-def _connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
+def _connected(layer_class: type[nnx.Module], rate: int) -> type[nnx.Module]:
   class ConnectedLayer(layer_class):
     """The layer whose `__call__` takes and returns the carry of its connection. If layers are not scanned, the first
     one takes the embedding, and the last one returns the hidden state."""
 
     @functools.wraps(layer_class.__call__)
     def __call__(self, inputs, *args, **kwargs):
-      carry = self.connection.start(inputs) if self.connection.starts else inputs
+      carry = self.connection.start(to_positions(inputs, rate)) if self.connection.starts else inputs
       graphdef, params, others = nnx.split(self, nnx.Param, ...)
       leaves, tree = jax.tree.flatten((args, kwargs))
       is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
@@ -73,14 +91,26 @@ def _connected(layer_class: type[nnx.Module]) -> type[nnx.Module]:
         arrays = iter(arrays)
         args, kwargs = jax.tree.unflatten(tree, [next(arrays) if given else x for given, x in zip(is_array, leaves)])
         layer = nnx.merge(graphdef, *state)
-        output, kv_cache = layer_class.__call__(layer, layer.connection.read(*inputs), *args, **kwargs)
+        hidden = from_positions(layer.connection.read(*inputs), rate)
+        output, kv_cache = layer_class.__call__(layer, hidden, *args, **kwargs)
+        output = to_positions(output, rate)
         _, _, others = nnx.split(layer, nnx.Param, ...)
         return layer.connection.write(output), output, (kv_cache, others)
 
       arrays = [x for given, x in zip(is_array, leaves) if given]
       carry, (kv_cache, others) = self.connection.through(block, (params, others), carry, arrays)
       nnx.update(self, others)
-      return self.connection.finish(carry)[0] if self.connection.finishes else carry, kv_cache
+      if self.connection.finishes:
+        carry = from_positions(self.connection.finish(carry)[0], rate)
+      return carry, kv_cache
+
+    if hasattr(layer_class, "compute_shared_kv"):
+
+      @functools.wraps(layer_class.compute_shared_kv)
+      def compute_shared_kv(self, inputs, decoder_positions):
+        carry = self.connection.start(inputs) if self.connection.starts else inputs
+        layer = nnx.merge(*nnx.split(self))  # a copy: only the run in `__call__` may record metrics
+        return layer_class.compute_shared_kv(layer, layer.connection.inputs(carry), decoder_positions)
 
   ConnectedLayer.__name__ = ConnectedLayer.__qualname__ = f"Connected{layer_class.__name__}"
   return ConnectedLayer
@@ -95,7 +125,7 @@ def cycle(cycle_class: type[nnx.Module], members: tuple[tuple[str, int | None], 
   """
 
   class Cycle(cycle_class):
-    """Runs its layers in a row, as MaxText's class does, which shards what it passes to them as an array."""
+    """Runs its layers in a row. MaxText's `__call__` does this too, but shards what it passes on as one array."""
 
     @property
     def connection(self) -> Connection:

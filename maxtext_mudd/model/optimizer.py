@@ -16,7 +16,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from maxtext_mudd import connections
-from maxtext_mudd.blocks import stacks
+from maxtext_mudd.blocks import num_blocks, stacks
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections import layout, metrics
 from maxtext_mudd.model import mtp
@@ -116,11 +116,11 @@ def _blocks_before(path: Path, config) -> int | list[int]:
   family, module = connections.family(config), path[path.index("connection") + 1]
   mtp_number = mtp.number_in(path)
   if mtp_number or module in family.finish_modules:
-    return config.num_decoder_layers + (mtp_number or 0)
+    return num_blocks(config) + (mtp_number or 0)
   if stack := stacks.of_path(config, path):
     return [block - 1 for block in stack.blocks]
-  singles = stacks.single_layers(config)
-  return next((singles[name] - 1 for name in path if name in singles), 0)
+  block = stacks.block_of_single(config, path)
+  return block - 1 if block else 0
 
 
 def _names(path) -> Path:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from maxtext_mudd import connections
-from maxtext_mudd.blocks import stacks
+from maxtext_mudd.blocks import num_blocks, stacks
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import metrics
 from maxtext_mudd.connections.metrics import LARGEST_WEIGHT, SOWN
@@ -23,7 +23,8 @@ def connection_tflops(config) -> float:
   if config.num_experts > 1:
     width *= config.num_experts_per_tok
   feed_forward = 2 * width * config.emb_dim * (len(config.mlp_activations) + 1)
-  return _FORWARD_AND_BACKWARD * tokens * (counts.connections_cost(config).flops + feed_forward) / 1e12
+  of_connections = config.mhc_expansion_rate * counts.connections_cost(config).flops  # residual streams are positions
+  return _FORWARD_AND_BACKWARD * tokens * (of_connections + feed_forward) / 1e12
 
 
 def with_connection_flops(stock):
@@ -95,7 +96,7 @@ def _by_aggregate(keys: list[str], value, stream: str, config, *, is_last: bool)
     is_last: whether it is of what follows the last block, or an MTP block.
   """
   if is_last:
-    yield config.num_decoder_layers + (mtp.number_in(keys) or 0), value
+    yield num_blocks(config) + (mtp.number_in(keys) or 0), value
   elif stack := stacks.of_path(config, keys):
     plan = connections.plan(config)
     for block, mean in zip(stack.blocks, jnp.reshape(value, -1)):
@@ -104,5 +105,4 @@ def _by_aggregate(keys: list[str], value, stream: str, config, *, is_last: bool)
       if not plan.sites or (site and stream in (*site.streams, metrics.ALL)):
         yield block - 1, mean
   else:
-    singles = stacks.single_layers(config)
-    yield next(singles[key] for key in keys if key in singles) - 1, value
+    yield stacks.block_of_single(config, keys) - 1, value

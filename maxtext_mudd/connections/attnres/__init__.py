@@ -1,6 +1,6 @@
 """Attention Residuals, AttnRes (arXiv 2603.15031): each sublayer reads a softmax-weighted sum of earlier outputs."""
 
-from maxtext_mudd.blocks import separate_norm_parameters
+from maxtext_mudd.blocks import num_blocks, separate_norm_parameters
 from maxtext_mudd.connections.attnres import keys
 from maxtext_mudd.connections.base import BaseFamily, Cost, Plan, logits_arrays
 from maxtext_mudd.connections.family_keys import kernel_refusals, sublayer_refusals
@@ -21,7 +21,7 @@ class AttentionResiduals(BaseFamily):
 
   @classmethod
   def plan(cls, config) -> Plan:
-    blocks = range(1, config.num_decoder_layers + 1)
+    blocks = range(1, num_blocks(config) + 1)
     return Plan(len(blocks), separate_norms=blocks if config.mudd_attnres_value_route else ())
 
   @classmethod
@@ -48,11 +48,7 @@ class AttentionResiduals(BaseFamily):
     has_route = config.mudd_attnres_value_route
     return Cost(
       parameters=2 * queries * width
-      + (
-        sum(separate_norm_parameters(config, block + 1) for block in range(config.num_decoder_layers))
-        if has_route
-        else 0
-      ),
+      + (sum(separate_norm_parameters(config, block + 1) for block in range(num_blocks(config))) if has_route else 0),
       flops=2 * queries * (sublayers + 1) * width + 2 * mixed * width,
       activations=keys.count_sources(config, sublayers)
       - 1

@@ -1,5 +1,6 @@
 """The keys of Attention Residuals. Imports neither JAX nor MaxText."""
 
+from maxtext_mudd.blocks import num_blocks
 from maxtext_mudd.connections.family_keys import HistoryKeys
 from maxtext_mudd.keys import key
 
@@ -28,7 +29,7 @@ class AttnResKeys(HistoryKeys):
 
 def sublayers(config) -> int:
   """Number of sublayers of the model."""
-  return 2 * config.num_decoder_layers
+  return 2 * num_blocks(config)
 
 
 def first_query(config, sublayer):
@@ -70,5 +71,5 @@ def check_sizes(config) -> None:
   if config.mudd_attnres_block > sublayers(config):
     raise ValueError(
       f"mudd_attnres_block={config.mudd_attnres_block} is more than the {sublayers(config)} sublayers of "
-      f"{config.num_decoder_layers} Transformer blocks; use at most {sublayers(config)}."
+      f"{num_blocks(config)} Transformer blocks; use at most {sublayers(config)}."
     )

@@ -3,7 +3,7 @@ whose weights depend on the channel, and on the source itself."""
 
 from typing import ClassVar
 
-from maxtext_mudd.blocks import separate_norm_parameters
+from maxtext_mudd.blocks import num_blocks, separate_norm_parameters
 from maxtext_mudd.connections.base import BaseFamily, Cost, Plan, logits_arrays
 from maxtext_mudd.connections.dca import keys
 from maxtext_mudd.connections.family_keys import kernel_refusals, sublayer_refusals
@@ -38,7 +38,7 @@ class DeepCrossAttention(BaseFamily):
     FLOPs are those of each source's logits for all queries (the method needs fewer, see `scored_sources`), and of
     mixing, with the addition of both weights in v3. Kept are the gradients of the sources of one aggregate but one, the
     logits and their gradients, two more streams, and the sums of middle sources."""
-    width, blocks, weights = config.emb_dim, config.num_decoder_layers, config.mudd_dca_weights
+    width, blocks, weights = config.emb_dim, num_blocks(config), config.mudd_dca_weights
     sites = keys.plan(config).sites
     mixed = sum(site.ways * len(site.sources) for site in sites.values())
     sums = blocks + 1 if config.mudd_dca_sources == "middle_sum" else 0  # zero ones, too, as single layers do

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from maxtext_mudd.blocks import stacks
+from maxtext_mudd.blocks import num_blocks, stacks
 from maxtext_mudd.blocks.streams import Streams
 from maxtext_mudd.connections import layout, metrics
 from maxtext_mudd.connections.base import Site
@@ -50,7 +50,7 @@ class GrnQueries(nnx.Module):
     if keys.count_queries(config):
       width, dtype = config.emb_dim, config.weight_dtype
       self.w = nnx.Param(jnp.zeros((keys.count_queries(config), width), dtype), out_sharding=(None, "embed"))
-      self.key_norm = nnx.Param(jnp.ones((config.num_decoder_layers + 1, width), dtype), out_sharding=(None, "embed"))
+      self.key_norm = nnx.Param(jnp.ones((num_blocks(config) + 1, width), dtype), out_sharding=(None, "embed"))
 
   def __call__(self) -> Float[Array, "M D"]:
     """w_o ⊙ g, in float32 or wider."""
@@ -97,7 +97,7 @@ class DcaConnection(ScoredConnection):
   def __init__(self, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, *, starts: bool, finishes: bool):
     queries = GrnQueries(config) if starts else None
     self.has_sum = config.mudd_dca_sources == "middle_sum"
-    number = config.num_decoder_layers + 1 + self.has_sum
+    number = num_blocks(config) + 1 + self.has_sum
     super().__init__(config, blocks, mesh, queries, number, starts=starts, finishes=finishes)
     plan = keys.plan(config)
     if blocks:
@@ -124,7 +124,7 @@ class DcaConnection(ScoredConnection):
     return Streams(q, k, v, SublayerInput(q, (q,), after_attention))
 
   def finish(self, carry: ScoredCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
-    blocks = self.config.num_decoder_layers
+    blocks = num_blocks(self.config)
     carry = self.put_newest(carry, blocks)
     carry, sown = carry.sources.finish(carry, sown)
     (hidden,), _ = self.mix("x", carry, blocks, self.final_depth_aggregate, self.reading(blocks))

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from maxtext_mudd.blocks import num_blocks
 from maxtext_mudd.connections.base import Plan, Site
 from maxtext_mudd.connections.family_keys import HistoryKeys
 from maxtext_mudd.keys import key
@@ -47,19 +48,19 @@ def has_middle_sum(config, block: int) -> bool:
 
 def plan(config) -> Plan:
   """One aggregate before each block, and one after the last."""
-  last = config.num_decoder_layers
+  last = num_blocks(config)
   sites = {block: Site(block, sources(config, block), "qkv" if block < last else "x") for block in range(last + 1)}
   return Plan(last, sites)
 
 
 def count_queries(config) -> int:
   """M: a query for q, k and v of each block, and one for the hidden state; only GRN-v3 has them."""
-  return 3 * config.num_decoder_layers + 1 if config.mudd_dca_weights == "v3" else 0
+  return 3 * num_blocks(config) + 1 if config.mudd_dca_weights == "v3" else 0
 
 
 def check_sizes(config) -> None:
   """Raises ValueError for a k that leaves no source out."""
-  blocks, form = config.num_decoder_layers, config.mudd_dca_sources
+  blocks, form = num_blocks(config), config.mudd_dca_sources
   most = {"all": config.mudd_dca_k, "middle_sum": blocks - 2, "first_and_last": blocks // 2}[form]
   if config.mudd_dca_k > most:
     use = f"use at most {most}, or mudd_dca_sources=all" if most > 0 else "use mudd_dca_sources=all"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from maxtext_mudd import blocks
 from maxtext_mudd.connections.base import STREAMS, Plan
 from maxtext_mudd.connections.family_keys import HistoryKeys, WeightKeys
 from maxtext_mudd.connections.mudd import placements, sites
@@ -133,7 +134,7 @@ def check_sizes(config) -> None:
   Args:
     config: has `DenseKeys` and MaxText's `num_decoder_layers`, `mlp_dim`, `mtp_num_layers` and `scan_layers`.
   """
-  num_blocks = config.num_decoder_layers
+  num_blocks = blocks.num_blocks(config)
   _check_widths(config)
   if config.mudd_block_period > num_blocks:
     raise ValueError(
@@ -193,7 +194,7 @@ def _check_embeddings(config, plan: Plan) -> None:
 
 def _check_widths(config) -> None:
   """Raises ValueError for a rule of hidden widths that no row of `mudd_placements` leaves a width to."""
-  num_blocks, rows, by_rule = config.num_decoder_layers, config.mudd_placements, [1, config.num_decoder_layers]
+  num_blocks, rows, by_rule = blocks.num_blocks(config), config.mudd_placements, [1, blocks.num_blocks(config)]
   if rows:
     placed = placements.expand(rows, num_blocks, config.mudd_extra_embeddings)
     by_rule = [x.block for x in placed if x.hidden is None]
@@ -230,7 +231,7 @@ def _check_mlps(config, plan: Plan) -> None:
 
 def _check_mtp(config, plan: Plan) -> None:
   """Raises ValueError for `mudd_mtp=connected` where no MTP block or no DA_L exists."""
-  num_blocks = config.num_decoder_layers
+  num_blocks = blocks.num_blocks(config)
   if config.mtp_num_layers < 1:
     raise ValueError(
       "mudd_mtp=connected connects blocks of multi-token prediction, and mtp_num_layers=0 makes none; set "

@@ -45,9 +45,9 @@ def plan(config) -> Plan:
   """The DAs of `mudd_placements`, or of the keys that stand for such a table where it is empty.
 
   Raises:
-    ValueError: the table does not fit `num_decoder_layers`.
+    ValueError: the table does not fit the number of blocks.
   """
-  num_blocks, table, extra = config.num_decoder_layers, config.mudd_placements, config.mudd_extra_embeddings
+  num_blocks, table, extra = blocks.num_blocks(config), config.mudd_placements, config.mudd_extra_embeddings
   found = placements.expand(table, num_blocks, extra) if table else _from_keys(config)
   found = _checked(config, found) if table else _read(config, found)
   if config.mudd_mtp == "connected":
@@ -60,7 +60,7 @@ def plan(config) -> Plan:
 def _from_keys(config) -> list[Placement]:
   """A DA after every `mudd_block_period`-th block beyond `mudd_depth_start` of the depth. The last one makes the
   residual stream only."""
-  num_blocks, found = config.num_decoder_layers, []
+  num_blocks, found = blocks.num_blocks(config), []
   for block in range(config.mudd_block_period, num_blocks + 1, config.mudd_block_period):
     streams = _streams(config, block == num_blocks)
     if streams and block > config.mudd_depth_start * num_blocks:
@@ -73,7 +73,7 @@ def _from_keys(config) -> list[Placement]:
 
 def _read(config, found: list[Placement]) -> list[Placement]:
   """The DAs without the streams that the next block does not read, of which nothing would train the parameters."""
-  read = {x.block: set(blocks.streams_read(config, x.block + 1)) for x in found if x.block < config.num_decoder_layers}
+  read = {x.block: set(blocks.streams_read(config, x.block + 1)) for x in found if x.block < blocks.num_blocks(config)}
   there = [
     dataclasses.replace(x, streams="".join(c for c in x.streams if c == "x" or c in read.get(x.block, x.streams)))
     for x in found
@@ -85,12 +85,14 @@ def _checked(config, found: list[Placement]) -> list[Placement]:
   """The DAs of a table. Raises ValueError for a stream that the next block does not read."""
   for placement in found:
     reader = placement.block + 1
-    read = f"{blocks.streams_read(config, reader)}x" if reader <= config.num_decoder_layers else placement.streams
+    read = f"{blocks.streams_read(config, reader)}x" if reader <= blocks.num_blocks(config) else placement.streams
     unread = "".join(stream for stream in placement.streams if stream not in read)
     if unread:
+      of_earlier = blocks.spec(config).uses_earlier_kv
+      reason = "it uses keys and values of an earlier one" if of_earlier else "its values are its keys"
       raise ValueError(
-        f"mudd_placements gives DA_{placement.block} the stream {unread}, which block {reader} does not read with "
-        "share_kv_projections=True; leave it out."
+        f"mudd_placements gives DA_{placement.block} the stream {unread}, which block {reader} does not read: "
+        f"{reason}; leave it out."
       )
   return found
 
@@ -116,7 +118,7 @@ def _site(config, placement: Placement) -> Site:
   if not config.mudd_dynamic:
     hidden = 0
   elif hidden is None:
-    is_last = block >= config.num_decoder_layers
+    is_last = block >= blocks.num_blocks(config)
     expansion = config.mudd_last_hidden_expansion if is_last else config.mudd_hidden_expansion
     hidden = hidden_width(len(streams), len(sources), expansion=expansion, round_to=config.mudd_hidden_round_to)
   return Site(block, sources, streams, hidden, placement.mlp)

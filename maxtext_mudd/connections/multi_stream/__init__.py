@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from maxtext_mudd.blocks import num_blocks
 from maxtext_mudd.connections.base import BaseFamily, Cost
 from maxtext_mudd.connections.family_keys import FamilyKeys, sublayer_refusals
 from maxtext_mudd.keys import Refusal, key
@@ -34,9 +35,9 @@ def streams_cost(config, parameters: int, flops: int, head_parameters: int = 0, 
     head_parameters: of what ends the streams.
     head_flops: of it, per token.
   """
-  n, width, sublayers = config.mudd_expansion_rate, config.emb_dim, 2 * config.num_decoder_layers
+  n, width, sublayers = config.mudd_expansion_rate, config.emb_dim, 2 * num_blocks(config)
   return Cost(
     parameters=sublayers * parameters + head_parameters,
     flops=sublayers * (flops + 2 * n * (n + 1) * width + 2 * n * width) + head_flops,
-    activations=config.num_decoder_layers * (n - 1),
+    activations=num_blocks(config) * (n - 1),
   )

@@ -45,7 +45,7 @@ COLUMNS = [
 ]
 COLUMNS += ["both, of the chip"]
 NOTES = """
-Memory is that of one chip. {widths}
+Memory is that of one chip. Models by name have no re-allocated FFNs. For files of yaml/: {widths}
 Arguments: parameters, moments and data, which are updated in place. Temporaries: the most memory that the step holds
 besides the arguments, as the compiler states it, with the outputs that do not replace arguments. To stock: the value
 divided by that of the stock row above. HBM: bytes that the final HLO moves in a step on one chip, as

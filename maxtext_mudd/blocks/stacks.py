@@ -70,9 +70,9 @@ def index(blocks: Sequence[int], number):
 
 def of_path(config, path: Sequence[str]) -> Stack | None:
   """The stack that a parameter's path leads through; None for what is of no stack."""
-  found = [stack for stack in of_config(config) if _leads_through(path, stack.path)]
+  matches = [stack for stack in of_config(config) if _leads_through(path, stack.path)]
   # A layer of a cycle may have the name of a single one, whose path is shorter.
-  return max(found, key=lambda stack: len(stack.path), default=None)
+  return max(matches, key=lambda stack: len(stack.path), default=None)
 
 
 def _leads_through(path: Sequence[str], stack: tuple[str, ...]) -> bool:

@@ -203,7 +203,7 @@ class LatentAttention(MLA):
 
 
 class HyperConnections(ManifoldConstrainedHyperConnections):
-  """MaxText's hyper-connections, whose layer inputs of q, k and v are each read out of their own stream.
+  """MaxText's hyper-connections, which read the layer inputs of q, k and v out of one stream each.
 
   One set of weights reads all of them. What attention returns is added to the hyper-streams of the residual stream.
   Where all streams are equal these are stock hyper-connections, with the same parameters.

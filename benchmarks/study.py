@@ -18,6 +18,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -188,6 +189,21 @@ def machine() -> dict:
   return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "commit": record.commit()}
 
 
+def corpus(cell: Cell) -> str | None:
+  """12 hexadecimal digits of a hash of the files that a cell reads; None if its configuration names none.
+
+  Corpora that were built from other versions of packages have other rows in another order.
+  """
+  values = study_plan.merged_values(cell.config) | cell.keys
+  digest = hashlib.sha256()
+  files = [record.ROOT / values[key] for key in ("grain_train_files", "grain_eval_files") if values.get(key)]
+  if not files or not all(file.is_file() for file in files):
+    return None
+  for file in files:
+    digest.update(file.read_bytes())
+  return digest.hexdigest()[:12]
+
+
 def status_lines(study: Study, folder: pathlib.Path, results: Results, work: pathlib.Path) -> list[str]:
   """One line for each cell: its loss, how far it is, or that it has not begun."""
   lines = []
@@ -213,7 +229,7 @@ def run_all(study: Study, folder: pathlib.Path, results: Results, work: pathlib.
   waiting = [cell for cell in study_plan.cells(study, folder, results.ratios()) if results.of(cell) is None][:most]
   for number, cell in enumerate(waiting, 1):
     record.say(f"{cell.name}: {number} of {len(waiting)}")
-    row = run(cell, work) | machine() | {"date": datetime.date.today().isoformat()}
+    row = run(cell, work) | machine() | {"corpus": corpus(cell), "date": datetime.date.today().isoformat()}
     results.append(row)
     shutil.rmtree(work / cell.run_name / "checkpoints", ignore_errors=True)
     record.say(f"{cell.name}: {row['dead'] or list(row['held_out'].values())[-1]}")

@@ -29,10 +29,11 @@ NOTES = """
 Held-out loss: loss in {unit} after the last step, as the mean over seeds with its standard error. Difference: loss
 minus that of `{baseline}`, or of the model in brackets, with the same seed; runs of one seed read the same rows and
 start from the same values. The table has the mean of the differences, the 95% interval of the mean by Student's t, and
-the standard deviation of single differences. Paper: the difference of the logarithms of Table 5's perplexities, at 405M
-parameters on the Pile, where a token is about four bytes. Tokens/s: that of the median step of each run, as the median
-over runs; the machines above may differ in speed. Dead: runs whose loss was not finite, or ended above {far} times the
-median of the study; no mean includes them.
+the standard deviation of single differences. Not paired: the runs of the two models read other builds of the corpus;
+the table has the difference of their means, and its 95% interval by Welch's t. Paper: the difference of the logarithms
+of Table 5's perplexities, at 405M parameters on the Pile, where a token is about four bytes. Tokens/s: that of the
+median step of each run, as the median over runs; the machines above may differ in speed. Dead: runs whose loss was not
+finite, or ended above {far} times the median of the study; no mean includes them.
 
 Rankings of models this small need not be those of large ones.
 """
@@ -40,17 +41,19 @@ Rankings of models this small need not be those of large ones.
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Paired differences of the losses of two models, in the unit of the study.
+  """Difference of the losses of two models, in the unit of the study.
 
   Attributes:
     mean: mean over seeds.
-    deviation: standard deviation over seeds.
+    deviation: standard deviation of the differences of single seeds; NaN for one seed, or if they are not paired.
     half_width: half the width of the 95% interval of the mean; infinite for one seed.
+    paired: whether losses of the same seed were subtracted.
   """
 
   mean: float
   deviation: float
   half_width: float
+  paired: bool = True
 
   @classmethod
   def of(cls, values: list[float]) -> "Difference":
@@ -59,6 +62,15 @@ class Difference:
       return cls(mean, math.nan, math.inf)
     deviation = statistics.stdev(values)
     return cls(mean, deviation, float(scipy.stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n))
+
+  @classmethod
+  def of_means(cls, first: list[float], second: list[float]) -> "Difference":
+    """The mean of `first` minus that of `second`, whose losses cannot be paired."""
+    mean = statistics.fmean(first) - statistics.fmean(second)
+    if min(len(first), len(second)) < 2:
+      return cls(mean, math.nan, math.inf, paired=False)
+    interval = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    return cls(mean, math.nan, float(interval.high - interval.low) / 2, paired=False)
 
   @property
   def resolved(self) -> bool:
@@ -77,7 +89,7 @@ class Summary:
     losses: final held-out loss of each run that is not dead, by seed.
     dead: seeds of the dead runs.
     against: name of the model that it is compared with; empty for the baseline.
-    difference: difference to that model; None if no seed has both.
+    difference: difference to that model; None if one of the two has no losses.
   """
 
   model: str
@@ -102,11 +114,12 @@ def summarise(study, cells, results) -> list[Summary]:
       rows[cell.learning_rate, cell.model].append(row)
   finals = [x for model_rows in rows.values() for x in map(final, model_rows) if x is not None]
   limit = FAR * statistics.median(finals) if finals else math.inf
-  losses, dead = {}, {}
+  losses, dead, corpora = {}, {}, {}
   for key, model_rows in rows.items():
     by_seed = {row["seed"]: final(row) for row in model_rows}
     losses[key] = {seed: x for seed, x in by_seed.items() if x is not None and x <= limit}
     dead[key] = [seed for seed in by_seed if seed not in losses[key]]
+    corpora[key] = {row["seed"]: row.get("corpus") for row in model_rows}
   summaries = []
   for rate in study.learning_rates:
     for name, model in study.models.items():
@@ -114,8 +127,11 @@ def summarise(study, cells, results) -> list[Summary]:
         continue
       against = "" if name == study.baseline else model.against or study.baseline
       other = losses.get((rate, against), {})
-      values = [x - other[seed] for seed, x in losses[key].items() if seed in other]
+      same_rows = corpora[key].items() & corpora.get((rate, against), {}).items()
+      values = [losses[key][seed] - other[seed] for seed, _ in same_rows if seed in losses[key] and seed in other]
       difference = Difference.of(values) if values else None
+      if not values and losses[key] and other:
+        difference = Difference.of_means([*losses[key].values()], [*other.values()])
       summaries.append(Summary(name, rate, rows[key], losses[key], dead[key], against, difference))
   return summaries
 
@@ -133,6 +149,7 @@ def _row(study, summary: Summary) -> list[str]:
   if summary.against and model.paper and study.models[summary.against].paper:
     paper = f"{math.log(model.paper / study.models[summary.against].paper):+.4f}"
   named = f" [{summary.against}]" if summary.against not in ("", study.baseline) else ""
+  named += "" if not difference or difference.paired else ", not paired"
   norms = [row["largest_gradient_norm"] for row in rows]
   return [
     summary.model,
@@ -199,7 +216,7 @@ def draw(study, summaries: list[Summary], path: pathlib.Path) -> None:
       differences = [
         {step: loss - other[seed][step] for step, loss in curve.items() if step in other[seed]}
         for seed, curve in by_seed.items()
-        if seed in other
+        if seed in other and (summary.difference is None or summary.difference.paired)
       ]
       _band(right, differences, **style)
   losses = [x for by_seed in curves.values() for curve in by_seed.values() for x in curve.values()]

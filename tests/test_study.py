@@ -290,6 +290,8 @@ def test_a_killed_study_resumes_and_gives_the_same_result(tmp_path):
   assert not (tmp_path / "killed.jsonl").exists(), "killed too late to tell anything"
   subprocess.run(command("killed"), check=True, env=runs.environment())
   (whole,), (resumed,) = (study.Results(tmp_path / f"{name}.jsonl").rows() for name in ("whole", "killed"))
+  assert len(whole["corpus"]) == 12
+  assert resumed["corpus"] == whole["corpus"]
   assert resumed["held_out"] == whole["held_out"]
   assert resumed["train"].keys() == whole["train"].keys()
   # TensorBoard's writer had not written the events of the last steps before the kills.

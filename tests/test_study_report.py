@@ -64,6 +64,22 @@ def test_dead_runs_are_counted_and_left_out_of_means(report):
   assert broken.losses == {0: 2.0}
 
 
+def test_runs_on_two_builds_of_the_corpus_are_not_paired(report, tmp_path):
+  plan, cells, results = report
+  mixed = study.Results(tmp_path / "mixed.jsonl")
+  for row in results.rows():
+    mixed.append(row | {"corpus": "b" if row["model"] == "same" or row["cell"] == "better-lr0.003-seed2" else "a"})
+  summaries = {x.model: x.difference for x in study_report.summarise(plan, cells, mixed)}
+  np.testing.assert_allclose([summaries["better"].mean, summaries["better"].deviation], [-0.105, 0.01 / 2**0.5])
+  # Welch's t: variances of 0.01 and 0.0103 of three seeds each, whose degrees of freedom are 3.9991:
+  # t = 2.7766, times 0.0822.
+  assert not summaries["same"].paired
+  found = [summaries["same"].mean, summaries["same"].half_width]
+  np.testing.assert_allclose(found, [0, 0.228409], rtol=1e-4, atol=1e-12)
+  text = study_report.write(plan, cells, mixed, tmp_path / "plan.yml")
+  assert "+0.0000, not paired" in next(line for line in text.splitlines() if line.startswith("| same"))
+
+
 def test_the_written_report(report, tmp_path):
   text = study_report.write(*report, tmp_path / "plan.yml")
   row = next(line for line in text.splitlines() if line.startswith("| better"))

@@ -23,6 +23,8 @@ FEATURES = {
   "trains": ["test_trains"],
   "decodes": ["test_generates_what_teacher_forcing_says"],
   "mesh of 8 = one device": ["test_other_blocks"],
+  "quantized as stock": ["test_starts_as_the_quantized_stock_model"],
+  "upcycles": ["test_upcycled_blocks"],
 }
 PASSED, FAILED, MISSING = "yes", "**no**", ""
 

@@ -185,7 +185,7 @@ UPCYCLED = [*((x, "single") for x in BLOCKS), *(case for case in LAYOUTS if case
 
 
 @pytest.mark.parametrize(("block", "layout"), slow_but([("pythia", "single")], UPCYCLED))
-def test_blocks(block, layout, tmp_path):
+def test_upcycled_blocks(block, layout, tmp_path):
   keys = {"scan_layers": layout == "scanned", **UNNAMED.get(block, {})}
   plain, values = trained(block=block, **keys)
   source, target = save(tmp_path / "stock", values), tmp_path / "m"

@@ -279,7 +279,7 @@ REFUSED = {  # a table for two blocks, and the sentence
   ),
   "a source before the embedding": (
     row(sources="[L-3, L]"),
-    "mudd_placements: row 1 gives DA_2 the source X_-1, which does not exist there; use sources from 0 to 2.",
+    "mudd_placements: L-3 is below 0 in a model with L=2 blocks; use L-2 to L.",
   ),
   "without the newest source": (
     row(sources="[0, 1]"),
@@ -305,6 +305,12 @@ def test_refused_tables(case):
   found = str(error.value)
   assert found == sentence if sentence.endswith(".") else found.startswith(sentence)
   assert "\n" not in found
+
+
+def test_positions_from_the_end_name_no_extra_embedding():
+  table = "[{block: 1..2, sources: all, streams: r, hidden: 8}, {block: L, sources: [L-4, L], streams: r}]"
+  with pytest.raises(ConfigError, match="L-4 is below 0 in a model with L=3 blocks; use L-3 to L"):
+    complexity.read([runs.RUN_YML, "base_num_decoder_layers=3", "mudd_extra_embeddings=1", f"mudd_placements={table}"])
 
 
 def test_scanned_layers_share_no_mlp():

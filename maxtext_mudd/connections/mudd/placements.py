@@ -200,10 +200,21 @@ def _terms(column: Any) -> list:
 
 
 def _numbers(terms: Sequence[int | str], num_blocks: int) -> list[int]:
-  """The numbers that positions and ranges name."""
+  """The numbers that positions and ranges name.
+
+  Raises:
+    ValueError: L-N is below 0. Negative sources are extra embeddings, which L-N does not name.
+  """
 
   def number(position: str) -> int:
-    return num_blocks - int(position[2:] or 0) if position.startswith("L") else int(position)
+    if not position.startswith("L"):
+      return int(position)
+    before = int(position[2:] or 0)
+    if before > num_blocks:
+      raise ValueError(
+        f"mudd_placements: {position} is below 0 in a model with L={num_blocks} blocks; use L-{num_blocks} to L."
+      )
+    return num_blocks - before
 
   numbers = []
   for term in terms:

@@ -309,10 +309,16 @@ MISTAKES = {
     "mudd_ffn_reallocation=True needs experts as wide as the FFN: base_moe_mlp_dim=64, base_mlp_dim=256; make them "
     "equal.",
   ),
-  "explicit sharding": (
-    ["shard_mode=explicit", "depth_connection=dca", "mudd_init=stock", "mudd_ffn_reallocation=false"],
-    "shard_mode=explicit does not work with depth_connection=dca: its sums leave sharding to the compiler; use "
-    "shard_mode=auto, or depth_connection=dense.",
+  "explicit sharding of heads": (
+    [
+      "shard_mode=explicit",
+      "depth_connection=attnres",
+      "mudd_attnres_heads=2",
+      "mudd_init=stock",
+      "mudd_ffn_reallocation=false",
+    ],
+    "mudd_attnres_heads=2 does not work with shard_mode=explicit: the channels of a head would have to be gathered; "
+    "use shard_mode=auto.",
   ),
   "a kernel for another device": (
     ["mudd_kernel=pallas"],

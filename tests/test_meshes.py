@@ -152,6 +152,19 @@ def test_explicit_axes(name, keys):
   assert eight["in_aggregates"] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("family", ["hyper_connections", "mhc", "attnres", "dca"])
+def test_explicit_axes_of_other_families(family, scan):
+  mesh, keys = MESHES["tensor 2, FSDP 4"]
+  keys = keys | {"mudd_pre_norm": False, "mudd_post_norm": False, "depth_connection": family} | FAMILIES[family]
+  one = train(1, **keys, scan_layers=scan, per_device_batch_size=8)
+  eight = train(8, **keys, **mesh, scan_layers=scan, per_device_batch_size=1, shard_mode="explicit")
+  assert one["losses"][-1] < one["losses"][0]
+  assert eight["losses"][:3] == pytest.approx(one["losses"][:3], rel=5e-5)
+  assert eight["in_aggregates"] == []
+
+
 def test_what_counts_as_gathered():
   source = '%a = f32[1,128,32]{2,1,0} all-gather(%x), metadata={op_name="jit(step)/while/depth_aggregate/mul"}'
   split = '%f = f32[128,4,8]{2,1,0} all-to-all(%x), metadata={op_name="jit(step)/transpose/depth_aggregate/dot"}'

@@ -2,6 +2,8 @@
 
 import jax
 from jax.sharding import NamedSharding
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 from maxtext.common.common_types import ShardMode
 from maxtext.utils import sharding
 
@@ -33,3 +35,22 @@ def with_whole_width(x: jax.Array, axis: int = -1) -> jax.Array:
     return x
   spec[axis] = None
   return jax.reshard(x, jax.P(*spec))
+
+
+def contract(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+  """`jnp.einsum` of activations and parameters, accumulated in `dtype`. Where the axes of the mesh are explicit and a
+  summed axis of x is split, each device multiplies its part of x by the part of w for it, and the products are added."""
+  spec = jax.typeof(x).sharding.spec
+  if not any(spec):
+    return jnp.einsum(equation, x, w, preferred_element_type=dtype)
+  of_x, of_w, of_result = equation.replace("->", ",").split(",")
+  axes = dict(zip(of_x, spec))
+  part = jax.reshard(w, jax.P(*(axes.get(axis) for axis in of_w)))
+  sharding = jax.P(*(axes.get(axis) for axis in of_result))
+  return jnp.einsum(equation, x, part, preferred_element_type=dtype, out_sharding=sharding)
+
+
+def split_as(w: jax.Array, axis: int, x: Float[Array, "B T D"]) -> jax.Array:
+  """A parameter whose `axis` is split over the devices as the width of x, where the axes of the mesh are explicit."""
+  spec = jax.typeof(x).sharding.spec
+  return jax.reshard(w, jax.P(*(spec[-1] if i == axis else None for i in range(w.ndim)))) if any(spec) else w

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from maxtext_mudd import kernels
-from maxtext_mudd.connections.mesh import source_sharding
+from maxtext_mudd.connections.mesh import contract, source_sharding
 from maxtext_mudd.connections.scan_buffer import Entries, ScanBuffer
 from maxtext_mudd.connections.sublayers import LayerOutput, SublayerConnection
 
@@ -242,6 +242,8 @@ def source_logits(
   channels, is applied to the product."""
   source = source.astype(kernels.accumulation_dtype(source.dtype))
   inverse = jax.lax.rsqrt(jnp.square(source).mean(-1) + epsilon)
+  if heads == 1:
+    return contract("btd,md->mbt", source, queries.astype(source.dtype)) * inverse
   width = source.shape[-1] // heads
   parts, of_parts = (x.reshape(*x.shape[:-1], heads, width) for x in (source, queries.astype(source.dtype)))
   logits = jnp.einsum("bthd,mhd->mhbt", parts, of_parts)

@@ -13,6 +13,7 @@ class AttentionResiduals(BaseFamily):
 
   Keys = keys.AttnResKeys
   reads = "sublayer"
+  takes_explicit_axes = True
   start_modules = ("depth_queries",)
 
   @classmethod
@@ -33,6 +34,12 @@ class AttentionResiduals(BaseFamily):
       f"mudd_attnres_heads={config.mudd_attnres_heads}",
       f"mudd_kernel={config.mudd_kernel}",
       "the fused kernels mix with one head; use mudd_kernel=auto or xla",
+    )
+    yield Refusal(
+      config.mudd_attnres_heads > 1 and config.shard_mode.value == "explicit",
+      f"mudd_attnres_heads={config.mudd_attnres_heads}",
+      "shard_mode=explicit",
+      "the channels of a head would have to be gathered; use shard_mode=auto",
     )
 
   @classmethod

@@ -14,6 +14,7 @@ class DeepCrossAttention(BaseFamily):
 
   Keys = keys.DcaKeys
   reads = "sublayer"
+  takes_explicit_axes = True
   depth_axes: ClassVar = {"b": (None, None, "sources")}
   static_weights = ("b",)
   start_modules = ("depth_queries",)

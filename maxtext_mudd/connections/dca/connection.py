@@ -33,7 +33,7 @@ from maxtext_mudd.blocks.streams import Streams
 from maxtext_mudd.connections import layout, metrics
 from maxtext_mudd.connections.base import Site
 from maxtext_mudd.connections.dca import keys
-from maxtext_mudd.connections.mesh import passes
+from maxtext_mudd.connections.mesh import passes, split_as
 from maxtext_mudd.connections.scored_sources import ScoredCarry, ScoredConnection
 from maxtext_mudd.connections.sublayers import SublayerInput
 from maxtext_mudd.kernels import ChannelWeights, Weights, accumulation_dtype, differentiable
@@ -156,6 +156,8 @@ class DcaConnection(ScoredConnection):
       block: how many blocks came before.
     """
     config, sources, b = self.config, carry.sources, module.b[...]
+    if config.mudd_dca_weights != "v1":
+      b = split_as(b, 1, carry.newest)
     how = passes(config, self.mesh, carry.newest.shape)
     count = block + 1 + self.has_sum
     shape = (*carry.newest.shape[:2], len(names))

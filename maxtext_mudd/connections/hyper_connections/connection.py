@@ -13,6 +13,7 @@ from flax import nnx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from maxtext_mudd.connections.mesh import contract
 from maxtext_mudd.connections.multi_stream import connection as multi_stream
 from maxtext_mudd.connections.norms import StreamNorm
 from maxtext_mudd.kernels import accumulation_dtype
@@ -64,7 +65,7 @@ class HyperWeights(nnx.Module):
     if config.mudd_dynamic:
       w = jnp.concatenate([self.w_alpha[...], self.w_beta[...]], axis=1).astype(config.dtype)
       for i, h in enumerate(streams):
-        dynamic = jnp.tanh(jnp.einsum("btd,dk->btk", self.norm(h), w, preferred_element_type=wide))
+        dynamic = jnp.tanh(contract("btd,dk->btk", self.norm(h), w, wide))
         rows[i] = rows[i] + self.alpha_scale[...].astype(wide) * dynamic[..., :-1]
         entries[i] = entries[i] + self.beta_scale[...].astype(wide) * dynamic[..., -1:]
     return jnp.stack(rows, axis=-1), entries

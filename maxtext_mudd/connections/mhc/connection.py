@@ -39,6 +39,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from maxtext_mudd.connections.mhc.keys import has_norm_scale, mixing_logits
+from maxtext_mudd.connections.mesh import contract
 from maxtext_mudd.connections.multi_stream import connection as multi_stream
 from maxtext_mudd.kernels import accumulation_dtype, mix
 
@@ -176,7 +177,7 @@ def _normed_product(config, streams: multi_stream.StreamList, phi: Float[Array, 
   """x̂ φ. The norm is applied to the product, which has fewer numbers than the streams."""
   wide = accumulation_dtype(streams[0].dtype)
   phi = phi.astype(config.dtype)
-  product = sum(jnp.einsum("btd,dm->btm", h, phi[i], preferred_element_type=wide) for i, h in enumerate(streams))
+  product = sum(contract("btd,dm->btm", h, phi[i], wide) for i, h in enumerate(streams))
   squares = sum(jnp.square(h.astype(wide)).sum(-1, keepdims=True) for h in streams)
   mean_square = squares / (len(streams) * streams[0].shape[-1])
   if config.mudd_mhc_mixing == "deepseek":

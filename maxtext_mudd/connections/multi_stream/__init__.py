@@ -19,6 +19,7 @@ class StreamsFamily(BaseFamily):
 
   Keys = StreamsKeys
   reads = "sublayer"
+  takes_explicit_axes = True
 
   @classmethod
   def refusals(cls, config) -> Iterable[Refusal]:

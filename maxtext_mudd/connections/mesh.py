@@ -1,8 +1,8 @@
 """How the outputs of blocks lie on the devices of a mesh, and how aggregates run there."""
 
 import jax
-from jax.sharding import NamedSharding
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 from maxtext.common.common_types import ShardMode
 from maxtext.utils import sharding
@@ -38,8 +38,11 @@ def with_whole_width(x: jax.Array, axis: int = -1) -> jax.Array:
 
 
 def contract(equation: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-  """`jnp.einsum` of activations and parameters, accumulated in `dtype`. Where the axes of the mesh are explicit and a
-  summed axis of x is split, each device multiplies its part of x by the part of w for it, and the products are added."""
+  """`jnp.einsum` of activations x and parameters w, accumulated in `dtype`.
+
+  Where the axes of the mesh are explicit and a summed axis of x is split, each device multiplies its part of x by the
+  part of w for it, and the products are added.
+  """
   spec = jax.typeof(x).sharding.spec
   if not any(spec):
     return jnp.einsum(equation, x, w, preferred_element_type=dtype)

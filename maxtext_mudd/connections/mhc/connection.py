@@ -38,8 +38,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from maxtext_mudd.connections.mhc.keys import has_norm_scale, mixing_logits
 from maxtext_mudd.connections.mesh import contract
+from maxtext_mudd.connections.mhc.keys import has_norm_scale, mixing_logits
 from maxtext_mudd.connections.multi_stream import connection as multi_stream
 from maxtext_mudd.kernels import accumulation_dtype, mix
 

@@ -32,8 +32,9 @@ start from the same values. The table has the mean of the differences, the 95% i
 the standard deviation of single differences. Not paired: the runs of the two models read other builds of the corpus;
 the table has the difference of their means, and its 95% interval by Welch's t. Paper: the difference of the logarithms
 of Table 5's perplexities, at 405M parameters on the Pile, where a token is about four bytes. Tokens/s: that of the
-median step of each run, as the median over runs; the machines above may differ in speed. Dead: runs whose loss was not
-finite, or ended above {far} times the median of the study; no mean includes them.
+median step of each run, as the median over runs; the machines above may differ in speed. Parameters: as stored, which
+includes the padding of scanned layers. Dead: runs whose loss was not finite, or ended above {far} times the median of
+the study; no mean includes them.
 
 Rankings of models this small need not be those of large ones.
 """
@@ -191,45 +192,56 @@ def sentences(summaries: list[Summary], missing: int) -> list[str]:
 
 
 def draw(study, summaries: list[Summary], path: pathlib.Path) -> None:
-  """Draws training loss over steps, and its paired difference to the baseline: the mean over seeds, with a band from
-  the lowest to the highest seed."""
+  """Draws training loss over steps, and its paired difference to the model that it is compared with: the mean over
+  seeds, with a band from the lowest to the highest seed. Each learning rate has a row of its own. Curves of dead runs
+  leave the picture."""
   import matplotlib
 
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
-  figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 6), layout="constrained")
-  curves = {
-    (x.model, x.learning_rate): {
-      row["seed"]: {int(step): loss for step, loss in row["train"].items() if loss is not None} for row in x.rows
-    }
-    for x in summaries
-  }
-  colors = pyplot.get_cmap("tab20")
-  for number, summary in enumerate(summaries):
-    by_seed = curves[summary.model, summary.learning_rate]
-    other = curves.get((summary.against or study.baseline, summary.learning_rate), {})
-    label = summary.model if len(study.learning_rates) == 1 else f"{summary.model}, {summary.learning_rate:g}"
-    style = {"color": colors(number % 20), "label": label}
-    _band(left, list(by_seed.values()), **style)
-    if summary.against:
-      differences = [
-        {step: loss - other[seed][step] for step, loss in curve.items() if step in other[seed]}
-        for seed, curve in by_seed.items()
-        if seed in other and (summary.difference is None or summary.difference.paired)
-      ]
-      _band(right, differences, **style)
-  losses = [x for by_seed in curves.values() for curve in by_seed.values() for x in curve.values()]
-  if losses:
-    left.set_ylim(0.97 * min(losses), sorted(losses)[int(0.9 * (len(losses) - 1))])
-  left.set(xlabel="step", ylabel=f"training loss, {study.unit}")
-  right.axhline(0, color="black", linewidth=0.8)
-  right.set(xlabel="step", ylabel=f"difference to {study.baseline} (same seed), {study.unit}")
-  left.legend(fontsize=8)
-  for axes in (left, right):
-    axes.grid(alpha=0.3)
+  rates = [rate for rate in study.learning_rates if any(x.learning_rate == rate for x in summaries)]
+  figure, rows = pyplot.subplots(
+    len(rates), 2, figsize=(15, 6 * len(rates)), layout="constrained", squeeze=False, sharex=True
+  )
+  colors = dict(zip(study.models, itertools.cycle(pyplot.get_cmap("tab20").colors)))
+  for rate, (left, right) in zip(rates, rows):
+    of_rate = {x.model: x for x in summaries if x.learning_rate == rate}
+    curves = {name: _curves(x) for name, x in of_rate.items()}
+    losses, differences = [], []
+    for name, summary in of_rate.items():
+      style = {"color": colors[name], "label": name}
+      _band(left, list(curves[name].values()), **style)
+      losses += [x for seed in summary.losses for x in curves[name][seed].values()]
+      if summary.difference and summary.difference.paired:
+        other = curves[summary.against]
+        lines = {
+          seed: {step: loss - other[seed][step] for step, loss in curve.items() if step in other[seed]}
+          for seed, curve in curves[name].items()
+          if seed in other
+        }
+        _band(right, list(lines.values()), **style)
+        differences += [x for seed in summary.losses if seed in lines for x in lines[seed].values()]
+    if losses:
+      left.set_ylim(0.97 * min(losses), sorted(losses)[int(0.9 * (len(losses) - 1))])
+    if differences:
+      largest = sorted(map(abs, differences))[int(0.98 * (len(differences) - 1))]
+      right.set_ylim(-1.1 * largest, 1.1 * largest)
+    left.set(xlabel="step", ylabel=f"training loss, {study.unit}", title=f"learning rate {rate:g}")
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(xlabel="step", ylabel=f"difference to the plain model (same seed), {study.unit}")
+    left.legend(fontsize=8, loc="upper right")
+    for axes in (left, right):
+      axes.grid(alpha=0.3)
   figure.savefig(path, dpi=110)
   pyplot.close(figure)
+
+
+def _curves(summary: Summary) -> dict[int, dict[int, float]]:
+  """Training loss of each run by step, by seed."""
+  return {
+    row["seed"]: {int(step): loss for step, loss in row["train"].items() if loss is not None} for row in summary.rows
+  }
 
 
 def _band(axes, curves: list[dict[int, float]], **style) -> None:

@@ -2,16 +2,20 @@
 
     taskset -c 0 .venv/bin/python benchmarks/cpu_profile.py yaml/study/narrow.yml [KEY=VALUE ...]
 
-JAX's profiler records the time of each operation of the compiled step. Operations are summed by kind.
+JAX's profiler records the time of each operation of the compiled step. Operations are summed by kind. The steps that
+are traced are others than those that are timed, so the sum of kinds differs from the time of a step.
 """
 
 import argparse
 import collections
 import pathlib
 import re
+import sys
 import tempfile
 
 import record
+
+from maxtext_mudd.config.errors import ConfigError
 
 STEPS = 4
 # By kind, what the names of its operations contain; an operation is of the first kind that fits.
@@ -20,9 +24,8 @@ KINDS = {
   "copies and transposes": re.compile("copy|transpose"),
   "element-wise operations and sums": re.compile(""),
 }
-CONTAINERS = re.compile(
-  "ThunkExecutor|^while|^call|^conditional|^end: |Client|Listener"
-)  # these contain other operations
+# Events that contain others, or that are no operations.
+NO_OPERATIONS = re.compile("ThunkExecutor|^while|^call|^conditional|^end: |Client|Listener")
 
 
 def operations(folder: pathlib.Path) -> dict[str, float]:
@@ -35,7 +38,7 @@ def operations(folder: pathlib.Path) -> dict[str, float]:
     for line in plane.lines:
       if line.name.startswith("tf_XLA"):  # threads that run compiled code
         for event in line.events:
-          if not CONTAINERS.search(event.name):
+          if not NO_OPERATIONS.search(event.name):
             seconds[event.name] += event.duration_ns / 1e9
   return seconds
 
@@ -81,6 +84,7 @@ def profile(config_file: str, keys: list[str], label: str) -> dict:
 
 
 def report(rows: list[dict]) -> str:
+  """A table of the rows."""
   lines = []
   for row in rows:
     total = sum(row["kinds"].values())
@@ -100,11 +104,14 @@ def main() -> None:
   from maxtext_mudd import plugin
 
   plugin.install()
-  about = record.facts(cpu := _cpu(), "cpu", ("jax", "jaxlib", "maxtext"))
-  rows = []
+  cpu = _cpu()
+  about, rows = record.facts(cpu, "cpu", ("jax", "jaxlib", "maxtext")), []
   for label, keys in {"plain": ["mudd=false"], "MUDD": ["mudd=true"]}.items():
     record.say(f"profiling {label} on {cpu}")
-    rows.append(profile(options.config, [*options.keys, *keys], label))
+    try:
+      rows.append(profile(options.config, [*options.keys, *keys], label))
+    except ConfigError as error:
+      sys.exit(f"maxtext-mudd: {label}: {error}")
   text = report(rows)
   record.write(options.output or record.default_name("cpu-profile", options.config, "CPU"), about, text, rows)
   print(text)

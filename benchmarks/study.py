@@ -190,9 +190,10 @@ def machine() -> dict:
 
 
 def corpus(cell: Cell) -> str | None:
-  """12 hexadecimal digits of a hash of the files that a cell reads; None if its configuration names none.
+  """12 hexadecimal digits of a hash of the data files that a cell reads; None if its configuration names no files of
+  this machine.
 
-  Corpora that were built from other versions of packages have other rows in another order.
+  A corpus that was built from other versions of its packages has other rows, in another order.
   """
   values = study_plan.merged_values(cell.config) | cell.keys
   digest = hashlib.sha256()

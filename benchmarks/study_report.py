@@ -29,12 +29,12 @@ NOTES = """
 Held-out loss: loss in {unit} after the last step, as the mean over seeds with its standard error. Difference: loss
 minus that of `{baseline}`, or of the model in brackets, with the same seed; runs of one seed read the same rows and
 start from the same values. The table has the mean of the differences, the 95% interval of the mean by Student's t, and
-the standard deviation of single differences. Not paired: the runs of the two models read other builds of the corpus;
-the table has the difference of their means, and its 95% interval by Welch's t. Paper: the difference of the logarithms
-of Table 5's perplexities, at 405M parameters on the Pile, where a token is about four bytes. Tokens/s: that of the
-median step of each run, as the median over runs; the machines above may differ in speed. Parameters: as stored, which
-includes the padding of scanned layers. Dead: runs whose loss was not finite, or ended above {far} times the median of
-the study; no mean includes them.
+the standard deviation of single differences. Not paired: no two runs of one seed have the same hash of the corpus (a
+missing hash counts as one); the table has the difference of the means, and its 95% interval by Welch's t. Paper: the
+difference of the logarithms of Table 5's perplexities, at 405M parameters on the Pile, where a token is about four
+bytes. Tokens/s: that of the median step of each run, as the median over runs; the machines above may differ in speed.
+Parameters: as stored, which includes the padding of scanned layers. Dead: runs whose loss was not finite, or ended
+above {far} times the median of the study; no mean includes them.
 
 Rankings of models this small need not be those of large ones.
 """
@@ -90,6 +90,7 @@ class Summary:
     losses: final held-out loss of each run that is not dead, by seed.
     dead: seeds of the dead runs.
     against: name of the model that it is compared with; empty for the baseline.
+    pairs: seeds of the runs that are compared one by one with those of that model, on the same corpus.
     difference: difference to that model; None if one of the two has no losses.
   """
 
@@ -99,6 +100,7 @@ class Summary:
   losses: dict[int, float]
   dead: list[int]
   against: str
+  pairs: list[int]
   difference: Difference | None
 
 
@@ -129,11 +131,13 @@ def summarise(study, cells, results) -> list[Summary]:
       against = "" if name == study.baseline else model.against or study.baseline
       other = losses.get((rate, against), {})
       same_rows = corpora[key].items() & corpora.get((rate, against), {}).items()
-      values = [losses[key][seed] - other[seed] for seed, _ in same_rows if seed in losses[key] and seed in other]
-      difference = Difference.of(values) if values else None
-      if not values and losses[key] and other:
+      pairs = sorted(seed for seed, _ in same_rows if seed in losses[key] and seed in other)
+      difference = None
+      if pairs:
+        difference = Difference.of([losses[key][seed] - other[seed] for seed in pairs])
+      elif losses[key] and other:
         difference = Difference.of_means([*losses[key].values()], [*other.values()])
-      summaries.append(Summary(name, rate, rows[key], losses[key], dead[key], against, difference))
+      summaries.append(Summary(name, rate, rows[key], losses[key], dead[key], against, pairs, difference))
   return summaries
 
 
@@ -193,8 +197,8 @@ def sentences(summaries: list[Summary], missing: int) -> list[str]:
 
 def draw(study, summaries: list[Summary], path: pathlib.Path) -> None:
   """Draws training loss over steps, and its paired difference to the model that it is compared with: the mean over
-  seeds, with a band from the lowest to the highest seed. Each learning rate has a row of its own. Curves of dead runs
-  leave the picture."""
+  seeds, with a band from the lowest to the highest seed. Each learning rate has a row of its own. The axes are chosen
+  without the dead runs, whose losses may lie outside; they have no differences."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -213,15 +217,12 @@ def draw(study, summaries: list[Summary], path: pathlib.Path) -> None:
       style = {"color": colors[name], "label": name}
       _band(left, list(curves[name].values()), **style)
       losses += [x for seed in summary.losses for x in curves[name][seed].values()]
-      if summary.difference and summary.difference.paired:
-        other = curves[summary.against]
-        lines = {
-          seed: {step: loss - other[seed][step] for step, loss in curve.items() if step in other[seed]}
-          for seed, curve in curves[name].items()
-          if seed in other
-        }
-        _band(right, list(lines.values()), **style)
-        differences += [x for seed in summary.losses if seed in lines for x in lines[seed].values()]
+      lines = []
+      for seed in summary.pairs:
+        other = curves[summary.against][seed]
+        lines.append({step: loss - other[step] for step, loss in curves[name][seed].items() if step in other})
+      _band(right, lines, **style)
+      differences += [x for line in lines for x in line.values()]
     if losses:
       left.set_ylim(0.97 * min(losses), sorted(losses)[int(0.9 * (len(losses) - 1))])
     if differences:

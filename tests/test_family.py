@@ -16,6 +16,7 @@ import pytest
 from maxtext_mudd import connections, plugin
 from maxtext_mudd.blocks import num_blocks
 from maxtext_mudd.checkpoints import layout
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections.base import Cost, HistoryFamily, Plan, Site, check_plan
 from maxtext_mudd.connections.family_keys import HistoryKeys, WeightKeys
 from maxtext_mudd.connections.norms import rms_norm
@@ -276,3 +277,9 @@ def test_no_trained_value_is_lost_in_a_conversion():
 if __name__ == "__main__":
   plugin.install()
   train_on_mesh.main(json.loads(sys.argv[1]))
+
+
+def test_a_family_that_leaves_sharding_to_the_compiler_refuses_explicit_axes(monkeypatch):
+  monkeypatch.setattr(LastTwo, "takes_explicit_axes", False)
+  with pytest.raises(ConfigError, match="shard_mode=explicit does not work with depth_connection=last_two: its sums"):
+    models.config(**KEYS, shard_mode="explicit")

@@ -35,8 +35,8 @@ import record
 import study_plan
 from study_plan import Cell, Study
 
+from maxtext_mudd.checkpoints.interrupts import Interrupts
 from maxtext_mudd.config.errors import ConfigError
-from maxtext_mudd.interrupts import Interrupts
 
 LAUNCHER = record.ROOT / "MaxText" / "train.py"
 

@@ -1,12 +1,12 @@
 """MUDD connections (MUDDFormer, arXiv 2502.12170) for stock MaxText.
 
-`from_pretrained` and `from_run` load a model, `logits` and `generate` run it. Training and the other commands are
-modules: python3 -m maxtext_mudd.train, train_compile, decode, evaluate, convert, complexity, cluster, report,
-corpus.
+`from_pretrained` and `from_run` load a model, `logits` and `generate` run it, `inspect` shows what it computes inside.
+Training and the other commands are modules: python3 -m maxtext_mudd.train, train_compile, decode, evaluate, analyze,
+convert, complexity, cluster, report, corpus.
 """
 
 __version__ = "0.1.0"
-__all__ = ["from_pretrained", "from_run", "generate", "logits"]
+__all__ = ["from_pretrained", "from_run", "generate", "inspect", "logits"]
 
 
 def __getattr__(name: str):
@@ -16,6 +16,6 @@ def __getattr__(name: str):
   from maxtext_mudd import plugin
 
   plugin.install()
-  from maxtext_mudd.inference import generation, pretrained
+  from maxtext_mudd.inference import generation, inspection, pretrained
 
-  return getattr(generation if name == "generate" else pretrained, name)
+  return getattr({"generate": generation, "inspect": inspection}.get(name, pretrained), name)

@@ -34,8 +34,8 @@ import pathlib
 import sys
 
 from maxtext_mudd import plugin, versions
+from maxtext_mudd.checkpoints.interrupts import Interrupts
 from maxtext_mudd.config.errors import ConfigError, reachable
-from maxtext_mudd.interrupts import Interrupts
 from maxtext_mudd.runs import early_check, launch
 
 # The options that name a folder, by the attribute of the parsed arguments.

@@ -76,6 +76,7 @@ class Oracle:
     # (DA, n) whose n-th source is to be the one before it.
     self.swapped = None
     self.shifted = None
+    self.seen = {}  # what the last call computed on the way, under the names of `maxtext_mudd.inspect`
 
   def __getitem__(self, path):
     return self.parameters[path]
@@ -113,8 +114,9 @@ class Oracle:
     scores = np.einsum("bthk,bshk->bhts", q, k) * arch.score_scale
     length = q.shape[1]
     visible = np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None, :])
-    scores = np.where(visible[:, None], scores, -np.inf)
-    return self.project(np.einsum("bhts,bshk->bthk", softmax(scores), v), f"{path}/out", "bthk,hkd->btd")
+    weights = softmax(np.where(visible[:, None], scores, -np.inf))
+    self.seen[f"attention/block_{int(path.split('/')[1].removeprefix('layers_')) + 1:03d}"] = weights
+    return self.project(np.einsum("bhts,bshk->bthk", weights, v), f"{path}/out", "bthk,hkd->btd")
 
   def feed_forward(self, x, layer):
     arch = self.arch
@@ -202,7 +204,9 @@ class Oracle:
         dynamic = self[f"{mlp}/weight_scale"] * np.tanh(dynamic)
       weights = weights + dynamic
     streams = {}
+    weights = np.broadcast_to(weights, (*newest.shape[:2], *weights.shape[2:]))
     for c, name in enumerate(names):
+      self.seen[f"weights/{name}/da_{i:03d}"] = weights[:, :, c]
       mixed = 0
       for n, j in enumerate(sources):
         mixed = mixed + weights[:, :, c, n, None] * normed[j - (self.shifted == (i, n))]
@@ -224,9 +228,10 @@ class Oracle:
       looked_up = self[f"decoder/extra_embeddings/table_{k}/embedding"][tokens]
       norm = f"{start}/extra_norms/norm_{k}/scale"
       normed[-k] = self.rms(looked_up, self[norm]) if arch.pre_norm else looked_up
-    xq = xk = xv = xr = x
+    self.seen["history/000"] = xq = xk = xv = xr = x
     for i in range(1, arch.layers + 1):
-      x = self.block(i, xq, xk, xv, xr, positions, segments)
+      self.seen |= {f"streams/{c}/da_{i - 1:03d}": y for c, y in zip("qkvr", (xq, xk, xv, xr))}
+      self.seen[f"history/{i:03d}"] = x = self.block(i, xq, xk, xv, xr, positions, segments)
       scale = self.parameters.get(f"decoder/layers_{i - 1}/connection/output_norm/scale")
       normed[i] = self.rms(x, scale) if arch.pre_norm else x
       streams = self.depth_aggregate(i, normed, x) if self.has_aggregate(i) else {}
@@ -235,6 +240,7 @@ class Oracle:
         first, second = self.swapped[1:]
         order = order.translate(str.maketrans({first: second, second: first}))
       xq, xk, xv, xr = (streams.get(c, streams.get("x", x)) for c in order)
+    self.seen[f"streams/r/da_{arch.layers:03d}"] = xr
     return self.unembed(xr)
 
   def unembed(self, x):

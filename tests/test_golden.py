@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from maxtext_mudd import kernels
-from maxtext_mudd.connections.mudd.aggregate import DepthAggregate
+import maxtext_mudd
 from tests import models
 from tests.parameters import from_jax, from_pytorch
 from tests.published import LOGITS_TOLERANCE
@@ -37,38 +36,18 @@ def close(found, expected, what: str) -> None:
   np.testing.assert_allclose(found, expected, atol=LOGITS_TOLERANCE, rtol=0, err_msg=what)
 
 
-class Recording(DepthAggregate):
-  """An aggregate that sows X_i, its weights for each token, and its streams."""
-
-  def streams(self, sums, output):
-    streams = super().streams(sums, output)
-    weights = kernels.token_weights([output], self.weights(output, -1))[0]
-    for name, value in (("output", output), ("token_weights", weights), ("stream_values", streams)):
-      self.sow(nnx.Intermediate, name, value)
-    return streams
-
-
 def run(model, data):
   """(logits, X_i from the embedding on, and of each DA its weights and streams)."""
-  numbers = range(model.decoder.config.num_decoder_layers)
-  for i in numbers:
-    aggregate_of(model, i).__class__ = Recording
-  graph, state = nnx.split(model)
-
-  @jax.jit
-  def forward(state):
-    model = nnx.merge(graph, state)
-    logits = models.logits(model, data)
-    hidden, aggregates = [model.token_embedder(data["inputs"], model_mode="train")], []
-    for i in numbers:
-      sown = nnx.pop(aggregate_of(model, i), nnx.Intermediate)
-      names = ("output", "token_weights", "stream_values")
-      (output,), (weights,), (streams,) = (sown[name].get_value() for name in names)
-      hidden.append(output)
-      aggregates.append((weights, streams))
-    return logits, hidden, aggregates
-
-  return forward(state)
+  arrays = maxtext_mudd.inspect(
+    model, data["inputs"], positions=data["inputs_position"], segment_ids=data["inputs_segmentation"]
+  )
+  last = model.decoder.config.num_decoder_layers
+  aggregates = []
+  for i in range(1, last + 1):
+    names = [f"{stream}/da_{i:03d}" for stream in ("qkvr" if i < last else "r")]
+    weights = np.stack([arrays[f"weights/{name}"] for name in names], axis=2)
+    aggregates.append((weights, [arrays[f"streams/{name}"] for name in names]))
+  return arrays["logits"], [arrays[f"history/{i:03d}"] for i in range(last + 1)], aggregates
 
 
 PYTORCH = {

@@ -9,9 +9,9 @@ from tests import runs
 PACKAGE = pathlib.Path(maxtext_mudd.__file__).parent
 # Each part may import those after it.
 ORDER = (
-  *("train", "decode", "train_compile", "convert", "evaluate", "complexity", "cluster", "report", "corpus"),
+  *("train", "decode", "train_compile", "convert", "evaluate", "analyze", "complexity", "cluster", "report", "corpus"),
   *("runs", "inference", "checkpoints", "plugin", "model", "config", "connections", "blocks", "kernels"),
-  *("muddformer", "keys", "interrupts", "versions", "assets"),
+  *("muddformer", "keys", "versions", "assets"),
 )
 
 

@@ -8,8 +8,8 @@ import pathlib
 import threading
 
 from maxtext_mudd.checkpoints import locks
+from maxtext_mudd.checkpoints.interrupts import Interrupts
 from maxtext_mudd.config.errors import ConfigError
-from maxtext_mudd.interrupts import Interrupts
 
 SECONDS_TO_STOP = 60  # how long an interrupt waits for Orbax's threads
 

@@ -13,7 +13,7 @@ from maxtext_mudd import kernels
 from maxtext_mudd.blocks import normed_streams, stacks
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.streams import Streams, decouple
-from maxtext_mudd.connections import layout, metrics
+from maxtext_mudd.connections import kept, layout, metrics
 from maxtext_mudd.connections.base import STREAMS, Aggregate, HistoryFamily, Link, Site
 from maxtext_mudd.connections.buffer import HistoryBuffer
 from maxtext_mudd.connections.history import History
@@ -41,6 +41,8 @@ class PlainConnection(nnx.Module):
     return carry, rest
 
   def read(self, carry):
+    kept.keep(self, "history", {"x": carry})
+    kept.keep(self, "streams", {"x": carry})
     return carry
 
   def inputs(self, carry):
@@ -50,6 +52,8 @@ class PlainConnection(nnx.Module):
     return output
 
   def finish(self, carry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+    kept.keep(self, "history", {"x": carry}, last=True)
+    kept.keep(self, "streams", {"x": carry}, last=True)
     return carry, sown
 
 
@@ -151,6 +155,7 @@ class HistoryConnection(PlainConnection):
     embedding, extra = (embedding.token, embedding.extra) if self.plan.extra_embeddings else (embedding, ())
     norm = self.embedding_norm
     source, newest = (embedding, None) if norm is None else (norm(embedding), embedding)
+    kept.keep(self, "history", {str(k): x for k, x in enumerate(extra, 1)})
     extra = extra if self.extra_norms is None else self.extra_norms(extra)
     sharding = source_sharding(self.config, self.mesh, source.shape)
     sources = (*reversed(extra), source)
@@ -170,6 +175,7 @@ class HistoryConnection(PlainConnection):
       output: X_i.
     """
     table, module, streams = self.table, self.depth_aggregate, {"x": output}
+    kept.keep(self, "history", streams)
     if module is not None:
       streams = dict(zip(table.padded.streams, module.streams(sums, output)))
       if not table.makes_all and not module.keeps_newest:
@@ -179,8 +185,11 @@ class HistoryConnection(PlainConnection):
         weights = self._weights(module, number, output, False)
         visible = self._fill(_at(table.visible, table, number)) if self.config.scan_layers else None
         self._sow(module, output, weights, streams, self._newest_column(number), visible)
+      if kept.is_on("weights"):
+        self._keep_weights(self._weights(module, number, output, False), table.padded.streams, output)
     one = streams.pop("x", output)
     if not streams and not any(table.separate_norms):
+      kept.keep(self, "streams", {"x": one})
       return one
     if streams and "x" in table.padded.streams:  # a stack with blocks of one stream and blocks of several
       is_one = _at(table.makes, table, number)[table.padded.streams.index("x")]
@@ -192,7 +201,9 @@ class HistoryConnection(PlainConnection):
       def choose(parameter, of_q):
         return jnp.where(has_own, parameter, of_q)
 
-    return Streams(*(streams.get(stream, one) for stream in STREAMS), choose)
+    streams = {stream: streams.get(stream, one) for stream in STREAMS}
+    kept.keep(self, "streams", streams)
+    return Streams(*streams.values(), choose)
 
   def inputs(self, carry: History) -> Streams | Float[Array, "B T D"]:
     module, site, sums = self.depth_aggregate, self.table.padded, None
@@ -208,7 +219,7 @@ class HistoryConnection(PlainConnection):
   def finish(self, carry: History | HistoryBuffer, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
     carry, sown = carry.close(sown)
     if self.final_depth_aggregate is None:
-      return carry.output, sown
+      return super().finish(carry.output, sown)
     (hidden, *of_mtp), carry = self._final_streams(carry)
     if of_mtp:
       self.for_mtp = ForMtp(MtpInput(*of_mtp, carry))
@@ -220,14 +231,24 @@ class HistoryConnection(PlainConnection):
     link, parameters = self._link(carry, module, site, self._final_weights)
     sums, carry = carry.mix(link, parameters)
     streams = module.streams(sums, output)
+    by_name = dict(zip(site.streams, streams))
     if self._is_recorded:
       weights = module.weights(output, len(site.sources) - 1, None)
-      self._sow(module, output, weights, dict(zip(site.streams, streams)), -1, None, last=True)
+      self._sow(module, output, weights, by_name, -1, None, last=True)
+    kept.keep(self, "history", {"x": output}, last=True)
+    kept.keep(self, "streams", by_name, last=True)
+    if kept.is_on("weights"):
+      weights = self._final_weights(module, site.block + 1, output, False)
+      self._keep_weights(weights, site.streams, output, last=True)
     return streams, carry
 
   @property
   def _is_recorded(self) -> bool:
     return bool(self.config.record_internal_nn_metrics or metrics.totals() is not None)
+
+  def _keep_weights(self, weights: kernels.Weights, streams: str, output: Float[Array, "B T D"], last=False) -> None:
+    weights, _ = kernels.token_weights([output], weights)
+    kept.keep(self, "weights", {stream: weights[:, :, c] for c, stream in enumerate(streams)}, last=last)
 
   def _sow(self, module: nnx.Module, output, weights: kernels.Weights, streams: dict, column, visible, last=False):
     """What docs/metrics.md lists: all of it with `record_internal_nn_metrics`, otherwise the part of a total."""
@@ -268,7 +289,8 @@ class HistoryConnection(PlainConnection):
     site does not make, or any stream where there is no site, has weights of the newest source alone."""
     table, column = self.table, self._newest_column(number)
     if not self.config.scan_layers:
-      return _weights(module, output, column, None, is_source)
+      weights = _weights(module, output, column, None, is_source)
+      return kept.edited(weights, table.padded, self.plan.oldest, output)
     visible = _at(table.visible, table, number)
     weights = _weights(module, output, column, visible, is_source)
     exists = self._fill(visible)
@@ -287,7 +309,7 @@ class HistoryConnection(PlainConnection):
     sources = self.final_site.sources
     weights = _weights(module, output, len(sources) - 1, None, is_source)
     if not self.config.scan_layers:
-      return weights
+      return kept.edited(weights, self.final_site, self.plan.oldest, output)
     at, entries = jnp.asarray(sources) - self.plan.oldest, self.final_site.block + 1 - self.plan.oldest
     return kernels.map_columns(weights, lambda x: jnp.zeros((*x.shape[:-1], entries), x.dtype).at[..., at].set(x))
 

@@ -17,11 +17,11 @@ import sys
 from typing import Any
 
 from maxtext_mudd import assets, plugin, versions
+from maxtext_mudd.checkpoints.interrupts import Interrupts
 from maxtext_mudd.config.errors import ConfigError, brief, failed_in, reachable
 from maxtext_mudd.evaluate import request as requests
 from maxtext_mudd.evaluate import results_file
 from maxtext_mudd.evaluate.request import EvaluationRequest
-from maxtext_mudd.interrupts import Interrupts
 from maxtext_mudd.runs import launch, library_warnings
 
 HARNESS = "lm_eval==0.4.13"
@@ -116,33 +116,10 @@ def load_model(request: EvaluationRequest, before_batch: Callable[[], None]):
     ConfigError: the model or its tokenizer cannot be loaded.
   """
   from maxtext_mudd.evaluate import harness
-  from maxtext_mudd.inference import pretrained, tokens
+  from maxtext_mudd.inference import checkpoint
 
-  if request.config_file:
-    model, config = pretrained.from_run(request.checkpoint, request.config_file, **request.overrides)
-  else:
-    model, config = pretrained.from_pretrained(request.checkpoint, **request.overrides)
-  if not (request.tokenizer or request.overrides.get("tokenizer_path") or tokens.is_named(config)):
-    _check_default_tokenizer(request, config.tokenizer_path)
-  tokenizer = tokens.Tokenizer(config, request.tokenizer)
-  return harness.MaxTextLM(model, config, tokenizer, request.batch_size, before_batch)
-
-
-def _check_default_tokenizer(request: EvaluationRequest, path: str) -> None:
-  """Raises ConfigError if no tokenizer is named, and MaxText's default tokenizer cannot be the model's.
-
-  A run may have been trained with the default tokenizer, if the tokenizer is on this machine. No other model was.
-  """
-  if not request.config_file:
-    raise ConfigError(
-      f"--checkpoint={request.checkpoint} has no tokenizer; name the one that the model was trained with by "
-      "--tokenizer=PATH."
-    )
-  if not os.path.exists(path):
-    raise ConfigError(
-      f"{request.config_file} names no tokenizer_path; name the tokenizer that the model was trained with by "
-      "--tokenizer=PATH."
-    )
+  loaded = checkpoint.load(request.checkpoint, request.config_file, request.overrides, request.tokenizer)
+  return harness.MaxTextLM(*loaded, request.batch_size, before_batch)
 
 
 def _check_generations(manager, tasks: list, lm) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.evaluate import results_file
-from maxtext_mudd.runs import early_check, launch
+from maxtext_mudd.runs.model_arguments import check_model, number, read_text, split
 
 # The tasks of the harness for the columns of the paper's Table 3, which has zero-shot and five-shot results. The paper
 # names the data sets only. The version of LAMBADA is the one that Pythia uses. The harness does not have RACE-M; this
@@ -91,26 +91,22 @@ def read(args: argparse.Namespace) -> EvaluationRequest:
     ConfigError: an argument cannot work.
     versions.UnknownMaxText: MaxText is missing, or its version is not a known one.
   """
-  config_file, overrides = _split(args.arguments)
+  config_file, overrides = split(args.arguments)
   task_names = read_task_names(args.tasks)
-  num_fewshot = None if args.num_fewshot is None else _number("--num-fewshot", args.num_fewshot, int, 0)
-  batch_size = _number("--batch-size", args.batch_size, int, 1)
+  num_fewshot = None if args.num_fewshot is None else number("--num-fewshot", args.num_fewshot, int, 0)
+  batch_size = number("--batch-size", args.batch_size, int, 1)
   limit = _limit(args.limit)
   if not task_names and not args.text:
     raise ConfigError(
       "there is nothing to evaluate on; name tasks, such as --tasks lambada_openai,piqa or --tasks paper, or a --text."
     )
-  text = _read_text(args.text) if args.text else ""
+  text = read_text(args.text) if args.text else ""
   output = pathlib.Path(args.output).absolute() if args.output else None
   if output:
     _check_output(args.output, output)
   if args.include_dir and not pathlib.Path(args.include_dir).is_dir():
     raise ConfigError(f"--include-dir={args.include_dir} is not a folder; name one with task files.")
-  _check_checkpoint(args.checkpoint, config_file)
-  if config_file:
-    early_check.check(["", config_file, *(argument for argument in args.arguments if "=" in argument)])
-  else:
-    early_check.check_keys(overrides)
+  check_model(args.checkpoint, config_file, args.arguments, overrides)
   return EvaluationRequest(
     checkpoint=args.checkpoint,
     config_file=config_file,
@@ -132,50 +128,15 @@ def read_task_names(names: str) -> list[str]:
   return list(dict.fromkeys(name for part in parts for name in PRESETS.get(part, (part,)) if name))
 
 
-def _split(arguments: list[str]) -> tuple[str, dict[str, Any]]:
-  """Separates the configuration file, which is empty if there is none, from the keys. Raises ConfigError."""
-  files = [argument for argument in arguments if "=" not in argument]
-  other = [argument for argument in files if not argument.endswith(".yml")]
-  if other:
-    raise ConfigError(f"{other[0]} is not key=value, nor a configuration file, which ends in .yml.")
-  if len(files) > 1:
-    raise ConfigError(f"{files[1]} is a second configuration file; one, {files[0]}, describes the checkpoint.")
-  overrides = launch.read_overrides([argument for argument in arguments if "=" in argument])
-  return (files or [""])[0], overrides
-
-
-def _number(flag: str, text: str, number_type: type, least: int):
-  """Reads a number of at least `least`. Raises ConfigError, which names the flag."""
-  try:
-    value = number_type(text)
-  except ValueError:
-    value = -1
-  if not least <= value < float("inf"):
-    raise ConfigError(f"{flag}={text} is not a {'whole ' if number_type is int else ''}number of {least} or more.")
-  return int(value) if value == int(value) else value
-
-
 def _limit(text: str | None) -> int | float | None:
   if text is None:
     return None
-  limit = _number("--limit", text, float, 0)
+  limit = number("--limit", text, float, 0)
   if limit > 1 and limit != int(limit):
     raise ConfigError(f"--limit={text} is neither a whole number of documents, nor a share below 1.")
   if limit == 0:
     raise ConfigError("--limit=0 leaves no documents; set it to a number of documents, or a share below 1.")
   return limit
-
-
-def _read_text(name: str) -> str:
-  try:
-    text = pathlib.Path(name).read_bytes().decode()
-  except OSError as error:
-    raise ConfigError(f"--text={name} cannot be read ({error.strerror}); name a text file.") from error
-  except UnicodeDecodeError as error:
-    raise ConfigError(f"--text={name} is not UTF-8 at byte {error.start}; convert it.") from error
-  if not text:
-    raise ConfigError(f"--text={name} is empty; name a file with a text.")
-  return text
 
 
 def _check_output(name: str, output: pathlib.Path) -> None:
@@ -184,21 +145,3 @@ def _check_output(name: str, output: pathlib.Path) -> None:
   if not output.parent.is_dir():
     raise ConfigError(f"--output={name}: there is no folder {output.parent}; make it first.")
   results_file.check(output)
-
-
-def _check_checkpoint(checkpoint: str, config_file: str) -> None:
-  """Raises ConfigError for a checkpoint that does not exist, that lacks a configuration file, or that needs none."""
-  path = pathlib.Path(checkpoint).expanduser()
-  if "://" in checkpoint:
-    if not config_file:
-      raise ConfigError(f"{checkpoint} is not a local folder; copy it first.")
-  elif not path.is_dir():
-    raise ConfigError(f"--checkpoint={checkpoint} is not a folder; name one that holds a model.")
-  elif config_file and (path / "model.yml").exists():
-    raise ConfigError(
-      f"{config_file}: --checkpoint={checkpoint} has a model.yml, which describes its model; leave {config_file} out."
-    )
-  elif not config_file and (path / "_CHECKPOINT_METADATA").exists() and not (path / "model.yml").exists():
-    raise ConfigError(
-      f"--checkpoint={checkpoint} is a checkpoint of a run; also name the CONFIG.yml that the run was started with."
-    )

@@ -6,6 +6,7 @@
 `from_run` loads a checkpoint of a training run in the same way.
 """
 
+from collections.abc import Callable
 import pathlib
 from typing import Any
 
@@ -87,7 +88,11 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   defaults = DEFAULTS | tokenizers.keys(folder)
   config = model_config.build(model_folder.source_keys(source, defaults | config_overrides))
   devices.check_mesh(config)
-  return _load(config, source), config
+
+  def parameters_of(place):
+    return model_folder.check_parameters(config, source.parameters(config), source.path, place)
+
+  return build_with(config, parameters_of), config
 
 
 @errors.reachable()
@@ -140,15 +145,14 @@ def _is_checkpoint_of_run(folder: pathlib.Path) -> bool:
   return any("/connection/" in name for path in paths if path.is_dir() for name in parameters.shapes(str(path)))
 
 
-def _load(config, source):
+def build_with(config, parameters_of: Callable) -> nnx.Module:
   """Builds the model of a configuration, and places each parameter on its devices as soon as it is read.
 
   Args:
-    source: the model in a folder of another format than MaxText's.
+    parameters_of: from a function that takes a path and an array, and places the array on the devices of the parameter
+      with this path, to all parameters, placed, by path.
   """
   from maxtext.utils import maxtext_utils, model_creation_utils
-
-  from maxtext_mudd.checkpoints import model_folder
 
   mesh = maxtext_utils.get_mesh_from_config(config)
   create, abstract = model_creation_utils.create_nnx_abstract_model(config, mesh)
@@ -158,7 +162,7 @@ def _load(config, source):
   def place(path, value):
     return jax.device_put(value, variables[path].get_value().sharding)
 
-  for path, value in model_folder.check_parameters(config, source.parameters(config), source.path, place).items():
+  for path, value in parameters_of(place).items():
     variables[path].set_value(value)
   with jax.set_mesh(mesh):
     # This computes the random states only. The compiler drops the initial values of parameters, which nothing uses.
@@ -186,6 +190,13 @@ def logits(
     ValueError: `tokens` is not an array [B,T] of whole numbers, is longer than the context, or has a token that is not
       in the vocabulary; or `positions` or `segment_ids` do not have the shape of `tokens`.
   """
+  return _logits(model, *checked_tokens(model, tokens, positions, segment_ids))
+
+
+def checked_tokens(
+  model, tokens, positions=None, segment_ids=None
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]]:
+  """Tokens, positions and segments as a model takes them, from the arguments of `logits`. Raises ValueError."""
   try:
     tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens)
   except ValueError as error:
@@ -211,7 +222,7 @@ def logits(
   positions, segment_ids = (
     _broadcast(name, values, tokens.shape) for name, values in (("positions", positions), ("segment_ids", segment_ids))
   )
-  return _logits(model, tokens, positions, segment_ids)
+  return tokens, positions, segment_ids
 
 
 def _broadcast(name: str, values, shape: tuple[int, int]) -> Int[Array, "B T"]:

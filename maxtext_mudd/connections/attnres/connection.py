@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from maxtext_mudd.blocks.streams import Streams
-from maxtext_mudd.connections import metrics
+from maxtext_mudd.connections import kept, metrics
 from maxtext_mudd.connections.attnres import keys
 from maxtext_mudd.connections.mesh import passes
 from maxtext_mudd.connections.scored_sources import ScoredCarry, ScoredConnection
@@ -70,6 +70,7 @@ class AttnResConnection(ScoredConnection):
     self.decouples = config.mudd_attnres_value_route
 
   def read(self, carry: ScoredCarry) -> SublayerInput | Streams:
+    kept.keep(self, "history", {"x": carry.newest})
     first = 2 * self.blocks_before(carry)
 
     def after_attention(carry):
@@ -81,6 +82,7 @@ class AttnResConnection(ScoredConnection):
     return Streams(q, q, v, x)
 
   def finish(self, carry: ScoredCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+    kept.keep(self, "history", {"x": carry.newest}, last=True)
     sublayers = keys.sublayers(self.config)
     carry = self.put_newest(carry, sublayers)
     carry, sown = carry.sources.finish(carry, sown)
@@ -108,9 +110,12 @@ class AttnResConnection(ScoredConnection):
       streams, sources = sources.mix(passes(config, self.mesh, newest.shape), of_rows, count)
     else:
       streams, sources = sources.mix(Passes("xla"), ChannelWeights(per_head), count)
+    by_name, last = dict(zip(readers, streams)), "x" in readers
+    kept.keep(self, "streams", by_name, last=last)
+    kept.keep(self, "weights", {name: _of_reader(per_head, k) for k, name in enumerate(readers)}, last=last)
     if config.record_internal_nn_metrics:
-      per_reader, by_name = per_head.mean(3), dict(zip(readers, streams))
-      metrics.sow_aggregate(self, newest, per_reader, by_name, count - 1, last="x" in readers)
+      per_reader = per_head.mean(3)
+      metrics.sow_aggregate(self, newest, per_reader, by_name, count - 1, last=last)
     return streams, dataclasses.replace(carry, sources=sources)
 
   def _sublayer_input(
@@ -125,3 +130,8 @@ class AttnResConnection(ScoredConnection):
       return after(dataclasses.replace(carry, newest=newest))
 
     return SublayerInput(streams[0], (carry.newest,), write), streams
+
+
+def _of_reader(weights: Float[Array, "B T R H N"], k: int) -> Float[Array, "B T N"] | Float[Array, "B T H N"]:
+  """The weights of one reader; with one head without the axis of heads."""
+  return weights[:, :, k, 0] if weights.shape[3] == 1 else weights[:, :, k]

@@ -30,7 +30,7 @@ import numpy as np
 
 from maxtext_mudd.blocks import num_blocks, stacks
 from maxtext_mudd.blocks.streams import Streams
-from maxtext_mudd.connections import layout, metrics
+from maxtext_mudd.connections import kept, layout, metrics
 from maxtext_mudd.connections.base import Site
 from maxtext_mudd.connections.dca import keys
 from maxtext_mudd.connections.mesh import passes, split_as
@@ -111,6 +111,7 @@ class DcaConnection(ScoredConnection):
     return dataclasses.replace(carry, others=(jnp.zeros_like(embedding),)) if self.has_sum else carry
 
   def read(self, carry: ScoredCarry) -> Streams:
+    kept.keep(self, "history", {"x": carry.newest})
     block = self.blocks_before(carry)
     reading = self.reading(block) if carry.blocks is None else self._reading_in_stack(block + 1)
     (q, k, v), carry = self.mix("qkv", self.put_newest(carry, block), block, self.depth_aggregate, reading)
@@ -124,6 +125,7 @@ class DcaConnection(ScoredConnection):
     return Streams(q, k, v, SublayerInput(q, (q,), after_attention))
 
   def finish(self, carry: ScoredCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+    kept.keep(self, "history", {"x": carry.newest}, last=True)
     blocks = num_blocks(self.config)
     carry = self.put_newest(carry, blocks)
     carry, sown = carry.sources.finish(carry, sown)
@@ -180,7 +182,9 @@ class DcaConnection(ScoredConnection):
       used, b = (jnp.where(is_there, x, 0) for x in (dynamic[..., slots], b[..., columns]))
       weights = self._weights(used, b)
       streams = differentiable(how, chosen, weights)
+    kept.keep(self, "streams", dict(zip(names, streams)), last=names == "x")
     if keys.count_queries(config):
+      kept.keep(self, "weights", {name: used[:, :, c] for c, name in enumerate(names)}, last=names == "x")
       metrics.sow_largest(self, metrics.sample(used), last=names == "x")
     if config.record_internal_nn_metrics:
       self._sow(names, carry.newest, weights, streams, count)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from maxtext_mudd.connections import metrics
+from maxtext_mudd.connections import kept, metrics
 from maxtext_mudd.connections.sublayers import LayerOutput, SublayerConnection, SublayerInput
 from maxtext_mudd.kernels import accumulation_dtype, mix
 
@@ -86,6 +86,8 @@ class StreamsConnection(SublayerConnection):
     return StreamsCarry((embedding,) * n, jnp.zeros((), jnp.int32), product)
 
   def read(self, carry: StreamsCarry) -> SublayerInput:
+    self._keep_history(carry)
+
     def after_feed_forward(carry):
       return LayerOutput(carry.streams, lambda streams: dataclasses.replace(carry, streams=streams))
 
@@ -107,6 +109,10 @@ class StreamsConnection(SublayerConnection):
       w, beta = weights(carry.streams, carry.sublayer)
     # In plain JAX: XLA can fuse this with the writes before it, which are n times as many bytes as a sublayer's output.
     mixed = mix(carry.streams, w, implementation="xla")
+    kept.keep(self, "streams", {name: mixed[0]})
+    if kept.is_on("weights"):
+      kept.keep(self, "weights", {name: w})
+      kept.keep(self, "written", {name: jnp.concatenate(beta, -1)})
     product = carry.product
     if product is not None:
       product = jnp.einsum("...ij,...jk->...ik", w[..., 1:, :], product, precision=jax.lax.Precision.HIGHEST)
@@ -134,7 +140,14 @@ class StreamsConnection(SublayerConnection):
     metrics.sow(self, name, statistics)
 
   def finish(self, carry: StreamsCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
-    return self.head(carry.streams), sown
+    hidden = self.head(carry.streams)
+    self._keep_history(carry, last=True)
+    kept.keep(self, "streams", {"x": hidden}, last=True)
+    return hidden, sown
+
+  def _keep_history(self, carry: StreamsCarry, last: bool = False) -> None:
+    if kept.is_on("history"):
+      kept.keep(self, "history", {"x": jnp.stack(carry.streams, 2)}, last=last)
 
 
 def total(streams: StreamList) -> Float[Array, "B T D"]:

@@ -1,0 +1,1 @@
+"""Measures what trained models compute inside, and draws the figures of the paper (`__main__`)."""

@@ -1,0 +1,165 @@
+"""Measures what trained models compute inside, and draws it.
+
+    python3 -m maxtext_mudd.analyze similarity --checkpoint M --text book.txt --output inside
+    python3 -m maxtext_mudd.analyze weights --checkpoint OUTPUT/RUN/checkpoints/STEP CONFIG.yml --text book.txt \\
+      --output inside
+    python3 -m maxtext_mudd.analyze heads --checkpoint M --against OUTPUT/RUN/checkpoints/STEP CONFIG.yml key=value \\
+      --text book.txt --output inside
+    python3 -m maxtext_mudd.analyze speed --study FILE.jsonl --speed FILE.json --output inside
+
+Checkpoints are those that maxtext_mudd.evaluate takes, of plain models, too. The command writes FIGURE.json, with the
+arrays and what they mean, and FIGURE.png, and prints a line for each model. Everything is float32 unless keys say
+otherwise.
+"""
+
+from collections.abc import Callable, Sequence
+import json
+import math
+import os
+import pathlib
+import shlex
+import sys
+import tempfile
+
+from maxtext_mudd import plugin, versions
+from maxtext_mudd.analyze import request as requests
+from maxtext_mudd.analyze.request import AnalysisRequest, ModelRequest
+from maxtext_mudd.checkpoints.interrupts import Interrupts
+from maxtext_mudd.config.errors import ConfigError, brief, reachable
+from maxtext_mudd.runs import launch, library_warnings
+
+MAP_LENGTH = 64  # tokens whose attention weights are drawn by default
+NUMBERING = (
+  "Blocks count from 1. Source 0 is the embedding, source j the output of block j. DA_i follows block i and makes what "
+  "block i + 1 reads."
+)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command. Mistakes of the user end the process with one sentence and status 2."""
+  args = requests.parser(__doc__).parse_intermixed_args(argv)
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # warnings only: XLA would print its devices
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would print that PyTorch is missing
+  try:
+    with Interrupts() as interrupts, reachable(), library_warnings.hidden():
+      request = requests.read(args)
+      if request.figure == "speed":
+        definition, results, lines = _speed(request)
+      else:
+        plugin.install()
+        definition, results, lines = _of_models(request, interrupts.check)
+      interrupts.check()
+      write(request, definition, results, argv)
+      print("\n".join([*lines, f"wrote {request.output / request.figure}.json and .png"]))
+  except (ConfigError, versions.UnknownMaxText) as error:
+    launch.exit_with(str(error))
+  except KeyboardInterrupt:
+    launch.exit_with("interrupted; no results were written.")
+
+
+def _speed(request: AnalysisRequest):
+  from maxtext_mudd.analyze import speed
+
+  arrays = speed.arrays(request.study, request.speed)
+  return speed.DEFINITION, {"study": arrays}, [speed.summary(arrays)]
+
+
+def _of_models(request: AnalysisRequest, before_batch: Callable[[], None]):
+  """(definition, arrays by model and name, lines to print)."""
+  results, lines, definition = {}, [], ""
+  for model, name in zip(request.models, names(request.models)):
+    definition, results[name], line = measure(request, model, name, before_batch)
+    lines.append(f"{name}: {line}")
+  return definition, results, lines
+
+
+def names(models: Sequence[ModelRequest]) -> list[str]:
+  """A short name for each model: of its run or folder, with a number where two are the same."""
+  found = []
+  for model in models:
+    parts = [x for x in model.checkpoint.split("/") if x]
+    name = parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1]
+    found.append(name if name not in found else f"{name} ({len(found) + 1})")
+  return found
+
+
+def measure(request: AnalysisRequest, of_model: ModelRequest, name: str, before_batch: Callable[[], None]):
+  """(definition, arrays by name, what the figure says of the model in one line).
+
+  Raises:
+    ConfigError: the model cannot be loaded, or has nothing to show in this figure.
+  """
+  from maxtext_mudd.analyze import ablation, figures, measurement
+  from maxtext_mudd.inference import checkpoint, inspection
+
+  model, config, tokenizer = checkpoint.load(
+    of_model.checkpoint, of_model.config_file, of_model.overrides, of_model.tokenizer
+  )
+  if config.mhc_expansion_rate > 1:
+    raise ConfigError(
+      f"mhc_expansion_rate={config.mhc_expansion_rate}: figures are of models with one residual stream; call "
+      "maxtext_mudd.inspect in Python."
+    )
+  try:
+    model = inspection.inspectable(model)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+  sequences, length = request.sequences, request.length or config.max_target_length
+  if request.figure == "attention":
+    sequences, length = 1, request.length or min(MAP_LENGTH, length)
+  data = list(measurement.batches(request.text, tokenizer, config, length, sequences, request.batch_size))
+  if request.figure == "ablate":
+    figure = ablation.Ablation(request, model, tokenizer)
+    arrays = figure.measure(model, data, before_batch, name)
+  else:
+    figure = figures.FIGURES[request.figure](request, model, tokenizer)
+    arrays = figure.arrays(measurement.totals(figure, model, data, before_batch, name))
+  return figure.definition, arrays, figure.summary(arrays)
+
+
+def write(request: AnalysisRequest, definition: str, results, argv: Sequence[str]) -> None:
+  """Writes FIGURE.json and FIGURE.png. An incomplete file never has the final name.
+
+  Raises:
+    ConfigError: a file cannot be written.
+  """
+  from maxtext_mudd.analyze import drawing
+
+  contents = {
+    "figure": request.figure,
+    "definition": definition,
+    "numbering": NUMBERING,
+    "command": shlex.join(["python3", "-m", "maxtext_mudd.analyze", *argv]),
+    "models": {name: {key: as_json(x) for key, x in arrays.items()} for name, arrays in results.items()},
+  }
+  try:
+    request.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=request.output, prefix=".analyze.") as folder:
+      files = [pathlib.Path(folder) / f"{request.figure}.{ending}" for ending in ("json", "png")]
+      files[0].write_text(json.dumps(contents, allow_nan=False, ensure_ascii=False) + "\n")
+      drawing.write(request.figure, results, files[1])
+      for file in files:
+        file.rename(request.output / file.name)
+  except OSError as error:
+    raise ConfigError(f"--output={request.output} cannot be written ({brief(error)}); name another folder.") from error
+
+
+def as_json(array) -> dict:
+  """A `Named` for JSON. NaN becomes null."""
+
+  def plain(values):
+    if isinstance(values, list):
+      return [plain(x) for x in values]
+    return values if math.isfinite(values) else None
+
+  labels = {axis: list(x) for axis, x in array.labels.items()}
+  return {
+    "dims": list(array.dims),
+    "shape": list(array.values.shape),
+    "labels": labels,
+    "values": plain(array.values.tolist()),
+  }
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

@@ -1,0 +1,161 @@
+"""Draws the figures."""
+
+from collections.abc import Mapping
+import pathlib
+
+import numpy as np
+
+from maxtext_mudd.analyze.measurement import Named
+
+COLORS = {"q": "tab:blue", "k": "tab:orange", "v": "tab:green", "r": "tab:red", "x": "black"}
+COLORS |= {"attention": "tab:blue", "value": "tab:green", "ffn": "tab:red"}
+STYLES = ("-", "--", ":", "-.")
+
+Results = Mapping[str, Mapping[str, Named]]  # by model, then by name of the array
+
+
+def write(figure: str, results: Results, path: pathlib.Path) -> None:
+  """Writes a picture of the results of all models."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  picture = _DRAWN[figure](results)
+  picture.savefig(path, dpi=120)
+
+
+def _axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4.5)):
+  from matplotlib import pyplot
+
+  return pyplot.subplots(
+    rows, columns, figsize=(columns * size[0], rows * size[1]), layout="constrained", squeeze=False
+  )
+
+
+def _lines(axes, results: Results, name: str, x: str) -> None:
+  """A line for each model and stream."""
+  for style, (model, arrays) in zip(STYLES * len(results), results.items()):
+    array = arrays[name]
+    for stream, values in zip(array.labels["stream"], array.values):
+      color = COLORS.get(stream, "gray")
+      axes.plot(array.labels[x], values, style, color=color, label=f"{model}, {stream}", marker=".")
+      if "percentile_5" in arrays:
+        low, high = (
+          arrays[key].values[array.labels["stream"].index(stream)] for key in ("percentile_5", "percentile_95")
+        )
+        axes.fill_between(array.labels[x], low, high, color=color, alpha=0.1, linewidth=0)
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=8)
+
+
+def _similarity(results: Results):
+  picture, ((axes,),) = _axes()
+  _lines(axes, results, "mean", "block")
+  axes.set(
+    xlabel="block i", ylabel="cosine of the inputs of blocks i and i+1", title="mean, and 5th to 95th percentile"
+  )
+  return picture
+
+
+def _lens(results: Results):
+  picture, ((axes,),) = _axes()
+  _lines(axes, results, "loss", "blocks_before")
+  axes.set(xlabel="blocks before", ylabel="loss of the output head, nats per token")
+  return picture
+
+
+def _heads(results: Results):
+  picture, ((axes,),) = _axes()
+  for style, (model, arrays) in zip(STYLES * len(results), results.items()):
+    active = arrays["active"]
+    axes.plot(active.labels["block"], active.values, style, marker=".", label=model)
+  axes.set(xlabel="block", ylabel="share of active heads", ylim=(0, None))
+  axes.grid(alpha=0.3)
+  axes.legend()
+  return picture
+
+
+def _attention(results: Results):
+  heads = max(len(maps.values) for arrays in results.values() for maps in arrays.values())
+  columns = min(heads, 8)
+  rows = -(-heads // columns)
+  picture, axes = _axes(rows * len(results), columns, (2.6, 2.8))
+  for axis in axes.flat:
+    axis.set_axis_off()
+  for k, (model, arrays) in enumerate(results.items()):
+    ((name, maps),) = arrays.items()
+    for head, values in enumerate(maps.values):
+      axis = axes[k * rows + head // columns, head % columns]
+      axis.imshow(values, vmin=0, vmax=1, cmap="magma", interpolation="nearest")
+      axis.set_title(
+        f"{model}, {name.replace('_', ' ')}, head {head + 1}" if head == 0 else f"head {head + 1}", fontsize=8
+      )
+  return picture
+
+
+def _weights(results: Results):
+  streams = max((arrays["mean"].labels["stream"] for arrays in results.values()), key=len)
+  picture, axes = _axes(2 * len(results), len(streams), (3.2, 3))
+  for axis in axes.flat:
+    axis.set_axis_off()
+  for k, (model, arrays) in enumerate(results.items()):
+    for row, name in enumerate(("mean", "deviation")):
+      array = arrays[name]
+      largest = np.nanmax(np.abs(array.values)) or 1
+      for column, (stream, values) in enumerate(zip(array.labels["stream"], array.values)):
+        axis = axes[2 * k + row, column]
+        axis.set_axis_on()
+        low = -largest if name == "mean" else 0
+        image = axis.imshow(values, vmin=low, vmax=largest, cmap="RdBu_r" if name == "mean" else "viridis")
+        _ticks(axis, array.labels["source"], array.labels["aggregate"])
+        axis.set_title(f"{model}: {name}, stream {stream}" if column == 0 else f"stream {stream}", fontsize=9)
+        axis.set_xlabel("source")
+        axis.set_ylabel("aggregate")
+      picture.colorbar(image, ax=axes[2 * k + row, : len(array.values)], shrink=0.8)
+  return picture
+
+
+def _ablate(results: Results):
+  picture, axes = _axes(len(results), 2, (5, 4))
+  for row, (model, arrays) in enumerate(results.items()):
+    for axis, name in zip(axes[row], ("source", "stream")):
+      array = arrays[name]
+      if not array.values.size or np.isnan(array.values).all():
+        axis.set_axis_off()
+        continue
+      largest = np.nanmax(np.abs(array.values)) or 1
+      image = axis.imshow(array.values, vmin=-largest, vmax=largest, cmap="RdBu_r", aspect="auto")
+      _ticks(axis, array.labels[name], array.labels["aggregate"])
+      axis.set(xlabel=name, ylabel="aggregate")
+      axis.set_title(f"{model}: change of loss by {name}, nats", fontsize=9)
+      picture.colorbar(image, ax=axis)
+  return picture
+
+
+def _speed(results: Results):
+  picture, ((axes,),) = _axes()
+  ((_, arrays),) = results.items()
+  x, y, errors = (arrays[name].values for name in ("speed_ratio", "loss", "standard_error"))
+  axes.errorbar(x, y, yerr=np.nan_to_num(errors), fmt="o")
+  for name, at in zip(arrays["loss"].labels["model"], zip(x, y)):
+    axes.annotate(name, at, textcoords="offset points", xytext=(6, 4), fontsize=8)
+  axes.set(xlabel="speed, relative to the plain model", ylabel="held-out loss")
+  axes.grid(alpha=0.3)
+  return picture
+
+
+def _ticks(axis, columns, rows) -> None:
+  """At most about twelve labels on each axis."""
+  for labels, place in ((columns, axis.set_xticks), (rows, axis.set_yticks)):
+    step = -(-len(labels) // 12)
+    place(range(0, len(labels), step), [str(x) for x in labels[::step]], fontsize=7)
+
+
+_DRAWN = {
+  "similarity": _similarity,
+  "heads": _heads,
+  "attention": _attention,
+  "weights": _weights,
+  "lens": _lens,
+  "ablate": _ablate,
+  "speed": _speed,
+}

@@ -1,0 +1,314 @@
+"""The figures that one pass over a text measures."""
+
+import functools
+import itertools
+import operator
+import types
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+from maxtext.common.common_types import MODEL_MODE_TRAIN
+import numpy as np
+
+from maxtext_mudd import blocks, connections
+from maxtext_mudd.analyze.measurement import Named
+from maxtext_mudd.blocks import stacks
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.connections.base import STREAMS
+
+BINS = 4001  # of cosines from -1 to 1, for percentiles
+BAND = (0.05, 0.95)
+FIRST_POSITIONS = 2
+ORDER = ("x", *STREAMS, "m", "attention", "value", "ffn")
+
+
+def _whole(x):
+  return x
+
+
+def by_stream(arrays: dict[str, Array], kind: str) -> dict[str, dict[int, Array]]:
+  """Arrays of a kind: by stream or sublayer, and by the number of blocks before."""
+  found = {}
+  for name, x in arrays.items():
+    if name.startswith(f"{kind}/"):
+      _, stream, after = name.split("/")
+      found.setdefault(stream, {})[int(after.removeprefix("da_"))] = x
+  return found
+
+
+def block_inputs(arrays: dict[str, Array], number: int) -> dict[str, list[Array]]:
+  """What each block reads, by stream. A block that reads one array as all its streams has it under each of them."""
+  streams = by_stream(arrays, "streams")
+  one = streams.pop("x", {})
+  of_blocks = {name: [found.get(k, one.get(k)) for k in range(number)] for name, found in streams.items()}
+  of_blocks = {name: found for name, found in of_blocks.items() if all(x is not None for x in found)}
+  return in_order(of_blocks) or {"x": [one[k] for k in range(number)]}
+
+
+def in_order(by_stream: dict[str, Any]) -> dict[str, Any]:
+  """Sorted by stream or sublayer as in the paper; JAX returns dictionaries sorted by letter."""
+  return {name: by_stream[name] for name in ORDER if name in by_stream}
+
+
+class Similarity:
+  """Fig. 6 of the paper."""
+
+  definition = (
+    "cosine of what block i and block i + 1 read, by stream, over all tokens: its mean, and its 5th and 95th percentile"
+  )
+  functions: ClassVar = {"streams": _whole}
+
+  def __init__(self, request, model, tokenizer):
+    self.number = blocks.num_blocks(model.config)
+    if self.number < 2:
+      raise ConfigError("similarity compares adjacent blocks, and the model has one block; use another figure.")
+
+  def sums(self, model, logits, arrays, batch):
+    is_token, found = batch[2] > 0, {}
+    for stream, inputs in block_inputs(arrays, self.number).items():
+      cosines = jnp.stack([cosine(x, y) for x, y in itertools.pairwise(inputs)])
+      histogram = jax.vmap(functools.partial(_histogram, is_token=is_token))(cosines)
+      found[stream] = {"sum": (cosines * is_token).sum((1, 2)), "histogram": histogram}
+    return found
+
+  def arrays(self, sums):
+    sums = in_order(sums)
+    counts = [found["histogram"].sum(-1) for found in sums.values()]
+    means = [found["sum"] / count for found, count in zip(sums.values(), counts)]
+    labels = {"stream": [*sums], "block": [*range(1, self.number)]}
+    ends = {f"percentile_{round(100 * q)}": [_quantile(x["histogram"], q) for x in sums.values()] for q in BAND}
+    return {name: Named(("stream", "block"), np.stack(x), labels) for name, x in {"mean": means, **ends}.items()}
+
+  @staticmethod
+  def summary(arrays) -> str:
+    mean = arrays["mean"]
+    of_streams = (f"{name} {x.mean():.3f}" for name, x in zip(mean.labels["stream"], mean.values))
+    return f"mean cosine of adjacent blocks' inputs: {', '.join(of_streams)}"
+
+
+def cosine(x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+  """Of zero vectors it is zero."""
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+  return (x * y).sum(-1) / jnp.maximum(norms, 1e-30)
+
+
+def _histogram(cosines: Float[Array, "B T"], is_token: Bool[Array, "B T"]) -> Float[Array, " bins"]:
+  at = jnp.round((jnp.clip(cosines, -1, 1) + 1) / 2 * (BINS - 1)).astype(jnp.int32)
+  return jnp.zeros(BINS).at[at].add(is_token.astype(jnp.float32))
+
+
+def _quantile(histograms: Float[np.ndarray, "I bins"], q: float) -> Float[np.ndarray, " I"]:
+  """The cosine below which a share q of the tokens lies, to 1/2000."""
+  shares = np.cumsum(histograms, -1) / histograms.sum(-1, keepdims=True)
+  return np.linspace(-1, 1, BINS)[(shares < q).sum(-1)]
+
+
+class Heads:
+  """Fig. 8 of the paper."""
+
+  definition = (
+    "share of (head, position) whose largest attention weight is on a token that is no sink: not at one of the first "
+    "two positions, nor one of `sinks`; positions after the first two of each sequence"
+  )
+
+  def __init__(self, request, model, tokenizer):
+    ids = {tokenizer.bos_id} if tokenizer.bos_id is not None else set()
+    for text in request.sinks:
+      tokens = tokenizer.encode(text, bos=False)
+      if len(tokens) != 1:
+        raise ConfigError(f"--sink={text!r} is {len(tokens)} tokens; name texts of one token.")
+      ids |= {*tokens}
+    self.ids = np.array(sorted(ids), np.int32)
+    self.functions = {"attention": functools.partial(jnp.argmax, axis=-1)}
+
+  def sums(self, model, logits, arrays, batch):
+    tokens, positions, segments = batch
+    is_sink = jnp.isin(tokens, self.ids) | (positions < FIRST_POSITIONS)
+    counts = (segments > 0) & (positions >= FIRST_POSITIONS)
+    found = {}
+    for name, largest in arrays.items():  # [B,H,T]
+      on_sink = jnp.take_along_axis(is_sink[:, None], largest, axis=-1)
+      active = (~on_sink * counts[:, None]).sum()
+      found[name.removeprefix("attention/block_")] = jnp.stack([active, counts.sum() * largest.shape[1]])
+    if not found:
+      raise ConfigError("heads: the model keeps no attention weights; its blocks have no softmax attention.")
+    return found
+
+  def arrays(self, sums):
+    shares = np.array([active / count for active, count in sums.values()])
+    return {
+      "active": Named(("block",), shares, {"block": [int(x) for x in sums]}),
+      "sinks": Named(("token",), self.ids.astype(float)),
+    }
+
+  @staticmethod
+  def summary(arrays) -> str:
+    return f"share of active heads: {arrays['active'].values.mean():.4f}, mean over blocks"
+
+
+class Attention:
+  """Figs. 10 and 11 of the paper."""
+
+  definition = "attention weights of all heads of one block, for the first sequence of the text"
+  functions: ClassVar = {"attention": _whole}
+
+  def __init__(self, request, model, tokenizer):
+    number = blocks.num_blocks(model.config)
+    self.block = request.block or (number + 1) // 2
+    if self.block > number:
+      raise ConfigError(f"--block={self.block}: the model has {number} blocks; name one of 1 to {number}.")
+    self.tokenizer = tokenizer
+
+  def sums(self, model, logits, arrays, batch):
+    name = f"attention/block_{self.block:03d}"
+    if name not in arrays:
+      raise ConfigError(f"--block={self.block} has no softmax attention; name another block.")
+    return {"weights": arrays[name][0], "tokens": batch[0][0], "length": (batch[2][0] > 0).sum()}
+
+  def arrays(self, sums):
+    length, tokens = int(sums["length"]), sums["tokens"].astype(int)
+    texts = [self.tokenizer.decode([x]) for x in tokens[:length]]
+    labels = {"query": texts, "key": texts}
+    return {f"block_{self.block:03d}": Named(("head", "query", "key"), sums["weights"][:, :length, :length], labels)}
+
+  @staticmethod
+  def summary(arrays) -> str:
+    ((name, maps),) = arrays.items()
+    on_first = maps.values[:, 1:, 0].mean()
+    return f"{name}: {len(maps.values)} heads; mean weight on the first token {on_first:.3f}"
+
+
+class DepthWeights:
+  """Figs. 12 and 13 of the paper."""
+
+  definition = (
+    "mean and standard deviation over tokens of the weight of each source in each aggregate DA_i, times the mean norm "
+    "of the source as it is mixed; source 0 is the embedding, source j the output of block j, -1, -2, ... are extra "
+    "embeddings"
+  )
+  functions: ClassVar = {"weights": _whole, "history": _whole}
+
+  def __init__(self, request, model, tokenizer):
+    self.plan = connections.plan(model.config)
+    if not self.plan.sites or connections.family(model.config).reads != "block":
+      raise ConfigError(
+        f"weights needs a model that mixes block outputs, and this one has depth_connection="
+        f"{model.config.depth_connection}; use one with depth_connection=dense."
+      )
+
+  def sums(self, model, logits, arrays, batch):
+    is_token = batch[2] > 0
+    count = is_token.sum()
+    found = {"count": count, "norms": {}, "weights": {}}
+    for number, source in self._sources(model, arrays).items():
+      norm = jnp.linalg.norm(source.astype(jnp.float32), axis=-1)
+      found["norms"][number - self.plan.oldest] = (norm * is_token).sum()
+    for stream, by_site in by_stream(arrays, "weights").items():
+      for after, x in by_site.items():
+        x = x * is_token[..., None]
+        found["weights"][f"{stream}/{after}"] = {"sum": x.sum((0, 1)), "squares": jnp.square(x).sum((0, 1))}
+    return found
+
+  def _sources(self, model, arrays) -> dict[int, Array]:
+    """The sources as they are mixed, pre-normed where the model has pre-norms, by number."""
+    found = {-int(x.removeprefix("history/extra_")): arrays[x] for x in arrays if x.startswith("history/extra_")}
+    by_block = {number: path for path, number in stacks.single_layers(model.config).items()}
+    layers = {
+      number: operator.attrgetter(path.replace("/", "."))(model.decoder).connection for number, path in by_block.items()
+    }
+    first = layers[1]
+    if found and first.extra_norms is not None:
+      ordered = sorted(found, reverse=True)
+      found = dict(zip(ordered, first.extra_norms([found[number] for number in ordered])))
+    embedding = arrays["history/000"]
+    found[0] = embedding if first.embedding_norm is None else first.embedding_norm(embedding)
+    for number, connection in layers.items():
+      found[number] = connection.write(arrays[f"history/{number:03d}"])
+    return found
+
+  def arrays(self, sums):
+    number, oldest, count = self.plan.num_blocks, self.plan.oldest, sums["count"]
+    streams = sorted({name.split("/")[0] for name in sums["weights"]}, key=ORDER.index)
+    shape = (len(streams), number, number + 1 - oldest)
+    norms = np.array([sums["norms"][k] / count for k in range(shape[-1])])
+    mean, deviation = np.full(shape, np.nan), np.full(shape, np.nan)
+    for name, found in sums["weights"].items():
+      stream, after = name.split("/")
+      if int(after) > number:
+        continue  # of multi-token prediction
+      columns = np.array(self.plan.sites[int(after)].sources) - oldest
+      at = streams.index(stream), int(after) - 1, columns
+      of_tokens = found["sum"] / count
+      mean[at] = of_tokens * norms[columns]
+      deviation[at] = np.sqrt(np.maximum(found["squares"] / count - of_tokens**2, 0)) * norms[columns]
+    labels = {"stream": streams, "aggregate": [*range(1, number + 1)], "source": [*range(oldest, number + 1)]}
+    dims = ("stream", "aggregate", "source")
+    return {
+      "mean": Named(dims, mean, labels),
+      "deviation": Named(dims, deviation, labels),
+      "source_norm": Named(("source",), norms, {"source": labels["source"]}),
+    }
+
+  @staticmethod
+  def summary(arrays) -> str:
+    mean, shares = arrays["mean"], []
+    for stream, values in zip(mean.labels["stream"], np.abs(mean.values)):
+      total = np.nansum(values, -1)
+      newest = np.array([row[~np.isnan(row)][-1] if (~np.isnan(row)).any() else np.nan for row in values])
+      shares.append(f"{stream} {np.nanmean(1 - newest / np.where(total > 0, total, np.nan)):.3f}")
+    return f"share of the mean weight on older sources than the newest: {', '.join(shares)}"
+
+
+class Lens:
+  """The logit lens, for each stream."""
+
+  definition = (
+    "mean cross-entropy of the next token, in nats, where the final norm and the output head read the input of a block "
+    "in place of the last hidden state; after 0 blocks that is the embedding, after the last one the hidden state"
+  )
+  functions: ClassVar = {"streams": _whole}
+
+  def __init__(self, request, model, tokenizer):
+    self.number = blocks.num_blocks(model.config)
+
+  def sums(self, model, logits, arrays, batch):
+    losses, last = {}, by_stream(arrays, "streams")
+    for stream, inputs in block_inputs(arrays, self.number).items():
+      losses[stream] = jnp.stack([self._loss(model, x, batch) for x in inputs])
+    final = next(found[self.number] for name, found in last.items() if self.number in found and name != "m")
+    return {"losses": losses, "final": self._loss(model, final, batch), "count": next_tokens(batch).sum()}
+
+  def _loss(self, model, hidden, batch):
+    logits = model.decoder.apply_output_head(model.token_embedder, hidden, True, MODEL_MODE_TRAIN)
+    return (token_losses(logits.astype(jnp.float32), batch) * next_tokens(batch)).sum()
+
+  def arrays(self, sums):
+    losses = in_order(sums["losses"])
+    values = np.stack([np.append(x, sums["final"]) for x in losses.values()]) / sums["count"]
+    labels = {"stream": [*losses], "blocks_before": [*range(self.number + 1)]}
+    return {"loss": Named(("stream", "blocks_before"), values, labels)}
+
+  @staticmethod
+  def summary(arrays) -> str:
+    values = arrays["loss"].values
+    return f"loss of the head: {values[0, 0]:.3f} on the embedding, {values[0, -1]:.3f} on the last hidden state"
+
+
+def next_tokens(batch) -> Bool[Array, "B T"]:
+  """Which tokens have a next one in their sequence."""
+  segments = batch[2]
+  return jnp.pad(segments[:, 1:] > 0, [(0, 0), (0, 1)])
+
+
+def token_losses(logits: Float[Array, "B T V"], batch) -> Float[Array, "B T"]:
+  """The cross-entropy of the next token in nats; where there is none, of some token."""
+  targets = jnp.roll(batch[0], -1, axis=1)
+  return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+
+
+FIGURES = types.MappingProxyType(
+  {"similarity": Similarity, "heads": Heads, "attention": Attention, "weights": DepthWeights, "lens": Lens}
+)

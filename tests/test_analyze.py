@@ -1,0 +1,375 @@
+"""`python3 -m maxtext_mudd.analyze`: each figure against what it is by hand, and the command with its mistakes."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from maxtext_mudd.analyze import __main__ as analyze
+from maxtext_mudd.analyze import ablation, figures, measurement
+from maxtext_mudd.inference import checkpoint, inspection
+from tests import models
+from tests.evaluation import build, letters
+
+REQUEST = types.SimpleNamespace(sinks=(".",), to="static", block=None, figure="")
+GOLDEN = models.DATA / "muddformer_tiny"
+
+
+@pytest.fixture(scope="module")
+def lm():
+  return build(base_num_decoder_layers=3)
+
+
+def data_of(lm, text="Of moons. And of lanterns of paper.\nNo swans.", length=12):
+  return list(measurement.batches(text, lm.text_tokenizer, lm.config, length, 9, 2))
+
+
+def test_batches(lm):
+  batches = data_of(lm, "abcdefg", length=4)
+  tokens, positions, segments = (np.concatenate(x) for x in zip(*batches))
+  a = 3 + ord("a")  # after <pad>, <bos>, <eos>
+  np.testing.assert_array_equal(tokens[:3], [[1, a, a + 1, a + 2], [1, a + 3, a + 4, a + 5], [1, a + 6, 0, 0]])
+  np.testing.assert_array_equal(segments, [[1] * 4, [1] * 4, [1, 1, 0, 0], [0] * 4])
+  np.testing.assert_array_equal(positions, [range(4)] * 4)
+  assert len(next(measurement.batches("x" * 99, lm.text_tokenizer, lm.config, 4, 5, 8))[0]) == 8
+
+
+def golden_arrays():
+  """The authors' intermediates under the names of `inspect`, and a batch of their tokens, of which some are padding."""
+  golden = load_file(GOLDEN / "golden.safetensors")
+  number = sum(name.startswith("hidden.") for name in golden) - 1
+  arrays = {f"history/{i:03d}": golden[f"hidden.{i}"] for i in range(number + 1)}
+  arrays["streams/x/da_000"] = golden["hidden.0"]
+  for i in range(number):
+    streams = "qkvr" if i < number - 1 else "r"
+    for c, stream in enumerate(streams):
+      arrays[f"streams/{stream}/da_{i + 1:03d}"] = golden[f"streams.{i}"][c]
+      arrays[f"weights/{stream}/da_{i + 1:03d}"] = golden[f"dw.{i}"][c]
+  tokens = golden["input_ids"]
+  is_token = np.arange(tokens.shape[1]) < np.array([tokens.shape[1], tokens.shape[1] - 3])[: len(tokens), None]
+  batch = (tokens, np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape), is_token.astype(np.int32))
+  config = models.config(mudd=True, base_num_decoder_layers=number, base_emb_dim=64)
+  return golden, arrays, batch, config, is_token
+
+
+def measured(figure, model, arrays, batch, repeat=1):
+  sums = jax.device_get(figure.sums(model, None, {name: jnp.asarray(x) for name, x in arrays.items()}, batch))
+  return figure.arrays(jax.tree.map(lambda x: np.asarray(x, np.float64) * repeat, sums))
+
+
+def test_similarity_of_the_golden_model():
+  golden, arrays, batch, config, is_token = golden_arrays()
+  model = types.SimpleNamespace(config=config)
+  found = measured(figures.Similarity(REQUEST, model, None), model, arrays, batch)
+  assert found["mean"].labels["stream"] == ["q", "k", "v", "r"]
+  for c in range(4):
+    for i in range(config.num_decoder_layers - 1):
+      x, y = golden[f"streams.{i - 1}"][c] if i else golden["hidden.0"], golden[f"streams.{i}"][c]
+      x, y = x.astype(np.float64), y.astype(np.float64)
+      cosines = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+      of_tokens = np.sort(cosines[is_token])
+      assert found["mean"].values[c, i] == pytest.approx(of_tokens.mean(), abs=2e-6)
+      for q in (5, 95):
+        expected = of_tokens[int(np.ceil(q / 100 * len(of_tokens))) - 1]
+        assert found[f"percentile_{q}"].values[c, i] == pytest.approx(expected, abs=5e-4)
+
+
+def test_weights_of_the_golden_model():
+  golden, arrays, batch, config, is_token = golden_arrays()
+  model = models.build(config)
+  found = measured(figures.DepthWeights(REQUEST, model, None), model, arrays, batch, repeat=3)
+  number = config.num_decoder_layers
+  norms = [np.linalg.norm(golden[f"hidden.{j}"], axis=-1)[is_token].mean() for j in range(number + 1)]
+  for i in range(1, number + 1):
+    streams = "qkvr" if i < number else "r"
+    for c, stream in enumerate(streams):
+      row = found["mean"].labels["stream"].index(stream)
+      of_tokens = golden[f"dw.{i - 1}"][c][is_token].astype(np.float64)  # [tokens, sources]
+      for name, expected in (("mean", of_tokens.mean(0)), ("deviation", of_tokens.std(0))):
+        values = found[name].values[row, i - 1]
+        np.testing.assert_allclose(values[: i + 1], expected * norms[: i + 1], rtol=1e-4, atol=1e-5)
+        assert np.isnan(values[i + 1 :]).all()
+  assert np.isnan(found["mean"].values[0, -1]).all()  # the last aggregate makes one stream
+
+
+def test_sources_are_those_that_are_mixed():
+  """With pre-norms and extra embeddings: weights times sources are the aggregates' sums."""
+  keys = {"mudd_pre_norm": True, "mudd_post_norm": True, "mudd_extra_embeddings": 2}
+  model = models.build(models.config(mudd=True, base_num_decoder_layers=2, **keys))
+  models.randomise(model)
+  batch = model.config, models.batch(model.config)["inputs"]
+  arrays = inspection.inspect(model, batch[1])
+  sources = figures.DepthWeights(REQUEST, model, None)._sources(model, arrays)
+  assert sorted(sources) == [-2, -1, 0, 1, 2]
+  weights = arrays["weights/v/da_001"]
+  mixed = sum(weights[..., j + 2, None] * sources[j] for j in (-2, -1, 0, 1))
+  # The value stream has no post-norm, and adds X_1.
+  np.testing.assert_allclose(mixed + arrays["history/001"], arrays["streams/v/da_001"], atol=2e-5)
+
+
+def test_heads_of_attention_made_by_hand(lm):
+  """Two heads, five tokens: the first head looks at itself, the second at the token before."""
+  text = ["a", "b", ".", "c"]
+  tokens = np.array([[1, *(lm.text_tokenizer.encode(x, bos=False)[0] for x in text)]])
+  batch = (tokens, np.arange(5)[None], np.ones((1, 5), int))
+  maps = np.stack([np.eye(5), np.eye(5, k=-1)])[None] + 0.1
+  figure = figures.Heads(REQUEST, None, lm.text_tokenizer)
+  arrays = {"attention/block_001": figure.functions["attention"](jnp.asarray(maps))}
+  # Positions 2, 3 and 4: the first head looks at "b", "." and "c", the second at "a" in place 1, "b" and ".".
+  assert measured(figure, None, arrays, batch)["active"].values == pytest.approx([3 / 6])
+  batch[2][0, 4] = 0
+  assert measured(figure, None, arrays, batch)["active"].values == pytest.approx([2 / 4])
+
+
+def loss_of(model, data):
+  """The mean cross-entropy of next tokens, in float64."""
+  total, count = 0, 0
+  for tokens, _, segments in data:
+    logits = np.asarray(inspection.inspect(model, tokens, keep=[], segment_ids=segments)["logits"], np.float64)
+    peak = logits.max(-1, keepdims=True)
+    logs = logits - peak - np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+    is_next = segments[:, 1:] > 0
+    total -= np.take_along_axis(logs[:, :-1], tokens[:, 1:, None], -1)[..., 0][is_next].sum()
+    count += is_next.sum()
+  return total / count
+
+
+@pytest.mark.slow
+def test_ablation_is_a_model_with_other_weights(lm):
+  """A model whose W2 is zero for a source, a stream or an aggregate has its static weights there."""
+  data, model = data_of(lm), lm.model
+  found = ablation.Ablation(REQUEST, model, None).measure(model, data, lambda: None, "x")
+  values = {path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()}
+  whole = loss_of(model, data)
+  assert found["baseline"].values == pytest.approx(whole, rel=1e-6)
+
+  def changed(*paths, at=(...,)):
+    other = {path: x.copy() for path, x in values.items()}
+    for path in paths:
+      other[f"{path}/w2"][(slice(None), *at)] = 0
+    models.set_parameters(model, other)
+    change = loss_of(model, data) - whole
+    models.set_parameters(model, values)
+    return pytest.approx(change, abs=2e-6)
+
+  second = "decoder/layers_2/connection/depth_aggregate"
+  last = "decoder/layers_2/connection/final_depth_aggregate"
+  paths = [path.removesuffix("/w2") for path in values if path.endswith("/w2")]
+  assert found["source"].values[1, 0] == changed(second, at=(slice(None), 0))
+  assert found["source"].values[2, 3] == changed(last, at=(slice(None), 3))
+  assert found["stream"].labels["stream"] == ["q", "k", "v", "r"]
+  assert found["stream"].values[1, 2] == changed(second, at=(2,))
+  assert np.isnan(found["stream"].values[2]).all()
+  assert found["aggregate"].values[1] == changed(second)
+  assert found["everything"].values == changed(*paths)
+  assert np.abs(found["everything"].values) > 0.01
+
+
+@pytest.mark.slow
+def test_ablation_to_the_mean(lm):
+  """A weight that is its mean in a model without other dynamic weights."""
+  data, model = data_of(lm), lm.model
+  request = types.SimpleNamespace(to="mean")
+  found = ablation.Ablation(request, model, None).measure(model, data, lambda: None, "x")
+  weights, is_token = [], []
+  for tokens, _, segments in data:
+    weights.append(inspection.inspect(model, tokens, segment_ids=segments)["weights/r/da_003"])
+    is_token.append(segments > 0)
+  mean = np.concatenate(weights)[np.concatenate(is_token)].mean(0)
+  values = {path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()}
+  last = "decoder/layers_2/connection/final_depth_aggregate"
+  whole = loss_of(model, data)
+  models.set_parameters(model, values | {f"{last}/w2": 0 * values[f"{last}/w2"], f"{last}/a": mean[None]})
+  change = loss_of(model, data) - whole
+  models.set_parameters(model, values)
+  assert found["aggregate"].values[2] == pytest.approx(change, abs=2e-6)
+
+
+@pytest.mark.slow
+def test_the_lens_ends_in_the_loss(lm):
+  data = data_of(lm)
+  figure = figures.Lens(REQUEST, lm.model, None)
+  found = figure.arrays(measurement.totals(figure, lm.model, data, lambda: None, "x"))["loss"].values
+  assert found.shape == (4, 4)
+  np.testing.assert_allclose(found[:, 3], loss_of(lm.model, data), rtol=1e-6)
+  assert (found[:, 0] == found[0, 0]).all()  # all streams of block 1 are the embedding
+
+
+def run(*arguments, capsys):
+  """(what the command prints, the sentence with which it ends, if it does not succeed)."""
+  ended = ""
+  try:
+    analyze.main(list(map(str, arguments)))
+  except SystemExit as error:
+    assert error.code == 2
+    ended = "end"
+  out, err = capsys.readouterr()
+  sentences = [x for x in err.splitlines() if x.startswith("maxtext-mudd: ")]
+  assert len(sentences) == bool(ended)
+  return out, sentences[0].removeprefix("maxtext-mudd: ") if ended else ""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("text")
+  (folder / "text.txt").write_text("Of moons and of lanterns of paper. No swans.\n" * 4)
+  letters(folder / "tokenizer")
+  return folder
+
+
+FILES = {
+  "similarity": {"mean", "percentile_5", "percentile_95"},
+  "heads": {"active", "sinks"},
+  "attention": {"block_003"},
+  "weights": {"mean", "deviation", "source_norm"},
+  "lens": {"loss"},
+  "ablate": {"source", "stream", "aggregate", "everything", "baseline"},
+}
+
+
+@pytest.mark.parametrize("figure", [x if x == "similarity" else pytest.param(x, marks=pytest.mark.slow) for x in FILES])
+def test_the_command(figure, text, tmp_path, capsys):
+  model = ["--checkpoint", GOLDEN, "--text", text / "text.txt", "--tokenizer", text / "tokenizer"]
+  options = ["--length", 16, "--sequences", 3, "--batch-size", 2, "--against", GOLDEN, "matmul_precision=default"]
+  out, ended = run(figure, *model, *options, "--output", tmp_path / "made", capsys=capsys)
+  assert not ended
+  *lines, wrote = out.splitlines()[-3:]
+  assert [line.split(":")[0] for line in lines] == ["muddformer_tiny", "muddformer_tiny (2)"]
+  assert wrote == f"wrote {tmp_path}/made/{figure}.json and .png"
+  assert sorted(x.name for x in (tmp_path / "made").iterdir()) == [f"{figure}.json", f"{figure}.png"]
+  found = json.loads((tmp_path / "made" / f"{figure}.json").read_text())
+  assert found["figure"] == figure
+  assert found["command"].startswith(f"python3 -m maxtext_mudd.analyze {figure} --checkpoint ")
+  for arrays in found["models"].values():
+    assert arrays.keys() == FILES[figure]
+    for array in arrays.values():
+      assert list(np.shape(array["values"])) == array["shape"]
+      assert [len(x) for x in array["labels"].values()] == [
+        array["shape"][array["dims"].index(x)] for x in array["labels"]
+      ]
+  again, ended = run(figure, *model, "--output", tmp_path / "made", capsys=capsys)
+  assert ended == f"--output={tmp_path}/made has a {figure}.json already; name another folder."
+  assert not again
+
+
+def test_speed(tmp_path, capsys):
+  rows = [
+    {"kind": "cell", "model": model, "learning_rate": rate, "held_out": {"9": 5.0, "19": loss}}
+    for model, rate, loss in (("plain", 0.1, 3.0), ("plain", 0.1, 3.2), ("plain", 1.0, 4.0), ("mudd", 0.1, 2.9))
+  ]
+  study, speed = tmp_path / "study.jsonl", tmp_path / "speed.json"
+  study.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"kind": "timing"}]))
+  found = [{"model": "mudd", "refused": None, "speed_ratio": {"median": 0.9}}, {"model": "x", "refused": "no"}]
+  speed.write_text(json.dumps({"baseline": "yaml/plain.yml", "rows": found}))
+  out, _ = run("speed", "--study", study, "--speed", speed, "--output", tmp_path / "made", capsys=capsys)
+  assert out.startswith("plain: loss 3.1000 at 1.000 of the speed; mudd: loss 2.9000 at 0.900 of the speed\n")
+  arrays = json.loads((tmp_path / "made" / "speed.json").read_text())["models"]["study"]
+  assert arrays["standard_error"]["values"] == [pytest.approx(0.1), None]
+  study.write_text(json.dumps(rows[-1] | {"model": "other"}) + "\n")
+  _, ended = run("speed", "--study", study, "--speed", speed, "--output", tmp_path / "b", capsys=capsys)
+  assert ended == (
+    f"--study={study} has the models other, and --speed the models mudd, plain; name files with a model in common."
+  )
+  _, ended = run("speed", "--study", speed, "--speed", speed, "--output", tmp_path / "b", capsys=capsys)
+  assert ended.startswith(f"--study={speed} is no file of benchmarks/study.py; ")
+  _, ended = run("speed", "--study", study, "--speed", study, "--output", tmp_path / "b", capsys=capsys)
+  assert ended == f"--speed={study} is no file of benchmarks/throughput.py; name one that it wrote."
+
+
+REFUSED = {
+  "another figure": (
+    ["heat"],
+    "heat is not a figure; choose one of similarity, heads, attention, weights, lens, ablate, speed.",
+  ),
+  "no model": (["lens"], "lens needs --checkpoint; name a model."),
+  "no text": (["lens", "--checkpoint", "{tmp}"], "lens needs --text; name a text file."),
+  "no such text": (
+    ["lens", "--checkpoint", "{tmp}", "--text", "{tmp}/none"],
+    "--text={tmp}/none cannot be read (No such file or directory); name a text file.",
+  ),
+  "no checkpoint": (
+    ["lens", "--checkpoint", "{tmp}/none", "--text", "{text}"],
+    "--checkpoint={tmp}/none is not a folder; name one that holds a model.",
+  ),
+  "no sequences": (
+    ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--sequences", "0"],
+    "--sequences=0 is not a whole number of 1 or more.",
+  ),
+  "one token": (
+    ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--length", "1"],
+    "--length=1 is not a whole number of 2 or more.",
+  ),
+  "an output that is a file": (
+    ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--output", "{text}"],
+    "--output={text} is a file; name a folder.",
+  ),
+  "speed of nothing": (
+    ["speed"],
+    "speed needs --study=FILE.jsonl of benchmarks/study.py and --speed=FILE.json of throughput.py.",
+  ),
+  "no such study": (
+    ["speed", "--study", "{tmp}/none", "--speed", "{text}"],
+    "--study={tmp}/none is not a file; name one that a benchmark wrote.",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mistakes(case, text, tmp_path, capsys):
+  arguments, sentence = REFUSED[case]
+  places = {"tmp": tmp_path, "text": text / "text.txt"}
+  arguments = [x.format(**places) for x in arguments]
+  out, ended = run(*arguments, *(["--output", tmp_path / "out"] if "--output" not in arguments else []), capsys=capsys)
+  assert ended == sentence.format(**places)
+  assert not out
+  assert not (tmp_path / "out").exists()
+
+
+OF_MODELS = {
+  "a block too many": ("attention", {}, ["--block", "4"], "--block=4: the model has 3 blocks; name one of 1 to 3."),
+  "a sink of two tokens": ("heads", {}, ["--sink", "ab"], "--sink='ab' is 2 tokens; name texts of one token."),
+  "a sequence too long": (
+    "lens",
+    {},
+    ["--length", "25"],
+    "--length=25 is more than the context, max_target_length=24.",
+  ),
+  "weights of a plain model": (
+    "weights",
+    {"mudd": False},
+    [],
+    "weights needs a model that mixes block outputs, and this one has depth_connection=residual; use one with "
+    "depth_connection=dense.",
+  ),
+  "static weights": (
+    "ablate",
+    {"mudd_dynamic": False},
+    [],
+    "ablate: the weights of this model are static (mudd_dynamic=False); use --to=mean.",
+  ),
+}
+
+
+def test_several_residual_streams(text, tmp_path, monkeypatch, capsys):
+  config = types.SimpleNamespace(mhc_expansion_rate=2)
+  monkeypatch.setattr(checkpoint, "load", lambda *_: (None, config, None))
+  given = ["--checkpoint", tmp_path, "--text", text / "text.txt", "--output", tmp_path / "out"]
+  _, ended = run("lens", *given, capsys=capsys)
+  assert ended == (
+    "mhc_expansion_rate=2: figures are of models with one residual stream; call maxtext_mudd.inspect in Python."
+  )
+
+
+@pytest.mark.parametrize("case", OF_MODELS)
+def test_mistakes_that_the_model_shows(case, text, tmp_path, monkeypatch, capsys):
+  figure, keys, arguments, sentence = OF_MODELS[case]
+  lm = build(base_num_decoder_layers=3, **keys)
+  monkeypatch.setattr(checkpoint, "load", lambda *_: (lm.model, lm.config, lm.text_tokenizer))
+  given = ["--checkpoint", tmp_path, "--text", text / "text.txt", "--output", tmp_path / "out"]
+  _, ended = run(figure, *given, *arguments, capsys=capsys)
+  assert ended == sentence
+  assert not (tmp_path / "out").exists()

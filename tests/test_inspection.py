@@ -1,0 +1,191 @@
+"""`maxtext_mudd.inspect`: block outputs, weights, streams and attention maps, by name, of all families."""
+
+import dataclasses
+
+from flax import nnx
+import numpy as np
+import pytest
+
+import maxtext_mudd
+from maxtext_mudd.checkpoints import layout
+from maxtext_mudd.connections import kept
+from maxtext_mudd.inference import inspection
+from tests import models
+from tests.blocks import BLOCKS, OTHERS, config_of, packed
+from tests.oracle import Arch, Oracle
+
+TOLERANCE = 1e-5  # of arrays whose largest entries are 1 to 20, in float32; the errors seen are up to 4e-6 of those
+
+
+def inspect(model, data, **options):
+  positions, segments = data["inputs_position"], data["inputs_segmentation"]
+  return maxtext_mudd.inspect(
+    model, data["inputs"], keep=inspection.KINDS, positions=positions, segment_ids=segments, **options
+  )
+
+
+def close(found, expected, name):
+  np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max(), rtol=0, err_msg=name)
+
+
+FOUR = Arch(4, ways=4)
+CASES = {
+  "MUDD": ({"mudd": True}, FOUR),
+  "one way": ({"mudd": True, "mudd_ways": 1}, dataclasses.replace(FOUR, ways=1)),
+  "2x2": (
+    {"mudd": True, "mudd_source_dilation": 2, "mudd_block_period": 2},
+    dataclasses.replace(FOUR, dilation=2, period=2),
+  ),
+  "value and residual stream, both norms": (
+    {"mudd": True, "mudd_dense_streams": "vr", "mudd_pre_norm": True, "mudd_post_norm": True},
+    dataclasses.replace(FOUR, streams="vr", pre_norm=True, post_norm="r"),
+  ),
+  "plain": ({}, dataclasses.replace(FOUR, ways=0)),
+}
+
+
+FAST = ("MUDD", "plain", "dense")  # the others compile as long and show less
+
+
+def slow_but_fast(cases):
+  return [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in cases]
+
+
+@pytest.mark.parametrize("case", slow_but_fast(CASES))
+def test_equals_the_oracle(case):
+  """Every array, and there is an array for everything that the oracle computes on the way."""
+  keys, arch = CASES[case]
+  config = models.config(base_num_decoder_layers=4, **keys)
+  model = models.build(config)
+  oracle = Oracle(arch, models.randomise(model))
+  data = packed(config)
+  found = inspect(model, data)
+  logits = oracle(data["inputs"], data["inputs_position"], data["inputs_segmentation"])
+  expected = oracle.seen
+  np.testing.assert_allclose(found.pop("logits"), logits, atol=2e-5, rtol=0)
+  compared = set()
+  for name, x in expected.items():
+    kind, *rest = name.split("/")
+    at = name if name in found else f"{kind}/x/{rest[-1]}"  # a block that reads one array
+    close(found[at], x, name)
+    compared.add(at)
+  assert compared == found.keys()
+
+
+FAMILIES = ("dense", "residual", "dca", "attnres", "mhc", "hyper_connections")
+
+
+@pytest.mark.parametrize("family", slow_but_fast(FAMILIES))
+def test_scanned_layers_have_the_arrays_of_single_ones(family):
+  keys = {"mudd": True, "depth_connection": family}
+  single, scanned = models.config(**keys), models.config(**keys, scan_layers=True)
+  model, stacked = models.build(single), models.build(scanned)
+  models.set_parameters(stacked, layout.stack(models.randomise(model), scanned))
+  data = packed(single)
+  found = inspect(stacked, data)
+  for name, x in inspect(model, data).items():
+    np.testing.assert_array_equal(found.pop(name), x, err_msg=name)
+  assert not found
+
+
+@pytest.mark.slow
+def test_a_plain_model_of_scanned_layers():
+  config = models.config(scan_layers=True)
+  model = models.build(config)
+  models.randomise(model)
+  data = packed(config)
+  found = inspect(model, data)
+  np.testing.assert_allclose(found["logits"], models.jitted_logits(model, data), atol=1e-5)
+  assert [*found] == [
+    "logits",
+    *(f"attention/block_{i:03d}" for i in (1, 2, 3)),
+    *(f"history/{i:03d}" for i in range(4)),
+    *(f"streams/x/da_{i:03d}" for i in range(4)),
+  ]
+
+
+@pytest.mark.slow
+def test_attention_residuals_mix_what_is_kept():
+  """With blocks of one Transformer block: sources are the embedding and differences of residual sums."""
+  config = models.config(mudd=True, depth_connection="attnres", mudd_attnres_block=2)
+  model = models.build(config)
+  models.randomise(model)
+  found = inspect(model, packed(config))
+  sources = [found[f"history/{i:03d}"] for i in range(4)]
+  for after in range(4):
+    name = f"attention/da_{after:03d}" if after < 3 else "x/da_003"
+    weights = found[f"weights/{name}"]
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+    mixed = sum(weights[..., j, None] * sources[j] for j in range(after + 1))
+    close(found[f"streams/{name}"], mixed, name)
+
+
+@pytest.mark.parametrize("family", slow_but_fast(["mhc", "hyper_connections"]))
+def test_residual_streams_are_mixed_by_what_is_kept(family):
+  config = models.config(mudd=True, depth_connection=family, base_num_decoder_layers=2)
+  model = models.build(config)
+  models.randomise(model)
+  found = inspect(model, packed(config))
+  for after in range(2):
+    weights, streams = found[f"weights/attention/da_{after:03d}"], found[f"history/{after:03d}"]
+    mixed = np.einsum("btn,btnd->btd", weights[:, :, 0], streams)
+    close(found[f"streams/attention/da_{after:03d}"], mixed, "attention")
+    assert found[f"written/ffn/da_{after:03d}"].shape == streams.shape[:3]
+  assert {name.split("/")[0] for name in found} == {"logits", *inspection.KINDS}
+
+
+@pytest.mark.slow
+def test_gates_of_dca():
+  """Σ_j (b_j + gate_j) G_j, with the static weights of the parameters."""
+  config = models.config(mudd=True, depth_connection="dca")
+  model = models.build(config)
+  values = models.randomise(model)
+  found = inspect(model, packed(config))
+  for c, stream in enumerate("qkv"):
+    gates = found[f"weights/{stream}/da_002"]
+    assert gates.min() == 0 < gates.max()
+    static = values["decoder/layers_2/connection/depth_aggregate/b"][c]
+    mixed = sum((static[:, j] + gates[..., j, None]) * found[f"history/{j:03d}"] for j in range(3))
+    close(found[f"streams/{stream}/da_002"], mixed, stream)
+
+
+KEPT_BLOCKS = ("gemma2", "gpt_oss", "deepseek", "qwen3_next", "gemma4_small")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", KEPT_BLOCKS)
+def test_attention_of_other_blocks(block):
+  """Weights of blocks that have softmax attention sum to 1, or with sinks to less, over tokens before."""
+  config = config_of(block, mudd=True)
+  model = models.build(config)
+  values = models.random_parameters({path: x.get_value().shape for path, x in models.parameters(model).items()})
+  models.set_parameters(model, models.with_scalars_near_one(values))
+  found = inspect(model, packed(config))
+  np.testing.assert_allclose(found["logits"], models.jitted_logits(model, packed(config)), atol=1e-4)
+  maps = {name: x for name, x in found.items() if name.startswith("attention/")}
+  number = sum(name.startswith("history/") for name in found) - 1
+  assert len(maps) == (2 if block == "qwen3_next" else number)
+  for x in maps.values():
+    assert np.triu(x, 1).max() == 0
+    assert (x.sum(-1) < 0.9).any() if block == "gpt_oss" else np.allclose(x.sum(-1), 1)
+
+
+def test_nothing_is_kept_elsewhere():
+  model = models.build(models.config(mudd=True))
+  models.logits(model, models.batch(model.config))
+  assert not nnx.to_flat_state(nnx.state(model, kept.Kept))
+  inspect(model, models.batch(model.config))
+  assert not nnx.to_flat_state(nnx.state(model, kept.Kept))
+
+
+def test_mistakes():
+  model = models.build(models.config(mudd=True))
+  tokens = models.batch(model.config)["inputs"]
+  with pytest.raises(ValueError, match="keep has 'maps'; the kinds of arrays are history, weights, written, streams"):
+    maxtext_mudd.inspect(model, tokens, keep=["maps"])
+  with pytest.raises(ValueError, match="pass an array"):
+    maxtext_mudd.inspect(model, tokens[0])
+  assert "simple" not in OTHERS | BLOCKS
+  model = models.build(models.config(decoder_block="simple", scan_layers=True, mudd=True, mudd_ways=1))
+  with pytest.raises(ValueError, match="decoder_block=simple has no attention, and MaxText runs it scanned only"):
+    maxtext_mudd.inspect(model, tokens)

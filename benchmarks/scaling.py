@@ -8,30 +8,27 @@ connected one. Loss is modelled as L = a·C^(-b), a straight line in logarithms,
 model. Their lines are therefore parallel, as in the paper's Fig. 3, and the multiplier is one number.
 
 C is training compute: MaxText's count of the FLOPs of a step on one device, connections included, times the number of
-steps. All runs need the same number of devices. The interval of the multiplier is a bootstrap over seeds. Only results
-of runs with the present keys of the study are used.
+steps. All runs need the same number of devices. The interval of the multiplier comes from a fit for each seed, by
+Student's t of their logarithms. Only results of runs with the present keys of the study are used, and none that
+diverged.
 
 The tool writes NAME.md and NAME.png to benchmarks/results/.
 """
 
 import argparse
-import collections
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import pathlib
 import sys
 
 import numpy as np
 import record
+import scipy.stats
 import study
 import study_plan
 import study_report
 
 from maxtext_mudd.config.errors import ConfigError
-
-FEW = 5  # with fewer seeds a bootstrap interval is too narrow: it has (n-1)/n of the true variance, and short tails
-DRAWS = 2000  # bootstrap samples: the interval's ends vary by less than a tenth of its width with the random seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,76 +94,68 @@ def fit(plain: Sequence[Point], connected: Sequence[Point]) -> Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """A 95% bootstrap interval of the compute multiplier.
+  """The 95% interval of the compute multiplier.
 
   Attributes:
-    low: lower end.
-    high: upper end.
-    seeds: number of seeds that the samples were drawn from.
-    draws: number of samples.
-    skipped: number of samples without a fit, which are left out.
+    low: lower end; NaN for one seed.
+    high: upper end; NaN for one seed.
+    multipliers: that of the fit to each seed, by seed.
   """
 
   low: float
   high: float
-  seeds: int
-  draws: int
-  skipped: int
+  multipliers: dict[int, float]
 
   def __str__(self) -> str:
-    text = f"95% interval {self.low:.2f} to {self.high:.2f}, by a bootstrap over {self.seeds} seed(s)"
-    if self.seeds < FEW:
-      text += f"; with fewer than {FEW} seeds it is narrower than a true 95% interval"
-    if self.skipped:
-      text += f"; {self.skipped} of {self.draws} samples have no fit and are left out"
-    return text
+    each = ", ".join(f"{x:.2f}" for x in self.multipliers.values())
+    if len(self.multipliers) == 1:
+      return "one seed, so no interval"
+    return f"95% interval {self.low:.2f} to {self.high:.2f}, from {len(self.multipliers)} seeds with {each}"
 
 
-def interval(plain: Sequence[Point], connected: Sequence[Point], draws: int = DRAWS) -> Interval:
-  """The bootstrap interval over the seeds that both kinds of model share.
+def interval(plain: Sequence[Point], connected: Sequence[Point]) -> Interval:
+  """The interval, by Student's t of the logarithms of the multipliers of single seeds.
 
   Raises:
-    ConfigError: no seed is shared, or more than half of the samples have no fit.
+    ConfigError: no seed is shared, or the points of a seed have no fit.
   """
   seeds = sorted({point.seed for point in plain} & {point.seed for point in connected})
   if not seeds:
     raise ConfigError("--plain and --connected have finished runs of no common seed; an interval needs one at least.")
-  random = np.random.default_rng(0)
-  multipliers = []
-  for _ in range(draws):
-    drawn = random.choice(seeds, len(seeds))
-    samples = [[point for seed in drawn for point in points if point.seed == seed] for points in (plain, connected)]
-    with contextlib.suppress(ConfigError):  # this sample has too few sizes, or loss does not fall with compute
-      multipliers.append(fit(*samples).multiplier)
-  skipped = draws - len(multipliers)
-  if skipped > draws / 2:
-    raise ConfigError(
-      f"{skipped} of {draws} bootstrap samples have no fit, so there is no interval; train more seeds, or sizes that "
-      "differ more in compute."
-    )
-  low, high = np.quantile(multipliers, (0.025, 0.975), method="nearest")  # interpolation with infinity gives NaN
-  return Interval(float(low), float(high), len(seeds), draws, skipped)
+  multipliers = {}
+  for seed in seeds:
+    try:
+      multipliers[seed] = fit(*([x for x in points if x.seed == seed] for points in (plain, connected))).multiplier
+    except ConfigError as error:
+      raise ConfigError(f"seed {seed} alone: {error}") from error
+  logarithms = np.log([*multipliers.values()])
+  if len(seeds) == 1:
+    return Interval(np.nan, np.nan, multipliers)
+  half = scipy.stats.t.ppf(0.975, len(seeds) - 1) * logarithms.std(ddof=1) / len(seeds) ** 0.5
+  return Interval(*(float(np.exp(logarithms.mean() + sign * half)) for sign in (-1, 1)), multipliers)
 
 
-def points(cells: Sequence[study_plan.Cell], results: study.Results, models: Sequence[str]) -> list[Point]:
-  """The finished runs of some models. Of several learning rates, the one with the lowest mean loss counts.
+def points(
+  plan: study_plan.Study, cells: Sequence[study_plan.Cell], results: study.Results, models: Sequence[str]
+) -> list[Point]:
+  """The finished runs of some models that did not diverge. Of several learning rates, the one with the lowest mean loss
+  counts.
 
   Raises:
     ConfigError: one of the models is not in the study, or has no finished run.
   """
-  chosen = []
+  chosen, summaries = [], study_report.summarise(plan, cells, results)
   for model in models:
     if model not in (known := list(dict.fromkeys(cell.model for cell in cells))):
       raise ConfigError(f"{model} is not a model of the study; those are {', '.join(known)}.")
-    by_rate = collections.defaultdict(list)
-    for cell in cells:
-      row = results.of(cell) if cell.model == model else None
-      if row and (loss := study_report.final(row)) is not None:
-        compute = row["tflops_per_step"] * 1e12 * row["steps_done"]
-        by_rate[cell.learning_rate].append(Point(model, cell.seed, compute, loss))
-    if not by_rate:
+    of_rates = []
+    for summary in summaries:
+      if summary.model == model and summary.losses:
+        compute = {row["seed"]: row["tflops_per_step"] * 1e12 * row["steps_done"] for row in summary.rows}
+        of_rates.append([Point(model, seed, compute[seed], loss) for seed, loss in summary.losses.items()])
+    if not of_rates:
       raise ConfigError(f"{model} has no finished run in {results.path}; run the study, or leave the model out.")
-    chosen += min(by_rate.values(), key=lambda ps: np.mean([point.loss for point in ps]))
+    chosen += min(of_rates, key=lambda ps: np.mean([point.loss for point in ps]))
   return chosen
 
 
@@ -190,6 +179,12 @@ def draw(plain: list[Point], connected: list[Point], fitted: Fit, unit: str, pat
   pyplot.close(figure)
 
 
+def _exponent(points: Sequence[Point]) -> float:
+  """The exponent of one kind of model alone."""
+  slope, _ = np.polyfit(np.log([x.compute for x in points]), np.log([x.loss for x in points]), 1)
+  return -float(slope)
+
+
 def main(arguments: list[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--study", required=True, type=pathlib.Path, help="yaml/study/NAME.yml")
@@ -203,7 +198,7 @@ def main(arguments: list[str]) -> None:
     if not results.path.is_file():
       raise ConfigError(f"{results.path}: there is no such file; name one that benchmarks/study.py wrote.")
     cells = study_plan.cells(plan, options.study.parent, results.ratios())
-    plain, connected = (points(cells, results, names.split(",")) for names in (options.plain, options.connected))
+    plain, connected = (points(plan, cells, results, names.split(",")) for names in (options.plain, options.connected))
     fitted, bounds = fit(plain, connected), interval(plain, connected)
   except ConfigError as error:
     sys.exit(f"maxtext-mudd: {error}")
@@ -212,7 +207,8 @@ def main(arguments: list[str]) -> None:
   table = [[p.size, str(p.seed), f"{p.compute:.3e}", f"{p.loss:.4f}"] for p in (*plain, *connected)]
   text = (
     f"L = a·C^(-{fitted.exponent:.4f}); a is {fitted.plain:.3f} for the plain and {fitted.connected:.3f} for the "
-    f"connected models. **Compute multiplier: {fitted.multiplier:.2f}** ({bounds}).\n\n"
+    f"connected models. **Compute multiplier: {fitted.multiplier:.2f}** ({bounds}). Fitted apart, the exponents are "
+    f"{_exponent(plain):.4f} and {_exponent(connected):.4f}.\n\n"
     f"{record.table(columns, table)}\n![Fit]({pathlib.Path(name).name}.png)\n"
   )
   place = record.write(name, record.facts("those of the study's results", "machines", ["numpy"]), text, table)

@@ -55,6 +55,7 @@ class Study(pydantic.BaseModel):
     baseline: the model that others are compared with.
     keys: keys that all models set on top of `config`.
     models: the models, by name.
+    compare: further pairs of models whose difference the report states, the first less the second.
   """
 
   model_config = pydantic.ConfigDict(extra="forbid")
@@ -66,10 +67,11 @@ class Study(pydantic.BaseModel):
   baseline: str
   keys: dict[str, bool | int | float | str] = {}
   models: dict[str, Model]
+  compare: list[tuple[str, str]] = []
 
   @pydantic.model_validator(mode="after")
   def _check_names(self):
-    references = [("baseline", self.baseline)]
+    references = [("baseline", self.baseline), *(("compare", name) for pair in self.compare for name in pair)]
     for name, model in self.models.items():
       references += [(f"models.{name}.{key}", getattr(model, key)) for key in ("against", "same_time_as")]
     for key, name in references:

@@ -1,5 +1,6 @@
 """Scaling fits, on losses with a known law."""
 
+import dataclasses
 import json
 import sys
 
@@ -40,23 +41,39 @@ def test_the_multiplier_is_the_compute_at_equal_loss():
   np.testing.assert_allclose(fitted.loss(1e16 * fitted.multiplier, "plain"), loss, rtol=1e-15)
 
 
-def test_the_interval_holds_the_truth_and_shrinks_with_the_noise():
-  truth = (40 / 38) ** (1 / 0.08)
-  widths = []
-  for noise in (0.004, 0.001):
-    found = scaling.interval(law(40.0, 0.08, noise, range(8)), law(38.0, 0.08, noise, range(8)), draws=300)
-    assert found.low < found.high
-    assert found.low - 0.15 < truth < found.high + 0.15
-    assert (found.seeds, found.skipped) == (8, 0)
-    widths.append(found.high - found.low)
-  assert widths[1] < widths[0] / 2
+def test_the_interval_is_that_of_single_seeds():
+  """Seeds whose multipliers are known: Student's t of their logarithms."""
+  multipliers = [1.5, 1.8, 2.0]
+
+  def of_seed(factor, seed):
+    return law(factor, 0.08, seeds=[seed])
+
+  plain = [point for seed in range(3) for point in of_seed(40.0, seed)]
+  connected = [x for seed, m in enumerate(multipliers) for x in of_seed(40.0 * m**-0.08, seed)]
+  found = scaling.interval(plain, connected)
+  np.testing.assert_allclose([*found.multipliers.values()], multipliers, rtol=1e-12)
+  logarithms = np.log(multipliers)
+  half = 4.302653 * logarithms.std(ddof=1) / 3**0.5  # the t of two degrees of freedom, to 6e-8
+  np.testing.assert_allclose(np.log([found.low, found.high]), logarithms.mean() + np.array([-half, half]), rtol=5e-7)
+  assert str(found) == f"95% interval {found.low:.2f} to {found.high:.2f}, from 3 seeds with 1.50, 1.80, 2.00"
 
 
-@pytest.mark.parametrize("seeds", [3, 8])
-def test_an_interval_over_few_seeds_says_so(seeds):
-  found = scaling.interval(law(40.0, 0.08, seeds=range(seeds)), law(38.0, 0.08, seeds=range(seeds)), draws=20)
-  assert f"by a bootstrap over {seeds} seed(s)" in str(found)
-  assert ("with fewer than 5 seeds it is narrower than a true 95% interval" in str(found)) == (seeds < 5)
+def test_the_interval_holds_the_truth_about_as_often_as_it_says():
+  truth, hits = np.log((40 / 38) ** (1 / 0.08)), 0
+  random = np.random.default_rng(3)
+  for _ in range(200):
+    points = []
+    for factor in (40.0, 38.0):
+      exact = law(factor, 0.08)
+      noise = np.exp(0.002 * random.standard_normal(len(exact)))
+      points.append([dataclasses.replace(x, loss=x.loss * n) for x, n in zip(exact, noise)])
+    found = scaling.interval(*points)
+    hits += np.log(found.low) <= truth <= np.log(found.high)
+  assert 180 <= hits < 200  # 190 expected, with a standard deviation of 3
+
+
+def test_one_seed_has_no_interval():
+  assert str(scaling.interval(law(40.0, 0.08, seeds=[1]), law(38.0, 0.08, seeds=[1]))) == "one seed, so no interval"
 
 
 def test_an_interval_needs_a_common_seed():
@@ -64,24 +81,10 @@ def test_an_interval_needs_a_common_seed():
     scaling.interval(law(40.0, 0.08, seeds=[0, 1]), law(38.0, 0.08, seeds=[2, 3]))
 
 
-def with_one_bad_seed(factor, rise, seeds):
-  """Points whose loss falls with compute, but rises at seed 0."""
-  return law(factor * 1e-3, -rise, seeds=[0]) + law(factor, 0.1, seeds=seeds)
-
-
-def test_draws_without_a_fit_are_counted_and_left_out():
-  plain, connected = (with_one_bad_seed(factor, 0.08, [1, 2, 3]) for factor in (40.0, 38.0))
-  assert scaling.fit(plain, connected).exponent > 0
-  found = scaling.interval(plain, connected, draws=400)
-  assert 0 < found.skipped < 100
-  assert np.isfinite([found.low, found.high]).all()
-  assert f"{found.skipped} of 400 samples have no fit and are left out" in str(found)
-
-
-def test_an_interval_of_which_most_draws_have_no_fit_is_refused():
-  plain, connected = (with_one_bad_seed(factor, 0.3, [1]) for factor in (40.0, 38.0))
-  with pytest.raises(ConfigError, match=r"of 400 bootstrap samples have no fit, so there is no interval"):
-    scaling.interval(plain, connected, draws=400)
+def test_a_seed_whose_loss_rises_is_named():
+  plain, connected = (law(factor * 1e-3, -0.08, seeds=[0]) + law(factor, 0.1, seeds=[1]) for factor in (40.0, 38.0))
+  with pytest.raises(ConfigError, match=r"seed 0 alone: .*loss does not fall with compute"):
+    scaling.interval(plain, connected)
 
 
 def test_an_exponent_of_almost_zero_gives_an_infinite_multiplier():
@@ -120,29 +123,32 @@ def write_study(folder):
       tflops = 1e3 if cell.model.endswith("_s") else 1e4
       loss = (38.0 if "mudd" in cell.model else 40.0) * (tflops * 100) ** -0.08 + (cell.learning_rate == 0.001)
       row = {"kind": "cell", "cell": cell.name, "fingerprint": cell.fingerprint, "dead": None, "steps_done": 100}
-      results.append(row | {"tflops_per_step": tflops, "held_out": {"99": loss}})
+      row |= {"model": cell.model, "seed": cell.seed, "tflops_per_step": tflops, "held_out": {"99": loss}}
+      results.append(row)
   return folder / "plan.yml", results
 
 
 def test_points_are_of_the_better_learning_rate_and_of_the_present_study(tmp_path):
   path, results = write_study(tmp_path)
-  cells = study_plan.cells(study_plan.read(path), tmp_path, {})
+  plan = study_plan.read(path)
+  cells = study_plan.cells(plan, tmp_path, {})
   small, large = 40 * 1e5**-0.08, 40 * 1e6**-0.08
   expected = [scaling.Point("plain_s", 0, 1e17, small), scaling.Point("plain_s", 1, 1e17, small)]
   expected += [scaling.Point("plain_l", 0, 1e18, large), scaling.Point("plain_l", 1, 1e18, large)]
-  assert scaling.points(cells, results, ["plain_s", "plain_l"]) == expected
+  assert scaling.points(plan, cells, results, ["plain_s", "plain_l"]) == expected
   changed = PLAN["models"] | {"plain_l": {"keys": {"width": "another"}}}
   path.write_text(json.dumps(PLAN | {"models": changed}))
-  cells = study_plan.cells(study_plan.read(path), tmp_path, {})
-  assert scaling.points(cells, results, ["plain_s"]) == expected[:2]
+  plan = study_plan.read(path)
+  cells = study_plan.cells(plan, tmp_path, {})
+  assert scaling.points(plan, cells, results, ["plain_s"]) == expected[:2]
   with pytest.raises(ConfigError, match="plain_l has no finished run in"):
-    scaling.points(cells, results, ["plain_s", "plain_l"])
+    scaling.points(plan, cells, results, ["plain_s", "plain_l"])
 
 
 def test_models_that_the_study_lacks_are_refused(tmp_path):
   path, results = write_study(tmp_path)
   with pytest.raises(ConfigError, match="plain is not a model of the study; those are plain_s, plain_l, mudd_s,"):
-    scaling.points(study_plan.cells(study_plan.read(path), tmp_path, {}), results, ["plain"])
+    scaling.points(study_plan.read(path), study_plan.cells(study_plan.read(path), tmp_path, {}), results, ["plain"])
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -152,7 +158,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
   scaling.main([*files, "--plain", "plain_s,plain_l", "--connected", "mudd_s,mudd_l"])
   text = (tmp_path / "fit.md").read_text()
   assert f"**Compute multiplier: {(40 / 38) ** (1 / 0.08):.2f}**" in text
-  assert "by a bootstrap over 2 seed(s); with fewer than 5 seeds it is narrower" in text
+  assert "from 2 seeds with" in text
+  assert "Fitted apart, the exponents are 0.0800 and 0.0800." in text
   assert "held-out nats per token" in text
   assert "![Fit](fit.png)" in text
   assert capsys.readouterr().out.strip() in text

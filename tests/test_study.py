@@ -104,18 +104,28 @@ def test_two_runs_of_one_folder_are_refused(tmp_path):
     study_plan.cells(plan, tmp_path, {})
 
 
-def test_make_xpk_accepts_the_lines_for_a_cluster(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  "name, configs",
+  [
+    ("table_5_405m", ["transformer_pp_405m", "ablation/static"]),
+    ("stability_405m", ["transformer_pp_405m"] * 2),
+    ("size_405m", ["transformer_pp_405m", "mudd_405m"]),
+  ],
+)
+def test_make_xpk_accepts_the_lines_for_a_cluster(name, configs, tmp_path, monkeypatch):
   monkeypatch.chdir(runs.ROOT)
-  plan, results = study_plan.read(STUDIES / "table_5_405m.yml"), study.Results(tmp_path / "results.jsonl")
+  plan, results = study_plan.read(STUDIES / f"{name}.yml"), study.Results(tmp_path / "results.jsonl")
   others = shlex.split("CLUSTER=a TPU_TYPE=v5p-16 NUM_SLICES=1 OUTPUT=gs://bucket/runs DOCKER_IMAGE=a/b:c DRY_RUN=1")
   lines = study.submissions(plan, STUDIES, results)
   requests = [request.read([*shlex.split(line.removeprefix("make xpk ")), *others]) for line in lines]
   cells = study_plan.cells(plan, STUDIES, {})
   assert [x.workload for x in requests] == [cell.run_name for cell in cells]
-  assert [x.config for x in requests[:2]] == ["yaml/transformer_pp_405m.yml", "yaml/ablation/static.yml"]
+  assert [x.config for x in requests[:2]] == [f"yaml/{config}.yml" for config in configs]
   for x, cell in zip(requests, cells, strict=True):
     training.check(x)
-    assert list(x.overrides) == [f"{key}={value}" for key, value in cell.keys.items()]
+    assert list(x.overrides) == [f"{key}={study._written(value)}" for key, value in cell.keys.items()]
+    steps = (study_plan.merged_values(cell.config) | cell.keys)["steps"]
+    assert (steps - 1) % cell.keys["eval_interval"] == 0
 
 
 def test_a_collected_run_is_not_of_this_machine(tmp_path):

@@ -64,6 +64,43 @@ def test_dead_runs_are_counted_and_left_out_of_means(report):
   assert broken.losses == {0: 2.0}
 
 
+def test_a_model_with_dead_runs_has_no_difference(report):
+  """The runs that are left would be the better ones."""
+  broken = next(x for x in study_report.summarise(*report) if x.model == "broken")
+  assert broken.pairs == [0]
+  assert broken.difference is None
+  text = study_report.write(*report, report[2].path.parent / "plan.yml")
+  assert "| 1 of 3 |" in next(line for line in text.splitlines() if line.startswith("| broken"))
+
+
+def test_divergence_is_measured_by_the_model_beside_it(report, tmp_path):
+  """A deep plain model that is worse than the shallow one makes no run beside it diverge, nor hides one."""
+  plan, cells, results = report
+  models = {"plain": {}, "better": {}, "same": {"against": "plain"}, "broken": {"against": "same"}}
+  plan = study_plan.Study(**plan.model_dump() | {"models": models})
+  changed = study.Results(tmp_path / "deep.jsonl")
+  finals = {"plain": [2.0, 2.0, 2.1], "better": [2.19, 2.21, 2.0], "same": [1.6, 1.5, 1.7], "broken": [1.7, 1.77, 1.75]}
+  for row in results.rows():
+    changed.append(row | {"dead": None, "held_out": {"100": finals[row["model"]][row["seed"]]}})
+  summaries = {x.model: x for x in study_report.summarise(plan, cells, changed)}
+  assert summaries["better"].dead == [1]  # above 1.1 times 2.0
+  assert summaries["broken"].dead == [1]  # above 1.1 times 1.6
+  assert study_report.groups(plan) == {"plain": ["plain", "better"], "same": ["same", "broken"]}
+  text = study_report.write(plan, cells, changed, tmp_path / "plan.yml")
+  outcomes = text.split("How many runs did not diverge")[1].splitlines()
+  assert "| better | 2 of 3, 2.095 |" in outcomes
+  assert "| same | 3 of 3, -0.433 |" in outcomes
+  assert (tmp_path / "deep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_further_comparisons(report, tmp_path):
+  plan, cells, results = report
+  plan = study_plan.Study(**plan.model_dump() | {"compare": [("better", "same"), ("same", "broken")]})
+  text = study_report.write(plan, cells, results, tmp_path / "plan.yml")
+  # differences -0.11, -0.09, -0.10
+  assert "Further differences, with 95% intervals: `better` less `same`: -0.1000 ± 0.0248." in text
+
+
 def test_runs_on_two_builds_of_the_corpus_are_not_paired(report, tmp_path):
   plan, cells, results = report
   mixed = study.Results(tmp_path / "mixed.jsonl")
@@ -83,7 +120,7 @@ def test_runs_on_two_builds_of_the_corpus_are_not_paired(report, tmp_path):
 def test_the_written_report(report, tmp_path):
   text = study_report.write(*report, tmp_path / "plan.yml")
   row = next(line for line in text.splitlines() if line.startswith("| better"))
-  for cell in ("2.0000 ± 0.0608", "-0.1000", "± 0.0248", "0.0100", f"{math.log(11 / 12):+.4f}", "3.00"):
+  for cell in ("2.0000 ± 0.0608", "-0.1000", "± 0.0248", "0.0100", f"{math.log(11 / 12) / math.log(16):+.4f}", "3.00"):
     assert f"| {cell} |" in row, (cell, row)
   assert "or there is only one seed) for `same` at 0.003" in text
   assert "`better` at" not in text

@@ -1,6 +1,5 @@
-"""`python3 -m maxtext_mudd.analyze`: each figure against what it is by hand, and the command with its mistakes."""
+"""The figures of `maxtext_mudd.analyze`: each against what it is by hand."""
 
-import json
 import types
 
 import jax
@@ -9,11 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from maxtext_mudd.analyze import __main__ as analyze
 from maxtext_mudd.analyze import ablation, figures, measurement
-from maxtext_mudd.inference import checkpoint, inspection
+from maxtext_mudd.inference import inspection
 from tests import models
-from tests.evaluation import build, letters
+from tests.evaluation import build
 
 REQUEST = types.SimpleNamespace(sinks=(".",), to="static", block=None, figure="")
 GOLDEN = models.DATA / "muddformer_tiny"
@@ -58,7 +56,9 @@ def golden_arrays():
 
 def measured(figure, model, arrays, batch, repeat=1):
   sums = jax.device_get(figure.sums(model, None, {name: jnp.asarray(x) for name, x in arrays.items()}, batch))
-  return figure.arrays(jax.tree.map(lambda x: np.asarray(x, np.float64) * repeat, sums))
+  sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+  sums = getattr(figure, "added", lambda x: x)(sums)
+  return figure.arrays(jax.tree.map(lambda x: repeat * x, sums))
 
 
 def test_similarity_of_the_golden_model():
@@ -117,12 +117,36 @@ def test_heads_of_attention_made_by_hand(lm):
   tokens = np.array([[1, *(lm.text_tokenizer.encode(x, bos=False)[0] for x in text)]])
   batch = (tokens, np.arange(5)[None], np.ones((1, 5), int))
   maps = np.stack([np.eye(5), np.eye(5, k=-1)])[None] + 0.1
-  figure = figures.Heads(REQUEST, None, lm.text_tokenizer)
+  figure = figures.Heads(REQUEST, lm.model, lm.text_tokenizer)
   arrays = {"attention/block_001": figure.functions["attention"](jnp.asarray(maps))}
   # Positions 2, 3 and 4: the first head looks at "b", "." and "c", the second at "a" in place 1, "b" and ".".
   assert measured(figure, None, arrays, batch)["active"].values == pytest.approx([3 / 6])
+  arrays["attention/block_004"] = arrays["attention/block_001"]  # as of multi-token prediction
   batch[2][0, 4] = 0
   assert measured(figure, None, arrays, batch)["active"].values == pytest.approx([2 / 4])
+
+
+def test_sinks_as_they_are_in_a_text():
+  """A tokenizer that has another token for a full stop at the start of a text, as those of Llama 2."""
+  tokens = {"a": [5], ".": [8], "a.": [5, 7], "\n": [5, 1], "a\n": [5, 3], "x": [], "ax": [5], "ab": [5, 6]}
+  tokenizer = types.SimpleNamespace(encode=lambda text, bos: tokens.get(text, [1, 2, 3]))
+  assert figures.tokens_of(tokenizer, ".") == {7, 8}
+  assert figures.tokens_of(tokenizer, "\n") == {3}
+  assert figures.tokens_of(tokenizer, "x") == set()
+  assert figures.tokens_of(tokenizer, "yz") == set()
+
+
+def test_deviations_of_almost_equal_weights():
+  """Of weights near one that differ in the sixth digit, in float32, over many tokens."""
+  figure = figures.DepthWeights(REQUEST, models.build(models.config(mudd=True, base_num_decoder_layers=1)), None)
+  x = (1 + 1e-6 * np.random.default_rng(0).standard_normal((4, 4096, 2))).astype(np.float32)
+  ones = np.ones((4, 4096, 32), np.float32)
+  arrays = {"history/000": ones, "history/001": ones, "weights/r/da_001": x}
+  batch = (None, None, np.ones((4, 4096), int))
+  model = types.SimpleNamespace(config=figure.plan)  # not used without norms
+  figure._sources = lambda *_: {0: ones, 1: ones}
+  found = measured(figure, model, arrays, batch)["deviation"].values[0, 0]
+  np.testing.assert_allclose(found, x.astype(np.float64).std((0, 1)) * 32**0.5, rtol=0.05)
 
 
 def loss_of(model, data):
@@ -197,179 +221,3 @@ def test_the_lens_ends_in_the_loss(lm):
   assert found.shape == (4, 4)
   np.testing.assert_allclose(found[:, 3], loss_of(lm.model, data), rtol=1e-6)
   assert (found[:, 0] == found[0, 0]).all()  # all streams of block 1 are the embedding
-
-
-def run(*arguments, capsys):
-  """(what the command prints, the sentence with which it ends, if it does not succeed)."""
-  ended = ""
-  try:
-    analyze.main(list(map(str, arguments)))
-  except SystemExit as error:
-    assert error.code == 2
-    ended = "end"
-  out, err = capsys.readouterr()
-  sentences = [x for x in err.splitlines() if x.startswith("maxtext-mudd: ")]
-  assert len(sentences) == bool(ended)
-  return out, sentences[0].removeprefix("maxtext-mudd: ") if ended else ""
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("text")
-  (folder / "text.txt").write_text("Of moons and of lanterns of paper. No swans.\n" * 4)
-  letters(folder / "tokenizer")
-  return folder
-
-
-FILES = {
-  "similarity": {"mean", "percentile_5", "percentile_95"},
-  "heads": {"active", "sinks"},
-  "attention": {"block_003"},
-  "weights": {"mean", "deviation", "source_norm"},
-  "lens": {"loss"},
-  "ablate": {"source", "stream", "aggregate", "everything", "baseline"},
-}
-
-
-@pytest.mark.parametrize("figure", [x if x == "similarity" else pytest.param(x, marks=pytest.mark.slow) for x in FILES])
-def test_the_command(figure, text, tmp_path, capsys):
-  model = ["--checkpoint", GOLDEN, "--text", text / "text.txt", "--tokenizer", text / "tokenizer"]
-  options = ["--length", 16, "--sequences", 3, "--batch-size", 2, "--against", GOLDEN, "matmul_precision=default"]
-  out, ended = run(figure, *model, *options, "--output", tmp_path / "made", capsys=capsys)
-  assert not ended
-  *lines, wrote = out.splitlines()[-3:]
-  assert [line.split(":")[0] for line in lines] == ["muddformer_tiny", "muddformer_tiny (2)"]
-  assert wrote == f"wrote {tmp_path}/made/{figure}.json and .png"
-  assert sorted(x.name for x in (tmp_path / "made").iterdir()) == [f"{figure}.json", f"{figure}.png"]
-  found = json.loads((tmp_path / "made" / f"{figure}.json").read_text())
-  assert found["figure"] == figure
-  assert found["command"].startswith(f"python3 -m maxtext_mudd.analyze {figure} --checkpoint ")
-  for arrays in found["models"].values():
-    assert arrays.keys() == FILES[figure]
-    for array in arrays.values():
-      assert list(np.shape(array["values"])) == array["shape"]
-      assert [len(x) for x in array["labels"].values()] == [
-        array["shape"][array["dims"].index(x)] for x in array["labels"]
-      ]
-  again, ended = run(figure, *model, "--output", tmp_path / "made", capsys=capsys)
-  assert ended == f"--output={tmp_path}/made has a {figure}.json already; name another folder."
-  assert not again
-
-
-def test_speed(tmp_path, capsys):
-  rows = [
-    {"kind": "cell", "model": model, "learning_rate": rate, "held_out": {"9": 5.0, "19": loss}}
-    for model, rate, loss in (("plain", 0.1, 3.0), ("plain", 0.1, 3.2), ("plain", 1.0, 4.0), ("mudd", 0.1, 2.9))
-  ]
-  study, speed = tmp_path / "study.jsonl", tmp_path / "speed.json"
-  study.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"kind": "timing"}]))
-  found = [{"model": "mudd", "refused": None, "speed_ratio": {"median": 0.9}}, {"model": "x", "refused": "no"}]
-  speed.write_text(json.dumps({"baseline": "yaml/plain.yml", "rows": found}))
-  out, _ = run("speed", "--study", study, "--speed", speed, "--output", tmp_path / "made", capsys=capsys)
-  assert out.startswith("plain: loss 3.1000 at 1.000 of the speed; mudd: loss 2.9000 at 0.900 of the speed\n")
-  arrays = json.loads((tmp_path / "made" / "speed.json").read_text())["models"]["study"]
-  assert arrays["standard_error"]["values"] == [pytest.approx(0.1), None]
-  study.write_text(json.dumps(rows[-1] | {"model": "other"}) + "\n")
-  _, ended = run("speed", "--study", study, "--speed", speed, "--output", tmp_path / "b", capsys=capsys)
-  assert ended == (
-    f"--study={study} has the models other, and --speed the models mudd, plain; name files with a model in common."
-  )
-  _, ended = run("speed", "--study", speed, "--speed", speed, "--output", tmp_path / "b", capsys=capsys)
-  assert ended.startswith(f"--study={speed} is no file of benchmarks/study.py; ")
-  _, ended = run("speed", "--study", study, "--speed", study, "--output", tmp_path / "b", capsys=capsys)
-  assert ended == f"--speed={study} is no file of benchmarks/throughput.py; name one that it wrote."
-
-
-REFUSED = {
-  "another figure": (
-    ["heat"],
-    "heat is not a figure; choose one of similarity, heads, attention, weights, lens, ablate, speed.",
-  ),
-  "no model": (["lens"], "lens needs --checkpoint; name a model."),
-  "no text": (["lens", "--checkpoint", "{tmp}"], "lens needs --text; name a text file."),
-  "no such text": (
-    ["lens", "--checkpoint", "{tmp}", "--text", "{tmp}/none"],
-    "--text={tmp}/none cannot be read (No such file or directory); name a text file.",
-  ),
-  "no checkpoint": (
-    ["lens", "--checkpoint", "{tmp}/none", "--text", "{text}"],
-    "--checkpoint={tmp}/none is not a folder; name one that holds a model.",
-  ),
-  "no sequences": (
-    ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--sequences", "0"],
-    "--sequences=0 is not a whole number of 1 or more.",
-  ),
-  "one token": (
-    ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--length", "1"],
-    "--length=1 is not a whole number of 2 or more.",
-  ),
-  "an output that is a file": (
-    ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--output", "{text}"],
-    "--output={text} is a file; name a folder.",
-  ),
-  "speed of nothing": (
-    ["speed"],
-    "speed needs --study=FILE.jsonl of benchmarks/study.py and --speed=FILE.json of throughput.py.",
-  ),
-  "no such study": (
-    ["speed", "--study", "{tmp}/none", "--speed", "{text}"],
-    "--study={tmp}/none is not a file; name one that a benchmark wrote.",
-  ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_mistakes(case, text, tmp_path, capsys):
-  arguments, sentence = REFUSED[case]
-  places = {"tmp": tmp_path, "text": text / "text.txt"}
-  arguments = [x.format(**places) for x in arguments]
-  out, ended = run(*arguments, *(["--output", tmp_path / "out"] if "--output" not in arguments else []), capsys=capsys)
-  assert ended == sentence.format(**places)
-  assert not out
-  assert not (tmp_path / "out").exists()
-
-
-OF_MODELS = {
-  "a block too many": ("attention", {}, ["--block", "4"], "--block=4: the model has 3 blocks; name one of 1 to 3."),
-  "a sink of two tokens": ("heads", {}, ["--sink", "ab"], "--sink='ab' is 2 tokens; name texts of one token."),
-  "a sequence too long": (
-    "lens",
-    {},
-    ["--length", "25"],
-    "--length=25 is more than the context, max_target_length=24.",
-  ),
-  "weights of a plain model": (
-    "weights",
-    {"mudd": False},
-    [],
-    "weights needs a model that mixes block outputs, and this one has depth_connection=residual; use one with "
-    "depth_connection=dense.",
-  ),
-  "static weights": (
-    "ablate",
-    {"mudd_dynamic": False},
-    [],
-    "ablate: the weights of this model are static (mudd_dynamic=False); use --to=mean.",
-  ),
-}
-
-
-def test_several_residual_streams(text, tmp_path, monkeypatch, capsys):
-  config = types.SimpleNamespace(mhc_expansion_rate=2)
-  monkeypatch.setattr(checkpoint, "load", lambda *_: (None, config, None))
-  given = ["--checkpoint", tmp_path, "--text", text / "text.txt", "--output", tmp_path / "out"]
-  _, ended = run("lens", *given, capsys=capsys)
-  assert ended == (
-    "mhc_expansion_rate=2: figures are of models with one residual stream; call maxtext_mudd.inspect in Python."
-  )
-
-
-@pytest.mark.parametrize("case", OF_MODELS)
-def test_mistakes_that_the_model_shows(case, text, tmp_path, monkeypatch, capsys):
-  figure, keys, arguments, sentence = OF_MODELS[case]
-  lm = build(base_num_decoder_layers=3, **keys)
-  monkeypatch.setattr(checkpoint, "load", lambda *_: (lm.model, lm.config, lm.text_tokenizer))
-  given = ["--checkpoint", tmp_path, "--text", text / "text.txt", "--output", tmp_path / "out"]
-  _, ended = run(figure, *given, *arguments, capsys=capsys)
-  assert ended == sentence
-  assert not (tmp_path / "out").exists()

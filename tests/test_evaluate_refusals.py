@@ -181,7 +181,7 @@ def test_models_without_tokenizers(crowded, lm, monkeypatch, capsys):
     monkeypatch.setattr(pretrained, name, lambda *_, **__: (lm.model, bare))
   text = ["--text", crowded / "many" / "tokenizer_config.json"]
   assert end_of(capsys, "--checkpoint", crowded, *text)[0] == (
-    f"--checkpoint={crowded} has no tokenizer; name the one that the model was trained with by --tokenizer=PATH."
+    f"{crowded} has no tokenizer; name the one that the model was trained with by --tokenizer=PATH."
   )
   assert end_of(capsys, "--checkpoint", crowded / "run", *text, "data/pile.yml")[0] == (
     "data/pile.yml names no tokenizer_path; name the tokenizer that the model was trained with by --tokenizer=PATH."

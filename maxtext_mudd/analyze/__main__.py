@@ -28,7 +28,7 @@ from maxtext_mudd.checkpoints.interrupts import Interrupts
 from maxtext_mudd.config.errors import ConfigError, brief, reachable
 from maxtext_mudd.runs import launch, library_warnings
 
-MAP_LENGTH = 64  # tokens whose attention weights are drawn by default
+LENGTHS = {True: 64, False: 256}  # default tokens in a sequence, where attention weights are drawn and elsewhere
 NUMBERING = (
   "Blocks count from 1. Source 0 is the embedding, source j the output of block j. DA_i follows block i and makes what "
   "block i + 1 reads."
@@ -43,13 +43,13 @@ def main(argv: list[str]) -> None:
   try:
     with Interrupts() as interrupts, reachable(), library_warnings.hidden():
       request = requests.read(args)
+      check_output(request.output)
       if request.figure == "speed":
         definition, results, lines = _speed(request)
       else:
         plugin.install()
         definition, results, lines = _of_models(request, interrupts.check)
-      interrupts.check()
-      write(request, definition, results, argv)
+      write(request, definition, results, argv, interrupts.ignore_further)
       print("\n".join([*lines, f"wrote {request.output / request.figure}.json and .png"]))
   except (ConfigError, versions.UnknownMaxText) as error:
     launch.exit_with(str(error))
@@ -74,11 +74,12 @@ def _of_models(request: AnalysisRequest, before_batch: Callable[[], None]):
 
 
 def names(models: Sequence[ModelRequest]) -> list[str]:
-  """A short name for each model: of its run or folder, with a number where two are the same."""
+  """A short name for each model: of its run with the step, or of its folder; with a number where two are the same."""
   found = []
   for model in models:
-    parts = [x for x in model.checkpoint.split("/") if x]
-    name = parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1]
+    parts = [x for x in model.checkpoint.split("/") if x not in ("", "items")]
+    is_of_run = len(parts) > 2 and parts[-2] == "checkpoints"
+    name = f"{parts[-3]}/{parts[-1]}" if is_of_run else (parts or ["model"])[-1]
     found.append(name if name not in found else f"{name} ({len(found) + 1})")
   return found
 
@@ -89,6 +90,8 @@ def measure(request: AnalysisRequest, of_model: ModelRequest, name: str, before_
   Raises:
     ConfigError: the model cannot be loaded, or has nothing to show in this figure.
   """
+  import numpy as np
+
   from maxtext_mudd.analyze import ablation, figures, measurement
   from maxtext_mudd.inference import checkpoint, inspection
 
@@ -100,25 +103,53 @@ def measure(request: AnalysisRequest, of_model: ModelRequest, name: str, before_
       f"mhc_expansion_rate={config.mhc_expansion_rate}: figures are of models with one residual stream; call "
       "maxtext_mudd.inspect in Python."
     )
+  is_map = request.figure == "attention"
   try:
-    model = inspection.inspectable(model)
+    model = inspection.inspectable(model, request.figure in ("attention", "heads"))
   except ValueError as error:
     raise ConfigError(str(error)) from error
-  sequences, length = request.sequences, request.length or config.max_target_length
-  if request.figure == "attention":
-    sequences, length = 1, request.length or min(MAP_LENGTH, length)
-  data = list(measurement.batches(request.text, tokenizer, config, length, sequences, request.batch_size))
-  if request.figure == "ablate":
-    figure = ablation.Ablation(request, model, tokenizer)
-    arrays = figure.measure(model, data, before_batch, name)
-  else:
-    figure = figures.FIGURES[request.figure](request, model, tokenizer)
-    arrays = figure.arrays(measurement.totals(figure, model, data, before_batch, name))
-  return figure.definition, arrays, figure.summary(arrays)
+  length = request.length or min(LENGTHS[is_map], config.max_target_length)
+  sequences, batch_size = (1, 1) if is_map else (request.sequences, request.batch_size)
+  data = list(measurement.batches(request.text, tokenizer, config, length, sequences, batch_size))
+  try:
+    if request.figure == "ablate":
+      figure = ablation.Ablation(request, model, tokenizer)
+      arrays = figure.measure(model, data, before_batch, name)
+    else:
+      figure = figures.FIGURES[request.figure](request, model, tokenizer)
+      arrays = figure.arrays(measurement.totals(figure, model, data, before_batch, name))
+  except Exception as error:
+    if "RESOURCE_EXHAUSTED" in str(error):
+      raise ConfigError(
+        f"--batch-size={batch_size} with sequences of {length} tokens does not fit the device; make one of them "
+        f"smaller ({brief(error)})."
+      ) from error
+    raise
+  tokens = np.array(sum(int(segments.sum()) for _, _, segments in data))
+  return figure.definition, {**arrays, "tokens_read": measurement.Named((), tokens)}, figure.summary(arrays)
 
 
-def write(request: AnalysisRequest, definition: str, results, argv: Sequence[str]) -> None:
+def check_output(folder: pathlib.Path) -> None:
+  """Raises ConfigError if no file can be written into a folder, which need not exist yet. Leaves nothing behind."""
+  existing = next(x for x in (folder, *folder.parents) if x.exists())
+  try:
+    with tempfile.TemporaryDirectory(dir=existing, prefix=".analyze.") as trial:
+      (pathlib.Path(trial) / "x").write_text("{}")
+  except OSError as error:
+    raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> ConfigError:
+  return ConfigError(f"--output={folder} cannot be written ({brief(error)}); name another folder.")
+
+
+def write(
+  request: AnalysisRequest, definition: str, results, argv: Sequence[str], last_check: Callable[[], None]
+) -> None:
   """Writes FIGURE.json and FIGURE.png. An incomplete file never has the final name.
+
+  Args:
+    last_check: called when the files are complete and before they get their names. If it raises, there are no files.
 
   Raises:
     ConfigError: a file cannot be written.
@@ -136,12 +167,13 @@ def write(request: AnalysisRequest, definition: str, results, argv: Sequence[str
     request.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=request.output, prefix=".analyze.") as folder:
       files = [pathlib.Path(folder) / f"{request.figure}.{ending}" for ending in ("json", "png")]
-      files[0].write_text(json.dumps(contents, allow_nan=False, ensure_ascii=False) + "\n")
+      files[0].write_text(json.dumps(contents, allow_nan=False) + "\n")
       drawing.write(request.figure, results, files[1])
+      last_check()
       for file in files:
         file.rename(request.output / file.name)
   except OSError as error:
-    raise ConfigError(f"--output={request.output} cannot be written ({brief(error)}); name another folder.") from error
+    raise _unwritable(request.output, error) from error
 
 
 def as_json(array) -> dict:

@@ -1,7 +1,6 @@
 """What a model loses where parts of its dynamic depth weights are replaced."""
 
 from collections.abc import Callable, Iterator, Sequence
-import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import tqdm
 
 from maxtext_mudd import connections
-from maxtext_mudd.analyze.figures import by_stream, next_tokens, token_losses
+from maxtext_mudd.analyze.figures import by_stream, family_of, next_tokens, token_losses
 from maxtext_mudd.analyze.measurement import Batch, Named
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections import kept
@@ -34,8 +33,8 @@ class Ablation:
     self.plan = connections.plan(config)
     if not self.plan.sites or connections.family(config).reads != "block":
       raise ConfigError(
-        "ablate needs a model that mixes block outputs, and this one has depth_connection="
-        f"{config.depth_connection}; use one with depth_connection=dense."
+        f"ablate needs a model that mixes block outputs, and this one has {family_of(config)}; use one with "
+        "depth_connection=dense."
       )
     if request.to == "static" and not config.mudd_dynamic:
       raise ConfigError("ablate: the weights of this model are static (mudd_dynamic=False); use --to=mean.")
@@ -60,12 +59,10 @@ class Ablation:
           yield batch
           progress.update()
 
-      values = self._means(model, each) if self.to == "mean" else None
-      run = _losses if values is None else _losses_with
-      arrays = () if values is None else (values,)
+      values = self._means(model, each) if self.to == "mean" else np.full(self.shape, np.nan, np.float32)
       losses = []
       for _, _, replaced in cases:
-        sums = sum(np.asarray(run(model, replaced, *arrays, *batch), np.float64) for batch in each())
+        sums = sum(np.asarray(_losses(model, replaced, values, *batch), np.float64) for batch in each())
         losses.append(sums[0] / sums[1])
     found = self._empty()
     for (kind, at, _), loss in zip(cases[1:], losses[1:]):
@@ -77,8 +74,9 @@ class Ablation:
     streams = self._streams()
     for row, site in enumerate(self.sites):
       i, columns = site.block, np.array(site.sources) - self.plan.oldest
+      of_all_streams = slice(None)
       for column in columns:
-        yield "source", (row, column), self._replaced(i, ..., column)
+        yield "source", (row, column), self._replaced(i, of_all_streams, column)
       for stream in site.streams if site.ways > 1 else ():
         yield "stream", (row, streams.index(stream)), self._replaced(i, kept.STREAMS.index(stream))
       yield "aggregate", (row,), self._replaced(i)
@@ -128,20 +126,12 @@ class Ablation:
     )
 
 
-def _sums(model, batch, edit):
-  logits, _ = inspection.observe(model, batch, types.MappingProxyType({}), edit)
+@forward.pure
+def _losses(model, replaced, values, *batch):
+  """The sum of the losses of all next tokens, and their number."""
+  logits, _ = inspection.observe(model, batch, {}, kept.Edit(replaced, values))
   counts = next_tokens(batch)
   return jnp.stack([(token_losses(logits, batch) * counts).sum(), counts.sum().astype(jnp.float32)])
-
-
-@forward.pure
-def _losses(model, replaced, *batch):
-  return _sums(model, batch, kept.Edit(replaced))
-
-
-@forward.pure
-def _losses_with(model, replaced, values, *batch):
-  return _sums(model, batch, kept.Edit(replaced, values))
 
 
 @forward.pure

@@ -10,6 +10,10 @@ from maxtext_mudd.analyze.measurement import Named
 COLORS = {"q": "tab:blue", "k": "tab:orange", "v": "tab:green", "r": "tab:red", "x": "black"}
 COLORS |= {"attention": "tab:blue", "value": "tab:green", "ffn": "tab:red"}
 STYLES = ("-", "--", ":", "-.")
+MOST_LABELS = 64  # tokens that fit an axis
+LINEAR_SHARE = (
+  0.01  # of the largest weight; a colour is linear below it and logarithmic above, since norms grow in depth
+)
 
 Results = Mapping[str, Mapping[str, Named]]  # by model, then by name of the array
 
@@ -75,25 +79,35 @@ def _heads(results: Results):
 
 
 def _attention(results: Results):
-  heads = max(len(maps.values) for arrays in results.values() for maps in arrays.values())
+  of_models = {
+    model: next((name, maps) for name, maps in arrays.items() if name.startswith("block_"))
+    for model, arrays in results.items()
+  }
+  heads = max(len(maps.values) for _, maps in of_models.values())
   columns = min(heads, 8)
   rows = -(-heads // columns)
   picture, axes = _axes(rows * len(results), columns, (2.6, 2.8))
   for axis in axes.flat:
     axis.set_axis_off()
-  for k, (model, arrays) in enumerate(results.items()):
-    ((name, maps),) = arrays.items()
+  for k, (model, (name, maps)) in enumerate(of_models.items()):
     for head, values in enumerate(maps.values):
       axis = axes[k * rows + head // columns, head % columns]
       axis.imshow(values, vmin=0, vmax=1, cmap="magma", interpolation="nearest")
       axis.set_title(
         f"{model}, {name.replace('_', ' ')}, head {head + 1}" if head == 0 else f"head {head + 1}", fontsize=8
       )
+      if len(values) <= MOST_LABELS:
+        axis.set_axis_on()
+        texts = [repr(text)[1:-1] for text in maps.labels["query"]]
+        axis.set_xticks(range(len(texts)), texts, fontsize=3, rotation=90)
+        axis.set_yticks(range(len(texts)), texts, fontsize=3)
   return picture
 
 
 def _weights(results: Results):
   streams = max((arrays["mean"].labels["stream"] for arrays in results.values()), key=len)
+  from matplotlib.colors import SymLogNorm
+
   picture, axes = _axes(2 * len(results), len(streams), (3.2, 3))
   for axis in axes.flat:
     axis.set_axis_off()
@@ -104,8 +118,8 @@ def _weights(results: Results):
       for column, (stream, values) in enumerate(zip(array.labels["stream"], array.values)):
         axis = axes[2 * k + row, column]
         axis.set_axis_on()
-        low = -largest if name == "mean" else 0
-        image = axis.imshow(values, vmin=low, vmax=largest, cmap="RdBu_r" if name == "mean" else "viridis")
+        norm = SymLogNorm(LINEAR_SHARE * largest, vmin=-largest if name == "mean" else 0, vmax=largest)
+        image = axis.imshow(values, norm=norm, cmap="RdBu_r" if name == "mean" else "viridis")
         _ticks(axis, array.labels["source"], array.labels["aggregate"])
         axis.set_title(f"{model}: {name}, stream {stream}" if column == 0 else f"stream {stream}", fontsize=9)
         axis.set_xlabel("source")
@@ -119,14 +133,16 @@ def _ablate(results: Results):
   for row, (model, arrays) in enumerate(results.items()):
     for axis, name in zip(axes[row], ("source", "stream")):
       array = arrays[name]
-      if not array.values.size or np.isnan(array.values).all():
-        axis.set_axis_off()
-        continue
-      largest = np.nanmax(np.abs(array.values)) or 1
-      image = axis.imshow(array.values, vmin=-largest, vmax=largest, cmap="RdBu_r", aspect="auto")
-      _ticks(axis, array.labels[name], array.labels["aggregate"])
+      values, columns = array.values, [*array.labels[name]]
+      if name == "stream":
+        values, columns = np.column_stack([values, arrays["aggregate"].values]), [*columns, "all"]
+      largest = np.nanmax(np.abs(values)) or 1
+      image = axis.imshow(values, vmin=-largest, vmax=largest, cmap="RdBu_r", aspect="auto")
+      _ticks(axis, columns, array.labels["aggregate"])
       axis.set(xlabel=name, ylabel="aggregate")
-      axis.set_title(f"{model}: change of loss by {name}, nats", fontsize=9)
+      axis.set_title(
+        f"{model}: change of loss by {name}, nats; all weights {arrays['everything'].values:+.3f}", fontsize=8
+      )
       picture.colorbar(image, ax=axis)
   return picture
 

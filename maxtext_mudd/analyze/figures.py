@@ -21,6 +21,7 @@ from maxtext_mudd.connections.base import STREAMS
 BINS = 4001  # of cosines from -1 to 1, for percentiles
 BAND = (0.05, 0.95)
 FIRST_POSITIONS = 2
+SINKS = (".", "\n")
 ORDER = ("x", *STREAMS, "m", "attention", "value", "ffn")
 
 
@@ -42,8 +43,11 @@ def block_inputs(arrays: dict[str, Array], number: int) -> dict[str, list[Array]
   """What each block reads, by stream. A block that reads one array as all its streams has it under each of them."""
   streams = by_stream(arrays, "streams")
   one = streams.pop("x", {})
-  of_blocks = {name: [found.get(k, one.get(k)) for k in range(number)] for name, found in streams.items()}
-  of_blocks = {name: found for name, found in of_blocks.items() if all(x is not None for x in found)}
+  of_blocks = {
+    name: [found.get(k, one.get(k)) for k in range(number)]
+    for name, found in streams.items()
+    if any(k < number for k in found)  # not of what follows the last block alone
+  }
   return in_order(of_blocks) or {"x": [one[k] for k in range(number)]}
 
 
@@ -115,13 +119,14 @@ class Heads:
   )
 
   def __init__(self, request, model, tokenizer):
-    ids = {tokenizer.bos_id} if tokenizer.bos_id is not None else set()
-    for text in request.sinks:
-      tokens = tokenizer.encode(text, bos=False)
-      if len(tokens) != 1:
-        raise ConfigError(f"--sink={text!r} is {len(tokens)} tokens; name texts of one token.")
-      ids |= {*tokens}
+    ids = {tokenizer.bos_id} - {None}
+    for text in SINKS if request.sinks is None else request.sinks:
+      found = tokens_of(tokenizer, text)
+      if not found and request.sinks is not None:
+        raise ConfigError(f"--sink={text!r} is no single token of the tokenizer; name texts that are.")
+      ids |= found
     self.ids = np.array(sorted(ids), np.int32)
+    self.number = blocks.num_blocks(model.config)
     self.functions = {"attention": functools.partial(jnp.argmax, axis=-1)}
 
   def sums(self, model, logits, arrays, batch):
@@ -130,23 +135,35 @@ class Heads:
     counts = (segments > 0) & (positions >= FIRST_POSITIONS)
     found = {}
     for name, largest in arrays.items():  # [B,H,T]
+      block = int(name.removeprefix("attention/block_"))
+      if block > self.number:  # of multi-token prediction
+        continue
       on_sink = jnp.take_along_axis(is_sink[:, None], largest, axis=-1)
       active = (~on_sink * counts[:, None]).sum()
-      found[name.removeprefix("attention/block_")] = jnp.stack([active, counts.sum() * largest.shape[1]])
+      found[block] = jnp.stack([active, counts.sum() * largest.shape[1]])
     if not found:
       raise ConfigError("heads: the model keeps no attention weights; its blocks have no softmax attention.")
     return found
 
   def arrays(self, sums):
+    if not all(count for _, count in sums.values()):
+      raise ConfigError(f"heads needs sequences of more than {FIRST_POSITIONS} tokens; name a longer text or --length.")
     shares = np.array([active / count for active, count in sums.values()])
-    return {
-      "active": Named(("block",), shares, {"block": [int(x) for x in sums]}),
-      "sinks": Named(("token",), self.ids.astype(float)),
-    }
+    return {"active": Named(("block",), shares, {"block": [*sums]}), "sinks": Named(("token",), self.ids)}
 
   @staticmethod
   def summary(arrays) -> str:
     return f"share of active heads: {arrays['active'].values.mean():.4f}, mean over blocks"
+
+
+def tokens_of(tokenizer, text: str) -> set[int]:
+  """The tokens that stand for a text: at the start, and after a letter, where a tokenizer may have another one."""
+  before = tokenizer.encode("a", bos=False)
+  after_a = tokenizer.encode(f"a{text}", bos=False)
+  found = [tokenizer.encode(text, bos=False)]
+  if after_a[: len(before)] == before:
+    found.append(after_a[len(before) :])
+  return {tokens[0] for tokens in found if len(tokens) == 1}
 
 
 class Attention:
@@ -181,6 +198,11 @@ class Attention:
     return f"{name}: {len(maps.values)} heads; mean weight on the first token {on_first:.3f}"
 
 
+def family_of(config) -> str:
+  """The connections of a model, for errors."""
+  return f"depth_connection={config.depth_connection}" if config.mudd else "none (mudd=False)"
+
+
 class DepthWeights:
   """Figs. 12 and 13 of the paper."""
 
@@ -195,8 +217,8 @@ class DepthWeights:
     self.plan = connections.plan(model.config)
     if not self.plan.sites or connections.family(model.config).reads != "block":
       raise ConfigError(
-        f"weights needs a model that mixes block outputs, and this one has depth_connection="
-        f"{model.config.depth_connection}; use one with depth_connection=dense."
+        f"weights needs a model that mixes block outputs, and this one has {family_of(model.config)}; use one with "
+        "depth_connection=dense."
       )
 
   def sums(self, model, logits, arrays, batch):
@@ -208,9 +230,20 @@ class DepthWeights:
       found["norms"][number - self.plan.oldest] = (norm * is_token).sum()
     for stream, by_site in by_stream(arrays, "weights").items():
       for after, x in by_site.items():
-        x = x * is_token[..., None]
-        found["weights"][f"{stream}/{after}"] = {"sum": x.sum((0, 1)), "squares": jnp.square(x).sum((0, 1))}
+        share = is_token[..., None] / jnp.maximum(count, 1)
+        mean = (x * share).sum((0, 1))
+        found["weights"][f"{stream}/{after}"] = {"mean": mean, "variance": (jnp.square(x - mean) * share).sum((0, 1))}
     return found
+
+  @staticmethod
+  def added(found):
+    """Sums that can be added over batches. In float32, squares of weights would leave no digits of a small variance."""
+    count = found["count"]
+    weights = {
+      name: {"sum": count * x["mean"], "squares": count * (x["variance"] + np.square(x["mean"]))}
+      for name, x in found["weights"].items()
+    }
+    return found | {"weights": weights}
 
   def _sources(self, model, arrays) -> dict[int, Array]:
     """The sources as they are mixed, pre-normed where the model has pre-norms, by number."""
@@ -277,7 +310,8 @@ class Lens:
   def sums(self, model, logits, arrays, batch):
     losses, last = {}, by_stream(arrays, "streams")
     for stream, inputs in block_inputs(arrays, self.number).items():
-      losses[stream] = jnp.stack([self._loss(model, x, batch) for x in inputs])
+      # One after another, since logits [B,T,V] are large.
+      losses[stream] = jax.lax.map(lambda x: self._loss(model, x, batch), jnp.stack(inputs))
     final = next(found[self.number] for name, found in last.items() if self.number in found and name != "m")
     return {"losses": losses, "final": self._loss(model, final, batch), "count": next_tokens(batch).sum()}
 

@@ -46,6 +46,9 @@ class Figure(Protocol):
   def sums(self, model: nnx.Module, logits: Float[Array, "B T V"], arrays: dict[str, Any], batch: Batch) -> Any:
     """What one batch adds: a pytree of arrays whose shapes do not depend on the batch. Compiled."""
 
+  def added(self, found: Any) -> Any:
+    """What is added over batches, from `sums` of one batch in float64. Optional; by default the sums themselves."""
+
   def arrays(self, sums: Any) -> dict[str, Named]:
     """The figure's arrays, from the sums over all batches, in float64."""
 
@@ -54,13 +57,15 @@ def batches(text: str, tokenizer, config, length: int, sequences: int, batch_siz
   """Cuts a text into sequences of BOS and the next tokens. The last one, and the last batch, are padded by segment 0.
 
   Raises:
-    ConfigError: the sequences are longer than the context of the model.
+    ConfigError: the sequences are longer than the context of the model, or the text has no tokens.
   """
   if length > config.max_target_length:
     raise ConfigError(f"--length={length} is more than the context, max_target_length={config.max_target_length}.")
   parts = devices.batch_parts(config)
   batch_size = -(-batch_size // parts) * parts
   tokens = tokenizer.encode(text, bos=False)
+  if not tokens:
+    raise ConfigError("--text has no tokens, or white space alone; name another text.")
   rows = [tokens[start : start + length - 1] for start in range(0, len(tokens), length - 1)][:sequences]
   for start in range(0, len(rows), batch_size):
     of_batch = np.zeros((batch_size, length), np.int32)
@@ -91,5 +96,6 @@ def totals(
   for batch in tqdm.tqdm(data, desc=name):
     before_batch()
     found = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums(model, *batch)))
+    found = getattr(figure, "added", lambda x: x)(found)
     total = found if total is None else jax.tree.map(np.add, total, found)
   return total

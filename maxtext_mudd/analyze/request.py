@@ -46,12 +46,13 @@ class AnalysisRequest:
     models: the model, and those to compare it with.
     text: what they read.
     sequences: the largest number of sequences; each is as many tokens of the text.
-    length: tokens in a sequence; None for the context of the model, or at most 64 for `attention`.
+    length: tokens in a sequence; None: 256, or 64 for `attention`, or the context of the model if it is shorter.
     batch_size: sequences in a batch.
     block: the block of `attention`; None for the middle one.
-    sinks: tokens that `heads` counts as sinks, beside the first two positions, as text. BOS is always one.
+    sinks: tokens that `heads` counts as sinks, beside the first two positions and BOS, as text; None: "." and newline,
+      if the tokenizer has them.
     to: what `ablate` replaces weights by, "static" or "mean".
-    study, speed: files of `speed`.
+    study, speed: files of `speed`; with several of the latter, later ones override earlier ones.
     output: the folder to write to.
   """
 
@@ -62,7 +63,7 @@ class AnalysisRequest:
   length: int | None
   batch_size: int
   block: int | None
-  sinks: tuple[str, ...]
+  sinks: tuple[str, ...] | None
   to: str
   study: pathlib.Path | None
   speed: tuple[pathlib.Path, ...]
@@ -90,18 +91,25 @@ def parser(description: str) -> argparse.ArgumentParser:
   result.add_argument("--text", default="", metavar="FILE", help="the text that the models read")
   result.add_argument("--output", required=True, metavar="DIR", help="folder for FIGURE.json and FIGURE.png")
   result.add_argument("--sequences", default="64", metavar="N", help="the most sequences of the text; default: 64")
-  result.add_argument("--length", metavar="N", help="tokens in a sequence; default: the context; attention: 64")
+  result.add_argument("--length", metavar="N", help="tokens in a sequence; default: 256; attention: 64")
   result.add_argument("--batch-size", default="8", metavar="N", help="sequences in a batch; default: 8")
   result.add_argument("--block", metavar="N", help="attention: the block; default: the middle one")
   result.add_argument(
-    "--sink", action="append", metavar="TEXT", help=r"heads: a token that is a sink; default: . and \n; may be repeated"
+    "--sink",
+    action="append",
+    metavar="TEXT",
+    help=r"heads: a token that is a sink, in place of . and \n; may be repeated; BOS always is one",
   )
   result.add_argument(
     "--to", default="static", choices=["static", "mean"], help="ablate: what weights are set to; default: static"
   )
   result.add_argument("--study", metavar="FILE.jsonl", help="speed: results of benchmarks/study.py")
   result.add_argument(
-    "--speed", action="append", default=[], metavar="FILE.json", help="speed: results of benchmarks/throughput.py"
+    "--speed",
+    action="append",
+    default=[],
+    metavar="FILE.json",
+    help="speed: results of benchmarks/throughput.py, besides the step times that the study has measured",
   )
   result.add_argument("--tokenizer", default="", metavar="PATH", help="overrides the configurations' tokenizer_path")
   result.add_argument(
@@ -133,8 +141,9 @@ def read(args: argparse.Namespace) -> AnalysisRequest:
       if not value:
         raise ConfigError(f"{figure} needs {flag}; name {'a model' if flag == '--checkpoint' else 'a text file'}.")
     text = read_text(args.text)
-    given = [(args.checkpoint, args.arguments), *((first, rest) for first, *rest in args.against)]
-    models = tuple(_model(checkpoint, arguments, args.tokenizer) for checkpoint, arguments in given)
+    given = [("--checkpoint", args.checkpoint, args.arguments)]
+    given += [("--against", first, rest) for first, *rest in args.against]
+    models = tuple(_model(*each, args.tokenizer) for each in given)
   return AnalysisRequest(
     figure=figure,
     models=models,
@@ -143,7 +152,7 @@ def read(args: argparse.Namespace) -> AnalysisRequest:
     length=number("--length", args.length, int, 2) if args.length else None,
     batch_size=number("--batch-size", args.batch_size, int, 1),
     block=number("--block", args.block, int, 1) if args.block else None,
-    sinks=tuple(x.replace("\\n", "\n") for x in args.sink or (".", "\n")),
+    sinks=None if args.sink is None else tuple(x.replace("\\n", "\n") for x in args.sink),
     to=args.to,
     study=pathlib.Path(args.study) if args.study else None,
     speed=tuple(map(pathlib.Path, args.speed)),
@@ -151,15 +160,15 @@ def read(args: argparse.Namespace) -> AnalysisRequest:
   )
 
 
-def _model(checkpoint: str, arguments: list[str], tokenizer: str) -> ModelRequest:
+def _model(flag: str, checkpoint: str, arguments: list[str], tokenizer: str) -> ModelRequest:
   config_file, overrides = split(arguments)
-  check_model(checkpoint, config_file, arguments, overrides)
+  check_model(checkpoint, config_file, arguments, overrides, flag)
   return ModelRequest(checkpoint, config_file, overrides, tokenizer)
 
 
 def _check_files_of_speed(args: argparse.Namespace) -> None:
-  if not args.study or not args.speed:
-    raise ConfigError("speed needs --study=FILE.jsonl of benchmarks/study.py and --speed=FILE.json of throughput.py.")
+  if not args.study:
+    raise ConfigError("speed needs --study=FILE.jsonl; name results of benchmarks/study.py.")
   for flag, name in (("--study", args.study), *(("--speed", name) for name in args.speed)):
     if not pathlib.Path(name).is_file():
       raise ConfigError(f"{flag}={name} is not a file; name one that a benchmark wrote.")

@@ -10,8 +10,9 @@ from maxtext_mudd.analyze.measurement import Named
 from maxtext_mudd.config.errors import ConfigError
 
 DEFINITION = (
-  "mean final held-out loss of the runs of a study, its standard error over seeds, and tokens per second relative to "
-  "the plain model, the median over paired rounds; of models that are in both files"
+  "mean final held-out loss of the runs of a study, in its unit, with the standard error over seeds; and tokens per "
+  "second relative to the plain model, the median over paired rounds; of models that have both, and no run of which "
+  "ended early"
 )
 
 
@@ -19,17 +20,16 @@ def arrays(study: pathlib.Path, speeds: tuple[pathlib.Path, ...]) -> dict[str, N
   """The arrays of the figure.
 
   Raises:
-    ConfigError: a file is none of these benchmarks, or they have no model in common.
+    ConfigError: a file is none of these benchmarks, or no model has both a loss and a speed.
   """
-  losses = _losses(study)
-  ratios = {}
+  losses, ratios = _read_study(study)
   for file in speeds:
-    ratios |= _ratios(file)
+    ratios |= _read_speeds(file)
   common = [name for name in losses if name in ratios]
   if not common:
     raise ConfigError(
-      f"--study={study} has the models {', '.join(losses)}, and --speed the models {', '.join(ratios)}; name "
-      "files with a model in common."
+      f"--study={study} has losses of {', '.join(losses) or 'no model'}, and the speeds are of "
+      f"{', '.join(ratios) or 'no model'}; run the study with --time, or name a --speed file with one of these models."
     )
   labels = {"model": common}
   errors = [np.std(losses[x], ddof=1) / len(losses[x]) ** 0.5 if len(losses[x]) > 1 else np.nan for x in common]
@@ -40,28 +40,34 @@ def arrays(study: pathlib.Path, speeds: tuple[pathlib.Path, ...]) -> dict[str, N
   }
 
 
-def _losses(file: pathlib.Path) -> dict[str, list[float]]:
-  """By model, the final held-out losses of its runs at the learning rate at which their mean is lowest."""
+def _read_study(file: pathlib.Path) -> tuple[dict[str, list[float]], dict[str, float]]:
+  """(losses, speeds) by model: the final held-out losses at the learning rate at which their mean is lowest, and of
+  models that the study has timed, the speed over that of the plain model."""
   by_rate = collections.defaultdict(lambda: collections.defaultdict(list))
+  ratios = {}
   try:
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for row in rows:
-      if row["kind"] == "cell" and row["held_out"]:
-        by_rate[row["model"]][row["learning_rate"]].append(row["held_out"][max(row["held_out"], key=int)])
-  except (ValueError, KeyError, TypeError) as error:
+    for row in map(json.loads, file.read_text().splitlines()):
+      if row["kind"] == "timing":
+        ratios |= {row["against"]: 1.0, row["model"]: 1 / row["ratio"]["median"]}
+      else:
+        held_out = row["held_out"]
+        last = None if row["dead"] or not held_out else held_out[max(held_out, key=int)]
+        by_rate[row["model"]][row["learning_rate"]].append(np.inf if last is None else last)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ConfigError(
       f"--study={file} is no file of benchmarks/study.py; name benchmarks/results/study-*.jsonl."
     ) from error
-  return {model: min(of_rates.values(), key=np.mean) for model, of_rates in by_rate.items()}
+  losses = {model: min(of_rates.values(), key=np.mean) for model, of_rates in by_rate.items()}
+  return {model: x for model, x in losses.items() if np.isfinite(x).all()}, ratios
 
 
-def _ratios(file: pathlib.Path) -> dict[str, float]:
+def _read_speeds(file: pathlib.Path) -> dict[str, float]:
   """By model, its speed over that of the plain model, which has 1."""
   try:
     results = json.loads(file.read_text())
-    ratios = {row["model"]: row["speed_ratio"]["median"] for row in results["rows"] if not row["refused"]}
+    ratios = {row["model"]: row["ratio"]["median"] for row in results["rows"] if not row["refused"]}
     return ratios | {pathlib.Path(results["baseline"]).stem: 1.0}
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ConfigError(f"--speed={file} is no file of benchmarks/throughput.py; name one that it wrote.") from error
 
 

@@ -5,8 +5,10 @@ Both are on in a context only, `observing`, in which the pass is traced. `infere
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import contextvars
 import dataclasses
 import re
+import types
 from typing import Any
 
 from flax import nnx
@@ -28,15 +30,16 @@ class Kept(nnx.Intermediate):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Edit:
-  """A change of the weights of aggregates. Arrays are of all DAs, all letters of `STREAMS` and all sources.
+  """A change of the weights of aggregates. Entry [i,s,n] of its arrays is of DA_i, the letter s of `STREAMS` and the
+  source n - m, with m extra embeddings; I is larger than all i, and N than all n.
 
   Attributes:
-    replaced: which weights are replaced, by [i, letter, source number + number of extra embeddings].
-    values: what they are replaced by; None: by their static part.
+    replaced: which weights are replaced.
+    values: what they are replaced by; NaN: by their static part.
   """
 
   replaced: Bool[Array, "I S N"]
-  values: Float[Array, "I S N"] | None = None
+  values: Float[Array, "I S N"]
 
   def __call__(self, weights: kernels.Weights, site: Site, oldest: int, newest: Float[Array, "B T D"]):
     """The weights of one aggregate, after the change.
@@ -46,13 +49,13 @@ class Edit:
     """
     static = weights.a if isinstance(weights, kernels.WeightMLP) else weights
     rows, columns = jnp.array([STREAMS.index(x) for x in site.streams]), jnp.array(site.sources) - oldest
-    replaced, values = (x if x is None else x[site.block][rows[:, None], columns] for x in (self.replaced, self.values))
-    values = static if values is None else values
+    replaced, values = (x[site.block][rows[:, None], columns] for x in (self.replaced, self.values))
+    values = jnp.where(jnp.isnan(values), static, values)
     return jnp.where(replaced, values, kernels.token_weights([newest], weights)[0])
 
 
-_functions: Mapping[str, Callable[[Array], Any]] = {}
-_edit: Edit | None = None
+_functions = contextvars.ContextVar("functions", default=types.MappingProxyType({}))
+_edit = contextvars.ContextVar("edit", default=None)
 
 
 @contextlib.contextmanager
@@ -63,18 +66,17 @@ def observing(functions: Mapping[str, Callable[[Array], Any]], edit: Edit | None
     functions: by the kind of an array, such as "weights", what is kept of it. Other kinds are not kept.
     edit: a change of the weights of aggregates.
   """
-  global _functions, _edit
-  before = _functions, _edit
-  _functions, _edit = functions, edit
+  tokens = _functions.set(functions), _edit.set(edit)
   try:
     yield
   finally:
-    _functions, _edit = before
+    _functions.reset(tokens[0])
+    _edit.reset(tokens[1])
 
 
-def is_on(*kinds: str) -> bool:
-  """Whether arrays of one of these kinds are kept."""
-  return any(kind in _functions for kind in kinds)
+def is_on(kind: str) -> bool:
+  """Whether arrays of this kind are kept."""
+  return kind in _functions.get()
 
 
 def keep(module: nnx.Module, kind: str, arrays: Mapping[str, Array], *, last: bool = False) -> None:
@@ -84,11 +86,14 @@ def keep(module: nnx.Module, kind: str, arrays: Mapping[str, Array], *, last: bo
     arrays: by stream or sublayer.
     last: whether they are of what follows the last block; the connection of the last block may have both.
   """
-  for stream, x in arrays.items() if kind in _functions else ():
+  if not is_on(kind):
+    return
+  for stream, x in arrays.items():
     name = f"kept_{'last_' if last else ''}{kind}_{stream}"
-    module.sow(Kept, name, _functions[kind](x), reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    module.sow(Kept, name, _functions.get()[kind](x), reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def edited(weights: kernels.Weights, site: Site, oldest: int, newest: Float[Array, "B T D"]) -> kernels.Weights:
   """The weights of an aggregate, changed where there is an `Edit`."""
-  return weights if _edit is None else _edit(weights, site, oldest, newest)
+  edit = _edit.get()
+  return weights if edit is None else edit(weights, site, oldest, newest)

@@ -38,7 +38,7 @@ def _check_default_tokenizer(checkpoint: str, config_file: str, path: str) -> No
   """
   if not config_file:
     raise ConfigError(
-      f"--checkpoint={checkpoint} has no tokenizer; name the one that the model was trained with by --tokenizer=PATH."
+      f"{checkpoint} has no tokenizer; name the one that the model was trained with by --tokenizer=PATH."
     )
   if not os.path.exists(path):
     raise ConfigError(

@@ -21,16 +21,16 @@ import numpy as np
 from maxtext_mudd import blocks
 from maxtext_mudd.blocks import stacks
 from maxtext_mudd.blocks.classes import change_class
-from maxtext_mudd.checkpoints import layout
+from maxtext_mudd.checkpoints import layout, parameters
 from maxtext_mudd.config.changed import changed
+from maxtext_mudd.config.keys import refusals
 from maxtext_mudd.connections import kept
 from maxtext_mudd.inference import forward, pretrained
+from maxtext_mudd.keys import raise_first
 from maxtext_mudd.model import mtp
 
 KINDS = ("history", "weights", "written", "streams", "attention")
-# What `inspectable` sets: layers are single, a plain model has the connections that change nothing, and attention
-# computes its weights as an array.
-_KEYS = types.MappingProxyType({"scan_layers": False, "attention": "dot_product", "remat_policy": None})
+_PLAIN = types.MappingProxyType({"mudd": True, "depth_connection": "residual"})  # connections that change nothing
 
 
 def inspect(
@@ -55,7 +55,7 @@ def inspect(
   unknown = [kind for kind in keep if kind not in KINDS]
   if unknown:
     raise ValueError(f"keep has {unknown[0]!r}; the kinds of arrays are {', '.join(KINDS)}.")
-  model = inspectable(model)
+  model = inspectable(model, "attention" in keep)
   logits, arrays = _inspect(tuple(keep))(model, *pretrained.checked_tokens(model, tokens, positions, segment_ids))
   return {"logits": logits, **arrays}
 
@@ -89,27 +89,35 @@ def observe(
   return logits.astype(jnp.float32), _by_name(model.config, nnx.pop(model, kept.Kept))
 
 
-def inspectable(model: nnx.Module) -> nnx.Module:
-  """The model in the form in which it keeps arrays: with connections, single layers, and attention weights as arrays.
+def inspectable(model: nnx.Module, with_maps: bool = True) -> nnx.Module:
+  """The model in the form in which it keeps arrays: with connections and single layers.
+
+  Args:
+    with_maps: whether attention computes its weights as an array, too.
 
   Returns:
     The model itself if it has this form, else a new one. Parameters of single layers are shared, others are copied.
 
   Raises:
-    ValueError: MaxText has no single layers of this decoder block.
+    ValueError: MaxText has no single layers of this decoder block, a plain model has a setting that does not work with
+      connections, or the model has trained state besides its parameters.
   """
   config = model.config
   if blocks.spec(config).attention is None:
     raise ValueError(f"decoder_block={config.decoder_block.value} has no attention, and MaxText runs it scanned only.")
-  keys = {**_KEYS} if config.mudd else {**_KEYS, "mudd": True, "depth_connection": "residual"}
+  keys = {"scan_layers": False, "num_vocab_tiling": 1} | ({} if config.mudd else {**_PLAIN})
+  keys |= {"attention": "dot_product"} if with_maps else {}
   different = {key: value for key, value in keys.items() if getattr(config, key) != value}
-  if not different.keys() - {"remat_policy"}:
+  if not different:
     return model
+  new = changed(config, **different, remat_policy=None)
+  if not config.mudd:
+    raise_first(refusals(new))
+  parameters.check_state(new)
   values = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}
   values = {path: x.get_value() for path, x in values.items()}
   if not config.mudd:
     values = {stacks.path_from_plain(config, path): x for path, x in values.items()}
-  new = changed(config, **different)
   if config.scan_layers:
     values = layout.unstack({path: np.asarray(x) for path, x in values.items()}, changed(new, scan_layers=True))
   return pretrained.build_with(new, lambda place: {path: place(path, x) for path, x in values.items()})

@@ -10,17 +10,20 @@ from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import early_check, launch
 
 
-def check_model(checkpoint: str, config_file: str, arguments: list[str], overrides: dict[str, Any]) -> None:
+def check_model(
+  checkpoint: str, config_file: str, arguments: list[str], overrides: dict[str, Any], flag: str = "--checkpoint"
+) -> None:
   """Checks a checkpoint and the keys for it, before JAX or MaxText is imported.
 
   Args:
     config_file, overrides: what `split` returns for `arguments`.
+    flag: the argument that names the checkpoint, for errors.
 
   Raises:
     ConfigError: there is no such checkpoint or key, or a configuration file is missing or one too many.
     versions.UnknownMaxText: MaxText is missing, or its version is not a known one.
   """
-  _check_checkpoint(checkpoint, config_file)
+  _check_checkpoint(checkpoint, config_file, flag)
   if config_file:
     early_check.check(["", config_file, *(argument for argument in arguments if "=" in argument)])
   else:
@@ -62,19 +65,21 @@ def read_text(name: str) -> str:
   return text
 
 
-def _check_checkpoint(checkpoint: str, config_file: str) -> None:
+def _check_checkpoint(checkpoint: str, config_file: str, flag: str) -> None:
   """Raises ConfigError for a checkpoint that does not exist, that lacks a configuration file, or that needs none."""
+  if not checkpoint:
+    raise ConfigError(f"{flag} is empty; name a folder that holds a model.")
   path = pathlib.Path(checkpoint).expanduser()
   if "://" in checkpoint:
     if not config_file:
       raise ConfigError(f"{checkpoint} is not a local folder; copy it first.")
   elif not path.is_dir():
-    raise ConfigError(f"--checkpoint={checkpoint} is not a folder; name one that holds a model.")
+    raise ConfigError(f"{flag}={checkpoint} is not a folder; name one that holds a model.")
   elif config_file and (path / "model.yml").exists():
     raise ConfigError(
-      f"{config_file}: --checkpoint={checkpoint} has a model.yml, which describes its model; leave {config_file} out."
+      f"{config_file}: {flag}={checkpoint} has a model.yml, which describes its model; leave {config_file} out."
     )
   elif not config_file and (path / "_CHECKPOINT_METADATA").exists() and not (path / "model.yml").exists():
     raise ConfigError(
-      f"--checkpoint={checkpoint} is a checkpoint of a run; also name the CONFIG.yml that the run was started with."
+      f"{flag}={checkpoint} is a checkpoint of a run; also name the CONFIG.yml that the run was started with."
     )

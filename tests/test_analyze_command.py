@@ -1,0 +1,217 @@
+"""`python3 -m maxtext_mudd.analyze`: what it writes, and what it refuses."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from maxtext_mudd.analyze import __main__ as analyze
+from maxtext_mudd.inference import checkpoint
+from tests import models
+from tests.evaluation import build, letters
+
+GOLDEN = models.DATA / "muddformer_tiny"
+
+
+def run(*arguments, capsys):
+  """(what the command prints, the sentence with which it ends, if it does not succeed)."""
+  ended = ""
+  try:
+    analyze.main(list(map(str, arguments)))
+  except SystemExit as error:
+    assert error.code == 2
+    ended = "end"
+  out, err = capsys.readouterr()
+  sentences = [x for x in err.splitlines() if x.startswith("maxtext-mudd: ")]
+  assert len(sentences) == bool(ended)
+  return out, sentences[0].removeprefix("maxtext-mudd: ") if ended else ""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("text")
+  (folder / "text.txt").write_text("Of moons and of lanterns of paper. No swans.\n" * 4)
+  letters(folder / "tokenizer")
+  return folder
+
+
+FILES = {
+  "similarity": {"mean", "percentile_5", "percentile_95"},
+  "heads": {"active", "sinks"},
+  "attention": {"block_003"},
+  "weights": {"mean", "deviation", "source_norm"},
+  "lens": {"loss"},
+  "ablate": {"source", "stream", "aggregate", "everything", "baseline"},
+}
+
+
+@pytest.mark.parametrize("figure", [x if x == "similarity" else pytest.param(x, marks=pytest.mark.slow) for x in FILES])
+def test_the_command(figure, text, tmp_path, capsys):
+  model = ["--checkpoint", GOLDEN, "--text", text / "text.txt", "--tokenizer", text / "tokenizer"]
+  options = ["--length", 16, "--sequences", 3, "--batch-size", 2, "--against", GOLDEN, "matmul_precision=default"]
+  out, ended = run(figure, *model, *options, "--output", tmp_path / "made", capsys=capsys)
+  assert not ended
+  *lines, wrote = out.splitlines()[-3:]
+  assert [line.split(":")[0] for line in lines] == ["muddformer_tiny", "muddformer_tiny (2)"]
+  assert wrote == f"wrote {tmp_path}/made/{figure}.json and .png"
+  assert sorted(x.name for x in (tmp_path / "made").iterdir()) == [f"{figure}.json", f"{figure}.png"]
+  found = json.loads((tmp_path / "made" / f"{figure}.json").read_text())
+  assert found["figure"] == figure
+  assert found["command"].startswith(f"python3 -m maxtext_mudd.analyze {figure} --checkpoint ")
+  for arrays in found["models"].values():
+    assert arrays.keys() == FILES[figure] | {"tokens_read"}
+    assert arrays["tokens_read"]["values"] == (16 if figure == "attention" else 48)
+    for array in arrays.values():
+      assert list(np.shape(array["values"])) == array["shape"]
+      assert [len(x) for x in array["labels"].values()] == [
+        array["shape"][array["dims"].index(x)] for x in array["labels"]
+      ]
+  again, ended = run(figure, *model, "--output", tmp_path / "made", capsys=capsys)
+  assert ended == f"--output={tmp_path}/made has a {figure}.json already; name another folder."
+  assert not again
+
+
+def test_speed(tmp_path, capsys):
+  losses = (("plain", 0.1, 3.0), ("plain", 0.1, 3.2), ("plain", 1.0, 4.0), ("mudd", 0.1, 2.9), ("dead", 0.1, 2.0))
+  rows = [
+    {"kind": "cell", "model": model, "learning_rate": rate, "held_out": {"9": 5.0, "19": loss}, "dead": None}
+    for model, rate, loss in losses
+  ]
+  rows[-1]["dead"] = "the loss of step 20 is not finite"
+  timing = {"kind": "timing", "model": "dead", "against": "plain", "ratio": {"median": 1.25}}
+  study, speed = tmp_path / "study.jsonl", tmp_path / "speed.json"
+  study.write_text("".join(json.dumps(row) + "\n" for row in [*rows, timing]))
+  found = [{"model": "mudd", "refused": None, "ratio": {"median": 0.9}}, {"model": "x", "refused": "no"}]
+  speed.write_text(json.dumps({"baseline": "yaml/plain.yml", "rows": found}))
+  out, _ = run("speed", "--study", study, "--speed", speed, "--output", tmp_path / "made", capsys=capsys)
+  assert out.startswith("plain: loss 3.1000 at 1.000 of the speed; mudd: loss 2.9000 at 0.900 of the speed\n")
+  arrays = json.loads((tmp_path / "made" / "speed.json").read_text())["models"]["study"]
+  assert arrays["standard_error"]["values"] == [pytest.approx(0.1), None]
+  study.write_text("".join(json.dumps(row) + "\n" for row in [*rows, timing | {"model": "mudd"}]))
+  out, _ = run("speed", "--study", study, "--output", tmp_path / "timed", capsys=capsys)
+  assert out.startswith("plain: loss 3.1000 at 1.000 of the speed; mudd: loss 2.9000 at 0.800 of the speed\n")
+  study.write_text(json.dumps(rows[0] | {"model": "other"}) + "\n")
+  _, ended = run("speed", "--study", study, "--speed", speed, "--output", tmp_path / "b", capsys=capsys)
+  assert ended == (
+    f"--study={study} has losses of other, and the speeds are of mudd, plain; run the study with --time, or name a "
+    "--speed file with one of these models."
+  )
+  _, ended = run("speed", "--study", speed, "--speed", speed, "--output", tmp_path / "b", capsys=capsys)
+  assert ended.startswith(f"--study={speed} is no file of benchmarks/study.py; ")
+  _, ended = run("speed", "--study", study, "--speed", study, "--output", tmp_path / "b", capsys=capsys)
+  assert ended == f"--speed={study} is no file of benchmarks/throughput.py; name one that it wrote."
+
+
+REFUSED = {
+  "another figure": (
+    ["heat"],
+    "heat is not a figure; choose one of similarity, heads, attention, weights, lens, ablate, speed.",
+  ),
+  "no model": (["lens"], "lens needs --checkpoint; name a model."),
+  "no text": (["lens", "--checkpoint", "{tmp}"], "lens needs --text; name a text file."),
+  "no such text": (
+    ["lens", "--checkpoint", "{tmp}", "--text", "{tmp}/none"],
+    "--text={tmp}/none cannot be read (No such file or directory); name a text file.",
+  ),
+  "no checkpoint": (
+    ["lens", "--checkpoint", "{tmp}/none", "--text", "{text}"],
+    "--checkpoint={tmp}/none is not a folder; name one that holds a model.",
+  ),
+  "nothing to compare with": (
+    ["lens", "--checkpoint", str(GOLDEN), "--text", "{text}", "--against", ""],
+    "--against is empty; name a folder that holds a model.",
+  ),
+  "no model to compare with": (
+    ["lens", "--checkpoint", str(GOLDEN), "--text", "{text}", "--against", "{tmp}/none"],
+    "--against={tmp}/none is not a folder; name one that holds a model.",
+  ),
+  "no sequences": (
+    ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--sequences", "0"],
+    "--sequences=0 is not a whole number of 1 or more.",
+  ),
+  "one token": (
+    ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--length", "1"],
+    "--length=1 is not a whole number of 2 or more.",
+  ),
+  "an output that is a file": (
+    ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--output", "{text}"],
+    "--output={text} is a file; name a folder.",
+  ),
+  "speed of nothing": (
+    ["speed"],
+    "speed needs --study=FILE.jsonl; name results of benchmarks/study.py.",
+  ),
+  "no such study": (
+    ["speed", "--study", "{tmp}/none", "--speed", "{text}"],
+    "--study={tmp}/none is not a file; name one that a benchmark wrote.",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mistakes(case, text, tmp_path, capsys):
+  arguments, sentence = REFUSED[case]
+  places = {"tmp": tmp_path, "text": text / "text.txt"}
+  arguments = [x.format(**places) for x in arguments]
+  out, ended = run(*arguments, *(["--output", tmp_path / "out"] if "--output" not in arguments else []), capsys=capsys)
+  assert ended == sentence.format(**places)
+  assert not out
+  assert not (tmp_path / "out").exists()
+
+
+OF_MODELS = {
+  "a block too many": ("attention", {}, ["--block", "4"], "--block=4: the model has 3 blocks; name one of 1 to 3."),
+  "a sink of two tokens": (
+    "heads",
+    {},
+    ["--sink", "ab"],
+    "--sink='ab' is no single token of the tokenizer; name texts that are.",
+  ),
+  "sequences of two tokens": (
+    "heads",
+    {},
+    ["--length", "2"],
+    "heads needs sequences of more than 2 tokens; name a longer text or --length.",
+  ),
+  "a sequence too long": (
+    "lens",
+    {},
+    ["--length", "25"],
+    "--length=25 is more than the context, max_target_length=24.",
+  ),
+  "weights of a plain model": (
+    "weights",
+    {"mudd": False},
+    [],
+    "weights needs a model that mixes block outputs, and this one has depth_connection=residual; use one with "
+    "depth_connection=dense.",
+  ),
+  "static weights": (
+    "ablate",
+    {"mudd_dynamic": False},
+    [],
+    "ablate: the weights of this model are static (mudd_dynamic=False); use --to=mean.",
+  ),
+}
+
+
+def test_several_residual_streams(text, tmp_path, monkeypatch, capsys):
+  config = types.SimpleNamespace(mhc_expansion_rate=2)
+  monkeypatch.setattr(checkpoint, "load", lambda *_: (None, config, None))
+  given = ["--checkpoint", tmp_path, "--text", text / "text.txt", "--output", tmp_path / "out"]
+  _, ended = run("lens", *given, capsys=capsys)
+  assert ended == (
+    "mhc_expansion_rate=2: figures are of models with one residual stream; call maxtext_mudd.inspect in Python."
+  )
+
+
+@pytest.mark.parametrize("case", OF_MODELS)
+def test_mistakes_that_the_model_shows(case, text, tmp_path, monkeypatch, capsys):
+  figure, keys, arguments, sentence = OF_MODELS[case]
+  lm = build(base_num_decoder_layers=3, **keys)
+  monkeypatch.setattr(checkpoint, "load", lambda *_: (lm.model, lm.config, lm.text_tokenizer))
+  given = ["--checkpoint", tmp_path, "--text", text / "text.txt", "--output", tmp_path / "out"]
+  _, ended = run(figure, *given, *arguments, capsys=capsys)
+  assert ended == sentence
+  assert not (tmp_path / "out").exists()

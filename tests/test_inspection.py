@@ -1,6 +1,10 @@
 """`maxtext_mudd.inspect`: block outputs, weights, streams and attention maps, by name, of all families."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 
 from flax import nnx
 import numpy as np
@@ -10,7 +14,7 @@ import maxtext_mudd
 from maxtext_mudd.checkpoints import layout
 from maxtext_mudd.connections import kept
 from maxtext_mudd.inference import inspection
-from tests import models
+from tests import models, runs
 from tests.blocks import BLOCKS, OTHERS, config_of, packed
 from tests.oracle import Arch, Oracle
 
@@ -168,6 +172,63 @@ def test_attention_of_other_blocks(block):
   for x in maps.values():
     assert np.triu(x, 1).max() == 0
     assert (x.sum(-1) < 0.9).any() if block == "gpt_oss" else np.allclose(x.sum(-1), 1)
+
+
+MESHES = {
+  "FSDP 8": {"ici_fsdp_parallelism": 8},
+  "tensor 2, FSDP 4": {"ici_tensor_parallelism": 2, "ici_fsdp_parallelism": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_of_eight_devices_has_the_arrays_of_one(mesh, tmp_path):
+  found = []
+  for devices, keys in ((1, {}), (8, MESHES[mesh])):
+    keys |= {"mudd": True, "per_device_batch_size": 8 // devices}
+    path = tmp_path / f"{devices}.npz"
+    flags = os.environ.get("XLA_FLAGS", "")
+    finished = subprocess.run(
+      [sys.executable, "-m", "tests.inspect_on_mesh", str(path), json.dumps(keys)],
+      cwd=runs.ROOT,
+      env=os.environ | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"},
+      capture_output=True,
+      text=True,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    found.append(dict(np.load(path)))
+  one, eight = found
+  assert one.keys() == eight.keys()
+  for name, x in one.items():
+    close(eight[name], x, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "keys",
+  [
+    {
+      "mudd_placements": [{"block": 1, "sources": "all", "streams": "x"}, {"block": 3, "sources": [0], "streams": "vr"}]
+    },
+    {"mtp_num_layers": 1, "mudd_mtp": "connected"},
+    {"num_vocab_tiling": 4},
+    {"mudd_ways": 1, "mtp_num_layers": 1, "mudd_mtp": "connected"},
+  ],
+)
+def test_forms_of_models(keys):
+  """Logits are those of the model, and there is a stream and an output of each block."""
+  config = models.config(mudd=True, base_num_decoder_layers=4, **keys)
+  model = models.build(config)
+  models.randomise(model)
+  data = packed(config)
+  found = inspect(model, data)
+  keys = {key: value for key, value in keys.items() if key != "num_vocab_tiling"}
+  untiled = models.build(models.config(mudd=True, base_num_decoder_layers=4, **keys))
+  models.set_parameters(untiled, {path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()})
+  np.testing.assert_allclose(found["logits"], models.jitted_logits(untiled, data), atol=2e-5)
+  for i in range(5):
+    assert f"history/{i:03d}" in found
+    assert any(name.startswith("streams/") and name.endswith(f"da_{i:03d}") for name in found)
 
 
 def test_nothing_is_kept_elsewhere():

@@ -95,7 +95,7 @@ def with_warnings(stock):
 
 def _remedies(config) -> tuple[list[str], list[str]]:
   """The arguments of `Watch`: keys of the family that are not set yet, and that help. `mudd_weight_cap` and
-  `mudd_weight_scale` do not: in yaml/study/stability.yml models with them diverge where those without norms do."""
+  `mudd_weight_scale` do so less: in the results of yaml/study/stability.yml runs with them diverge, with norms none."""
   known = connections.family(config).Keys.model_fields
   on_resume = ["a lower learning_rate", "a lower mudd_learning_rate_factor"]
   norms = [key for key in ("mudd_pre_norm", "mudd_post_norm") if key in known and not getattr(config, key)]

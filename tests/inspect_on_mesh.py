@@ -1,0 +1,22 @@
+"""Run as a program: inspects a random model on a mesh of all devices, and writes the arrays to a file (npz)."""
+
+import json
+import sys
+
+import numpy as np
+
+import maxtext_mudd
+from maxtext_mudd.inference import inspection
+from tests import models
+
+
+def main(path: str, overrides: dict) -> None:
+  cfg = models.config(**overrides)
+  model = models.build(cfg)
+  models.randomise(model)
+  found = maxtext_mudd.inspect(model, models.batch(cfg)["inputs"], keep=inspection.KINDS)
+  np.savez(path, **{name.replace("/", "."): x for name, x in found.items()})
+
+
+if __name__ == "__main__":
+  main(sys.argv[1], json.loads(sys.argv[2]))

@@ -5,16 +5,17 @@ import sys
 
 import numpy as np
 
-import maxtext_mudd
+from maxtext_mudd import plugin
 from maxtext_mudd.inference import inspection
 from tests import models
 
 
 def main(path: str, overrides: dict) -> None:
+  plugin.install()
   cfg = models.config(**overrides)
   model = models.build(cfg)
   models.randomise(model)
-  found = maxtext_mudd.inspect(model, models.batch(cfg)["inputs"], keep=inspection.KINDS)
+  found = inspection.inspect(model, models.batch(cfg)["inputs"], keep=inspection.KINDS)
   np.savez(path, **{name.replace("/", "."): x for name, x in found.items()})
 
 

@@ -28,8 +28,8 @@ def inspect(model, data, **options):
   )
 
 
-def close(found, expected, name):
-  np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max(), rtol=0, err_msg=name)
+def close(found, expected, name, tolerance=TOLERANCE):
+  np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0, err_msg=name)
 
 
 FOUR = Arch(4, ways=4)
@@ -200,7 +200,7 @@ def test_a_mesh_of_eight_devices_has_the_arrays_of_one(mesh, tmp_path):
   one, eight = found
   assert one.keys() == eight.keys()
   for name, x in one.items():
-    close(eight[name], x, name)
+    close(eight[name], x, name, 5e-5)  # devices add in another order; of attention weights 1.1e-5 was seen
 
 
 @pytest.mark.slow
@@ -208,7 +208,10 @@ def test_a_mesh_of_eight_devices_has_the_arrays_of_one(mesh, tmp_path):
   "keys",
   [
     {
-      "mudd_placements": [{"block": 1, "sources": "all", "streams": "x"}, {"block": 3, "sources": [0], "streams": "vr"}]
+      "mudd_placements": [
+        {"block": 1, "sources": "all", "streams": "x"},
+        {"block": 3, "sources": [0, "last:1"], "streams": "vr"},
+      ]
     },
     {"mtp_num_layers": 1, "mudd_mtp": "connected"},
     {"num_vocab_tiling": 4},

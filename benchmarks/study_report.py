@@ -288,7 +288,8 @@ def draw(study, summaries: list[Summary], path: pathlib.Path) -> None:
       _draw_losses(panel, of_group, colors)
       title = f"learning rate {rate:g}" + (f", {plain}" if len(columns) > 1 else "")
       panel.set(xlabel="step", ylabel=f"training loss, {study.unit}", title=title)
-      panel.legend(fontsize=8, loc="upper right")
+      if of_group:  # a study that is not complete may have none yet
+        panel.legend(fontsize=8, loc="upper right")
     if len(columns) == 1:
       _draw_differences(axes[1], of_group, colors)
       axes[1].set(xlabel="step", ylabel=f"difference to the plain model (same seed), {study.unit}")

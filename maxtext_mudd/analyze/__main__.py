@@ -75,13 +75,13 @@ def _of_models(request: AnalysisRequest, before_batch: Callable[[], None]):
 
 def names(models: Sequence[ModelRequest]) -> list[str]:
   """A short name for each model: of its run with the step, or of its folder; with a number where two are the same."""
-  found = []
+  short_names = []
   for model in models:
     parts = [x for x in model.checkpoint.split("/") if x not in ("", "items")]
     is_of_run = len(parts) > 2 and parts[-2] == "checkpoints"
     name = f"{parts[-3]}/{parts[-1]}" if is_of_run else (parts or ["model"])[-1]
-    found.append(name if name not in found else f"{name} ({len(found) + 1})")
-  return found
+    short_names.append(name if name not in short_names else f"{name} ({len(short_names) + 1})")
+  return short_names
 
 
 def measure(request: AnalysisRequest, of_model: ModelRequest, name: str, before_batch: Callable[[], None]):

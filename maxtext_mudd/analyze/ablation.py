@@ -64,10 +64,10 @@ class Ablation:
       for _, _, replaced in cases:
         sums = sum(np.asarray(_losses(model, replaced, values, *batch), np.float64) for batch in each())
         losses.append(sums[0] / sums[1])
-    found = self._empty()
+    increases = self._empty()
     for (kind, at, _), loss in zip(cases[1:], losses[1:]):
-      found[kind].values[at] = loss - losses[0]
-    return found | {"baseline": Named((), np.array(losses[0]))}
+      increases[kind].values[at] = loss - losses[0]
+    return increases | {"baseline": Named((), np.array(losses[0]))}
 
   def _cases(self) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
     """(name of the array, index in it, which weights are replaced) of each loss."""

@@ -95,7 +95,7 @@ def totals(
   total = None
   for batch in tqdm.tqdm(data, desc=name):
     before_batch()
-    found = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums(model, *batch)))
-    found = getattr(figure, "added", lambda x: x)(found)
-    total = found if total is None else jax.tree.map(np.add, total, found)
+    of_batch = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums(model, *batch)))
+    of_batch = getattr(figure, "added", lambda x: x)(of_batch)
+    total = of_batch if total is None else jax.tree.map(np.add, total, of_batch)
   return total

@@ -71,6 +71,6 @@ def _read_speeds(file: pathlib.Path) -> dict[str, float]:
     raise ConfigError(f"--speed={file} is no file of benchmarks/throughput.py; name one that it wrote.") from error
 
 
-def summary(found: dict[str, Named]) -> str:
-  rows = zip(found["loss"].labels["model"], found["loss"].values, found["speed_ratio"].values)
+def summary(results: dict[str, Named]) -> str:
+  rows = zip(results["loss"].labels["model"], results["loss"].values, results["speed_ratio"].values)
   return "; ".join(f"{name}: loss {loss:.4f} at {ratio:.3f} of the speed" for name, loss, ratio in rows)

@@ -31,12 +31,12 @@ def _whole(x):
 
 def by_stream(arrays: dict[str, Array], kind: str) -> dict[str, dict[int, Array]]:
   """Arrays of a kind: by stream or sublayer, and by the number of blocks before."""
-  found = {}
+  streams = {}
   for name, x in arrays.items():
     if name.startswith(f"{kind}/"):
       _, stream, after = name.split("/")
-      found.setdefault(stream, {})[int(after.removeprefix("da_"))] = x
-  return found
+      streams.setdefault(stream, {})[int(after.removeprefix("da_"))] = x
+  return streams
 
 
 def block_inputs(arrays: dict[str, Array], number: int) -> dict[str, list[Array]]:
@@ -44,9 +44,9 @@ def block_inputs(arrays: dict[str, Array], number: int) -> dict[str, list[Array]
   streams = by_stream(arrays, "streams")
   one = streams.pop("x", {})
   of_blocks = {
-    name: [found.get(k, one.get(k)) for k in range(number)]
-    for name, found in streams.items()
-    if any(k < number for k in found)  # not of what follows the last block alone
+    name: [by_block.get(k, one.get(k)) for k in range(number)]
+    for name, by_block in streams.items()
+    if any(k < number for k in by_block)  # not of what follows the last block alone
   }
   return in_order(of_blocks) or {"x": [one[k] for k in range(number)]}
 
@@ -70,17 +70,17 @@ class Similarity:
       raise ConfigError("similarity compares adjacent blocks, and the model has one block; use another figure.")
 
   def sums(self, model, logits, arrays, batch):
-    is_token, found = batch[2] > 0, {}
+    is_token, statistics = batch[2] > 0, {}
     for stream, inputs in block_inputs(arrays, self.number).items():
       cosines = jnp.stack([cosine(x, y) for x, y in itertools.pairwise(inputs)])
       histogram = jax.vmap(functools.partial(_histogram, is_token=is_token))(cosines)
-      found[stream] = {"sum": (cosines * is_token).sum((1, 2)), "histogram": histogram}
-    return found
+      statistics[stream] = {"sum": (cosines * is_token).sum((1, 2)), "histogram": histogram}
+    return statistics
 
   def arrays(self, sums):
     sums = in_order(sums)
-    counts = [found["histogram"].sum(-1) for found in sums.values()]
-    means = [found["sum"] / count for found, count in zip(sums.values(), counts)]
+    counts = [of_stream["histogram"].sum(-1) for of_stream in sums.values()]
+    means = [of_stream["sum"] / count for of_stream, count in zip(sums.values(), counts)]
     labels = {"stream": [*sums], "block": [*range(1, self.number)]}
     ends = {f"percentile_{round(100 * q)}": [_quantile(x["histogram"], q) for x in sums.values()] for q in BAND}
     return {name: Named(("stream", "block"), np.stack(x), labels) for name, x in {"mean": means, **ends}.items()}
@@ -121,10 +121,10 @@ class Heads:
   def __init__(self, request, model, tokenizer):
     ids = {tokenizer.bos_id} - {None}
     for text in SINKS if request.sinks is None else request.sinks:
-      found = tokens_of(tokenizer, text)
-      if not found and request.sinks is not None:
+      token_ids = tokens_of(tokenizer, text)
+      if not token_ids and request.sinks is not None:
         raise ConfigError(f"--sink={text!r} is no single token of the tokenizer; name texts that are.")
-      ids |= found
+      ids |= token_ids
     self.ids = np.array(sorted(ids), np.int32)
     self.number = blocks.num_blocks(model.config)
     self.functions = {"attention": functools.partial(jnp.argmax, axis=-1)}
@@ -133,17 +133,17 @@ class Heads:
     tokens, positions, segments = batch
     is_sink = jnp.isin(tokens, self.ids) | (positions < FIRST_POSITIONS)
     counts = (segments > 0) & (positions >= FIRST_POSITIONS)
-    found = {}
+    by_block = {}
     for name, largest in arrays.items():  # [B,H,T]
       block = int(name.removeprefix("attention/block_"))
       if block > self.number:  # of multi-token prediction
         continue
       on_sink = jnp.take_along_axis(is_sink[:, None], largest, axis=-1)
       active = (~on_sink * counts[:, None]).sum()
-      found[block] = jnp.stack([active, counts.sum() * largest.shape[1]])
-    if not found:
+      by_block[block] = jnp.stack([active, counts.sum() * largest.shape[1]])
+    if not by_block:
       raise ConfigError("heads: the model keeps no attention weights; its blocks have no softmax attention.")
-    return found
+    return by_block
 
   def arrays(self, sums):
     if not all(count for _, count in sums.values()):
@@ -160,10 +160,10 @@ def tokens_of(tokenizer, text: str) -> set[int]:
   """The tokens that stand for a text: at the start, and after a letter, where a tokenizer may have another one."""
   before = tokenizer.encode("a", bos=False)
   after_a = tokenizer.encode(f"a{text}", bos=False)
-  found = [tokenizer.encode(text, bos=False)]
+  encodings = [tokenizer.encode(text, bos=False)]
   if after_a[: len(before)] == before:
-    found.append(after_a[len(before) :])
-  return {tokens[0] for tokens in found if len(tokens) == 1}
+    encodings.append(after_a[len(before) :])
+  return {tokens[0] for tokens in encodings if len(tokens) == 1}
 
 
 class Attention:
@@ -224,43 +224,46 @@ class DepthWeights:
   def sums(self, model, logits, arrays, batch):
     is_token = batch[2] > 0
     count = is_token.sum()
-    found = {"count": count, "norms": {}, "weights": {}}
+    statistics = {"count": count, "norms": {}, "weights": {}}
     for number, source in self._sources(model, arrays).items():
       norm = jnp.linalg.norm(source.astype(jnp.float32), axis=-1)
-      found["norms"][number - self.plan.oldest] = (norm * is_token).sum()
+      statistics["norms"][number - self.plan.oldest] = (norm * is_token).sum()
     for stream, by_site in by_stream(arrays, "weights").items():
       for after, x in by_site.items():
         share = is_token[..., None] / jnp.maximum(count, 1)
         mean = (x * share).sum((0, 1))
-        found["weights"][f"{stream}/{after}"] = {"mean": mean, "variance": (jnp.square(x - mean) * share).sum((0, 1))}
-    return found
+        statistics["weights"][f"{stream}/{after}"] = {
+          "mean": mean,
+          "variance": (jnp.square(x - mean) * share).sum((0, 1)),
+        }
+    return statistics
 
   @staticmethod
-  def added(found):
+  def added(statistics):
     """Sums that can be added over batches. In float32, squares of weights would leave no digits of a small variance."""
-    count = found["count"]
+    count = statistics["count"]
     weights = {
       name: {"sum": count * x["mean"], "squares": count * (x["variance"] + np.square(x["mean"]))}
-      for name, x in found["weights"].items()
+      for name, x in statistics["weights"].items()
     }
-    return found | {"weights": weights}
+    return statistics | {"weights": weights}
 
   def _sources(self, model, arrays) -> dict[int, Array]:
     """The sources as they are mixed, pre-normed where the model has pre-norms, by number."""
-    found = {-int(x.removeprefix("history/extra_")): arrays[x] for x in arrays if x.startswith("history/extra_")}
+    by_number = {-int(x.removeprefix("history/extra_")): arrays[x] for x in arrays if x.startswith("history/extra_")}
     by_block = {number: path for path, number in stacks.single_layers(model.config).items()}
     layers = {
       number: operator.attrgetter(path.replace("/", "."))(model.decoder).connection for number, path in by_block.items()
     }
     first = layers[1]
-    if found and first.extra_norms is not None:
-      ordered = sorted(found, reverse=True)
-      found = dict(zip(ordered, first.extra_norms([found[number] for number in ordered])))
+    if by_number and first.extra_norms is not None:
+      ordered = sorted(by_number, reverse=True)
+      by_number = dict(zip(ordered, first.extra_norms([by_number[number] for number in ordered])))
     embedding = arrays["history/000"]
-    found[0] = embedding if first.embedding_norm is None else first.embedding_norm(embedding)
+    by_number[0] = embedding if first.embedding_norm is None else first.embedding_norm(embedding)
     for number, connection in layers.items():
-      found[number] = connection.write(arrays[f"history/{number:03d}"])
-    return found
+      by_number[number] = connection.write(arrays[f"history/{number:03d}"])
+    return by_number
 
   def arrays(self, sums):
     number, oldest, count = self.plan.num_blocks, self.plan.oldest, sums["count"]
@@ -268,15 +271,15 @@ class DepthWeights:
     shape = (len(streams), number, number + 1 - oldest)
     norms = np.array([sums["norms"][k] / count for k in range(shape[-1])])
     mean, deviation = np.full(shape, np.nan), np.full(shape, np.nan)
-    for name, found in sums["weights"].items():
+    for name, of_weights in sums["weights"].items():
       stream, after = name.split("/")
       if int(after) > number:
         continue  # of multi-token prediction
       columns = np.array(self.plan.sites[int(after)].sources) - oldest
       at = streams.index(stream), int(after) - 1, columns
-      of_tokens = found["sum"] / count
+      of_tokens = of_weights["sum"] / count
       mean[at] = of_tokens * norms[columns]
-      deviation[at] = np.sqrt(np.maximum(found["squares"] / count - of_tokens**2, 0)) * norms[columns]
+      deviation[at] = np.sqrt(np.maximum(of_weights["squares"] / count - of_tokens**2, 0)) * norms[columns]
     labels = {"stream": streams, "aggregate": [*range(1, number + 1)], "source": [*range(oldest, number + 1)]}
     dims = ("stream", "aggregate", "source")
     return {
@@ -312,7 +315,7 @@ class Lens:
     for stream, inputs in block_inputs(arrays, self.number).items():
       # One after another, since logits [B,T,V] are large.
       losses[stream] = jax.lax.map(lambda x: self._loss(model, x, batch), jnp.stack(inputs))
-    final = next(found[self.number] for name, found in last.items() if self.number in found and name != "m")
+    final = next(by_block[self.number] for name, by_block in last.items() if self.number in by_block and name != "m")
     return {"losses": losses, "final": self._loss(model, final, batch), "count": next_tokens(batch).sum()}
 
   def _loss(self, model, hidden, batch):

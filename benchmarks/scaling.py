@@ -1,14 +1,18 @@
-"""Fits loss against compute for plain and connected models of several sizes, and computes the compute multiplier.
+"""Fits loss against compute for several series of models, each of several sizes, and computes compute multipliers.
 
-    .venv/bin/python benchmarks/scaling.py --study yaml/study/size.yml --plain plain_64,plain_96,plain_128 \\
-      --connected mudd_64,mudd_96,mudd_128
+    .venv/bin/python benchmarks/scaling.py --study yaml/study/size.yml \\
+      plain=plain_64,plain_96,plain_128 MUDD=mudd_64,mudd_96,mudd_128
 
-The compute multiplier is the factor by which the compute of the plain model must grow to reach the loss of the
-connected one. Loss is modelled as L = a·C^(-b), a straight line in logarithms, with one exponent b for both kinds of
-model. Their lines are therefore parallel, as in the paper's Fig. 3, and the multiplier is one number.
+A series is a line of the picture: a kind of connection as in the paper's Fig. 3, a kind of connection at one depth as
+in Fig. 4, or a dense or a MoE model with or without connections as in Fig. 5. The compute multiplier of a series is the
+factor by which the compute of the first series must grow to reach the loss of this one.
+
+Loss is modelled as L = a·C^(-b), a straight line in logarithms, with one exponent b for all series. Their lines are
+therefore parallel, and a multiplier is one number. The table also has the exponent of each series alone: where these
+differ much, the multiplier depends on the size.
 
 C is training compute: MaxText's count of the FLOPs of a step on one device, connections included, times the number of
-steps. All runs need the same number of devices. The interval of the multiplier comes from a fit for each seed, by
+steps. All runs need the same number of devices. The interval of a multiplier comes from a fit for each seed, by
 Student's t of their logarithms. Only results of runs with the present keys of the study are used, and none that
 diverged.
 
@@ -50,51 +54,48 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """L = a·C^(-exponent), with one exponent for both kinds of model.
+  """L = a·C^(-exponent), with one exponent for all series.
 
   Attributes:
-    plain: a of the plain models.
-    connected: a of the connected models.
+    factors: a of each series.
     exponent: the exponent.
   """
 
-  plain: float
-  connected: float
+  factors: dict[str, float]
   exponent: float
 
-  @property
-  def multiplier(self) -> float:
-    """Compute of the plain model over that of the connected one, at equal loss."""
-    with np.errstate(over="ignore"):  # infinite if the exponent is almost zero, as in a few bootstrap samples
-      return float(np.float64(self.plain / self.connected) ** (1 / self.exponent))
+  def multiplier(self, series: str) -> float:
+    """Compute of the first series over that of another one, at equal loss."""
+    first = next(iter(self.factors.values()))
+    with np.errstate(over="ignore"):  # infinite if the exponent is almost zero
+      return float(np.float64(first / self.factors[series]) ** (1 / self.exponent))
 
-  def loss(self, compute, kind: str):
-    """The loss of a kind of model, "plain" or "connected", by the fit."""
-    return getattr(self, kind) * np.asarray(compute) ** -self.exponent
+  def loss(self, series: str, compute):
+    """The loss of a series by the fit."""
+    return self.factors[series] * np.asarray(compute) ** -self.exponent
 
 
-def fit(plain: Sequence[Point], connected: Sequence[Point]) -> Fit:
+def fit(series: dict[str, Sequence[Point]]) -> Fit:
   """The least-squares fit in logarithms.
 
   Raises:
-    ConfigError: a kind has fewer than two sizes, or loss does not fall with compute.
+    ConfigError: a series has fewer than two sizes, or loss does not fall with compute.
   """
-  for name, points in (("plain", plain), ("connected", connected)):
+  for name, points in series.items():
     if len({point.size for point in points}) < 2:
-      raise ConfigError(f"--{name} has results of fewer than two sizes; a line needs at least two.")
-  points = [*plain, *connected]
-  design = np.zeros((len(points), 3))
-  design[: len(plain), 0] = design[len(plain) :, 1] = 1
-  design[:, 2] = -np.log([point.compute for point in points])
-  (a, b, exponent), *_ = np.linalg.lstsq(design, np.log([point.loss for point in points]), rcond=None)
+      raise ConfigError(f"{name} has results of fewer than two sizes; a line needs at least two.")
+  points = [point for points in series.values() for point in points]
+  of_series = np.repeat(np.eye(len(series)), [len(points) for points in series.values()], axis=0)
+  design = np.column_stack([of_series, -np.log([point.compute for point in points])])
+  (*factors, exponent), *_ = np.linalg.lstsq(design, np.log([point.loss for point in points]), rcond=None)
   if exponent <= 0:
     raise ConfigError(f"the fitted exponent is {exponent:.4f}: loss does not fall with compute in these results.")
-  return Fit(float(np.exp(a)), float(np.exp(b)), float(exponent))
+  return Fit({name: float(np.exp(factor)) for name, factor in zip(series, factors)}, float(exponent))
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """The 95% interval of the compute multiplier.
+  """The 95% interval of a compute multiplier.
 
   Attributes:
     low: lower end; NaN for one seed.
@@ -113,26 +114,31 @@ class Interval:
     return f"95% interval {self.low:.2f} to {self.high:.2f}, from {len(self.multipliers)} seeds with {each}"
 
 
-def interval(plain: Sequence[Point], connected: Sequence[Point]) -> Interval:
-  """The interval, by Student's t of the logarithms of the multipliers of single seeds.
+def intervals(series: dict[str, Sequence[Point]]) -> dict[str, Interval]:
+  """The interval of each series but the first, by Student's t of the logarithms of the multipliers of single seeds.
 
   Raises:
-    ConfigError: no seed is shared, or the points of a seed have no fit.
+    ConfigError: no seed is shared by all series, or the points of a seed have no fit.
   """
-  seeds = sorted({point.seed for point in plain} & {point.seed for point in connected})
+  seeds = sorted(set.intersection(*({point.seed for point in points} for points in series.values())))
   if not seeds:
-    raise ConfigError("--plain and --connected have finished runs of no common seed; an interval needs one at least.")
-  multipliers = {}
+    raise ConfigError(f"{', '.join(series)} have finished runs of no common seed; an interval needs one at least.")
+  fits = {}
   for seed in seeds:
     try:
-      multipliers[seed] = fit(*([x for x in points if x.seed == seed] for points in (plain, connected))).multiplier
+      fits[seed] = fit({name: [x for x in points if x.seed == seed] for name, points in series.items()})
     except ConfigError as error:
       raise ConfigError(f"seed {seed} alone: {error}") from error
-  logarithms = np.log([*multipliers.values()])
-  if len(seeds) == 1:
-    return Interval(np.nan, np.nan, multipliers)
-  half = scipy.stats.t.ppf(0.975, len(seeds) - 1) * logarithms.std(ddof=1) / len(seeds) ** 0.5
-  return Interval(*(float(np.exp(logarithms.mean() + sign * half)) for sign in (-1, 1)), multipliers)
+  found = {}
+  for name in list(series)[1:]:
+    multipliers = {seed: fitted.multiplier(name) for seed, fitted in fits.items()}
+    low = high = np.nan
+    if len(seeds) > 1:
+      logarithms = np.log([*multipliers.values()])
+      half = scipy.stats.t.ppf(0.975, len(seeds) - 1) * logarithms.std(ddof=1) / len(seeds) ** 0.5
+      low, high = (float(np.exp(logarithms.mean() + sign * half)) for sign in (-1, 1))
+    found[name] = Interval(low, high, multipliers)
+  return found
 
 
 def points(
@@ -159,7 +165,7 @@ def points(
   return chosen
 
 
-def draw(plain: list[Point], connected: list[Point], fitted: Fit, unit: str, path: pathlib.Path) -> None:
+def draw(series: dict[str, list[Point]], fitted: Fit, unit: str, path: pathlib.Path) -> None:
   """Draws the points and the fitted lines."""
   import matplotlib
 
@@ -167,12 +173,13 @@ def draw(plain: list[Point], connected: list[Point], fitted: Fit, unit: str, pat
   from matplotlib import pyplot
 
   figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-  span = np.geomspace(min(p.compute for p in plain + connected), max(p.compute for p in plain + connected), 50)
-  for kind, runs, color in (("plain", plain, "tab:blue"), ("connected", connected, "tab:orange")):
-    axes.plot([p.compute for p in runs], [p.loss for p in runs], "o", color=color, label=kind)
-    axes.plot(span, fitted.loss(span, kind), color=color, linewidth=1)
+  compute = [point.compute for points in series.values() for point in points]
+  span = np.geomspace(min(compute), max(compute), 50)
+  for number, (name, points) in enumerate(series.items()):
+    label = f"{name}: compute multiplier {fitted.multiplier(name):.2f}" if number else name
+    axes.plot([p.compute for p in points], [p.loss for p in points], "o", color=f"C{number}", label=label)
+    axes.plot(span, fitted.loss(name, span), color=f"C{number}", linewidth=1)
   axes.set(xscale="log", yscale="log", xlabel="training compute, FLOPs", ylabel=f"held-out {unit}")
-  axes.set_title(f"compute multiplier {fitted.multiplier:.2f}")
   axes.grid(alpha=0.3, which="both")
   axes.legend()
   figure.savefig(path, dpi=110)
@@ -180,39 +187,62 @@ def draw(plain: list[Point], connected: list[Point], fitted: Fit, unit: str, pat
 
 
 def _exponent(points: Sequence[Point]) -> float:
-  """The exponent of one kind of model alone."""
+  """The exponent of one series alone."""
   slope, _ = np.polyfit(np.log([x.compute for x in points]), np.log([x.loss for x in points]), 1)
   return -float(slope)
+
+
+def read_series(arguments: Sequence[str]) -> dict[str, list[str]]:
+  """The models of each series, from arguments NAME=MODEL,MODEL,...
+
+  Raises:
+    ConfigError: an argument has another form, a name occurs twice, or there are fewer than two series.
+  """
+  series = {}
+  for argument in arguments:
+    name, _, models = argument.partition("=")
+    if not name or not models:
+      raise ConfigError(f"{argument!r} is not a series; write NAME=MODEL,MODEL,... with models of the study.")
+    if name in series:
+      raise ConfigError(f"there are two series {name}; give them different names.")
+    series[name] = models.split(",")
+  if len(series) < 2:
+    raise ConfigError(f"{', '.join(series)} is a single series; name two or more, the first to compare with.")
+  return series
 
 
 def main(arguments: list[str]) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--study", required=True, type=pathlib.Path, help="yaml/study/NAME.yml")
   parser.add_argument("--results", type=pathlib.Path, help="default: benchmarks/results/study-NAME.jsonl")
-  parser.add_argument("--plain", required=True, help="names of the plain models, comma-separated")
-  parser.add_argument("--connected", required=True, help="names of the connected models, comma-separated")
   parser.add_argument("--output", help="name of the results; default: scaling-NAME")
+  parser.add_argument("series", nargs="+", metavar="NAME=MODEL,MODEL,...", help="series to fit, the plain one first")
   options = parser.parse_args(arguments)
   try:
+    names = read_series(options.series)
     plan, results = study_plan.read(options.study), study.results_of(options.study, options.results)
     if not results.path.is_file():
       raise ConfigError(f"{results.path}: there is no such file; name one that benchmarks/study.py wrote.")
     cells = study_plan.cells(plan, options.study.parent, results.ratios())
-    plain, connected = (points(plan, cells, results, names.split(",")) for names in (options.plain, options.connected))
-    fitted, bounds = fit(plain, connected), interval(plain, connected)
+    series = {name: points(plan, cells, results, models) for name, models in names.items()}
+    fitted, bounds = fit(series), intervals(series)
   except ConfigError as error:
     sys.exit(f"maxtext-mudd: {error}")
   name = options.output or f"scaling-{options.study.stem}"
-  columns = ["model", "seed", "FLOPs", f"held-out {plan.unit}"]
-  table = [[p.size, str(p.seed), f"{p.compute:.3e}", f"{p.loss:.4f}"] for p in (*plain, *connected)]
+  lines = [
+    [x, f"{fitted.factors[x]:.3f}", f"{_exponent(series[x]):.4f}"]
+    + ([f"**{fitted.multiplier(x):.2f}**", str(bounds[x])] if x in bounds else ["1", ""])
+    for x in series
+  ]
+  columns = ["series", "model", "seed", "FLOPs", f"held-out {plan.unit}"]
+  table = [[x, p.size, str(p.seed), f"{p.compute:.3e}", f"{p.loss:.4f}"] for x in series for p in series[x]]
   text = (
-    f"L = a·C^(-{fitted.exponent:.4f}); a is {fitted.plain:.3f} for the plain and {fitted.connected:.3f} for the "
-    f"connected models. **Compute multiplier: {fitted.multiplier:.2f}** ({bounds}). Fitted apart, the exponents are "
-    f"{_exponent(plain):.4f} and {_exponent(connected):.4f}.\n\n"
+    f"L = a·C^(-{fitted.exponent:.4f}).\n\n"
+    f"{record.table(['series', 'a', 'exponent alone', 'compute multiplier', 'interval of the multiplier'], lines)}\n"
     f"{record.table(columns, table)}\n![Fit]({pathlib.Path(name).name}.png)\n"
   )
   place = record.write(name, record.facts("those of the study's results", "machines", ["numpy"]), text, table)
-  draw(plain, connected, fitted, plan.unit, place.with_name(f"{place.name}.png"))
+  draw(series, fitted, plan.unit, place.with_name(f"{place.name}.png"))
   print(text)
 
 

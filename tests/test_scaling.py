@@ -27,18 +27,34 @@ def law(factor, exponent, noise=0.0, seeds=range(3)):
   ]
 
 
+def interval(plain, connected):
+  return scaling.intervals({"plain": plain, "MUDD": connected})["MUDD"]
+
+
 def test_a_known_law_is_recovered():
-  fitted = scaling.fit(law(40.0, 0.08), law(38.0, 0.08))
+  fitted = scaling.fit({"plain": law(40.0, 0.08), "MUDD": law(38.0, 0.08)})
   # The points are exact, so float64 rounding alone is left; the errors seen are 4.4e-15, and 2.7e-14 of the power.
-  np.testing.assert_allclose([fitted.plain, fitted.connected, fitted.exponent], [40, 38, 0.08], rtol=4e-14)
-  np.testing.assert_allclose(fitted.multiplier, (40 / 38) ** (1 / 0.08), rtol=2.5e-13)
+  np.testing.assert_allclose([*fitted.factors.values(), fitted.exponent], [40, 38, 0.08], rtol=4e-14)
+  np.testing.assert_allclose(fitted.multiplier("MUDD"), (40 / 38) ** (1 / 0.08), rtol=2.5e-13)
 
 
 def test_the_multiplier_is_the_compute_at_equal_loss():
-  fitted = scaling.fit(law(40.0, 0.08), law(38.0, 0.08))
-  loss = fitted.loss(1e16, "connected")
+  fitted = scaling.fit({"plain": law(40.0, 0.08), "MUDD": law(38.0, 0.08)})
+  loss = fitted.loss("MUDD", 1e16)
   # A few roundings of float64, 1.1e-16 each.
-  np.testing.assert_allclose(fitted.loss(1e16 * fitted.multiplier, "plain"), loss, rtol=1e-15)
+  np.testing.assert_allclose(fitted.loss("plain", 1e16 * fitted.multiplier("MUDD")), loss, rtol=1e-15)
+
+
+def test_several_series_are_compared_with_the_first():
+  """As in the paper's Figs. 3 to 5: four lines, of which three have a multiplier of their own."""
+  factors = {"dense": 40.0, "dense, MUDD": 39.0, "MoE": 37.0, "MoE, MUDD": 35.5}
+  series = {name: law(factor, 0.08) for name, factor in factors.items()}
+  fitted, bounds = scaling.fit(series), scaling.intervals(series)
+  expected = {name: (40 / factor) ** (1 / 0.08) for name, factor in factors.items()}
+  np.testing.assert_allclose([fitted.multiplier(name) for name in series], [*expected.values()], rtol=1e-12)
+  assert list(bounds) == ["dense, MUDD", "MoE", "MoE, MUDD"]
+  for name, found in bounds.items():
+    np.testing.assert_allclose([found.low, found.high], expected[name], rtol=1e-10)
 
 
 def test_the_interval_is_that_of_single_seeds():
@@ -50,7 +66,7 @@ def test_the_interval_is_that_of_single_seeds():
 
   plain = [point for seed in range(3) for point in of_seed(40.0, seed)]
   connected = [x for seed, m in enumerate(multipliers) for x in of_seed(40.0 * m**-0.08, seed)]
-  found = scaling.interval(plain, connected)
+  found = interval(plain, connected)
   np.testing.assert_allclose([*found.multipliers.values()], multipliers, rtol=1e-12)
   logarithms = np.log(multipliers)
   half = 4.302653 * logarithms.std(ddof=1) / 3**0.5  # the t of two degrees of freedom, to 6e-8
@@ -67,39 +83,39 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
       exact = law(factor, 0.08)
       noise = np.exp(0.002 * random.standard_normal(len(exact)))
       points.append([dataclasses.replace(x, loss=x.loss * n) for x, n in zip(exact, noise)])
-    found = scaling.interval(*points)
+    found = interval(*points)
     hits += np.log(found.low) <= truth <= np.log(found.high)
   assert 180 <= hits < 200  # 190 expected, with a standard deviation of 3
 
 
 def test_one_seed_has_no_interval():
-  assert str(scaling.interval(law(40.0, 0.08, seeds=[1]), law(38.0, 0.08, seeds=[1]))) == "one seed, so no interval"
+  assert str(interval(law(40.0, 0.08, seeds=[1]), law(38.0, 0.08, seeds=[1]))) == "one seed, so no interval"
 
 
 def test_an_interval_needs_a_common_seed():
   with pytest.raises(ConfigError, match="finished runs of no common seed"):
-    scaling.interval(law(40.0, 0.08, seeds=[0, 1]), law(38.0, 0.08, seeds=[2, 3]))
+    interval(law(40.0, 0.08, seeds=[0, 1]), law(38.0, 0.08, seeds=[2, 3]))
 
 
 def test_a_seed_whose_loss_rises_is_named():
   plain, connected = (law(factor * 1e-3, -0.08, seeds=[0]) + law(factor, 0.1, seeds=[1]) for factor in (40.0, 38.0))
   with pytest.raises(ConfigError, match=r"seed 0 alone: .*loss does not fall with compute"):
-    scaling.interval(plain, connected)
+    interval(plain, connected)
 
 
 def test_an_exponent_of_almost_zero_gives_an_infinite_multiplier():
-  assert scaling.Fit(40.0, 38.0, 1e-6).multiplier == np.inf
+  assert scaling.Fit({"plain": 40.0, "MUDD": 38.0}, 1e-6).multiplier("MUDD") == np.inf
 
 
 def test_too_few_sizes_are_refused():
   one = [point for point in law(40.0, 0.08) if point.size == "s"]
-  with pytest.raises(ConfigError, match="--connected has results of fewer than two sizes"):
-    scaling.fit(law(40.0, 0.08), one)
+  with pytest.raises(ConfigError, match="MUDD has results of fewer than two sizes"):
+    scaling.fit({"plain": law(40.0, 0.08), "MUDD": one})
 
 
 def test_loss_that_rises_with_compute_is_refused():
   with pytest.raises(ConfigError, match="does not fall with compute"):
-    scaling.fit(law(1.0, -0.05), law(0.9, -0.05))
+    scaling.fit({"plain": law(1.0, -0.05), "MUDD": law(0.9, -0.05)})
 
 
 PLAN = {
@@ -155,14 +171,29 @@ def test_the_command(tmp_path, monkeypatch, capsys):
   path, results = write_study(tmp_path)
   monkeypatch.setattr(sys, "argv", [str(runs.ROOT / "benchmarks" / "scaling.py")])  # which the written facts name
   files = ["--study", str(path), "--results", str(results.path), "--output", str(tmp_path / "fit")]
-  scaling.main([*files, "--plain", "plain_s,plain_l", "--connected", "mudd_s,mudd_l"])
+  scaling.main([*files, "plain=plain_s,plain_l", "MUDD=mudd_s,mudd_l"])
   text = (tmp_path / "fit.md").read_text()
-  assert f"**Compute multiplier: {(40 / 38) ** (1 / 0.08):.2f}**" in text
+  per_tflop = 1e12**0.08  # the losses above are of TFLOPs, a is of FLOPs
+  assert f"| plain | {40 * per_tflop:.3f} | 0.0800 | 1 |" in text
+  assert f"| MUDD | {38 * per_tflop:.3f} | 0.0800 | **{(40 / 38) ** (1 / 0.08):.2f}** | 95% interval" in text
   assert "from 2 seeds with" in text
-  assert "Fitted apart, the exponents are 0.0800 and 0.0800." in text
   assert "held-out nats per token" in text
   assert "![Fit](fit.png)" in text
   assert capsys.readouterr().out.strip() in text
   assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
   with pytest.raises(SystemExit, match="maxtext-mudd: mudd_xl has no finished run in"):
-    scaling.main([*files, "--plain", "plain_s,plain_l", "--connected", "mudd_s,mudd_xl"])
+    scaling.main([*files, "plain=plain_s,plain_l", "MUDD=mudd_s,mudd_xl"])
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["plain=a,b"], "plain is a single series"),
+    (["plain=a,b", "plain=c,d"], "there are two series plain"),
+    (["plain_64,plain_96", "MUDD=c,d"], "'plain_64,plain_96' is not a series; write NAME=MODEL,MODEL"),
+    (["plain=", "MUDD=c,d"], "'plain=' is not a series"),
+  ],
+)
+def test_bad_series_are_refused(arguments, message):
+  with pytest.raises(ConfigError, match=message):
+    scaling.read_series(arguments)

@@ -1,5 +1,6 @@
 """benchmarks/study.py: what it plans, what it refuses, what it keeps; and that its runs are paired."""
 
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,9 @@ import subprocess
 import sys
 import time
 
+from maxtext.configs import pyconfig
+from maxtext.input_pipeline.input_pipeline_interface import create_data_iterator
+from maxtext.utils import maxtext_utils
 import numpy as np
 import pytest
 from tensorboardX import SummaryWriter
@@ -268,6 +272,26 @@ def test_models_of_a_seed_start_from_the_same_shared_parameters():
       np.testing.assert_array_equal(connected[path], plain[path], err_msg=path)
       if not path.endswith("scale"):
         assert (plain[path] != other[path]).any(), path
+
+
+def test_models_of_a_seed_read_the_same_rows_in_the_same_order(tmp_path):
+  """And another seed reads others: then nothing would be shown."""
+  corpus = dict(file.split("=") for file in runs.build_corpus(tmp_path))
+  cells = study_plan.cells(study_plan.read(STUDIES / "table_5.yml"), STUDIES, {})
+
+  def rows(name, seed):
+    (cell,) = [cell for cell in cells if (cell.model, cell.seed) == (name, seed)]
+    config = pyconfig.initialize(["", str(cell.config)], **cell.keys, **corpus)
+    train, evaluation = create_data_iterator(config, maxtext_utils.get_mesh_from_config(config))
+    batches = [*itertools.islice(train, 3), *itertools.islice(evaluation, 1)]
+    return [np.asarray(batch["inputs"]) for batch in batches]
+
+  plain, mudd, other_seed = rows("plain", 0), rows("mudd", 0), rows("plain", 1)
+  assert not (plain[0] == plain[1]).all()
+  for one, another in zip(plain, mudd, strict=True):
+    np.testing.assert_array_equal(one, another)
+  assert all((one != another).any() for one, another in zip(plain[:3], other_seed[:3], strict=True))
+  np.testing.assert_array_equal(plain[3], other_seed[3], err_msg="all seeds are evaluated on the same rows")
 
 
 @pytest.mark.slow

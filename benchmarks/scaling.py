@@ -1,7 +1,7 @@
 """Fits loss against compute for several series of models, each of several sizes, and computes compute multipliers.
 
     .venv/bin/python benchmarks/scaling.py --study yaml/study/size.yml \\
-      plain=plain_64,plain_96,plain_128 MUDD=mudd_64,mudd_96,mudd_128
+      plain=plain_48,plain_64,plain_96 MUDD=mudd_48,mudd_64,mudd_96
 
 A series is a line of the picture: a kind of connection as in the paper's Fig. 3, a kind of connection at one depth as
 in Fig. 4, or a dense or a MoE model with or without connections as in Fig. 5. The compute multiplier of a series is the

@@ -37,6 +37,9 @@ CASES = {  # blocks, and the keys that differ from the defaults
   "extra embeddings": (9, {"mudd_extra_embeddings": 4, "mudd_embedding_groups": 2}),
 }
 
+# Each is like another one: "2x2" has the dilation, "placements" sources like those of a window and of the upper half.
+SLOW = ("one group", "a full group", "one way", "window", "dilation", "the upper half")
+
 
 def plan_of(blocks: int, **keys) -> Plan:
   """The plan of a MUDD model whose weight MLPs are as wide as they have weights."""
@@ -133,7 +136,7 @@ def rows():
       for recomputes in (False, True):
         for implementation in ("xla", "pallas_interpret"):
           label = ", ".join([name, *["pre-norm"] * has_norm, "recomputed" if recomputes else "kept", implementation])
-          is_fast = implementation == "xla" and recomputes and not has_norm
+          is_fast = implementation == "xla" and recomputes and not has_norm and name not in SLOW
           if name == "two groups and one aggregate":
             is_fast = implementation == "xla" or (recomputes and has_norm)
           marks = () if is_fast else pytest.mark.slow

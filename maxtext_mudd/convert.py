@@ -184,7 +184,9 @@ def _to_maxtext(convert: Callable, source: str, args: argparse.Namespace) -> str
   target = pathlib.Path(args.maxtext_dir).absolute()
   convert(pathlib.Path(source).absolute(), target, overrides=launch.read_overrides(args.overrides))
   path = target / model_folder.ITEMS
-  return f"{target}: {model_folder.CONFIG} describes the model, load_parameters_path={path} has its parameters"
+  if model_folder.is_model_folder(target):
+    return f"{target}: {model_folder.CONFIG} describes the model, load_parameters_path={path} has its parameters"
+  return f"{target}: load_parameters_path={path} has the parameters; set it beside the keys of this command"
 
 
 def _to_hf(args: argparse.Namespace) -> str:

@@ -69,7 +69,8 @@ def test_a_model_whose_layers_read_its_name(tmp_path, capsys):
   with pytest.raises(SystemExit):
     from_run(run, tmp_path / "m", *keys)
   assert capsys.readouterr().err.splitlines()[-1] == (
-    "maxtext-mudd: model_name=olmo3-7b: its layers read this name, which a model folder cannot hold."
+    "maxtext-mudd: model_name=olmo3-7b: its layers read this name, which a model folder cannot hold; use "
+    f"load_parameters_path={run / 'items'} with the keys of the run instead."
   )
   assert not (tmp_path / "m").exists()
 
@@ -86,7 +87,8 @@ def test_a_key_that_maxtext_would_read_otherwise(tmp_path, capsys, monkeypatch):
   with pytest.raises(SystemExit):
     from_run(run, tmp_path / "m")
   assert capsys.readouterr().err.splitlines()[-1] == (
-    "maxtext-mudd: normalize_embedding_logits=True cannot be kept in a model folder: MaxText would read False from it."
+    "maxtext-mudd: normalize_embedding_logits=True cannot be kept in a model folder: MaxText would read False from it; "
+    f"use load_parameters_path={run / 'items'} with the keys of the run instead."
   )
   assert not (tmp_path / "m").exists()
 

@@ -61,12 +61,15 @@ def written(keys) -> list[str]:
   return [f"{key}={str(x).lower() if isinstance(x, bool) else x}".replace("'", "") for key, x in keys.items()]
 
 
+def keys_of(block: str, **keys) -> dict:
+  of_block = OTHERS[block] if block in OTHERS else BLOCKS[block][0]
+  return models.SMALL | {"decoder_block": block} | of_block | {"remat_policy": "none", **keys}
+
+
 def config_file(folder: pathlib.Path, block: str = "llama2", **keys) -> str:
   """A file of the small models of the tests."""
   file = folder / f"{block}.yml"
-  of_block = OTHERS[block] if block in OTHERS else BLOCKS[block][0]
-  keys = models.SMALL | {"decoder_block": block} | of_block | {"remat_policy": "none", **keys}
-  file.write_text(yaml.safe_dump({"base_config": "base.yml", **keys}))
+  file.write_text(yaml.safe_dump({"base_config": "base.yml", **keys_of(block, **keys)}))
   return str(file)
 
 
@@ -99,8 +102,11 @@ def read(folder: pathlib.Path, **overrides):
   keys = model_folder.read_keys(folder) | model_config.local_keys()
   keys |= {key: models.SMALL[key] for key in ("max_target_length", "per_device_batch_size")}
   overrides |= {"remat_policy": "none", "attention": "dot_product", "dtype": "float32"}
-  cfg = model_config.build(keys | overrides)
-  return cfg, {name: tensor.read() for name, tensor in orbax_folder.parameters(folder / "items").items()}
+  return model_config.build(keys | overrides), read_parameters(folder)
+
+
+def read_parameters(folder: pathlib.Path):
+  return {name: tensor.read() for name, tensor in orbax_folder.parameters(folder / "items").items()}
 
 
 def op_by_op(model, data):
@@ -108,11 +114,15 @@ def op_by_op(model, data):
     return np.asarray(models.logits(model, data))
 
 
-def check_logits(folder: pathlib.Path, plain, tolerance: float = 0) -> None:
-  """Bit for bit, op by op: under jit the compiler may fuse the sums of two models in different ways."""
-  cfg, values = read(folder)
+def check_logits(folder: pathlib.Path, plain, tolerance: float = 0, cfg=None) -> None:
+  """Bit for bit, op by op: under jit the compiler may fuse the sums of two models in different ways.
+
+  Args:
+    cfg: the configuration of the new model; default: that of the folder.
+  """
+  cfg = cfg or read(folder)[0]
   model = models.build(cfg)
-  models.set_parameters(model, values)
+  models.set_parameters(model, read_parameters(folder))
   data = packed(cfg)
   expected = op_by_op(plain, data)
   assert np.std(expected) > 0.1
@@ -178,19 +188,23 @@ def test_families(family, tmp_path):
   check_parameters(target, values, seed=7)
 
 
-# A model folder has no name of a model, and no kind of attention.
-UNNAMED = {"gemma4_small": {"model_name": "default", "base_num_decoder_layers": 8, "num_kv_shared_layers": 1}}
-NOT_IN_FOLDERS = ("gemma3", "deepseek4", "deepseek, indexer")
-UPCYCLED = [*((x, "single") for x in BLOCKS), *(case for case in LAYOUTS if case[0] not in NOT_IN_FOLDERS)]
+# model.yml cannot hold the name of the model, which its layers read: the command writes the parameters alone.
+WITHOUT_MODEL_YML = ("gemma3", "gemma4_small", "deepseek4")
+UPCYCLED = [*((x, "single") for x in BLOCKS), *LAYOUTS]
 
 
 @pytest.mark.parametrize(("block", "layout"), slow_but([("pythia", "single")], UPCYCLED))
 def test_upcycled_blocks(block, layout, tmp_path):
-  keys = {"scan_layers": layout == "scanned", **UNNAMED.get(block, {})}
+  keys = {"scan_layers": layout == "scanned"}
   plain, values = trained(block=block, **keys)
   source, target = save(tmp_path / "stock", values), tmp_path / "m"
-  upcycle(source, target, config_file(tmp_path, block, **keys), "mudd=true")
-  check_logits(target, plain, 5e-5 if block in FUSED else 0)  # as tests/test_blocks.py
+  cfg, sizes = None, []
+  if block in WITHOUT_MODEL_YML:
+    cfg = config_of(block, mudd=True, remat_policy="none", **keys)
+    sizes = written(keys_of(block, **keys))  # which win over those of a model's name on the command line only
+  upcycle(source, target, config_file(tmp_path, block, **keys), "mudd=true", *sizes)
+  assert (target / "model.yml").exists() == (cfg is None)
+  check_logits(target, plain, 5e-5 if block in FUSED else 0, cfg)  # as tests/test_blocks.py
 
 
 @pytest.mark.parametrize(("before", "after"), slow_but([(True, True)], [(True, True), (True, False), (False, True)]))

@@ -183,11 +183,12 @@ def _check_overrides(overrides: Mapping[str, Any]) -> None:
       )
 
 
-def save(path: pathlib.Path, config, parameters: Mapping[str, jax.Array], keys: Mapping[str, Any]) -> None:
+def save(path: pathlib.Path, config, parameters: Mapping[str, jax.Array], keys: Mapping[str, Any] | None) -> None:
   """Writes model.yml and the parameters, as MaxText's `save_params_to_path` does, with fewer copies at a time.
 
   Args:
     parameters: values by path.
+    keys: those of model.yml; None: it is not written.
 
   Raises:
     OSError: Orbax failed.
@@ -198,7 +199,8 @@ def save(path: pathlib.Path, config, parameters: Mapping[str, jax.Array], keys: 
       ocp.save(path, {"params": {"params": nested}}, checkpointable_name=ITEMS, overwrite=True)
   except Exception as error:  # Orbax has no base class for its errors
     raise OSError(brief(error)) from error
-  (path / CONFIG).write_text(yaml.safe_dump({"base_config": model_config.BASE, **keys}, sort_keys=False))
+  if keys is not None:
+    (path / CONFIG).write_text(yaml.safe_dump({"base_config": model_config.BASE, **keys}, sort_keys=False))
 
 
 def _orbax_context(config, parameters) -> ocp.Context:

@@ -23,7 +23,7 @@ from maxtext_mudd.config.errors import ConfigError
 
 # Beginnings of `model_name` whose layers read this key. A model folder cannot keep the key: MaxText would check the
 # folder's keys against its own configuration file of that name.
-_READ_BY_NAME = ("deepseek3", "deepseek4", "gemma3", "gemma4-e", "kimi-k2", "olmo3", "llama4", "qwen3-omni")
+_READ_BY_NAME = ("deepseek3", "deepseek4", "gemma3", "gemma4", "kimi-k2", "olmo3", "llama4", "qwen3-omni")
 
 
 def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, overrides: Mapping[str, Any]) -> None:
@@ -45,7 +45,10 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
   config = pyconfig.initialize(["", config_file], **{**overrides, **model_config.local_keys()})
   _check_layout(path, scanned, config.scan_layers)
   parameters.check({name: x.shape for name, x in saved.items()}, model_config.parameter_shapes(config), str(path))
-  write(path, saved, config, target)
+  keys = folder_keys(config)
+  if reason := why_not_in_folder(config, keys):
+    raise ConfigError(f"{reason}; use load_parameters_path={path} with the keys of the run instead.")
+  write(path, saved, config, target, keys)
 
 
 def items_of(checkpoint: pathlib.Path) -> pathlib.Path:
@@ -67,6 +70,7 @@ def write(
   saved: Mapping[str, tensors.Tensor],
   config,
   target: pathlib.Path,
+  keys: Mapping[str, Any] | None,
   arrange: Callable[[Mapping[str, np.ndarray]], Iterable[tuple[str, np.ndarray]]] = Mapping.items,
 ) -> None:
   """Writes the model folder `target` with saved parameters, the keys of their model and its tokenizer.
@@ -74,18 +78,21 @@ def write(
   Args:
     path: the folder of the parameters, for messages.
     saved: the parameters by path.
+    keys: those of `folder_keys`; None: the folder gets the parameters only.
     arrange: the parameters of the new model as (path, value), from those in `saved`, which are read when looked up;
       default: the same.
 
   Raises:
     ConfigError: as `from_run`.
   """
-  keys = _keys(config) | tokenizers.run_keys(config, target.absolute() / model_folder.TOKENIZER)
+  if keys is not None:
+    keys = {**keys, **tokenizers.run_keys(config, target.absolute() / model_folder.TOKENIZER)}
   size = sum(tensor.size for tensor in saved.values())
   with staged(target) as stage, tqdm.tqdm(total=size, unit="B", unit_scale=True, desc=str(path)) as bar:
     values = tensors.LazyArrays({name: tensor.read for name, tensor in saved.items()}, bar.update)
     model_folder.save(stage, config, model_folder.check_parameters(config, arrange(values), path), keys)
-    tokenizers.copy_run_tokenizer(config, stage / model_folder.TOKENIZER)
+    if keys is not None:
+      tokenizers.copy_run_tokenizer(config, stage / model_folder.TOKENIZER)
 
 
 def _check_layout(path: pathlib.Path, scanned: bool, configured: bool) -> None:
@@ -97,22 +104,24 @@ def _check_layout(path: pathlib.Path, scanned: bool, configured: bool) -> None:
     )
 
 
-def _keys(config) -> dict[str, Any]:
+def folder_keys(config) -> dict[str, Any]:
   """The keys that describe the model and whose values differ from MaxText's defaults."""
-  name = config.model_name
-  if name.startswith(_READ_BY_NAME):
-    raise ConfigError(f"model_name={name}: its layers read this name, which a model folder cannot hold.")
   values, defaults = (x.get_keys() for x in (config, model_config.build(model_config.local_keys())))
   keys = {key: model_keys.plain(values[key]) for key in sorted(model_keys.KEYS) if values[key] != defaults[key]}
-  if name.startswith("llama3.1"):  # MaxText chooses Llama 3.1's rotary embedding by this name
+  if config.model_name.startswith("llama3.1"):  # MaxText chooses Llama 3.1's rotary embedding by this name
     keys["rope_type"] = "llama3.1"
-  if config.moba:  # other attentions ignore it
+  if config.moba or config.use_indexer:  # other attentions ignore the first, and MaxText refuses them with the second
     keys["attention"] = config.attention
-  keys |= {"scan_layers": config.scan_layers, "enable_dropout": False}  # stated even where they are the defaults
-  restored = model_config.build(keys | model_config.local_keys()).get_keys()
+  return keys | {"scan_layers": config.scan_layers, "enable_dropout": False}  # stated even where they are the defaults
+
+
+def why_not_in_folder(config, keys: Mapping[str, Any]) -> str | None:
+  """Why MaxText would not build the model of a configuration from these keys; None: it would."""
+  name = config.model_name
+  if name.startswith(_READ_BY_NAME):
+    return f"model_name={name}: its layers read this name, which a model folder cannot hold"
+  values, restored = config.get_keys(), model_config.build({**keys, **model_config.local_keys()}).get_keys()
   for key in sorted(model_keys.FUNCTION - keys.keys()):
     if restored[key] != values[key]:
-      raise ConfigError(
-        f"{key}={values[key]} cannot be kept in a model folder: MaxText would read {restored[key]} from it."
-      )
-  return keys
+      return f"{key}={values[key]} cannot be kept in a model folder: MaxText would read {restored[key]} from it"
+  return None

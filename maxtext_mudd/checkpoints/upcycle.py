@@ -36,7 +36,8 @@ _MOMENTS, _OTHER_STATE = "opt_state/", "nnx_aux/"
 def to_model_folder(
   checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, overrides: Mapping[str, Any]
 ) -> None:
-  """Writes the model folder `target` with the parameters of a plain model and new connections.
+  """Writes the model folder `target` with the parameters of a plain model and new connections, without model.yml if no
+  such file can describe the model.
 
   Args:
     checkpoint: OUTPUT/RUN/checkpoints/STEP, or a folder of parameters.
@@ -52,7 +53,10 @@ def to_model_folder(
   config = pyconfig.initialize(["", config_file], **{**overrides, **model_config.local_keys()})
   parameters.check_state(config)
   saved = _plain_parameters(path, config)
-  run.write(path, saved, config, target, lambda values: _with_connections(values, config))
+  keys = run.folder_keys(config)
+  if run.why_not_in_folder(config, keys):
+    keys = None
+  run.write(path, saved, config, target, keys, lambda values: _with_connections(values, config))
 
 
 def to_run(checkpoint: pathlib.Path, target: pathlib.Path, config) -> int:

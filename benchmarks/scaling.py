@@ -180,6 +180,8 @@ def draw(series: dict[str, list[Point]], fitted: Fit, unit: str, path: pathlib.P
     axes.plot([p.compute for p in points], [p.loss for p in points], "o", color=f"C{number}", label=label)
     axes.plot(span, fitted.loss(name, span), color=f"C{number}", linewidth=1)
   axes.set(xscale="log", yscale="log", xlabel="training compute, FLOPs", ylabel=f"held-out {unit}")
+  for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+    which("{x:g}")  # losses are of one order of magnitude
   axes.grid(alpha=0.3, which="both")
   axes.legend()
   figure.savefig(path, dpi=110)

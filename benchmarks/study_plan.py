@@ -26,7 +26,7 @@ class Model(pydantic.BaseModel):
   Attributes:
     config: configuration file, relative to the folder of the study's file; default: the study's.
     keys: keys that the model sets on top of those of the study.
-    against: the model that it is compared with; default: the study's baseline.
+    against: the model that it is compared with; its own name: none; default: the study's baseline.
     paper: the perplexity that the paper reports for it.
     same_time_as: another model. The model gets as many steps as it can do in the time that the other model takes, by
       the step times that `--time` has measured. It needs `tokens` above 0.

@@ -96,7 +96,7 @@ class Summary:
     rows: results of its runs.
     losses: final held-out loss of each run that is not dead, by seed.
     dead: seeds of the dead runs.
-    against: name of the model that it is compared with; empty for the baseline.
+    against: name of the model that it is compared with; empty for none, as of the baseline.
     pairs: seeds of the runs that are compared one by one with those of that model, on the same corpus.
     difference: difference to that model; None if one of the two has dead runs or no runs.
   """
@@ -140,8 +140,9 @@ def summarise(study, cells, results) -> list[Summary]:
 
 
 def against_of(study, name: str) -> str:
-  """The model that a model is compared with; empty for the baseline."""
-  return "" if name == study.baseline else study.models[name].against or study.baseline
+  """The model that a model is compared with; empty for none, as of the baseline."""
+  against = study.models[name].against or study.baseline
+  return "" if name in (against, study.baseline) else against
 
 
 def compared(rate: float, name: str, against: str, rows, losses) -> tuple[list[int], Difference | None]:
@@ -371,7 +372,8 @@ def write(study, cells, results, file: pathlib.Path) -> str:
     for row in results.rows()
     if row["kind"] == "timing"
   ]
-  length = f"about {study.tokens:,}" if study.tokens else "as configured"
+  lengths = sorted({model.tokens or study.tokens for model in study.models.values()})
+  length = ", ".join(f"about {tokens:,}" if tokens else "as configured" for tokens in lengths)
   text = (
     f"# {results.path.stem}\n\n- command: `python benchmarks/study.py {file.as_posix()}`, then `--report`\n"
     f"- tokens of a run: {length}; seeds: {', '.join(map(str, study.seeds))}\n"

@@ -15,29 +15,39 @@ BEGIN, END = "<!-- written by docs/decoders.py -->", "<!-- end -->"
 EACH_STREAM = "each stream matters"
 # By feature, the tests that show it.
 FEATURES = {
-  "starts as stock": ["test_starts_as_the_stock_model"],
-  "equals the float64 reference": ["test_equals_the_oracle"],
-  EACH_STREAM: ["test_each_stream_of_a_layer_matters", "test_equals_the_oracle"],  # which swaps streams
-  "gradient by finite differences": ["test_gradient"],
-  "scanned = single": ["test_same_as_single_layers"],
-  "trains": ["test_trains"],
-  "decodes": ["test_generates_what_teacher_forcing_says"],
-  "mesh of 8 = one device": ["test_other_blocks"],
-  "quantized as stock": ["test_starts_as_the_quantized_stock_model"],
-  "upcycles": ["test_upcycled_blocks"],
+  "starts as stock": [
+    "test_blocks.test_starts_as_the_stock_model",
+    "test_simple_blocks.test_starts_as_the_stock_model",
+  ],
+  "equals the float64 reference": ["test_blocks.test_equals_the_oracle", "test_simple_blocks.test_equals_the_oracle"],
+  EACH_STREAM: [
+    "test_block_layers.test_each_stream_of_a_layer_matters",
+    "test_blocks.test_equals_the_oracle",  # which swaps streams
+  ],
+  "gradient by finite differences": ["test_block_layers.test_gradient"],
+  "scanned = single": ["test_scan.test_same_as_single_layers"],
+  "trains": ["test_block_layers.test_trains", "test_simple_blocks.test_trains"],
+  "decodes": [
+    "test_block_layers.test_generates_what_teacher_forcing_says",
+    "test_simple_blocks.test_generates_what_teacher_forcing_says",
+  ],
+  "mesh of 8 = one device": ["test_meshes.test_other_blocks"],
+  "quantized as stock": ["test_quantization.test_starts_as_the_quantized_stock_model"],
+  "upcycles": ["test_upcycle.test_upcycled_blocks"],
 }
 PASSED, FAILED, MISSING = "yes", "**no**", ""
 
 
 def results(files: list[pathlib.Path]) -> dict[tuple[str, str], bool]:
-  """Whether a test passed, by (name of its function, its parameters). A test that was skipped has no result."""
+  """Whether a test passed, by (its file and function, its parameters). A test that was skipped has no result."""
   found = {}
   for file in files:
     for case in ET.parse(file).getroot().iter("testcase"):
       name, _, parameters = (case.get("name") or "").partition("[")
       if case.find("skipped") is None:
         passed = case.find("failure") is None and case.find("error") is None
-        found[name, parameters.removesuffix("]")] = passed
+        file = case.get("classname").rpartition(".")[2]
+        found[f"{file}.{name}", parameters.removesuffix("]")] = passed
   return found
 
 

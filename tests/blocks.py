@@ -87,7 +87,9 @@ OTHERS = {
     "base_num_kv_heads": 1,
     "sliding_window_size": 4,
   },
-  "gpt_oss": MOE | CYCLES | {"sliding_window_size": 4, "attention_sink": True, "attention_bias": True},
+  "gpt_oss": MOE
+  | CYCLES
+  | {"sliding_window_size": 4, "attention_sink": True, "attention_bias": True, "routed_bias": True, "mlp_bias": True},
   "llama4": MOE
   | CYCLES
   | {

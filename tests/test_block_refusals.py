@@ -17,6 +17,7 @@ DEEPSEEK4 = (
   "first_num_hash_layers=2",
   "compress_ratios=[0,4,128,4]",
 )
+EXPERTS = ("num_experts=4", "num_experts_per_tok=1", "base_moe_mlp_dim=64")
 OLMO3 = ("decoder_block=olmo3", "mudd_init=stock", "mudd_ffn_reallocation=false", "scan_layers=true")
 GEMMA2 = ("decoder_block=gemma2", "mudd_init=stock", "mudd_ffn_reallocation=false")  # of four blocks
 SIMPLE = ("decoder_block=simple", "mudd_init=stock", "mudd_ffn_reallocation=false")
@@ -24,8 +25,8 @@ GEMMA4_SMALL = ("decoder_block=gemma4_small", "mudd_init=stock", "mudd_ffn_reall
 MISTAKES = {
   "re-allocated FFNs": (
     [*GPT_OSS, "mudd_ffn_reallocation=true"],
-    "mudd_ffn_reallocation=True does not work with decoder_block='gpt_oss': MaxText builds its layers with one "
-    "width; set mudd_ffn_reallocation=False.",
+    "mudd_ffn_reallocation=True does not work with decoder_block='gpt_oss': widths are re-allocated in llama2, "
+    "mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma, gpt3 only; set mudd_ffn_reallocation=False.",
   ),
   "FFNs in parts": (
     [*GPT_OSS, "mudd_ffn_parts=2"],
@@ -46,6 +47,19 @@ MISTAKES = {
     ["decoder_block=llama4", *GPT_OSS[1:], "scan_layers=true", "mtp_num_layers=1"],
     "mtp_num_layers=1 does not work with scan_layers=True and decoder_block='llama4': each block of multi-token "
     "prediction would be a whole cycle of layers; set scan_layers=False.",
+  ),
+  "a cycle shorter than the pattern of its layers": (
+    ["decoder_block=envy", *GPT_OSS[1:], "scan_layers=true", "interleave_moe_layer_step=2", *EXPERTS],
+    "inhomogeneous_layer_cycle_interval=1 does not work with scan_layers=True and decoder_block='envy': the kinds of "
+    "its layers come again after 2; use a multiple of 2.",
+  ),
+  "the least common multiple of two patterns": (
+    [
+      *("decoder_block=llama4", *GPT_OSS[1:], "scan_layers=true", "inhomogeneous_layer_cycle_interval=3"),
+      *("nope_layer_interval=3", "interleave_moe_layer_step=2", *EXPERTS),
+    ],
+    "inhomogeneous_layer_cycle_interval=3 does not work with scan_layers=True and decoder_block='llama4': the kinds of "
+    "its layers come again after 6; use a multiple of 6.",
   ),
   "other projections": (
     [*DEEPSEEK, "fused_qkv=true"],
@@ -141,7 +155,7 @@ MISTAKES = {
   "cycles of a block that has none": (
     ["scan_layers=true", "mudd_ffn_reallocation=false", "mudd_init=stock", "inhomogeneous_layer_cycle_interval=2"],
     "inhomogeneous_layer_cycle_interval=2 does not work with mudd=True and decoder_block='llama2': MaxText scans its "
-    "layers one by one and would leave some out; set it to 1.",
+    "layers one by one; set it to 1.",
   ),
   "cycles of another length": (
     [
@@ -157,7 +171,7 @@ MISTAKES = {
   "cycles of pairs": (
     [*GEMMA2, "scan_layers=true", "inhomogeneous_layer_cycle_interval=2"],
     "inhomogeneous_layer_cycle_interval=2 does not work with mudd=True and decoder_block='gemma2': MaxText scans its "
-    "layers one by one and would leave some out; set it to 1.",
+    "layers one by one; set it to 1.",
   ),
   "dropout of pairs": (
     [*GEMMA2, "enable_dropout=true", "dropout_rate=0.1"],

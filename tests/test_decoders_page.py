@@ -7,11 +7,12 @@ from tests.blocks import BLOCKS, OTHERS, SIMPLE
 
 ROOT = pathlib.Path(__file__).parents[1]
 JUNIT = """<testsuites><testsuite>
-<testcase name="test_trains[qwen3-adamw-single]"/>
-<testcase name="test_trains[qwen3-adamw-scanned]"><failure/></testcase>
-<testcase name="test_trains[qwen3_moe-adamw-single]"/>
-<testcase name="test_gradient[deepseek, indexer]"/>
-<testcase name="test_gradient[deepseek]"><skipped/></testcase>
+<testcase classname="tests.test_block_layers" name="test_trains[qwen3-adamw-single]"/>
+<testcase classname="tests.test_block_layers" name="test_trains[qwen3-adamw-scanned]"><failure/></testcase>
+<testcase classname="tests.test_block_layers" name="test_trains[qwen3_moe-adamw-single]"/>
+<testcase classname="tests.test_multimodal" name="test_trains[deepseek]"/>
+<testcase classname="tests.test_block_layers" name="test_gradient[deepseek, indexer]"/>
+<testcase classname="tests.test_block_layers" name="test_gradient[deepseek]"><skipped/></testcase>
 </testsuite></testsuites>"""
 
 
@@ -24,6 +25,7 @@ def test_table(tmp_path):
   cells = {block: dict(zip(page["FEATURES"], row.split(" | ")[1:])) for block, row in zip(blocks, rows)}
   assert cells["qwen3"]["trains"] == "**no**"
   assert cells["qwen3_moe"]["trains"] == "yes"
+  assert cells["deepseek"]["trains"] == "", "the test of another file counts for another feature"
   feature = "gradient by finite differences"
   assert [cells[block][feature] for block in blocks] == ["", "", "", "yes"]
 

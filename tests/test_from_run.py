@@ -15,11 +15,12 @@ import pytest
 import yaml
 
 from maxtext_mudd import convert
-from maxtext_mudd.checkpoints import model_config, model_folder, model_keys, tokenizers
+from maxtext_mudd.checkpoints import model_config, model_folder, model_keys, parameters, tokenizers
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.config.keys import MuddKeys
 from maxtext_mudd.config.optimizer import OptimizerKeys
 from tests import runs
+from tests.blocks import config_of
 from tests.published import BYTES
 
 
@@ -176,3 +177,13 @@ def test_a_run_s_keys_are_its_model_s(tmp_path):
     ConfigError, match="routed_score_func=sigmoid: the model in m has routed_score_func=; leave it out"
   ):
     model_config.with_overrides(keys, {"routed_score_func": "sigmoid"}, pathlib.Path("m"))
+
+
+def test_state_that_is_no_parameter():
+  """Router biases are, but in models of these names."""
+  parameters.check_state(config_of("gpt_oss", mudd=True))
+  keys = {"model_name": "deepseek3-tiny", "override_model_config": True, "routed_bias": True}
+  with pytest.raises(
+    ConfigError, match=r"^routed_bias=True and model_name=deepseek3-tiny: the biases of routers are not"
+  ):
+    parameters.check_state(config_of("deepseek", mudd=True, **keys))

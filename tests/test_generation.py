@@ -15,7 +15,7 @@ from maxtext_mudd import convert, decode
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.inference import generation
 from tests import models, runs
-from tests.blocks import MOE, OTHERS
+from tests.blocks import MOE, OTHERS, config_of
 
 FAST = (("muddformer_tiny", False),)
 SLOW = (("muddformer_tiny", True), ("muddpythia_tiny", False), ("muddpythia_tiny", True))
@@ -230,6 +230,22 @@ def test_refusals_of_the_command(tmp_path):
     with pytest.raises(ConfigError) as refused:
       decode.check_decoding(models.config(**keys))
     assert str(refused.value) == message
+
+
+def test_windows_that_are_shorter_than_the_text_are_refused():
+  """Padding counts: a prompt of 20 tokens takes 32 slots, of which MaxText's decoding sees the last ones."""
+  for prompt, new, needed in ((8, 4, 16), (20, 4, 32), (20, 14, 34)):
+    config = config_of("gpt_oss", mudd=True, sliding_window_size=needed - 1, max_target_length=64)
+    with pytest.raises(ConfigError) as refused:
+      generation.check([[1], [1] * prompt], new, config)
+    assert str(refused.value) == (
+      f"sliding_window_size={needed - 1}: MaxText decodes other functions than it trains where a window is shorter "
+      f"than prompt and new tokens, which need {needed} here with padding; use a shorter prompt, a lower "
+      "max_new_tokens, or logits."
+    )
+    generation.check([[1] * prompt], new, config_of("gpt_oss", sliding_window_size=needed, max_target_length=64))
+  for block in ("gemma", "mistral", "envy"):  # have no windows
+    generation.check([[1] * 8], 4, config_of(block, sliding_window_size=4))
 
 
 TEXT = "def f(x): # [a] "  # as YAML it would be something else

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import maxtext_mudd
-from maxtext_mudd.checkpoints import layout
+from maxtext_mudd.checkpoints import layout, model_config
 from maxtext_mudd.model import counts
 from maxtext_mudd.model.instability import GRADIENT_NORM, LARGEST_WEIGHT, TOTALS
 from tests import models, mtp_oracle, steps
+from tests.blocks import BLOCKS, OTHERS, config_of
 from tests.mtp_oracle import Arch
 from tests.scanning import BOTH_NORMS, CONNECTED_MTP, random_values, run
 
@@ -71,6 +72,23 @@ def test_starts_as_mtp_of_the_hidden_state(norms, scan):
   np.testing.assert_array_equal(logits["connected"], logits["head"])
   assert losses["head"] > 0
   assert losses["connected"] == pytest.approx(losses["head"], rel=1e-6)
+
+
+WITHOUT_MTP = ("qwen2", "qwen3", "qwen3_moe", "pythia", "gpt_oss", "olmo3", "deepseek, mHC", "deepseek4")
+WITHOUT_MTP += ("qwen3_next", "qwen3_5", "qwen3_custom_moe")
+SINGLE_ONLY = ("gemma4", "gemma4, experts", "gemma4, tied values", "gemma4_small", "llama4", "envy")
+
+
+@pytest.mark.parametrize("block", [*BLOCKS, *OTHERS])
+def test_blocks_have_mtp_or_refuse_it(block):
+  """Whether MaxText can build the layer shows when it does; shapes are enough for that."""
+  for scan in (False, True):
+    keys = {"mudd": True, "mtp_num_layers": 1, "scan_layers": scan}
+    if block in WITHOUT_MTP or (scan and block in SINGLE_ONLY):
+      with pytest.raises(ValueError, match=r"MTP|mtp_num_layers|scan_layers"):
+        config_of(block, **keys)
+    else:
+      assert any(path.startswith("mtp_block/") for path in model_config.parameter_shapes(config_of(block, **keys)))
 
 
 @pytest.fixture(scope="module")

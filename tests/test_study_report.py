@@ -93,6 +93,22 @@ def test_divergence_is_measured_by_the_model_beside_it(report, tmp_path):
   assert (tmp_path / "deep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_that_is_its_own_measure_is_compared_with_none(report, tmp_path):
+  """A smaller plain model: next to the baseline it would count as diverged."""
+  plan, cells, results = report
+  models = {"plain": {}, "better": {"against": "better"}, "same": {"against": "better"}, "broken": {}}
+  plan = study_plan.Study(**plan.model_dump() | {"models": models})
+  changed = study.Results(tmp_path / "sizes.jsonl")
+  finals = {"plain": [2.0, 2.0, 2.1], "better": [3.0, 3.1, 3.0], "same": [2.8, 3.0, 2.9], "broken": [3.0, 3.0, 3.0]}
+  for row in results.rows():
+    changed.append(row | {"dead": None, "held_out": {"100": finals[row["model"]][row["seed"]]}})
+  summaries = {x.model: x for x in study_report.summarise(plan, cells, changed)}
+  assert [len(summaries[name].dead) for name in models] == [0, 0, 0, 3]
+  assert summaries["better"].difference is None
+  np.testing.assert_allclose(summaries["same"].difference.mean, -2 / 15, rtol=1e-13)
+  assert study_report.groups(plan) == {"plain": ["plain", "broken"], "better": ["better", "same"]}
+
+
 def test_further_comparisons(report, tmp_path):
   plan, cells, results = report
   plan = study_plan.Study(**plan.model_dump() | {"compare": [("better", "same"), ("same", "broken")]})

@@ -163,6 +163,30 @@ def test_router_bias_is_refused_by_name():
     models.config(**TINY, decoder_block="mixtral", **MOE, routed_bias=True, routed_bias_update_rate=0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("block", ["deepseek", "deepseek4"])
+def test_router_biases_are_updated_as_in_stock(block, scan):
+  """Of single layers of deepseek MaxText updates those of the first layer of experts alone."""
+  keys = {"model_name": "deepseek3-tiny", "override_model_config": True} if block == "deepseek" else {}
+
+  def moves(**more):
+    cfg = config_of(block, routed_bias=True, routed_bias_update_rate=0.5, scan_layers=scan, **keys, **more)
+    step, state = steps.prepare(cfg)
+
+    def biases(state):
+      flat = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(state["model"])}
+      return {path: np.asarray(x.get_value()) for path, x in flat.items() if path.endswith("gate/bias")}
+
+    before = biases(state)
+    after = biases(step(state, models.batch(cfg))[0])
+    return {path: np.abs(x - before[path]).max() for path, x in after.items()}
+
+  stock, found = moves(), moves(mudd=True)
+  assert max(stock.values()) == 0.5
+  assert found == stock
+
+
 def train_step_metrics(cfg, data=None):
   """Scalars of one train step of a random model on a batch, random if not given, as MaxText logs them."""
   step, state = steps.prepare(cfg)

@@ -10,6 +10,7 @@ No JAX and no MaxText here: command lines are checked before these are imported.
 
 import dataclasses
 import functools
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Cycle:
       `local_layers`, and the last is `global_layer`.
     length: Layers in a cycle; None: `inhomogeneous_layer_cycle_interval`.
     name: The attribute of the decoder that has the cycles.
-    pattern: The kinds of layers come again after so many layers; the length of a cycle is a multiple of it.
+    pattern: The kinds of layers come again after so many layers, or after the least common multiple of the values of
+      these keys; the length of a cycle is a multiple of it.
     has_remainder: Layers after the last whole cycle are in `layers_remainder`. In other blocks MaxText leaves them out.
     sides: Suffixes of the modules of a layer of MaxText that computes several blocks, in the order in which they run:
       "local" and "global". That layer is a cycle, scanned or single. Empty: a layer is one block.
@@ -31,7 +33,7 @@ class Cycle:
   member: str | None
   length: int | None = None
   name: str = "layers"
-  pattern: int = 1
+  pattern: int | tuple[str, ...] = 1
   has_remainder: bool = False
   sides: tuple[str, ...] = ()
   singles_first: str | None = None
@@ -63,6 +65,8 @@ class BlockSpec:
     is_tied: Every layer has one projection of keys and values.
     uses_earlier_kv: With `num_kv_shared_layers` n, the last n layers use keys and values of earlier ones. They have no
       projections of keys and values, and read q and r only.
+    window: The key that limits what some layers attend to: to so many tokens, or to chunks of so many. None: there is
+      no such key.
     takes_mtp: MaxText can build a single layer of it for multi-token prediction.
     takes_fused_qkv: `fused_qkv` makes one projection of queries, keys and values.
     is_released: It is the block of the authors' PyTorch MUDDFormer, up to the factor of `scales_query_kernel`.
@@ -88,6 +92,7 @@ class BlockSpec:
   tied_every: int | None = None
   uses_earlier_kv: bool = False
   is_tied: bool = False
+  window: str | None = None
   takes_mtp: bool = True
   takes_fused_qkv: bool = True
   is_released: bool = False
@@ -103,7 +108,8 @@ class BlockSpec:
 
 _PYTHIA = "pythia"
 
-_gemma = functools.partial(BlockSpec, "pre_self_attention_norm", "pre_ffw_norm", is_plain=False)
+_SLIDING = "sliding_window_size"
+_gemma = functools.partial(BlockSpec, "pre_self_attention_norm", "pre_ffw_norm", window=_SLIDING, is_plain=False)
 _hybrid = functools.partial(
   BlockSpec,
   "input_layernorm",
@@ -115,25 +121,32 @@ _hybrid = functools.partial(
   is_plain=False,
 )
 _simple = BlockSpec(None, None, attention=None, takes_mtp=False, takes_fused_qkv=False, is_plain=False)
-_in_cycles = functools.partial(BlockSpec, is_plain=False, cycle=Cycle("layers"))
+_in_cycles = functools.partial(BlockSpec, is_plain=False)
 
 # By `decoder_block`, but for pythia.
 BLOCKS = {
   "llama2": BlockSpec(scales_query_kernel=True, is_released=True),
   "mistral": BlockSpec(scales_query_kernel=True, is_released=True),
   "mixtral": BlockSpec(scales_query_kernel=True),
-  "qwen2": BlockSpec(takes_attention_bias=True, takes_qk_norm=True),
-  "qwen3": BlockSpec(takes_qk_norm=True, is_released=True),
-  "qwen3_moe": BlockSpec(takes_qk_norm=True),
-  "gemma": _gemma(scales_query_kernel=True, is_plain=True),
+  "qwen2": BlockSpec(takes_attention_bias=True, takes_qk_norm=True, takes_mtp=False),
+  "qwen3": BlockSpec(takes_qk_norm=True, takes_mtp=False, is_released=True),
+  "qwen3_moe": BlockSpec(takes_qk_norm=True, takes_mtp=False),
+  "gemma": _gemma(scales_query_kernel=True, window=None, is_plain=True),
   "gemma2": _gemma(cycle=Cycle("half", 2, sides=("local", "global"))),
   "gemma3": _gemma(cycle=Cycle("layers", 6, has_remainder=True)),
   "gemma4": _gemma(scales_output=True, tied_every=6, cycle=Cycle(None, 6, "scanned_blocks", has_remainder=True)),
   "gemma4_small": _gemma(scales_output=True, uses_earlier_kv=True, takes_fused_qkv=False),
-  "gpt_oss": _in_cycles(attention="GptOssAttention", takes_mtp=False, cycle=Cycle("layers", pattern=2)),
-  "llama4": _in_cycles(),
-  "envy": _in_cycles(),
-  "olmo3": _in_cycles(None, None, attention="attention", takes_mtp=False, cycle=Cycle("layers", pattern=4)),
+  "gpt_oss": _in_cycles(
+    attention="GptOssAttention", window=_SLIDING, takes_mtp=False, cycle=Cycle("layers", pattern=2)
+  ),
+  "llama4": _in_cycles(
+    window="chunk_attn_window_size",
+    cycle=Cycle("layers", pattern=("nope_layer_interval", "interleave_moe_layer_step")),
+  ),
+  "envy": _in_cycles(cycle=Cycle("layers", pattern=("interleave_moe_layer_step",))),
+  "olmo3": _in_cycles(
+    None, None, attention="attention", window=_SLIDING, takes_mtp=False, cycle=Cycle("layers", pattern=4)
+  ),
   "qwen3_next": _hybrid(cycle=Cycle(None, has_remainder=True)),
   "qwen3_5": _hybrid(cycle=Cycle("layer")),
   "qwen3_custom_moe": BlockSpec(feed_forward_norm=None, takes_qk_norm=True, takes_mtp=False, is_plain=False),
@@ -175,6 +188,14 @@ def spec(config) -> BlockSpec:
       f"decoder_block={name!r} does not work with mudd=True: supported are {supported}; use one of these."
     )
   return BLOCKS[name]
+
+
+def pattern(config) -> int:
+  """The number of layers after which the kinds of layers in cycles come again."""
+  cycle = spec(config).cycle
+  if cycle is None or isinstance(cycle.pattern, int):
+    return cycle.pattern if cycle else 1
+  return math.lcm(*(max(getattr(config, key) or 1, 1) for key in cycle.pattern))
 
 
 def num_blocks(config) -> int:

@@ -51,12 +51,16 @@ def check_path(path: str, config) -> None:
   check(saved_shapes, model_config.parameter_shapes(config), path)
 
 
+# Beginnings of `model_name` with which router biases are state that training updates by itself, and no parameters.
+_ROUTER_BIASES_APART = ("deepseek3", "deepseek4", "kimi-k2")
+
+
 def check_state(config) -> None:
   """Raises ConfigError for a model with trained state besides its parameters, which alone are read of a checkpoint."""
-  if config.mudd and config.routed_bias:
+  if config.mudd and config.routed_bias and config.model_name.startswith(_ROUTER_BIASES_APART):
     raise ConfigError(
-      "routed_bias=True: the biases of routers are not parameters, and only parameters are read of a checkpoint; use a "
-      "model without them."
+      f"routed_bias=True and model_name={config.model_name}: the biases of routers are not parameters, and only "
+      "parameters are read of a checkpoint; use a model without them."
     )
   first = config.first_num_hash_layers
   if config.mudd and first and config.decoder_block.value == "deepseek4":

@@ -78,7 +78,7 @@ def refusals(config) -> Iterator[Refusal]:
     config.scan_layers and interval > 1 and (spec.cycle is None or bool(spec.sides)),
     f"inhomogeneous_layer_cycle_interval={interval}",
     f"{mudd} and {layer}",
-    "MaxText scans its layers one by one and would leave some out; set it to 1",
+    "MaxText scans its layers one by one; set it to 1",
   )
   length = spec.cycle.length if spec.cycle else None
   yield Refusal(
@@ -94,7 +94,7 @@ def refusals(config) -> Iterator[Refusal]:
     "MaxText scans its layers within cycles; set scan_layers=False",
   )
   yield Refusal(interval < 1, f"inhomogeneous_layer_cycle_interval={interval}", mudd, "set it to 1 or more")
-  pattern = spec.cycle.pattern if spec.cycle else 1
+  pattern = blocks.pattern(config)
   yield Refusal(
     config.scan_layers and interval % pattern != 0,
     f"inhomogeneous_layer_cycle_interval={interval}",
@@ -161,7 +161,7 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     "MaxText cannot build its layers for multi-token prediction; set it to 0",
   )
   yield Refusal(
-    number > 0 and config.scan_layers and spec.cycle is not None and not spec.sides,
+    number > 0 and config.scan_layers and spec.cycle is not None and not (spec.sides or block == "gemma3"),
     f"mtp_num_layers={number}",
     f"scan_layers=True and {layer}",
     "each block of multi-token prediction would be a whole cycle of layers; set scan_layers=False",

@@ -79,7 +79,7 @@ def refusals(config) -> Iterator[Refusal]:
     config.mudd_ffn_reallocation and not is_plain,
     "mudd_ffn_reallocation=True",
     block,
-    "MaxText builds its layers with one width; set mudd_ffn_reallocation=False",
+    f"widths are re-allocated in {', '.join(blocks.PLAIN_BLOCKS)} only; set mudd_ffn_reallocation=False",
   )
   if config.mudd_ffn_parts == 1:
     return

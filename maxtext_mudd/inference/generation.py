@@ -18,6 +18,7 @@ from maxtext.configs import pyconfig
 from maxtext.inference.maxengine import maxengine
 import numpy as np
 
+from maxtext_mudd import blocks
 from maxtext_mudd.config import devices
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.config.errors import ConfigError
@@ -257,6 +258,27 @@ def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -
       raise ConfigError(
         f"prompt {number} has the token {unknown[0]}, and the model has vocab_size={config.vocab_size}."
       )
+  _check_window(max(map(len, prompt_tokens)), max_new_tokens, config)
+
+
+def _check_window(prompt_length: int, max_new_tokens: int, config) -> None:
+  """Raises ConfigError where local attention would not reach all tokens. There MaxText's decoding takes others into the
+  window than its training: it counts slots of two caches, one of the padded prompt and one of new tokens."""
+  key = blocks.spec(config).window
+  window = getattr(config, key) if key else 0
+  new = padded_length(max_new_tokens)
+  needed = max(prompt_length + max_new_tokens, _prefill_length(prompt_length, config), new)
+  if 0 < window < needed:
+    raise ConfigError(
+      f"{key}={window}: MaxText decodes other functions than it trains where a window is shorter than prompt and new "
+      f"tokens, which need {needed} here with padding; use a shorter prompt, a lower max_new_tokens, or logits."
+    )
+
+
+def _prefill_length(prompt_length: int, config) -> int:
+  """The number of tokens that a prompt is padded to."""
+  chunk = config.prefill_chunk_size
+  return -(-prompt_length // chunk) * chunk if config.use_chunked_prefill else padded_length(prompt_length)
 
 
 def engine_for(model: nnx.Module, config, batch: int, prompt_length: int, max_new_tokens: int) -> maxengine.MaxEngine:
@@ -270,8 +292,7 @@ def engine_for(model: nnx.Module, config, batch: int, prompt_length: int, max_ne
   """
   parts = devices.batch_parts(config)
   batch = -(-batch // parts) * parts
-  chunk = config.prefill_chunk_size
-  prefill_length = -(-prompt_length // chunk) * chunk if config.use_chunked_prefill else padded_length(prompt_length)
+  prefill_length = _prefill_length(prompt_length, config)
   sizes = (batch, prefill_length, prefill_length + padded_length(max_new_tokens))
   engines = _engines.setdefault(model, {})
   if (sizes, config) not in engines:

@@ -133,6 +133,8 @@ def cycle(cycle_class: type[nnx.Module], members: tuple[tuple[str, int | None], 
 
     @functools.wraps(cycle_class.__call__)
     def __call__(self, carry, *args, **kwargs):
+      if kwargs.get("forced_routed_experts") is not None:
+        raise NotImplementedError("forced_routed_experts: cycles of connected layers do not give each layer its part")
       for name, length in members:
         layer = getattr(self, name)
         taken = inspect.signature(type(layer).__call__).parameters

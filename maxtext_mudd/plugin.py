@@ -218,6 +218,11 @@ _installed = False
 _reading = Reading()
 
 
+def is_installed() -> bool:
+  """Whether this process has replaced MaxText's attributes. A patched MaxText uses four classes without that."""
+  return _installed
+
+
 def install(reading: Reading | None = None) -> None:
   """Replaces MaxText's attributes, so that MaxText knows the `mudd_*` keys. Further calls change `reading` only.
 

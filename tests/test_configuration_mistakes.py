@@ -234,6 +234,36 @@ MISTAKES = {
     ["mudd_ways=1", "mudd_dense_streams=kv"],
     "mudd_dense_streams='kv' needs mudd_ways=4; with one way all streams are the same.",
   ),
+  "post-norms of one way": (
+    ["mudd_ways=1", "mudd_post_norm=true", "mudd_post_norm_streams=qkvr"],
+    "mudd_post_norm_streams='qkvr' does nothing where DAs make one input for all streams, which always has a "
+    "post-norm; leave it at 'r'.",
+  ),
+  "post-norms of streams that are not made": (
+    ["mudd_dense_streams=vr", "mudd_post_norm=true", "mudd_post_norm_streams=q"],
+    "mudd_post_norm_streams='q' norms nothing: DAs make the streams vr; name some of these.",
+  ),
+  "start of static weights without post-norm": (
+    ["mudd_static_start=zero"],
+    "mudd_static_start=zero does nothing with mudd_post_norm=False;",
+  ),
+  "a width of the last DA where there is none": (
+    ["mudd_dense_streams=qkv", "mudd_last_hidden_expansion=2"],
+    "mudd_last_hidden_expansion=2.0 does nothing: no DA has a hidden width by this rule; leave it at 4.0.",
+  ),
+  "a width of other DAs where there is the last one only": (
+    ["mudd_block_period=2", "mudd_hidden_expansion=2"],
+    "mudd_hidden_expansion=2.0 does nothing: no DA has a hidden width by this rule; leave it at 1.0.",
+  ),
+  "decay of static weights that are not learned": (
+    ["mudd_static=false", "mudd_decay=not_static"],
+    "mudd_decay=not_static does not work with depth_connection=dense: its connections have no static weights that are "
+    "learned; use all.",
+  ),
+  "decay of matrices that do not exist": (
+    ["mudd_dynamic=false", "mudd_decay=matrices"],
+    "mudd_decay=matrices does not work with depth_connection=dense: its connections have no matrices; use nothing.",
+  ),
   "nothing to learn": (
     ["mudd_static=false", "mudd_dynamic=false"],
     "mudd_dynamic=False with mudd_static=False leaves nothing to learn; turn one on, or set mudd=False.",

@@ -101,14 +101,14 @@ def warnings(watch, series) -> list[tuple[int, str]]:
 
 
 def test_sudden_growth_is_warned_of_once():
-  """Of the gradient norm and of the largest weight alike; the DA with the largest part is named."""
+  """Of the gradient norm and of the largest weight alike; the DA with the largest total is named."""
   calm = [{"max_weight": {1: 0.5, 2: 0.9}, "grad_norm": {1: 0.03, 2: 0.04}}] * 60
   for name, grown in (("max_weight", {1: 9.5, 2: 0.9}), ("grad_norm", {1: 0.6, 2: 0.04})):
     watch = instability.Watch(["a lower learning_rate", "another key"], ["mudd_pre_norm=true"])
     ((step, sentence),) = warnings(watch, [*calm, *[calm[0] | {name: grown}] * 50])
     assert step == 60
     assert sentence.startswith(f"step 60: mudd/{name} is ")
-    assert "of da_001" in sentence
+    assert "of DA_1 (da_001 in the metrics)" in sentence
     assert sentence.endswith(
       "with a lower learning_rate or another key; a new run is stable at higher rates with mudd_pre_norm=true."
     )
@@ -118,7 +118,7 @@ def test_sudden_growth_is_warned_of_once():
 def test_a_total_that_is_not_finite_is_warned_of(name):
   series = [{name: {1: 0.1, 2: 0.2}}] * 60 + [{name: {1: 0.1, 2: float("nan")}}]
   ((step, sentence),) = warnings(instability.Watch([]), series)
-  assert (step, f"mudd/{name} is nan" in sentence, "of da_002" in sentence) == (60, True, True)
+  assert (step, f"mudd/{name} is nan" in sentence, "of DA_2 (da_002" in sentence) == (60, True, True)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_logger_of_metrics_warns(caplog):
       logger.write_metrics({"scalar": SCALARS, "scalars": {}, instability.TOTALS: parts}, step)
   (text,) = [record.getMessage() for record in caplog.records if "mudd/grad_norm" in record.getMessage()]
   assert "step 60" in text
-  assert "of da_002" in text
+  assert "of DA_2 (da_002" in text
   assert text.endswith(
     "with a lower learning_rate or a lower mudd_learning_rate_factor; a new run is stable at higher rates with "
     "mudd_post_norm=true."

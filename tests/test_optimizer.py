@@ -10,6 +10,7 @@ from maxtext.optimizers import optimizers
 import numpy as np
 import pytest
 
+from maxtext_mudd import plugin
 from maxtext_mudd.checkpoints import layout
 from maxtext_mudd.config.errors import ConfigError
 from tests import models, steps
@@ -60,28 +61,46 @@ def orthogonalised(matrix: np.ndarray) -> np.ndarray:
   return x.T if is_tall else x
 
 
-@pytest.mark.parametrize("consistent_rms", [None, 0.2])
-def test_muon_orthogonalises_w1_and_w2(consistent_rms):
+HYPER = {"base_num_decoder_layers": 3, "depth_connection": "hyper_connections"}
+MHC = {"base_num_decoder_layers": 3, "depth_connection": "mhc"}
+
+
+@pytest.mark.parametrize(
+  ("overrides", "names", "number", "consistent_rms"),
+  [
+    (DENSE, ("w1", "w2"), 2 * 3, None),  # two DAs between blocks, and the last
+    (DENSE, ("w1", "w2"), 2 * 3, 0.2),
+    (HYPER, ("w_alpha",), 2 * 3, None),  # two sublayers in each block
+    (MHC, ("phi_pre", "phi_post", "phi_res"), 3 * 2 * 3, None),
+  ],
+  ids=["MUDD", "MUDD, consistent", "hyper-connections", "mHC"],
+)
+def test_muon_orthogonalises_matrices(overrides, names, number, consistent_rms):
   """In the first step momentum is a multiple of the gradient, whose size does not matter."""
-  overrides = MUON | DENSE | {"muon_consistent_rms": consistent_rms}
+  overrides = MUON | overrides | {"muon_consistent_rms": consistent_rms}
   found, gradients = updates(overrides), random_model(json.dumps(overrides))[3]
-  checked = [path for path in gradients if path.endswith(("/w1", "/w2"))]
-  assert len(checked) == 2 * 3  # two DAs between blocks, and the last
+  checked = [path for path in gradients if path.split("/")[-1] in names]
+  assert len(checked) == number
   for path in checked:
     gradient = gradients[path].astype(np.float64)
-    matrix = gradient.reshape(len(gradient), -1)  # W2 [K,C,N] as [K, C·N]
+    # W2 [K,C,N] as [K, C·N]; φ [n,D,m] of mHC as [n·D, m]
+    matrix = gradient.reshape(len(gradient), -1) if path.endswith("w2") else gradient.reshape(-1, gradient.shape[-1])
     rows, columns = matrix.shape
     scale = max(1, columns / rows) ** 0.5 if consistent_rms is None else consistent_rms * max(rows, columns) ** 0.5
     expected = -RATE * scale * orthogonalised(matrix).reshape(gradient.shape)
     np.testing.assert_allclose(found[path], expected, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("placements", [[], IRREGULAR])
-@pytest.mark.parametrize("consistent_rms", [None, 0.2])
-def test_muon_treats_each_scanned_layer_as_a_single_one(consistent_rms, placements):
+IRREGULAR_DENSE = DENSE | {"mudd_placements": IRREGULAR, "base_num_decoder_layers": BLOCKS}
+
+
+@pytest.mark.parametrize(
+  ("keys", "consistent_rms"),
+  [*((keys, rms) for keys in (DENSE, IRREGULAR_DENSE) for rms in (None, 0.2)), (HYPER, None), (MHC, None)],
+)
+def test_muon_treats_each_scanned_layer_as_a_single_one(keys, consistent_rms):
   """Padding of the matrices of a stack changes no update, and stays zero."""
-  overrides = MUON | DENSE | {"muon_consistent_rms": consistent_rms, "muon_weight_decay": 0.1}
-  overrides |= {"mudd_placements": placements, "base_num_decoder_layers": BLOCKS if placements else 3}
+  overrides = MUON | keys | {"muon_consistent_rms": consistent_rms, "muon_weight_decay": 0.1}
   _, _, values, gradients = random_model(json.dumps(overrides))
   single = updates(overrides)
   scanned = overrides | {"scan_layers": True}
@@ -148,7 +167,7 @@ def test_what_muon_trains_is_logged(caplog):
 
 
 STATIC = {"a"}
-OTHERS = {"scale", "weight_norm_scale"}
+OTHERS = {"scale", "weight_norm_scale", "weight_scale"}
 DECAYED = {
   ("adamw", "auto"): {"w1", "w2"} | STATIC | OTHERS,
   ("adamw", "all"): {"w1", "w2"} | STATIC | OTHERS,
@@ -166,12 +185,40 @@ DECAYED = {
 def test_decay(optimizer, rule, scan_layers):
   """Where gradients are zero, weight decay is the whole update."""
   overrides = DENSE | {"opt_type": optimizer, "mudd_decay": rule, "scan_layers": scan_layers}
-  overrides |= {"mudd_weight_norm_scale": True, "adam_weight_decay": 0.1, "muon_weight_decay": 0.1}
+  overrides |= {"mudd_weight_norm_scale": True, "mudd_weight_scale": True}
+  check_decay(overrides, DECAYED[optimizer, rule], {"w1", "w2"} if optimizer == "muon" else set())
+
+
+def check_decay(overrides, decayed: set[str], of_muon: set[str]) -> None:
+  """Which parameters of connections are decayed, by last name, and which of them with the factor of Muon."""
+  overrides = overrides | {"adam_weight_decay": 0.1, "muon_weight_decay": 0.3}
   _, _, values, gradients = random_model(json.dumps(overrides))
   found = updates(overrides, gradients={path: np.zeros_like(x) for path, x in gradients.items()})
+  names = {path.split("/")[-1] for path in found if "connection/" in path}
+  assert decayed <= names
   for path, x in found.items():
-    is_decayed = "connection/" not in path or path.split("/")[-1] in DECAYED[optimizer, rule]
-    np.testing.assert_allclose(x, -RATE * 0.1 * values[path] if is_decayed else 0 * x, rtol=1e-6, err_msg=path)
+    name = path.split("/")[-1]
+    if "connection/" in path:
+      factor = 0.3 if name in of_muon else 0.1
+      np.testing.assert_allclose(x, -RATE * factor * values[path] * (name in decayed), rtol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+  ("family", "static"),
+  [
+    ("hyper_connections", {"static_alpha", "static_beta"}),
+    ("mhc", {"b_pre", "b_post", "b_res", "b"}),
+    ("dca", {"b"}),
+  ],
+)
+def test_decay_of_families(family, static, scan_layers):
+  overrides = {"depth_connection": family, "base_num_decoder_layers": 3, "scan_layers": scan_layers}
+  values = random_model(json.dumps(overrides))[2]
+  names = {path.split("/")[-1] for path in values if "connection/" in path}
+  assert static < names
+  check_decay(overrides | {"mudd_decay": "all"}, names, set())
+  check_decay(overrides | {"mudd_decay": "not_static"}, names - static, set())
 
 
 @pytest.mark.slow
@@ -197,11 +244,19 @@ def w2(state) -> list[tuple[str, np.ndarray]]:
   return [("/".join(map(str, path)), np.asarray(x.get_value())) for path, x in parameters if path[-1] == "w2"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-def test_learning_rate_factor(optimizer):
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    *({"opt_type": optimizer} for optimizer in ("adamw", "muon", "sgd")),
+    {"opt_type": "muon", "scan_layers": True},
+    {"opt_type": "adamw", "scan_layers": True},
+    HYPER,
+  ],
+)
+def test_learning_rate_factor(overrides):
   """It scales what is added to parameters of connections, and nothing else."""
-  plain = updates({"opt_type": optimizer})
-  found = updates({"opt_type": optimizer, "mudd_learning_rate_factor": 0.25})
+  plain = updates(overrides)
+  found = updates({**overrides, "mudd_learning_rate_factor": 0.25})
   for path, x in plain.items():
     np.testing.assert_allclose(found[path], (0.25 if "connection/" in path else 1) * x, rtol=1e-6, err_msg=path)
 
@@ -227,11 +282,39 @@ def test_a_mask_that_trains_nothing_is_refused():
     updates({"trainable_parameters_mask": ["conection"]})
 
 
-def test_connections_alone_can_be_trained():
+@pytest.mark.parametrize("overrides", [{}, {"scan_layers": True}, {"opt_type": "muon"}, HYPER])
+def test_connections_alone_can_be_trained(overrides):
   """By MaxText's `trainable_parameters_mask`, as yaml/README.md says."""
-  found = updates({"trainable_parameters_mask": ["/connection/"], "mudd_decay": "nothing"})
+  found = updates({"trainable_parameters_mask": ["/connection/"], "mudd_decay": "nothing", **overrides})
   for path, x in found.items():
     assert bool(np.any(x)) == ("/connection/" in path), path
+
+
+def test_muon_leaves_matrices_to_adam():
+  """As Adam alone updates them, up to the Nesterov momentum of the Adam in optax's Muon, a factor in the first step."""
+  keys = DENSE | {"adam_weight_decay": 0.0, "mudd_decay": "nothing"}
+  adam = updates(keys | {"opt_type": "adamw"})
+  found = updates(keys | {"opt_type": "muon", "mudd_muon_matrices": False})
+  of_connections = [path for path in adam if "connection/" in path]
+  static = next(path for path in of_connections if path.endswith("/a"))
+  factor = found[static].flat[0] / adam[static].flat[0]
+  assert 1 < factor < 2
+  for path in of_connections:
+    np.testing.assert_allclose(found[path], factor * adam[path], rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("keys", [{"opt_type": "muon"}, {"mudd_decay": "nothing"}, {"mudd_learning_rate_factor": 0.5}])
+def test_optimizers_without_the_plugin_are_refused(keys, monkeypatch):
+  """A MaxText with our patch uses the configuration and the decoder of this package, but its own optimizers."""
+  monkeypatch.setattr(plugin, "_installed", False)
+  setting = "=".join(map(str, *keys.items()))
+  with pytest.raises(ConfigError) as refused:
+    models.config(mudd=True, **keys)
+  assert str(refused.value) == (
+    f"{setting} does not work with mudd=True in MaxText's own commands: their optimizers do not know the parameters of "
+    "connections; train with python3 -m maxtext_mudd.train."
+  )
+  assert models.config(mudd=True).mudd
 
 
 REFUSED = {

@@ -174,7 +174,10 @@ def test_padding_stays_zero_in_training(case):
     assert moved[exists[path]].mean() > 0.5, path
 
 
-@pytest.mark.parametrize("more", [{}, pytest.param({"mudd_placements": OF_STREAMS}, marks=pytest.mark.slow)])
+STARTS = [{"mudd_placements": OF_STREAMS}, {"mudd_post_norm": True, "mudd_static_start": "zero"}]
+
+
+@pytest.mark.parametrize("more", [{}, *(pytest.param(x, marks=pytest.mark.slow) for x in STARTS)])
 def test_a_new_model_is_the_plain_transformer(more):
   """And its padding is zero."""
   keys = {"base_num_decoder_layers": 4, "scan_layers": True}

@@ -24,6 +24,7 @@ BOTH_NORMS = {"mudd_pre_norm": True, "mudd_post_norm": True}
 FAMILIES = {
   "MUDD": {},
   "both norms, norms of block 1": {**BOTH_NORMS, "mudd_first_block_norms": "separate"},
+  "post-norm alone, static weights from zero": {"mudd_post_norm": True, "mudd_static_start": "zero"},
   "value stream, in the upper half": {"mudd_dense_streams": "vr", "mudd_depth_start": 0.5},
   "DDFormer, scaled weights": {"mudd_ways": 1, "mudd_weight_scale": True},
   "shared weight MLPs": {
@@ -371,7 +372,8 @@ def test_refusals(tmp_path, capsys):
   )
   assert said("mudd=true", "mudd_pre_norm=true") == (
     "mudd_pre_norm=True with mudd_post_norm=False: with one of the two norms alone, a model does not start as the "
-    "plain model, and neither does the released code; turn both on, or both off."
+    "plain model, and neither does the released code; turn both on or both off, or set "
+    "mudd_static_start=zero with mudd_post_norm alone."
   )
   assert said("mudd=true", "mudd_rope_table=bfloat16") == (
     "mudd_rope_table=bfloat16: the checkpoint was trained with MaxText's rotary table, which has other values; set "

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from maxtext_mudd import connections
+from maxtext_mudd import connections, plugin
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 _ON = {"mudd": (True,)}
@@ -43,6 +43,13 @@ def refusals(config) -> Iterator[Refusal]:
     "depth_connection=residual",
     "it has no parameters; leave the key at its default",
   )
+  alone = ["opt_type=muon"] * (optimizer == "muon") + changed
+  yield Refusal(
+    bool(alone) and not plugin.is_installed(),
+    alone[0] if alone else "",
+    "mudd=True in MaxText's own commands",
+    "their optimizers do not know the parameters of connections; train with python3 -m maxtext_mudd.train",
+  )
   yield Refusal(
     config.mudd_decay != "auto" and optimizer == "sgd",
     f"mudd_decay={config.mudd_decay}",
@@ -61,6 +68,19 @@ def refusals(config) -> Iterator[Refusal]:
     "mudd_muon_matrices=False",
     f"depth_connection={config.depth_connection}",
     "its connections have no matrices; leave it at True",
+  )
+  has_static = bool(family.static_weights) and getattr(config, "mudd_static", True)
+  yield Refusal(
+    config.mudd_decay == "not_static" and not has_static,
+    "mudd_decay=not_static",
+    f"depth_connection={config.depth_connection}",
+    "its connections have no static weights that are learned; use all",
+  )
+  yield Refusal(
+    config.mudd_decay == "matrices" and not has_matrices,
+    "mudd_decay=matrices",
+    f"depth_connection={config.depth_connection}",
+    "its connections have no matrices; use nothing",
   )
   if optimizer == "muon":
     yield from _muon(config)

@@ -67,8 +67,8 @@ class Watch:
     norms = f"; a new run is stable at higher rates with {' '.join(self.in_new_run)}" if self.in_new_run else ""
     return (
       f"step {step}: mudd/{name} is {total:.3g}, and its median over the last {WINDOW} steps is {median:.3g}; the "
-      f"largest part is of da_{place:03d} (docs/metrics.md). If the loss does not recover, resume from an earlier "
-      f"checkpoint with {' or '.join(self.on_resume)}{norms}."
+      f"largest is that of DA_{place} (da_{place:03d} in the metrics). If the loss does not recover, resume from an "
+      f"earlier checkpoint with {' or '.join(self.on_resume)}{norms}."
     )
 
 

@@ -35,11 +35,12 @@ class Dense(HistoryFamily):
 
   @classmethod
   def why_not_plain(cls, config) -> str | None:
-    if config.mudd_pre_norm == config.mudd_post_norm:
+    if sites.starts_at_zero(config) or not (config.mudd_pre_norm or config.mudd_post_norm):
       return None
     return (
       f"mudd_pre_norm={config.mudd_pre_norm} with mudd_post_norm={config.mudd_post_norm}: with one of the two norms "
-      "alone, a model does not start as the plain model, and neither does the released code; turn both on, or both off"
+      "alone, a model does not start as the plain model, and neither does the released code; turn both on or both off, "
+      "or set mudd_static_start=zero with mudd_post_norm alone"
     )
 
   @classmethod

@@ -33,8 +33,9 @@ class DepthAggregate(nnx.Module):
   """One DA (paper, Eqs. 5, 6 and 10): from the sources to the streams of the next block.
 
   Parameters, in `weight_dtype`: `w1` [D,K] from N(0, 1/D), `w2` [K,C,N] zero, `a` [C,N] one at the newest source; or
-  zero where pre- and post-norm are both on, for then X_i is added after the sum. With both norms or neither, the model
-  starts as the plain Transformer. With only one of them, neither this model nor the released code does. Norm
+  zero where pre- and post-norm are both on, or `mudd_static_start` says so, for then X_i is added after the sum. With
+  both norms or neither, the model starts as the plain Transformer. With only one of them, neither this model nor the
+  released code does, but for the post-norm with `mudd_static_start=zero`. Norm
   scales [D] where `mudd_weight_norm_scale` or `mudd_post_norm` ask for them; `weight_scale` [C,N] one where
   `mudd_weight_scale` is on. Cap and scale of dynamic weights are practice of the authors since the paper.
   """
@@ -65,8 +66,7 @@ class DepthAggregate(nnx.Module):
 
   def _initial_static(self, dtype, column=-1) -> Float[Array, "C N"]:
     a = jnp.zeros((self.site.ways, len(self.site.sources)), dtype)
-    both_norms = self.config.mudd_pre_norm and self.config.mudd_post_norm
-    return a if both_norms else a.at[:, column].set(1)
+    return a if sites.starts_at_zero(self.config) else a.at[:, column].set(1)
 
   def weights(self, output: Float[Array, "B T D"], column: int | Array, visible=None) -> kernels.Weights:
     """See `base.Aggregate`. The scale of the norm before W1 is folded into W1."""

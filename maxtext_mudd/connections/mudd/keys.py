@@ -69,6 +69,12 @@ class DenseKeys(WeightKeys, HistoryKeys):
     "Streams with a post-norm: r as released, qkvr as in Eq. 10.",
     needs={"mudd_post_norm": (True,)},
   )
+  mudd_static_start: Literal["released", "zero"] = key(
+    "released",
+    "Initial static weights a; released: one at the newest source, and zero with pre- and post-norm; zero: as the "
+    "authors since the paper with the post-norm alone. Then the model starts as the plain one.",
+    needs={"mudd_post_norm": (True,)},
+  )
   mudd_first_block_norms: Literal["shared", "separate"] = key(
     "shared", "Attention norms of block 1, whose streams are equal: one, or LN_q, LN_k and LN_v."
   )
@@ -135,7 +141,6 @@ def check_sizes(config) -> None:
     config: has `DenseKeys` and MaxText's `num_decoder_layers`, `mlp_dim`, `mtp_num_layers` and `scan_layers`.
   """
   num_blocks = blocks.num_blocks(config)
-  _check_widths(config)
   if config.mudd_block_period > num_blocks:
     raise ValueError(
       f"mudd_block_period={config.mudd_block_period} places no DA in a model of {num_blocks} blocks; use at most "
@@ -171,6 +176,8 @@ def check_sizes(config) -> None:
       f"mudd_hidden_expansion={config.mudd_hidden_expansion} (mudd_last_hidden_expansion="
       f"{config.mudd_last_hidden_expansion}) makes a weight MLP of width 0; raise it, or set mudd_dynamic=False."
     )
+  _check_widths(config, plan)
+  _check_post_norms(config, plan)
   _check_embeddings(config, plan)
 
 
@@ -192,24 +199,39 @@ def _check_embeddings(config, plan: Plan) -> None:
     )
 
 
-def _check_widths(config) -> None:
-  """Raises ValueError for a rule of hidden widths that no row of `mudd_placements` leaves a width to."""
-  num_blocks, rows, by_rule = blocks.num_blocks(config), config.mudd_placements, [1, blocks.num_blocks(config)]
-  if rows:
-    placed = placements.expand(rows, num_blocks, config.mudd_extra_embeddings)
-    by_rule = [x.block for x in placed if x.hidden is None]
+def _check_widths(config, plan: Plan) -> None:
+  """Raises ValueError for a rule of hidden widths by which no DA has its width."""
+  num_blocks, by_rule = plan.num_blocks, set(plan.sites)
+  if config.mudd_placements:
+    placed = placements.expand(config.mudd_placements, num_blocks, config.mudd_extra_embeddings)
+    by_rule -= {x.block for x in placed if x.hidden is not None}  # of the rest, DAs after MTP blocks are in no row
   read = {
     "mudd_hidden_expansion": any(block < num_blocks for block in by_rule),
-    "mudd_last_hidden_expansion": num_blocks in by_rule,
+    "mudd_last_hidden_expansion": any(block >= num_blocks for block in by_rule),
     "mudd_hidden_round_to": bool(by_rule),
   }
   for name, is_read in read.items():
     value, default = getattr(config, name), DenseKeys.model_fields[name].default
-    if rows and value != default and not is_read:
-      raise ValueError(
-        f"{name}={value} does nothing with mudd_placements: no row leaves out the hidden width that it sets; leave it "
-        f"at {default}."
-      )
+    if value != default and not is_read:
+      no_row = " with mudd_placements: no row leaves out the hidden width that it sets"
+      why = no_row if config.mudd_placements else ": no DA has a hidden width by this rule"
+      raise ValueError(f"{name}={value} does nothing{why}; leave it at {default}.")
+
+
+def _check_post_norms(config, plan: Plan) -> None:
+  """Raises ValueError for post-norms of streams that no DA makes."""
+  chosen, default = config.mudd_post_norm_streams, DenseKeys.model_fields["mudd_post_norm_streams"].default
+  made = {"r" if stream == "m" else stream for site in plan.sites.values() for stream in site.streams}
+  if made == {"x"} and chosen != default:
+    raise ValueError(
+      f"mudd_post_norm_streams={chosen!r} does nothing where DAs make one input for all streams, which always has a "
+      f"post-norm; leave it at {default!r}."
+    )
+  if config.mudd_post_norm and not made & {"x", *chosen}:
+    streams = "".join(c for c in STREAMS if c in made)
+    raise ValueError(
+      f"mudd_post_norm_streams={chosen!r} norms nothing: DAs make the streams {streams}; name some of these."
+    )
 
 
 def _check_mlps(config, plan: Plan) -> None:

@@ -41,6 +41,11 @@ def is_post_normed(config, stream: str) -> bool:
   return stream == "x" or ("r" if stream == "m" else stream) in config.mudd_post_norm_streams
 
 
+def starts_at_zero(config) -> bool:
+  """Whether static weights are zero at first, so that the streams are X_i, which `mudd_post_norm` adds."""
+  return config.mudd_post_norm and (config.mudd_pre_norm or config.mudd_static_start == "zero")
+
+
 def plan(config) -> Plan:
   """The DAs of `mudd_placements`, or of the keys that stand for such a table where it is empty.
 

@@ -16,6 +16,7 @@ import pytest
 import maxtext_mudd
 from maxtext_mudd import blocks
 from maxtext_mudd.blocks.streams import Streams, decouple
+from maxtext_mudd.config.errors import ConfigError
 from tests import models, steps
 from tests.blocks import LAYOUTS, OTHERS, SLOW, config_of, packed, single_blocks
 
@@ -188,6 +189,31 @@ def test_generates_what_teacher_forcing_says(block, layout):
   found = maxtext_mudd.generate(model, config, prompts, 6)
   for row, prompt in zip(found, prompts):
     models.check_greedy(model, row, len(prompt), 6)
+
+
+@pytest.mark.parametrize(
+  "keys",
+  [{"mla_naive_kvcache": False}, {"mla_naive_kvcache": False, "use_mla_absorbed_mqa": True}],
+  ids=["cached latents", "absorbed"],
+)
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_generates_from_latents(keys, scan):
+  """With widths as DeepSeek has them, for which MaxText cannot cache keys and values."""
+  widths = {"head_dim": 16, "v_head_dim": 8, "max_target_length": 24, "scan_layers": scan}
+  config = config_of("deepseek", mudd=True, **widths)
+  model = models.build(config)
+  values = models.randomise(model)
+  with pytest.raises(ConfigError, match=r"^mla_naive_kvcache=True: MaxText caches keys and values only if head_dim=16"):
+    maxtext_mudd.generate(model, config, [[1]], 6)
+  latent_config = config_of("deepseek", mudd=True, **widths, **keys)
+  latent = models.build(latent_config)
+  models.set_parameters(latent, values)
+  # Scores of absorbed queries are other sums in float32; the errors seen are up to 1.3e-4 of logits of about 1.
+  batch = models.batch(config)
+  np.testing.assert_allclose(models.jitted_logits(latent, batch), models.jitted_logits(model, batch), atol=3e-4)
+  prompts = [[1, 7, 11, 2, 30], [5, 9]]
+  for row, prompt in zip(maxtext_mudd.generate(latent, latent_config, prompts, 6), prompts):
+    models.check_greedy(latent, row, len(prompt), 6)
 
 
 WITH_MUON = ("deepseek", "deepseek4", "gemma3", "gpt_oss", "qwen3_custom_moe", "qwen3_next")

@@ -132,11 +132,6 @@ MISTAKES = {
     "attention_type='mla' does not work with decoder_block='llama2': MaxText has latent attention in the block of "
     "deepseek; use 'global'.",
   ),
-  "a cache of one latent": (
-    [*DEEPSEEK, "mla_naive_kvcache=false"],
-    "mla_naive_kvcache=False does not work with mudd=True and attention_type='mla': keys and values have a latent "
-    "each, and MaxText caches one; set it to True.",
-  ),
   "rotary table": (
     [*GPT_OSS, "mudd_rope_table=bfloat16"],
     "decoder_block='gpt_oss' does not work with mudd_rope_table=bfloat16: it does not rotate queries and keys as the "

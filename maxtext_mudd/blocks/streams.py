@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from maxtext.common.common_types import MODEL_MODE_TRAIN
+from maxtext.inference.kvcache import MlaKVCache
 from maxtext.layers.attention_mla import MLA
 from maxtext.layers.linears import DenseGeneral
 from maxtext.layers.mhc import ManifoldConstrainedHyperConnections
@@ -185,21 +186,52 @@ def _axes(of_dimension: str | tuple[str, ...] | None) -> tuple[str, ...]:
 class LatentAttention(MLA):
   """MaxText's latent attention with two latents, of keys and of values, that one matrix makes of their streams.
 
-  The rotated part of keys is of their stream. Where both streams are equal this is stock attention, with the same
-  parameters and the same cache of keys and values.
+  The rotated part of keys is of their stream. Where both streams are equal this is stock attention with the same
+  parameters. Methods of MaxText pass the two latents on as one array [B,T,2R], which a cache of latents holds, too.
   """
 
   def mla_kv_projection(self, inputs, inputs_positions, decoder_segment_ids, model_mode, previous_chunk):
-    def of_stream(stream):  # in training mode, since only what both make is cached
-      return super(LatentAttention, self).mla_kv_projection(
-        stream, inputs_positions, decoder_segment_ids, MODEL_MODE_TRAIN, None
+    def latent_of(stream):  # in training mode, since only what both streams make is cached
+      return MLA.mla_kv_projection(
+        _Changed(self, _build_key_value=lambda latent, rotated, model_mode: (latent, rotated)),
+        *(stream, inputs_positions, decoder_segment_ids, MODEL_MODE_TRAIN, None),
       )
 
-    (key, *_), (_, value, _) = of_stream(inputs.k), of_stream(inputs.v)
-    cached = [None, None]
-    if model_mode != MODEL_MODE_TRAIN:
-      cached = self.update_kv_caches(key, value, decoder_segment_ids, model_mode, previous_chunk)
+    (of_keys, rotated, _), (of_values, *_) = latent_of(inputs.k), latent_of(inputs.v)
+    latents = jnp.concatenate([of_keys, of_values], -1)
+    key, value = self._build_key_value(latents, rotated, model_mode)
+    cached, segments = [None, None], decoder_segment_ids
+    if model_mode != MODEL_MODE_TRAIN and self.config.mla_naive_kvcache:
+      cached = self.update_kv_caches(key, value, segments, model_mode, previous_chunk)
+    elif model_mode != MODEL_MODE_TRAIN:
+      cached = self.update_mla_kv_caches(latents, rotated, segments, model_mode, previous_chunk)
     return key, value, cached
+
+  def _build_key_value(self, latents: Float[Array, "B T 2R"], rotated: Float[Array, "B T 1 P"], model_mode):
+    of_keys, of_values = jnp.split(latents, 2, -1)
+    key, _ = super()._build_key_value(of_keys, rotated, model_mode)
+    _, value = super()._build_key_value(of_values, rotated, model_mode)
+    return key, value
+
+
+def _hold_two_latents(cache: MlaKVCache) -> None:
+  """Makes a cache of latents, or the caches of a stack of layers, as wide as two latents."""
+  cache.key_head_size *= 2
+  orders = (cache.prefill_cache_axis_order, cache.ar_cache_axis_order)
+  for variable, order in zip((cache.cached_prefill_key, cache.cached_ar_key), orders):
+    if variable is not None:
+      x = variable.get_value()
+      variable.set_value(jnp.concatenate([x, x], order.index(3) - len(order)))
+
+
+class _Changed:
+  """An object with some attributes replaced, for methods of its class."""
+
+  def __init__(self, of, **attributes):
+    self.__dict__.update(attributes, _of=of)
+
+  def __getattr__(self, name: str):
+    return getattr(self._of, name)
 
 
 class HyperConnections(ManifoldConstrainedHyperConnections):
@@ -246,6 +278,8 @@ def decouple(layer: nnx.Module, block: BlockSpec, streams: str) -> None:
       change_class(projection, _reading_by_columns(type(projection), columns))
   if isinstance(attention, MLA):
     change_class(attention, LatentAttention)
+    if attention.MlaKVCache_0 is not None:
+      _hold_two_latents(attention.MlaKVCache_0)
   if hasattr(layer, "mhc_attention"):
     change_class(layer.mhc_attention, HyperConnections)
   if block.shares_norm:

@@ -212,12 +212,6 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
       f"so many of the layers are dense; use a number from 0 to {config.num_decoder_layers}",
     )
   yield Refusal(
-    is_latent and not config.mla_naive_kvcache,
-    "mla_naive_kvcache=False",
-    "mudd=True and attention_type='mla'",
-    "keys and values have a latent each, and MaxText caches one; set it to True",
-  )
-  yield Refusal(
     is_latent and config.use_batch_split_schedule,
     "use_batch_split_schedule=True",
     "mudd=True",

@@ -229,6 +229,13 @@ def check_config(config) -> None:
     raise ConfigError(
       "decoder_block='deepseek4': MaxText makes other compressed keys in decoding than in training; use logits."
     )
+  widths = {config.head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim}
+  if config.attention_type == "mla" and config.mla_naive_kvcache and len(widths) > 1:
+    raise ConfigError(
+      f"mla_naive_kvcache=True: MaxText caches keys and values only if head_dim={config.head_dim}, qk_nope_head_dim + "
+      f"qk_rope_head_dim={config.qk_nope_head_dim + config.qk_rope_head_dim} and v_head_dim={config.v_head_dim} are "
+      "equal; set mla_naive_kvcache=False."
+    )
 
 
 def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -> None:

@@ -80,6 +80,19 @@ def test_totals_of_other_families(family, keys):
   assert "mudd/grad_norm" in metrics["scalar"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("family", ["hyper_connections", "mhc", "attnres", "dca"])
+def test_the_gradient_norm_of_other_families_is_that_of_their_parameters(family, scan):
+  cfg = models.config(mudd=True, depth_connection=family, base_num_decoder_layers=3, scan_layers=scan)
+  step, state = steps.prepare(cfg)
+  scalars = step(state, models.batch(cfg))[1]["scalar"]
+  _, _, gradients = steps.value_and_gradients(cfg)
+  squares = [np.square(x.astype(np.float64)).sum() for path, x in gradients.items() if "connection" in path]
+  assert squares
+  assert float(scalars["mudd/grad_norm"]) == pytest.approx(sum(squares) ** 0.5, rel=1e-5)
+
+
 def test_gradients_that_stay_clipped_are_not_counted():
   """With the optimizer's state on the host MaxText does not say by how much it clipped them."""
   clipped = {"gradient_clipping_threshold": 1.0, "optimizer_memory_host_offload": True, "hardware": "cpu"}

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests import runs, train_on_mesh
-from tests.blocks import MOE, OTHERS
+from tests.blocks import MOE, OTHERS, SINGLE
 from tests.scanning import CONNECTED_MTP, EXTRA
 
 # Well conditioned, and not with Adam: that makes full steps of gradients that are nothing but rounding.
@@ -117,13 +117,23 @@ def test_other_families(family, name, scan):
     ("gemma4, tied values", "FSDP 8"),
     ("qwen3_next", "tensor 2, FSDP 4"),
     ("deepseek", "expert 4, FSDP 2"),
+    ("deepseek, mHC", "tensor 2, FSDP 4"),
+    ("deepseek4", "FSDP 8"),
+    ("default", "tensor 2, FSDP 4"),
+    ("gemma4_small", "FSDP 8"),
+    ("gpt_oss", "expert 4, FSDP 2"),
+    ("llama4", "expert 4, FSDP 2"),
+    ("envy", "expert 4, FSDP 2"),
+    ("olmo3", "tensor 2, FSDP 4"),
+    ("qwen3_5", "tensor 2, FSDP 4"),
+    ("qwen3_custom_moe", "expert 4, FSDP 2"),
   ],
 )
 def test_other_blocks(block, name):
   mesh, _ = MESHES[name]
   keys = {key: value for key, value in DENSE.items() if key != "base_num_decoder_layers"}
-  keys |= {"decoder_block": block, "scan_layers": True} | OTHERS[block]
-  if block == "deepseek":
+  keys |= {"decoder_block": block, "scan_layers": block not in SINGLE} | OTHERS[block]
+  if "q_lora_rank" in keys:
     keys["q_lora_rank"] = 16  # eight devices divide it
   one = train(1, **keys, per_device_batch_size=8)
   eight = train(8, **keys, per_device_batch_size=1, **mesh)

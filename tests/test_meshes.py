@@ -135,8 +135,9 @@ def test_other_blocks(block, name):
   keys |= {"decoder_block": block, "scan_layers": block not in SINGLE} | OTHERS[block]
   if "q_lora_rank" in keys:
     keys["q_lora_rank"] = 16  # eight devices divide it
+  sharing = mesh.get("ici_tensor_parallelism", 1)
   one = train(1, **keys, per_device_batch_size=8)
-  eight = train(8, **keys, per_device_batch_size=1, **mesh)
+  eight = train(8, **keys, per_device_batch_size=1, sharing_heads=sharing, **mesh)
   assert one["losses"][-1] < one["losses"][0]
   assert eight["losses"][:3] == pytest.approx(one["losses"][:3], rel=5e-5)
   assert eight["in_aggregates"] == []

@@ -9,9 +9,11 @@ import math
 import re
 import sys
 
+from flax import nnx
 from flax.core.spmd import logical_axis_rules
 import jax
 from maxtext.utils import maxtext_utils, sharding
+import numpy as np
 
 from tests import models, steps
 
@@ -42,9 +44,22 @@ def gathered(text: str, width: int, least: int) -> dict[str, list[str]]:
   return found
 
 
+def order_heads_for(shards: int, cfg, state) -> None:
+  """Orders the heads of fused projections as MaxText reads them where devices share the heads: queries, keys and values
+  of one device after another."""
+  q, kv = np.arange(cfg.num_query_heads), cfg.num_query_heads + np.arange(2 * cfg.num_kv_heads)
+  parts = [np.split(heads, shards) for heads in (q, *np.split(kv, 2))]
+  order = np.concatenate([heads for of_device in zip(*parts) for heads in of_device])
+  for path, variable in nnx.to_flat_state(state["model"].filter(nnx.Param)):
+    if path[-2:] == ("qkv_proj", "kernel"):
+      variable.set_value(jax.device_put(variable.get_value()[..., order, :], variable.get_value().sharding))
+
+
 def main(overrides: dict) -> None:
+  sharing = overrides.pop("sharing_heads", 1)
   cfg = models.config(**overrides)
   step, state = steps.prepare(cfg)
+  order_heads_for(sharing, cfg, state)
   mesh = maxtext_utils.get_mesh_from_config(cfg)
   data = jax.device_put(models.batch(cfg), sharding.get_input_data_sharding(cfg, mesh))
   losses = []

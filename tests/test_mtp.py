@@ -79,7 +79,12 @@ WITHOUT_MTP += ("qwen3_next", "qwen3_5", "qwen3_custom_moe")
 SINGLE_ONLY = ("gemma4", "gemma4, experts", "gemma4, tied values", "gemma4_small", "llama4", "envy")
 
 
-@pytest.mark.parametrize("block", [*BLOCKS, *OTHERS])
+WITH_FAST_TEST = ("qwen3", "gemma3", "llama4")
+
+
+@pytest.mark.parametrize(
+  "block", [x if x in WITH_FAST_TEST else pytest.param(x, marks=pytest.mark.slow) for x in (*BLOCKS, *OTHERS)]
+)
 def test_blocks_have_mtp_or_refuse_it(block):
   """Whether MaxText can build the layer shows when it does; shapes are enough for that."""
   for scan in (False, True):

@@ -78,6 +78,10 @@ class Study(pydantic.BaseModel):
       if name and name not in self.models:
         raise ValueError(f"{key}={name}: there is no such model; the models are {', '.join(self.models)}")
     for name, model in self.models.items():
+      if model.same_time_as and self.models[model.same_time_as].against == model.same_time_as:
+        raise ValueError(
+          f"models.{name}.same_time_as={model.same_time_as}: that model is compared with none; name one that is"
+        )
       if model.same_time_as and not (model.tokens or self.tokens):
         raise ValueError(f"models.{name}.same_time_as changes the tokens of a run; set tokens above 0")
       if not re.fullmatch("[a-z][a-z0-9_]*", name):

@@ -218,11 +218,6 @@ _installed = False
 _reading = Reading()
 
 
-def is_installed() -> bool:
-  """Whether this process has replaced MaxText's attributes. A patched MaxText uses four classes without that."""
-  return _installed
-
-
 def install(reading: Reading | None = None) -> None:
   """Replaces MaxText's attributes, so that MaxText knows the `mudd_*` keys. Further calls change `reading` only.
 
@@ -238,8 +233,10 @@ def install(reading: Reading | None = None) -> None:
   if _installed:
     return
   versions.check()
+  from maxtext_mudd.config import optimizer
+
   stock = [replacement.stock() for replacement in REPLACEMENTS]
   attributes = [replacement.replace(attribute) for replacement, attribute in zip(REPLACEMENTS, stock)]
   for replacement, attribute in zip(REPLACEMENTS, attributes):
     setattr(importlib.import_module(replacement.module), replacement.name, attribute)
-  _installed = True
+  optimizer.are_replaced = _installed = True

@@ -241,11 +241,16 @@ MISTAKES = {
   ),
   "post-norms of streams that are not made": (
     ["mudd_dense_streams=vr", "mudd_post_norm=true", "mudd_post_norm_streams=q"],
-    "mudd_post_norm_streams='q' norms nothing: DAs make the streams vr; name some of these.",
+    "mudd_post_norm_streams='q' norms nothing, so that mudd_post_norm=True would only add X_i: DAs make the streams "
+    "vr; name some of these, or set mudd_post_norm=False.",
   ),
   "start of static weights without post-norm": (
     ["mudd_static_start=zero"],
     "mudd_static_start=zero does nothing with mudd_post_norm=False;",
+  ),
+  "start of static weights with both norms": (
+    ["mudd_static_start=zero", "mudd_pre_norm=true", "mudd_post_norm=true"],
+    "mudd_static_start=zero does nothing with mudd_pre_norm=True;",
   ),
   "a width of the last DA where there is none": (
     ["mudd_dense_streams=qkv", "mudd_last_hidden_expansion=2"],

@@ -162,6 +162,20 @@ def test_generations_that_cannot_be(lm, asked, message):
   assert str(error.value).startswith(f"generation_kwargs: {message}")
 
 
+@pytest.mark.parametrize(
+  ("keys", "says"),
+  [
+    ({"decoder_block": "gemma2", "sliding_window_size": 8, "base_num_decoder_layers": 2}, "sliding_window_size=8: "),
+    ({"moba": True}, "moba=True: "),
+  ],
+)
+def test_models_that_decode_another_function_are_refused_before_tasks(keys, says):
+  """By the configuration alone, with a prompt as long as the context."""
+  config = models.config(mudd=True, **keys)
+  with pytest.raises(ConfigError, match=f"^generation_kwargs: {says}"):
+    evaluation._GenerationOptions.read({"max_gen_toks": 6}, config)
+
+
 def test_generations_that_can_be(lm):
   """Numbers as YAML gives them, and what is not set."""
   for asked in (

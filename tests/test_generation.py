@@ -240,8 +240,8 @@ def test_windows_that_are_shorter_than_the_text_are_refused():
       generation.check([[1], [1] * prompt], new, config)
     assert str(refused.value) == (
       f"sliding_window_size={needed - 1}: MaxText decodes other functions than it trains where a window is shorter "
-      f"than prompt and new tokens, which need {needed} here with padding; use a shorter prompt, a lower "
-      "max_new_tokens, or logits."
+      f"than prompt and new tokens, which need {needed} here with padding; use a shorter prompt or fewer "
+      "new tokens (in commands, a lower max_target_length), or logits."
     )
     generation.check([[1] * prompt], new, config_of("gpt_oss", sliding_window_size=needed, max_target_length=64))
   for block in ("gemma", "mistral", "envy"):  # have no windows

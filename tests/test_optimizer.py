@@ -10,8 +10,8 @@ from maxtext.optimizers import optimizers
 import numpy as np
 import pytest
 
-from maxtext_mudd import plugin
 from maxtext_mudd.checkpoints import layout
+from maxtext_mudd.config import optimizer
 from maxtext_mudd.config.errors import ConfigError
 from tests import models, steps
 from tests.placements import BLOCKS, IRREGULAR
@@ -201,6 +201,9 @@ def check_decay(overrides, decayed: set[str], of_muon: set[str]) -> None:
     if "connection/" in path:
       factor = 0.3 if name in of_muon else 0.1
       np.testing.assert_allclose(x, -RATE * factor * values[path] * (name in decayed), rtol=1e-6, err_msg=path)
+    else:  # which of them Muon trains is MaxText's choice
+      ratios = -x / (RATE * values[path])
+      assert any(np.allclose(ratios, factor, rtol=1e-4) for factor in (0.1, 0.3)), path
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -306,15 +309,16 @@ def test_muon_leaves_matrices_to_adam():
 @pytest.mark.parametrize("keys", [{"opt_type": "muon"}, {"mudd_decay": "nothing"}, {"mudd_learning_rate_factor": 0.5}])
 def test_optimizers_without_the_plugin_are_refused(keys, monkeypatch):
   """A MaxText with our patch uses the configuration and the decoder of this package, but its own optimizers."""
-  monkeypatch.setattr(plugin, "_installed", False)
+  monkeypatch.setattr(optimizer, "are_replaced", False)
   setting = "=".join(map(str, *keys.items()))
   with pytest.raises(ConfigError) as refused:
     models.config(mudd=True, **keys)
   assert str(refused.value) == (
     f"{setting} does not work with mudd=True in MaxText's own commands: their optimizers do not know the parameters of "
-    "connections; train with python3 -m maxtext_mudd.train."
+    "connections; use the commands of maxtext_mudd."
   )
   assert models.config(mudd=True).mudd
+  assert models.config(mudd=True, opt_type="muon", depth_connection="residual").mudd
 
 
 REFUSED = {

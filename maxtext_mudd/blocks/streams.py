@@ -194,7 +194,11 @@ class LatentAttention(MLA):
     def latent_of(stream):  # in training mode, since only what both streams make is cached
       return MLA.mla_kv_projection(
         _Changed(self, _build_key_value=lambda latent, rotated, model_mode: (latent, rotated)),
-        *(stream, inputs_positions, decoder_segment_ids, MODEL_MODE_TRAIN, None),
+        stream,
+        inputs_positions,
+        decoder_segment_ids,
+        MODEL_MODE_TRAIN,
+        None,
       )
 
     (of_keys, rotated, _), (of_values, *_) = latent_of(inputs.k), latent_of(inputs.v)
@@ -278,7 +282,7 @@ def decouple(layer: nnx.Module, block: BlockSpec, streams: str) -> None:
       change_class(projection, _reading_by_columns(type(projection), columns))
   if isinstance(attention, MLA):
     change_class(attention, LatentAttention)
-    if attention.MlaKVCache_0 is not None:
+    if attention.MlaKVCache_0 is not None and not attention.config.mla_naive_kvcache:
       _hold_two_latents(attention.MlaKVCache_0)
   if hasattr(layer, "mhc_attention"):
     change_class(layer.mhc_attention, HyperConnections)

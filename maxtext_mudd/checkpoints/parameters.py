@@ -52,12 +52,12 @@ def check_path(path: str, config) -> None:
 
 
 # Beginnings of `model_name` with which router biases are state that training updates by itself, and no parameters.
-_ROUTER_BIASES_APART = ("deepseek3", "deepseek4", "kimi-k2")
+_SEPARATE_ROUTER_BIASES = ("deepseek3", "deepseek4", "kimi-k2")
 
 
 def check_state(config) -> None:
   """Raises ConfigError for a model with trained state besides its parameters, which alone are read of a checkpoint."""
-  if config.mudd and config.routed_bias and config.model_name.startswith(_ROUTER_BIASES_APART):
+  if config.mudd and config.routed_bias and config.model_name.startswith(_SEPARATE_ROUTER_BIASES):
     raise ConfigError(
       f"routed_bias=True and model_name={config.model_name}: the biases of routers are not parameters, and only "
       "parameters are read of a checkpoint; use a model without them."

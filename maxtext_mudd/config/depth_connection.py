@@ -96,7 +96,7 @@ def refusals(config) -> Iterator[Refusal]:
   yield Refusal(interval < 1, f"inhomogeneous_layer_cycle_interval={interval}", mudd, "set it to 1 or more")
   pattern = blocks.pattern(config)
   yield Refusal(
-    config.scan_layers and interval % pattern != 0,
+    config.scan_layers and interval % pattern != 0 and interval != config.num_decoder_layers,
     f"inhomogeneous_layer_cycle_interval={interval}",
     f"scan_layers=True and {layer}",
     f"the kinds of its layers come again after {pattern}; use a multiple of {pattern}",

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from maxtext_mudd import connections, plugin
+from maxtext_mudd import connections
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 _ON = {"mudd": (True,)}
+# Whether the plugin has replaced MaxText's optimizers. MaxText with our patch uses the configuration without that.
+are_replaced = False
 
 
 class OptimizerKeys(KeyGroup):
@@ -43,12 +45,12 @@ def refusals(config) -> Iterator[Refusal]:
     "depth_connection=residual",
     "it has no parameters; leave the key at its default",
   )
-  alone = ["opt_type=muon"] * (optimizer == "muon") + changed
+  settings = ["opt_type=muon"] * (optimizer == "muon") + changed
   yield Refusal(
-    bool(alone) and not plugin.is_installed(),
-    alone[0] if alone else "",
+    bool(settings) and config.depth_connection != "residual" and not are_replaced,
+    settings[0] if settings else "",
     "mudd=True in MaxText's own commands",
-    "their optimizers do not know the parameters of connections; train with python3 -m maxtext_mudd.train",
+    "their optimizers do not know the parameters of connections; use the commands of maxtext_mudd",
   )
   yield Refusal(
     config.mudd_decay != "auto" and optimizer == "sgd",

@@ -271,6 +271,8 @@ class _GenerationOptions:
         f"max_gen_toks={max_new_tokens} leaves no room for a prompt, or asks for no tokens; set it from 1 to "
         f"{config.max_target_length - 1}, for max_target_length={config.max_target_length}."
       )
+    generation.check_config(config)
+    generation.check_window(config.max_target_length - max_new_tokens, max_new_tokens, config)
     if not all(isinstance(text, str) for text in stop_texts):
       raise ConfigError(f"until={stop_texts} is not a text, nor a list of texts.")
     if not isinstance(keys["do_sample"], bool):

@@ -265,10 +265,10 @@ def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -
       raise ConfigError(
         f"prompt {number} has the token {unknown[0]}, and the model has vocab_size={config.vocab_size}."
       )
-  _check_window(max(map(len, prompt_tokens)), max_new_tokens, config)
+  check_window(max(map(len, prompt_tokens)), max_new_tokens, config)
 
 
-def _check_window(prompt_length: int, max_new_tokens: int, config) -> None:
+def check_window(prompt_length: int, max_new_tokens: int, config) -> None:
   """Raises ConfigError where local attention would not reach all tokens. There MaxText's decoding takes others into the
   window than its training: it counts slots of two caches, one of the padded prompt and one of new tokens."""
   key = blocks.spec(config).window
@@ -278,7 +278,8 @@ def _check_window(prompt_length: int, max_new_tokens: int, config) -> None:
   if 0 < window < needed:
     raise ConfigError(
       f"{key}={window}: MaxText decodes other functions than it trains where a window is shorter than prompt and new "
-      f"tokens, which need {needed} here with padding; use a shorter prompt, a lower max_new_tokens, or logits."
+      f"tokens, which need {needed} here with padding; use a shorter prompt or fewer new tokens (in commands, a lower "
+      "max_target_length), or logits."
     )
 
 

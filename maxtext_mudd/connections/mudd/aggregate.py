@@ -32,12 +32,12 @@ def share_mlps(decoder: nnx.Module) -> None:
 class DepthAggregate(nnx.Module):
   """One DA (paper, Eqs. 5, 6 and 10): from the sources to the streams of the next block.
 
-  Parameters, in `weight_dtype`: `w1` [D,K] from N(0, 1/D), `w2` [K,C,N] zero, `a` [C,N] one at the newest source; or
-  zero where pre- and post-norm are both on, or `mudd_static_start` says so, for then X_i is added after the sum. With
-  both norms or neither, the model starts as the plain Transformer. With only one of them, neither this model nor the
-  released code does, but for the post-norm with `mudd_static_start=zero`. Norm
-  scales [D] where `mudd_weight_norm_scale` or `mudd_post_norm` ask for them; `weight_scale` [C,N] one where
-  `mudd_weight_scale` is on. Cap and scale of dynamic weights are practice of the authors since the paper.
+  Parameters, in `weight_dtype`: `w1` [D,K] from N(0, 1/D), `w2` [K,C,N] zero, `a` [C,N] one at the newest source. `a`
+  is zero with pre- and post-norm, which add X_i after the sum, and with the post-norm alone if `mudd_static_start` is
+  "zero". In these cases, and without norms, the model starts as the plain Transformer. With one of the norms and `a`
+  as released, neither this model nor the released code does. Norm scales [D] where `mudd_weight_norm_scale` or
+  `mudd_post_norm` ask for them; `weight_scale` [C,N] one where `mudd_weight_scale` is on. Cap and scale of dynamic
+  weights are practice of the authors since the paper.
   """
 
   def __init__(self, config, site: Site, mesh: jax.sharding.Mesh, rngs: nnx.Rngs):

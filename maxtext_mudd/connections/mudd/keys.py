@@ -73,7 +73,7 @@ class DenseKeys(WeightKeys, HistoryKeys):
     "released",
     "Initial static weights a; released: one at the newest source, and zero with pre- and post-norm; zero: as the "
     "authors since the paper with the post-norm alone. Then the model starts as the plain one.",
-    needs={"mudd_post_norm": (True,)},
+    needs={"mudd_pre_norm": (False,), "mudd_post_norm": (True,)},
   )
   mudd_first_block_norms: Literal["shared", "separate"] = key(
     "shared", "Attention norms of block 1, whose streams are equal: one, or LN_q, LN_k and LN_v."
@@ -221,16 +221,17 @@ def _check_widths(config, plan: Plan) -> None:
 def _check_post_norms(config, plan: Plan) -> None:
   """Raises ValueError for post-norms of streams that no DA makes."""
   chosen, default = config.mudd_post_norm_streams, DenseKeys.model_fields["mudd_post_norm_streams"].default
-  made = {"r" if stream == "m" else stream for site in plan.sites.values() for stream in site.streams}
-  if made == {"x"} and chosen != default:
+  streams_made = {"r" if stream == "m" else stream for site in plan.sites.values() for stream in site.streams}
+  if streams_made == {"x"} and chosen != default:
     raise ValueError(
       f"mudd_post_norm_streams={chosen!r} does nothing where DAs make one input for all streams, which always has a "
       f"post-norm; leave it at {default!r}."
     )
-  if config.mudd_post_norm and not made & {"x", *chosen}:
-    streams = "".join(c for c in STREAMS if c in made)
+  if config.mudd_post_norm and not streams_made & {"x", *chosen}:
+    streams = "".join(c for c in STREAMS if c in streams_made)
     raise ValueError(
-      f"mudd_post_norm_streams={chosen!r} norms nothing: DAs make the streams {streams}; name some of these."
+      f"mudd_post_norm_streams={chosen!r} norms nothing, so that mudd_post_norm=True would only add X_i: DAs make the "
+      f"streams {streams}; name some of these, or set mudd_post_norm=False."
     )
 
 

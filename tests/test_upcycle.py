@@ -190,8 +190,9 @@ def test_families(family, tmp_path):
 
 
 # model.yml cannot hold the name of the model, which its layers read: the command writes the parameters alone.
-WITHOUT_MODEL_YML = ("gemma3", "gemma4_small", "deepseek4")
-UPCYCLED = [*((x, "single") for x in BLOCKS), *LAYOUTS]
+WITHOUT_MODEL_YML = ("gemma3", "gemma4_small")
+# The router biases and tables of deepseek4 are no parameters: it is upcycled as a run.
+UPCYCLED = [*((x, "single") for x in BLOCKS), *(case for case in LAYOUTS if case[0] != "deepseek4")]
 
 
 @pytest.mark.parametrize(("block", "layout"), slow_but([("pythia", "single")], UPCYCLED))
@@ -262,7 +263,9 @@ STEP = 5
 def plain_run(folder: pathlib.Path, block: str = "llama2", **keys) -> dict[str, np.ndarray]:
   """Writes a checkpoint of a plain run, with random moments and a data position; returns the train state by path."""
   tree = train_state_nnx.to_checkpoint_dict(new_state(config_of(block, **keys)))
-  del tree["nnx_aux"]  # random states, which the conversion makes anew
+  aux = traverse_util.flatten_dict(tree.pop("nnx_aux", {}))
+  kept = {path: x for path, x in aux.items() if "rngs" not in path}  # the conversion makes random states anew
+  tree |= {"nnx_aux": traverse_util.unflatten_dict(kept)} if kept else {}
   rng = np.random.default_rng(3)
 
   def filled(x):
@@ -310,6 +313,22 @@ def test_a_run_keeps_its_optimizer_state(scan, tmp_path):
     expected = new[path.removeprefix(root)] if root == roots[0] else np.zeros_like(x)
     np.testing.assert_array_equal(x, expected, err_msg=path)
   assert {path.split("decoder/")[0] for path in after} == set(roots)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_run_keeps_state_that_is_no_parameter(scan, tmp_path):
+  """Router biases, and tables by which layers choose experts."""
+  keys = {"scan_layers": scan}
+  before = plain_run(tmp_path / "a", block="deepseek4", **keys)
+  checkpoint, target = tmp_path / "a" / "checkpoints" / str(STEP), tmp_path / "b"
+  command = ["upcycle", "--checkpoint", str(checkpoint), "--run", str(target), config_file(tmp_path, "deepseek4")]
+  convert.main([*command, "mudd=true", *written(keys_of("deepseek4", **keys))])
+  after = train_state.read(target / "checkpoints" / str(STEP))
+  state = [path for path in before if path.startswith("nnx_aux/")]
+  assert len(state) >= 2
+  for path in state:
+    np.testing.assert_array_equal(after[path], before[path], err_msg=path)
 
 
 def test_a_run_keeps_the_state_of_muon(tmp_path):

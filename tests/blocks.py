@@ -152,7 +152,7 @@ FUSED = (
 )  # have a projection whose columns read different streams
 # Second models of a block, and those that take longest to compile. What tests them layer by layer is slow.
 SLOW = ("gemma4, experts", "gemma4, tied values", "envy", "deepseek, no query latent", "deepseek, indexer")
-SLOW += ("deepseek4", "qwen3_5", "gpt3, fused projection")
+SLOW += ("deepseek, mHC", "deepseek4", "gemma4_small", "qwen3_next", "qwen3_5", "gpt3, fused projection")
 SINGLE = ("gemma4_small",)  # MaxText does not scan their layers
 LAYOUTS = [(block, layout) for block in OTHERS for layout in ("single", "scanned")[: 1 if block in SINGLE else 2]]
 BLOCKS = {

@@ -191,12 +191,17 @@ def test_generates_what_teacher_forcing_says(block, layout):
     models.check_greedy(model, row, len(prompt), 6)
 
 
+CACHED = {"mla_naive_kvcache": False}
+ABSORBED = CACHED | {"use_mla_absorbed_mqa": True}
+
+
 @pytest.mark.parametrize(
-  "keys",
-  [{"mla_naive_kvcache": False}, {"mla_naive_kvcache": False, "use_mla_absorbed_mqa": True}],
-  ids=["cached latents", "absorbed"],
+  ("keys", "scan"),
+  [
+    (ABSORBED, True),
+    *(pytest.param(*x, marks=pytest.mark.slow) for x in ((ABSORBED, False), (CACHED, False), (CACHED, True))),
+  ],
 )
-@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_generates_from_latents(keys, scan):
   """With widths as DeepSeek has them, for which MaxText cannot cache keys and values."""
   widths = {"head_dim": 16, "v_head_dim": 8, "max_target_length": 24, "scan_layers": scan}

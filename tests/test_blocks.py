@@ -23,10 +23,12 @@ def assert_starts_alike(stock, mudd, tolerance=0):
   np.testing.assert_allclose(models.logits(models.build(mudd), data), plain, rtol=0, atol=tolerance)
 
 
-SLOWEST = pytest.param("qwen3_next", marks=pytest.mark.slow)
+SLOWEST = ("deepseek4", "gemma4_small", "qwen3_next", "qwen3_5")
 
 
-@pytest.mark.parametrize("block", [*BLOCKS, *(SLOWEST if x == "qwen3_next" else x for x in OTHERS)])
+@pytest.mark.parametrize(
+  "block", [*BLOCKS, *(pytest.param(x, marks=pytest.mark.slow) if x in SLOWEST else x for x in OTHERS)]
+)
 def test_starts_as_the_stock_model(block):
   keys = {"remat_policy": "none"}
   # On a CPU the product of a part of the columns may add in another order than that of all; the errors seen are

@@ -23,8 +23,13 @@ UNSCANNED = ("gemma4-e2b", "gemma4-e4b", *WITH_DEEPSTACK)  # MaxText does not sc
 FAST = ("llama3-8b", "gpt-oss-20b", "deepseek3-671b", "qwen3-vl-2b")
 
 
+# Keys that MaxText asks for before it asks for anything else.
+MORE = {"deepseek-custom": {"hf_access_token": "a", "tokenizer_path": "a"}}
+
+
 def config_of(name: str, **keys):
   keys |= {"log_config": False, "skip_jax_distributed_system": True, "hardware": "cpu", "attention": "dot_product"}
+  keys |= MORE.get(name, {})
   return pyconfig.initialize(["", models.BASE_YML], model_name=name, mudd=True, **keys)
 
 

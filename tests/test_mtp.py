@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import maxtext_mudd
+from maxtext_mudd import connections
 from maxtext_mudd.checkpoints import layout, model_config
+from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.model import counts
 from maxtext_mudd.model.instability import GRADIENT_NORM, LARGEST_WEIGHT, TOTALS
 from tests import models, mtp_oracle, steps
@@ -95,6 +97,16 @@ def test_blocks_have_mtp_or_refuse_it(block):
         config_of(block, **keys)
     else:
       assert any(path.startswith("mtp_block/") for path in model_config.parameter_shapes(config_of(block, **keys)))
+
+
+def test_the_rule_of_the_last_width_is_that_of_mtp():
+  """Whose DAs are in no row."""
+  table = [{"block": "1..L", "sources": "all", "streams": "r", "hidden": 8}]
+  keys = {"mudd": True, "base_num_decoder_layers": 2, "mudd_placements": table, "mudd_last_hidden_expansion": 2.0}
+  with pytest.raises(ConfigError, match=r"mudd_last_hidden_expansion=2\.0 does nothing with mudd_placements"):
+    models.config(**keys)
+  plan = connections.plan(models.config(**keys, mudd_mtp="connected", mtp_num_layers=1))
+  assert [site.hidden for site in plan.sites.values()] == [8, 8, (2 * 4 // 64 + 1) * 64]
 
 
 @pytest.fixture(scope="module")

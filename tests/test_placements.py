@@ -338,16 +338,6 @@ def test_a_rule_of_widths_that_no_row_reads(table, key):
     complexity.read([runs.RUN_YML, f"mudd_placements={table}", key])
 
 
-def test_the_rule_of_the_last_width_is_that_of_mtp():
-  """Whose DAs are in no row."""
-  table = [{"block": "1..L", "sources": "all", "streams": "r", "hidden": 8}]
-  keys = {"mudd": True, "base_num_decoder_layers": 2, "mudd_placements": table, "mudd_last_hidden_expansion": 2.0}
-  with pytest.raises(ConfigError, match=r"mudd_last_hidden_expansion=2\.0 does nothing with mudd_placements"):
-    models.config(**keys)
-  plan = connections.plan(models.config(**keys, mudd_mtp="connected", mtp_num_layers=1))
-  assert [site.hidden for site in plan.sites.values()] == [8, 8, (2 * 4 // 64 + 1) * 64]
-
-
 @pytest.mark.parametrize(
   ("arguments", "sentence"),
   [

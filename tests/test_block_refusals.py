@@ -3,6 +3,7 @@
 import pytest
 
 from tests import runs
+from tests.blocks import config_of
 from tests.refusals import refused_run
 
 GPT_OSS = ("decoder_block=gpt_oss", "mudd_init=stock", "mudd_ffn_reallocation=false")
@@ -288,6 +289,12 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
   return runs.build_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def test_one_cycle_of_all_layers_needs_no_whole_pattern():
+  """Each layer has its true number then."""
+  keys = {"scan_layers": True, "base_num_decoder_layers": 3, "inhomogeneous_layer_cycle_interval": 3}
+  assert config_of("gpt_oss", mudd=True, **keys).inhomogeneous_layer_cycle_interval == 3
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

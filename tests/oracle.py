@@ -207,6 +207,7 @@ class Oracle:
     weights = np.broadcast_to(weights, (*newest.shape[:2], *weights.shape[2:]))
     for c, name in enumerate(names):
       self.seen[f"weights/{name}/da_{i:03d}"] = weights[:, :, c]
+      self.seen[f"norms/{name}/da_{i:03d}"] = np.stack([np.linalg.norm(normed[j], axis=-1) for j in sources], -1)
       mixed = 0
       for n, j in enumerate(sources):
         mixed = mixed + weights[:, :, c, n, None] * normed[j - (self.shifted == (i, n))]
@@ -226,6 +227,7 @@ class Oracle:
     normed = {0: self.rms(x, self[f"{start}/embedding_norm/scale"]) if arch.pre_norm else x}
     for k in range(1, arch.extra + 1):
       looked_up = self[f"decoder/extra_embeddings/table_{k}/embedding"][tokens]
+      self.seen[f"history/extra_{k}"] = looked_up
       norm = f"{start}/extra_norms/norm_{k}/scale"
       normed[-k] = self.rms(looked_up, self[norm]) if arch.pre_norm else looked_up
     self.seen["history/000"] = xq = xk = xv = xr = x

@@ -184,8 +184,7 @@ OF_MODELS = {
     "weights",
     {"mudd": False},
     [],
-    "weights needs a model that mixes block outputs, and this one has depth_connection=residual; use one with "
-    "depth_connection=dense.",
+    "weights needs a model with depth weights; the connections of this one are depth_connection=residual.",
   ),
   "static weights": (
     "ablate",

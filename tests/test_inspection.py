@@ -44,6 +44,10 @@ CASES = {
     {"mudd": True, "mudd_dense_streams": "vr", "mudd_pre_norm": True, "mudd_post_norm": True},
     dataclasses.replace(FOUR, streams="vr", pre_norm=True, post_norm="r"),
   ),
+  "extra embeddings": (
+    {"mudd": True, "mudd_extra_embeddings": 2, "mudd_pre_norm": True},
+    dataclasses.replace(FOUR, extra=2, pre_norm=True),
+  ),
   "plain": ({}, dataclasses.replace(FOUR, ways=0)),
 }
 
@@ -122,6 +126,8 @@ def test_attention_residuals_mix_what_is_kept():
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
     mixed = sum(weights[..., j, None] * sources[j] for j in range(after + 1))
     close(found[f"streams/{name}"], mixed, name)
+    norms = np.stack([np.linalg.norm(x, axis=-1) for x in sources[: after + 1]], -1)
+    close(found[f"norms/{name}"], norms, name)
 
 
 @pytest.mark.parametrize("family", slow_but_fast(["mhc", "hyper_connections"]))
@@ -140,17 +146,19 @@ def test_residual_streams_are_mixed_by_what_is_kept(family):
 
 @pytest.mark.slow
 def test_gates_of_dca():
-  """Σ_j (b_j + gate_j) G_j, with the static weights of the parameters."""
+  """Σ_j (b_j + gate_j) G_j, with the static weights of the parameters. Kept are gate_j and the mean of b_j."""
   config = models.config(mudd=True, depth_connection="dca")
   model = models.build(config)
   values = models.randomise(model)
   found = inspect(model, packed(config))
   for c, stream in enumerate("qkv"):
-    gates = found[f"weights/{stream}/da_002"]
-    assert gates.min() == 0 < gates.max()
     static = values["decoder/layers_2/connection/depth_aggregate/b"][c]
+    gates = found[f"weights/{stream}/da_002"] - static.mean(0)
+    assert -1e-6 < gates.min() < 1e-6 < gates.max()
     mixed = sum((static[:, j] + gates[..., j, None]) * found[f"history/{j:03d}"] for j in range(3))
     close(found[f"streams/{stream}/da_002"], mixed, stream)
+    norms = np.stack([np.linalg.norm(found[f"history/{j:03d}"], axis=-1) for j in range(3)], -1)
+    close(found[f"norms/{stream}/da_002"], norms, stream)
 
 
 KEPT_BLOCKS = ("gemma2", "gpt_oss", "deepseek", "qwen3_next", "gemma4_small")
@@ -245,7 +253,9 @@ def test_nothing_is_kept_elsewhere():
 def test_mistakes():
   model = models.build(models.config(mudd=True))
   tokens = models.batch(model.config)["inputs"]
-  with pytest.raises(ValueError, match="keep has 'maps'; the kinds of arrays are history, weights, written, streams"):
+  with pytest.raises(
+    ValueError, match="keep has 'maps'; the kinds of arrays are history, weights, written, norms, streams"
+  ):
     maxtext_mudd.inspect(model, tokens, keep=["maps"])
   with pytest.raises(ValueError, match="pass an array"):
     maxtext_mudd.inspect(model, tokens[0])

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import operator
 import types
 from typing import Any, ClassVar
 
@@ -14,7 +13,6 @@ import numpy as np
 
 from maxtext_mudd import blocks, connections
 from maxtext_mudd.analyze.measurement import Named
-from maxtext_mudd.blocks import stacks
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections.base import STREAMS
 
@@ -203,39 +201,67 @@ def family_of(config) -> str:
   return f"depth_connection={config.depth_connection}" if config.mudd else "none (mudd=False)"
 
 
+def depth_weights(arrays: dict[str, Array], number: int) -> tuple[dict[str, Array], dict[str, Array]]:
+  """The weights [B,T,N] of all aggregates of blocks 1 to `number`, and the norms [B,T,N] of their sources, both by
+  "STREAM/i"; without those of multi-token prediction."""
+  names = [x.removeprefix("weights/") for x in arrays if x.startswith("weights/")]
+  names = {x: x.replace("da_", "") for x in names if int(x.split("/da_")[1]) <= number}
+  if any(x.startswith("written/") for x in arrays):
+    return _unfolded(arrays, number)
+  weights = {short: arrays[f"weights/{x}"] for x, short in names.items()}
+  weights = {name: x if x.ndim == 3 else x.mean(2) for name, x in weights.items()}  # over the heads of AttnRes
+  return weights, {short: arrays[f"norms/{x}"] for x, short in names.items()}
+
+
+def _unfolded(arrays: dict[str, Array], number: int) -> tuple[dict[str, Array], dict[str, Array]]:
+  """`depth_weights` of n residual streams. A sublayer reads the embedding and the outputs of all sublayers before it,
+  each with a weight that is the sum over all paths of products of W and β."""
+  embedding = arrays["history/000"][:, :, 0]
+  paths = jnp.ones((*arrays["history/000"].shape[:3], 1))  # [B,T,n,N]: weight of each source in each residual stream
+  of_sources = [jnp.linalg.norm(embedding.astype(jnp.float32), axis=-1)[..., None]]
+  weights, norms = {}, {}
+  for after in range(number):
+    for sublayer in ("attention", "ffn"):
+      name = f"{sublayer}/da_{after:03d}"
+      w, beta = arrays[f"weights/{name}"], arrays[f"written/{name}"]
+      mixed = jnp.einsum("btij,btjs->btis", w, paths, precision=jax.lax.Precision.HIGHEST)
+      short = name.replace("da_", "")
+      weights[short], norms[short] = mixed[:, :, 0], jnp.concatenate(of_sources, -1)
+      paths = jnp.concatenate([mixed[:, :, 1:], beta[..., None]], -1)
+      of_sources.append(arrays[f"norms/{name}"])
+  return weights, norms
+
+
 class DepthWeights:
   """Figs. 12 and 13 of the paper."""
 
   definition = (
     "mean and standard deviation over tokens of the weight of each source in each aggregate DA_i, times the mean norm "
     "of the source as it is mixed; source 0 is the embedding, source j the output of block j, -1, -2, ... are extra "
-    "embeddings"
+    "embeddings. In aggregates before sublayers source j is the output of sublayer j, or of Block AttnRes the j-th sum "
+    "of outputs; the weights of models with several residual streams are products of W and of the entries of beta "
+    "along all paths from the source"
   )
-  functions: ClassVar = {"weights": _whole, "history": _whole}
+  functions: ClassVar = dict.fromkeys(("weights", "written", "norms", "history"), _whole)
 
   def __init__(self, request, model, tokenizer):
+    self.config = model.config
     self.plan = connections.plan(model.config)
-    if not self.plan.sites or connections.family(model.config).reads != "block":
-      raise ConfigError(
-        f"weights needs a model that mixes block outputs, and this one has {family_of(model.config)}; use one with "
-        "depth_connection=dense."
-      )
 
   def sums(self, model, logits, arrays, batch):
     is_token = batch[2] > 0
     count = is_token.sum()
-    statistics = {"count": count, "norms": {}, "weights": {}}
-    for number, source in self._sources(model, arrays).items():
-      norm = jnp.linalg.norm(source.astype(jnp.float32), axis=-1)
-      statistics["norms"][number - self.plan.oldest] = (norm * is_token).sum()
-    for stream, by_site in by_stream(arrays, "weights").items():
-      for after, x in by_site.items():
-        share = is_token[..., None] / jnp.maximum(count, 1)
-        mean = (x * share).sum((0, 1))
-        statistics["weights"][f"{stream}/{after}"] = {
-          "mean": mean,
-          "variance": (jnp.square(x - mean) * share).sum((0, 1)),
-        }
+    share = (is_token / jnp.maximum(count, 1))[..., None]
+    weights, norms = depth_weights(arrays, self.plan.num_blocks)
+    if not weights:
+      raise ConfigError(
+        f"weights needs a model with depth weights; the connections of this one are {family_of(self.config)}."
+      )
+    statistics = {"count": count, "weights": {}}
+    for name, x in weights.items():
+      mean = (x * share).sum((0, 1))
+      variance = (jnp.square(x - mean) * share).sum((0, 1))
+      statistics["weights"][name] = {"mean": mean, "variance": variance, "norm": (norms[name] * share).sum((0, 1))}
     return statistics
 
   @staticmethod
@@ -243,50 +269,37 @@ class DepthWeights:
     """Sums that can be added over batches. In float32, squares of weights would leave no digits of a small variance."""
     count = statistics["count"]
     weights = {
-      name: {"sum": count * x["mean"], "squares": count * (x["variance"] + np.square(x["mean"]))}
+      name: {
+        "sum": count * x["mean"],
+        "squares": count * (x["variance"] + np.square(x["mean"])),
+        "norm": count * x["norm"],
+      }
       for name, x in statistics["weights"].items()
     }
     return statistics | {"weights": weights}
 
-  def _sources(self, model, arrays) -> dict[int, Array]:
-    """The sources as they are mixed, pre-normed where the model has pre-norms, by number."""
-    by_number = {-int(x.removeprefix("history/extra_")): arrays[x] for x in arrays if x.startswith("history/extra_")}
-    by_block = {number: path for path, number in stacks.single_layers(model.config).items()}
-    layers = {
-      number: operator.attrgetter(path.replace("/", "."))(model.decoder).connection for number, path in by_block.items()
-    }
-    first = layers[1]
-    if by_number and first.extra_norms is not None:
-      ordered = sorted(by_number, reverse=True)
-      by_number = dict(zip(ordered, first.extra_norms([by_number[number] for number in ordered])))
-    embedding = arrays["history/000"]
-    by_number[0] = embedding if first.embedding_norm is None else first.embedding_norm(embedding)
-    for number, connection in layers.items():
-      by_number[number] = connection.write(arrays[f"history/{number:03d}"])
-    return by_number
-
   def arrays(self, sums):
-    number, oldest, count = self.plan.num_blocks, self.plan.oldest, sums["count"]
-    streams = sorted({name.split("/")[0] for name in sums["weights"]}, key=ORDER.index)
-    shape = (len(streams), number, number + 1 - oldest)
-    norms = np.array([sums["norms"][k] / count for k in range(shape[-1])])
-    mean, deviation = np.full(shape, np.nan), np.full(shape, np.nan)
-    for name, of_weights in sums["weights"].items():
-      stream, after = name.split("/")
-      if int(after) > number:
-        continue  # of multi-token prediction
-      columns = np.array(self.plan.sites[int(after)].sources) - oldest
-      at = streams.index(stream), int(after) - 1, columns
-      of_tokens = of_weights["sum"] / count
-      mean[at] = of_tokens * norms[columns]
-      deviation[at] = np.sqrt(np.maximum(of_weights["squares"] / count - of_tokens**2, 0)) * norms[columns]
-    labels = {"stream": streams, "aggregate": [*range(1, number + 1)], "source": [*range(oldest, number + 1)]}
-    dims = ("stream", "aggregate", "source")
-    return {
-      "mean": Named(dims, mean, labels),
-      "deviation": Named(dims, deviation, labels),
-      "source_norm": Named(("source",), norms, {"source": labels["source"]}),
-    }
+    places = {name: self._place(name, len(x["sum"])) for name, x in sums["weights"].items()}
+    streams = sorted({stream for stream, _, _ in places.values()}, key=ORDER.index)
+    rows = sorted({after for _, after, _ in places.values()})
+    sources = sorted({number for _, _, numbers in places.values() for number in numbers})
+    names = ("mean", "deviation", "source_norm")
+    values = {name: np.full((len(streams), len(rows), len(sources)), np.nan) for name in names}
+    for name, (stream, after, numbers) in places.items():
+      at = streams.index(stream), rows.index(after), np.searchsorted(sources, numbers)
+      of_tokens = {key: x / sums["count"] for key, x in sums["weights"][name].items()}
+      deviation = np.sqrt(np.maximum(of_tokens["squares"] - of_tokens["sum"] ** 2, 0))
+      values["mean"][at] = of_tokens["sum"] * of_tokens["norm"]
+      values["deviation"][at] = deviation * of_tokens["norm"]
+      values["source_norm"][at] = of_tokens["norm"]
+    labels = {"stream": streams, "aggregate": rows, "source": sources}
+    return {name: Named(("stream", "aggregate", "source"), x, labels) for name, x in values.items()}
+
+  def _place(self, name: str, number: int) -> tuple[str, int, tuple[int, ...]]:
+    """(stream, i, numbers of the sources) of the weights of one stream of DA_i."""
+    stream, after = name.split("/")
+    site = self.plan.sites.get(int(after))
+    return stream, int(after), site.sources if site else tuple(range(number))
 
   @staticmethod
   def summary(arrays) -> str:

@@ -163,6 +163,7 @@ class HistoryConnection(PlainConnection):
 
   def through(self, block: Callable, state: Any, carry: History | HistoryBuffer, arguments: Any):
     """`block` reads (number of the block, sums of Eq. 5 or None, X_i)."""
+    self._keep_norms(carry, self.table.padded)
     link, parameters = self._link(carry, self.depth_aggregate, self.table.padded, self._weights, block)
     return carry.through(link, parameters, state, arguments)
 
@@ -208,6 +209,7 @@ class HistoryConnection(PlainConnection):
   def inputs(self, carry: History) -> Streams | Float[Array, "B T D"]:
     module, site, sums = self.depth_aggregate, self.table.padded, None
     if module is not None:
+      self._keep_norms(carry, site)
       link, parameters = self._link(carry, module, site, self._weights)
       sums = carry.sums(link, parameters)
     return self.read(self.blocks[0], sums, carry.output)
@@ -228,6 +230,7 @@ class HistoryConnection(PlainConnection):
   def _final_streams(self, carry: History | HistoryBuffer):
     """The streams of a DA that no block reads, and the history for the next such DA."""
     module, site, output = self.final_depth_aggregate, self.final_site, carry.output
+    self._keep_norms(carry, site, last=True)
     link, parameters = self._link(carry, module, site, self._final_weights)
     sums, carry = carry.mix(link, parameters)
     streams = module.streams(sums, output)
@@ -245,6 +248,11 @@ class HistoryConnection(PlainConnection):
   @property
   def _is_recorded(self) -> bool:
     return bool(self.config.record_internal_nn_metrics or metrics.totals() is not None)
+
+  def _keep_norms(self, carry: History | HistoryBuffer, site: Site | None, last=False) -> None:
+    if site is not None and kept.is_on("norms"):
+      sources = [carry.sources[number - self.plan.oldest] for number in site.sources]
+      kept.keep_norms(self, sources, site.streams, last=last)
 
   def _keep_weights(self, weights: kernels.Weights, streams: str, output: Float[Array, "B T D"], last=False) -> None:
     weights, _ = kernels.token_weights([output], weights)

@@ -3,7 +3,7 @@
 Both are on in a context only, `observing`, in which the pass is traced. `inference.inspection` uses it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import contextvars
 import dataclasses
@@ -91,6 +91,15 @@ def keep(module: nnx.Module, kind: str, arrays: Mapping[str, Array], *, last: bo
   for stream, x in arrays.items():
     name = f"kept_{'last_' if last else ''}{kind}_{stream}"
     module.sow(Kept, name, _functions.get()[kind](x), reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def keep_norms(
+  module: nnx.Module, sources: Sequence[Float[Array, "B T D"]], streams: Iterable[str], *, last: bool = False
+) -> None:
+  """Keeps the norms of the sources that the weights of these streams mix, [B,T,N], if norms are kept."""
+  if is_on("norms"):
+    norms = jnp.stack([jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in sources], -1)
+    keep(module, "norms", dict.fromkeys(streams, norms), last=last)
 
 
 def edited(weights: kernels.Weights, site: Site, oldest: int, newest: Float[Array, "B T D"]) -> kernels.Weights:

@@ -29,7 +29,7 @@ from maxtext_mudd.inference import forward, pretrained
 from maxtext_mudd.keys import raise_first
 from maxtext_mudd.model import mtp
 
-KINDS = ("history", "weights", "written", "streams", "attention")
+KINDS = ("history", "weights", "written", "norms", "streams", "attention")
 _PLAIN = types.MappingProxyType({"mudd": True, "depth_connection": "residual"})  # connections that change nothing
 
 

@@ -112,6 +112,8 @@ class AttnResConnection(ScoredConnection):
       streams, sources = sources.mix(Passes("xla"), ChannelWeights(per_head), count)
     by_name, last = dict(zip(readers, streams)), "x" in readers
     kept.keep(self, "streams", by_name, last=last)
+    if kept.is_on("norms"):  # in single layers
+      kept.keep_norms(self, sources.sources, readers, last=last)
     kept.keep(self, "weights", {name: _of_reader(per_head, k) for k, name in enumerate(readers)}, last=last)
     if config.record_internal_nn_metrics:
       per_reader = per_head.mean(3)

@@ -182,9 +182,12 @@ class DcaConnection(ScoredConnection):
       used, b = (jnp.where(is_there, x, 0) for x in (dynamic[..., slots], b[..., columns]))
       weights = self._weights(used, b)
       streams = differentiable(how, chosen, weights)
+      kept.keep_norms(self, chosen, names, last=names == "x")
     kept.keep(self, "streams", dict(zip(names, streams)), last=names == "x")
+    if kept.is_on("weights"):
+      of_streams = {name: used[:, :, c] + b[c].astype(used.dtype).mean(0) for c, name in enumerate(names)}
+      kept.keep(self, "weights", of_streams, last=names == "x")
     if keys.count_queries(config):
-      kept.keep(self, "weights", {name: used[:, :, c] for c, name in enumerate(names)}, last=names == "x")
       metrics.sow_largest(self, metrics.sample(used), last=names == "x")
     if config.record_internal_nn_metrics:
       self._sow(names, carry.newest, weights, streams, count)

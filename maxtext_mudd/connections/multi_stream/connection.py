@@ -120,6 +120,7 @@ class StreamsConnection(SublayerConnection):
     carry = dataclasses.replace(carry, sublayer=carry.sublayer + 1, product=product)
 
     def write(carried, output):
+      kept.keep_norms(self, [output], [name])
       added = (m.astype(w.dtype) + b * output.astype(w.dtype) for m, b in zip(carried, beta))
       return after(dataclasses.replace(carry, streams=tuple(x.astype(output.dtype) for x in added)))
 

@@ -21,6 +21,13 @@ DEEPSEEK4 = (
 EXPERTS = ("num_experts=4", "num_experts_per_tok=1", "base_moe_mlp_dim=64")
 OLMO3 = ("decoder_block=olmo3", "mudd_init=stock", "mudd_ffn_reallocation=false", "scan_layers=true")
 GEMMA2 = ("decoder_block=gemma2", "mudd_init=stock", "mudd_ffn_reallocation=false")  # of four blocks
+QWEN3_NEXT = (
+  "decoder_block=qwen3_next",
+  "mudd_init=stock",
+  "mudd_ffn_reallocation=false",
+  "inhomogeneous_layer_cycle_interval=2",
+  *EXPERTS,
+)
 SIMPLE = ("decoder_block=simple", "mudd_init=stock", "mudd_ffn_reallocation=false")
 GEMMA4_SMALL = ("decoder_block=gemma4_small", "mudd_init=stock", "mudd_ffn_reallocation=false")
 MISTAKES = {
@@ -272,7 +279,17 @@ MISTAKES = {
     "model_name=default does not work with decoder_block='deepseek4': MaxText chooses experts by the name of the "
     "model; use deepseek4-tiny, deepseek4-284b, for other sizes with override_model_config=True.",
   ),
-  "sublayers in cycles within cycles": (
+  "sublayers in cycles within cycles of delta nets": (
+    [*QWEN3_NEXT, "scan_layers=true", "depth_connection=mhc"],
+    "scan_layers=True with decoder_block='qwen3_next' does not work with depth_connection=mhc: MaxText scans its "
+    "layers within cycles; set scan_layers=False.",
+  ),
+  "quantised delta nets": (
+    [*QWEN3_NEXT, "quantization=int8"],
+    "quantization=int8 does not work with mudd=True and decoder_block='qwen3_next': a scale is of a whole kernel, "
+    "whose columns read different streams; leave quantization empty and use another weight_dtype than float8.",
+  ),
+  "sublayers of layers that are scaled": (
     [
       "decoder_block=gemma4",
       "mudd_init=stock",

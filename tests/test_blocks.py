@@ -50,6 +50,37 @@ def test_hyper_connections_start_as_the_stock_model(block):
   assert_starts_alike(config_of(block, **keys), connected)
 
 
+# Keys of other families, and how far the logits may be from the plain model's, of the largest one: as in test_mhc.py,
+# test_attnres.py and test_dca.py.
+FAMILIES = {
+  "mhc": ({"depth_connection": "mhc", "mudd_mhc_alpha_init": 0.0}, 3e-5),
+  "attnres": ({"depth_connection": "attnres"}, 1e-4),
+  "dca": ({"depth_connection": "dca"}, 2e-6),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("block", [block for block in OTHERS if block not in WITHOUT_SUBLAYERS])
+def test_other_families_start_as_the_stock_model(block, family):
+  keys, tolerance = FAMILIES[family]
+  stock = config_of(block)
+  data = packed(stock)
+  plain = models.jitted_logits(models.build(stock), data)
+  assert np.std(plain) > 0.01
+  found = models.jitted_logits(models.build(config_of(block, mudd=True, **keys)), data)
+  np.testing.assert_allclose(found, plain, atol=tolerance * np.abs(plain).max(), rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", OTHERS)
+def test_one_way_starts_as_the_stock_model(block):
+  """DDFormer."""
+  keys = {"remat_policy": "none"}
+  connected = config_of(block, mudd=True, mudd_ways=1, **keys)
+  assert_starts_alike(config_of(block, **keys), connected, 5e-5 if block in FUSED else 0)
+
+
 def test_plain_connections_pass_residual_streams_on():
   """`depth_connection: residual`, the baseline, with MaxText's mHC."""
   keys = {"remat_policy": "none", "first_num_dense_layers": 1, "base_num_decoder_layers": 2}

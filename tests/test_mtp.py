@@ -99,6 +99,26 @@ def test_blocks_have_mtp_or_refuse_it(block):
       assert any(path.startswith("mtp_block/") for path in model_config.parameter_shapes(config_of(block, **keys)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [x for x in (*BLOCKS, *OTHERS) if x not in WITHOUT_MTP and x != "llama2"])
+def test_other_blocks_train_mtp(block):
+  """Gradients reach all of the DA behind the MTP block and all that it reads; scanned layers give the same loss."""
+  keys = {"mudd": True, **CONNECTED_MTP}
+  cfg = config_of(block, **keys)
+  values = random_values(cfg)
+  [(_, loss, aux, gradients)] = run(cfg, values)
+  assert np.isfinite(loss) and float(aux["mtp_loss"]) > 0
+  of_mtp = [path for path in gradients if path.startswith("mtp_block/") and "/connection/" in path]
+  assert any(path.endswith("/w1") for path in of_mtp)
+  for path in of_mtp:
+    assert np.abs(gradients[path]).max() > 0, path
+  if block not in SINGLE_ONLY:
+    scanned = config_of(block, **keys, scan_layers=True)
+    [(_, of_scanned, of_mtp, _)] = run(scanned, layout.stack(values, scanned))
+    assert of_scanned == pytest.approx(loss, rel=1e-5)
+    assert float(of_mtp["mtp_loss"]) == pytest.approx(float(aux["mtp_loss"]), rel=1e-5)
+
+
 def test_the_rule_of_the_last_width_is_that_of_mtp():
   """Whose DAs are in no row."""
   table = [{"block": "1..L", "sources": "all", "streams": "r", "hidden": 8}]

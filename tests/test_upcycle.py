@@ -104,6 +104,15 @@ def test_layouts(before, after, tmp_path):
   check_parameters(target, singles)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["hyper-connections", "DenseFormer", "extra embeddings, both norms"])
+def test_families_in_scanned_layers(family, tmp_path):
+  plain, values = trained(scan_layers=True)
+  source, target = convert_as_maxtext(tmp_path / "stock", values), tmp_path / "m"
+  upcycle(source, target, config_file(tmp_path), *written({"mudd": True, "scan_layers": True, **FAMILIES[family]}))
+  check_logits(target, plain)
+
+
 def test_every_family_is_upcycled_or_refused():
   cases = [*FAMILIES.values(), *REFUSED.values()]
   of_package = {name for name, family in connections.FAMILIES.items() if family.__module__.startswith("maxtext_mudd.")}

@@ -55,18 +55,22 @@ def check_path(path: str, config) -> None:
 _SEPARATE_ROUTER_BIASES = ("deepseek3", "deepseek4", "kimi-k2")
 
 
-def check_state(config) -> None:
-  """Raises ConfigError for a model with trained state besides its parameters, which alone are read of a checkpoint."""
+def check_state(config, remedy: str = "use a model without them") -> None:
+  """Raises ConfigError for a model with trained state besides its parameters, which alone are read of a checkpoint.
+
+  Args:
+    remedy: what the error advises.
+  """
   if config.mudd and config.routed_bias and config.model_name.startswith(_SEPARATE_ROUTER_BIASES):
     raise ConfigError(
       f"routed_bias=True and model_name={config.model_name}: the biases of routers are not parameters, and only "
-      "parameters are read of a checkpoint; use a model without them."
+      f"parameters are read of a checkpoint; {remedy}."
     )
   first = config.first_num_hash_layers
   if config.mudd and first and config.decoder_block.value == "deepseek4":
     raise ConfigError(
       f"first_num_hash_layers={first}: the tables by which these layers choose experts are not parameters, and only "
-      "parameters are read of a checkpoint; use a model without such layers."
+      f"parameters are read of a checkpoint; {remedy}."
     )
 
 

@@ -51,7 +51,7 @@ def to_model_folder(
   """
   path = run.items_of(checkpoint)
   config = pyconfig.initialize(["", config_file], **{**overrides, **model_config.local_keys()})
-  parameters.check_state(config)
+  parameters.check_state(config, "upcycle a run, with --run in place of --maxtext-dir")
   saved = _plain_parameters(path, config)
   keys = run.folder_keys(config)
   if run.why_not_in_folder(config, keys):

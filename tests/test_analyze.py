@@ -185,6 +185,22 @@ def test_heads_of_attention_made_by_hand(lm):
   assert measured(figure, None, arrays, batch)["active"].values == pytest.approx([2 / 4])
 
 
+def test_sinks_are_not_only_the_first_positions(lm):
+  """BOS and a newline in the middle of a sequence, and the learned sink of a head."""
+  request = types.SimpleNamespace(sinks=None)
+  figure = figures.Heads(request, lm.model, lm.text_tokenizer)
+  newline = lm.text_tokenizer.encode("\n", bos=False)[0]
+  tokens = np.array([[1, 100, 1, newline, 101, 102]])  # BOS, a letter, BOS, newline, letters
+  batch = (tokens, np.arange(6)[None], np.ones((1, 6), int))
+  looked_at = [0, 0, 2, 3, 4, 5]
+  maps = np.eye(6)[None, None, looked_at] * 0.6
+  arrays = {"attention/block_001": figure.functions["attention"](jnp.asarray(maps))}
+  assert measured(figure, None, arrays, batch)["active"].values == pytest.approx([2 / 4])
+  maps[..., 4, 4] = 0.3  # a learned sink has 0.7
+  arrays = {"attention/block_001": figure.functions["attention"](jnp.asarray(maps))}
+  assert measured(figure, None, arrays, batch)["active"].values == pytest.approx([1 / 4])
+
+
 def test_sinks_as_they_are_in_a_text():
   """A tokenizer that has another token for a full stop at the start of a text, as those of Llama 2."""
   tokens = {"a": [5], ".": [8], "a.": [5, 7], "\n": [5, 1], "a\n": [5, 3], "x": [], "ax": [5], "ab": [5, 6]}
@@ -250,6 +266,15 @@ def test_ablation_is_a_model_with_other_weights(lm):
   assert found["everything"].values == changed(*paths)
   assert np.abs(found["everything"].values) > 0.01
 
+  request = types.SimpleNamespace(to="zero")
+  found = ablation.Ablation(request, model, None).measure(model, data, lambda: None, "x")
+  original = dict(values)
+  values[f"{second}/a"] = original[f"{second}/a"] * (np.arange(3) != 0)
+  change = changed(second, at=(slice(None), 0))
+  models.set_parameters(model, original)
+  assert found["source"].values[1, 0] == change
+  assert np.abs(found["source"].values[1, 0]) > 1e-3
+
 
 @pytest.mark.slow
 def test_ablation_to_the_mean(lm):
@@ -277,5 +302,17 @@ def test_the_lens_ends_in_the_loss(lm):
   figure = figures.Lens(REQUEST, lm.model, None)
   found = figure.arrays(measurement.totals(figure, lm.model, data, lambda: None, "x"))["loss"].values
   assert found.shape == (4, 4)
+  total, count = 0, 0
+  for tokens, _, segments in data:  # the head on the value stream of block 2
+    stream = inspection.inspect(lm.model, tokens, segment_ids=segments)["streams/v/da_001"].astype(np.float64)
+    values = {path: np.asarray(x.get_value(), np.float64) for path, x in models.parameters(lm.model).items()}
+    normed = stream / np.sqrt((stream**2).mean(-1, keepdims=True) + lm.config.normalization_layer_epsilon)
+    logits = normed * values["decoder/decoder_norm/scale"] @ values["decoder/logits_dense/kernel"]
+    logs = logits - logits.max(-1, keepdims=True)
+    logs -= np.log(np.exp(logs).sum(-1, keepdims=True))
+    is_next = segments[:, 1:] > 0
+    total -= np.take_along_axis(logs[:, :-1], tokens[:, 1:, None], -1)[..., 0][is_next].sum()
+    count += is_next.sum()
+  assert found[2, 1] == pytest.approx(total / count, rel=1e-6)
   np.testing.assert_allclose(found[:, 3], loss_of(lm.model, data), rtol=1e-6)
   assert (found[:, 0] == found[0, 0]).all()  # all streams of block 1 are the embedding

@@ -73,29 +73,36 @@ def test_the_command(figure, text, tmp_path, capsys):
 
 
 def test_speed(tmp_path, capsys):
-  losses = (("plain", 0.1, 3.0), ("plain", 0.1, 3.2), ("plain", 1.0, 4.0), ("mudd", 0.1, 2.9), ("dead", 0.1, 2.0))
+  losses = (("plain", 0.1, 0, 3.0), ("plain", 0.1, 1, 3.2), ("plain", 1.0, 0, 4.0), ("mudd", 0.1, 0, 9.9))
+  losses += (("mudd", 0.1, 0, 2.9), ("dead", 0.1, 0, 2.0))  # of two rows of one run the later one counts
   rows = [
-    {"kind": "cell", "model": model, "learning_rate": rate, "held_out": {"9": 5.0, "19": loss}, "dead": None}
-    for model, rate, loss in losses
+    {"kind": "cell", "model": model, "learning_rate": rate, "seed": seed, "held_out": {"9": 5.0, "19": x}, "dead": None}
+    for model, rate, seed, x in losses
   ]
   rows[-1]["dead"] = "the loss of step 20 is not finite"
   timing = {"kind": "timing", "model": "dead", "against": "plain", "ratio": {"median": 1.25}}
   study, speed = tmp_path / "study.jsonl", tmp_path / "speed.json"
-  study.write_text("".join(json.dumps(row) + "\n" for row in [*rows, timing]))
+  study.write_text("".join(json.dumps(row) + "\n" for row in [*rows, timing]) + '{"kind": "ce')
   found = [{"model": "mudd", "refused": None, "ratio": {"median": 0.9}}, {"model": "x", "refused": "no"}]
   speed.write_text(json.dumps({"baseline": "yaml/plain.yml", "rows": found}))
   out, _ = run("speed", "--study", study, "--speed", speed, "--output", tmp_path / "made", capsys=capsys)
   assert out.startswith("plain: loss 3.1000 at 1.000 of the speed; mudd: loss 2.9000 at 0.900 of the speed\n")
   arrays = json.loads((tmp_path / "made" / "speed.json").read_text())["models"]["study"]
   assert arrays["standard_error"]["values"] == [pytest.approx(0.1), None]
+  assert arrays["learning_rate"]["values"] == [0.1, 0.1] and arrays["runs"]["values"] == [2, 1]
   study.write_text("".join(json.dumps(row) + "\n" for row in [*rows, timing | {"model": "mudd"}]))
   out, _ = run("speed", "--study", study, "--output", tmp_path / "timed", capsys=capsys)
   assert out.startswith("plain: loss 3.1000 at 1.000 of the speed; mudd: loss 2.9000 at 0.800 of the speed\n")
   study.write_text(json.dumps(rows[0] | {"model": "other"}) + "\n")
   _, ended = run("speed", "--study", study, "--speed", speed, "--output", tmp_path / "b", capsys=capsys)
   assert ended == (
-    f"--study={study} has losses of other, and the speeds are of mudd, plain; run the study with --time, or name a "
-    "--speed file with one of these models."
+    f"--speed={speed} has speeds of mudd, and none of the models of --study={study}: other; name a file with one of "
+    "these, or run the study with --time."
+  )
+  _, ended = run("speed", "--study", study, "--output", tmp_path / "b", capsys=capsys)
+  assert ended == (
+    f"--study={study} has losses of other, and speeds of no model; run the study with --time, or name a --speed file "
+    "with one of these models."
   )
   _, ended = run("speed", "--study", speed, "--speed", speed, "--output", tmp_path / "b", capsys=capsys)
   assert ended.startswith(f"--study={speed} is no file of benchmarks/study.py; ")
@@ -137,6 +144,14 @@ REFUSED = {
   "an output that is a file": (
     ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--output", "{text}"],
     "--output={text} is a file; name a folder.",
+  ),
+  "an argument of another figure": (
+    ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--to", "mean"],
+    "--to does nothing with lens; leave it out.",
+  ),
+  "a model for speed": (
+    ["speed", "--study", "{text}", "--checkpoint", "{tmp}"],
+    "--checkpoint does nothing with speed; leave it out.",
   ),
   "speed of nothing": (
     ["speed"],
@@ -184,13 +199,20 @@ OF_MODELS = {
     "weights",
     {"mudd": False},
     [],
-    "weights needs a model with depth weights; the connections of this one are depth_connection=residual.",
+    "weights: the model has no depth weights; name one with depth connections.",
   ),
   "static weights": (
     "ablate",
     {"mudd_dynamic": False},
     [],
-    "ablate: the weights of this model are static (mudd_dynamic=False); use --to=mean.",
+    "ablate: the weights of this model are the same for all tokens (mudd_dynamic=False), so --to=static changes "
+    "nothing; use --to=zero.",
+  ),
+  "ablation of sublayers": (
+    "ablate",
+    {"depth_connection": "attnres"},
+    [],
+    "ablate needs a model that mixes block outputs (depth_connection=dense); this one has depth_connection=attnres.",
   ),
 }
 

@@ -141,20 +141,24 @@ def test_residual_streams_are_mixed_by_what_is_kept(family):
     mixed = np.einsum("btn,btnd->btd", weights[:, :, 0], streams)
     close(found[f"streams/attention/da_{after:03d}"], mixed, "attention")
     assert found[f"written/ffn/da_{after:03d}"].shape == streams.shape[:3]
-  assert {name.split("/")[0] for name in found} == {"logits", *inspection.KINDS}
+    assert found["weights/x/da_002"].shape == streams.shape[:3]
+  mixed = np.einsum("btn,btnd->btd", found["weights/x/da_002"], found["history/002"])
+  close(found["streams/x/da_002"], mixed, "x")
+  assert {name.split("/")[0] for name in found} == {"logits", *inspection.KINDS} - {"gates"}
 
 
 @pytest.mark.slow
 def test_gates_of_dca():
-  """Σ_j (b_j + gate_j) G_j, with the static weights of the parameters. Kept are gate_j and the mean of b_j."""
+  """Σ_j (b_j + gate_j) G_j, with the static weights of the parameters. Weights have the mean of b_j over channels."""
   config = models.config(mudd=True, depth_connection="dca")
   model = models.build(config)
   values = models.randomise(model)
   found = inspect(model, packed(config))
   for c, stream in enumerate("qkv"):
     static = values["decoder/layers_2/connection/depth_aggregate/b"][c]
-    gates = found[f"weights/{stream}/da_002"] - static.mean(0)
-    assert -1e-6 < gates.min() < 1e-6 < gates.max()
+    gates = found[f"gates/{stream}/da_002"]
+    assert gates.min() == 0 < gates.max()
+    np.testing.assert_allclose(found[f"weights/{stream}/da_002"], gates + static.mean(0), atol=1e-6)
     mixed = sum((static[:, j] + gates[..., j, None]) * found[f"history/{j:03d}"] for j in range(3))
     close(found[f"streams/{stream}/da_002"], mixed, stream)
     norms = np.stack([np.linalg.norm(found[f"history/{j:03d}"], axis=-1) for j in range(3)], -1)
@@ -247,6 +251,7 @@ def test_nothing_is_kept_elsewhere():
   models.logits(model, models.batch(model.config))
   assert not nnx.to_flat_state(nnx.state(model, kept.Kept))
   inspect(model, models.batch(model.config))
+  models.logits(model, models.batch(model.config))
   assert not nnx.to_flat_state(nnx.state(model, kept.Kept))
 
 
@@ -254,7 +259,7 @@ def test_mistakes():
   model = models.build(models.config(mudd=True))
   tokens = models.batch(model.config)["inputs"]
   with pytest.raises(
-    ValueError, match="keep has 'maps'; the kinds of arrays are history, weights, written, norms, streams"
+    ValueError, match="keep has 'maps'; the kinds of arrays are history, weights, gates, written, norms, streams"
   ):
     maxtext_mudd.inspect(model, tokens, keep=["maps"])
   with pytest.raises(ValueError, match="pass an array"):

@@ -29,10 +29,8 @@ from maxtext_mudd.config.errors import ConfigError, brief, reachable
 from maxtext_mudd.runs import launch, library_warnings
 
 LENGTHS = {True: 64, False: 256}  # default tokens in a sequence, where attention weights are drawn and elsewhere
-NUMBERING = (
-  "Blocks count from 1. Source 0 is the embedding, source j the output of block j. DA_i follows block i and makes what "
-  "block i + 1 reads."
-)
+LOSSES = ("lens", "ablate")
+NUMBERING = "Blocks count from 1. DA_i follows block i and makes what block i + 1 reads."
 
 
 def main(argv: list[str]) -> None:
@@ -66,9 +64,9 @@ def _speed(request: AnalysisRequest):
 
 def _of_models(request: AnalysisRequest, before_batch: Callable[[], None]):
   """(definition, arrays by model and name, lines to print)."""
-  results, lines, definition = {}, [], ""
+  results, lines, definition, first = {}, [], "", None
   for model, name in zip(request.models, names(request.models)):
-    definition, results[name], line = measure(request, model, name, before_batch)
+    definition, results[name], line, first = measure(request, model, name, before_batch, first)
     lines.append(f"{name}: {line}")
   return definition, results, lines
 
@@ -84,8 +82,11 @@ def names(models: Sequence[ModelRequest]) -> list[str]:
   return short_names
 
 
-def measure(request: AnalysisRequest, of_model: ModelRequest, name: str, before_batch: Callable[[], None]):
-  """(definition, arrays by name, what the figure says of the model in one line).
+def measure(request: AnalysisRequest, of_model: ModelRequest, name: str, before_batch: Callable[[], None], first):
+  """(definition, arrays by name, what the figure says of the model in one line, tokens that the first model read).
+
+  Args:
+    first: these tokens [N,B,T]; None for the first model. Others read sequences of the same length.
 
   Raises:
     ConfigError: the model cannot be loaded, or has nothing to show in this figure.
@@ -108,9 +109,15 @@ def measure(request: AnalysisRequest, of_model: ModelRequest, name: str, before_
     model = inspection.inspectable(model, request.figure in ("attention", "heads"))
   except ValueError as error:
     raise ConfigError(str(error)) from error
-  length = request.length or min(LENGTHS[is_map], config.max_target_length)
+  length = request.length or (min(LENGTHS[is_map], config.max_target_length) if first is None else first.shape[-1])
   sequences, batch_size = (1, 1) if is_map else (request.sequences, request.batch_size)
   data = list(measurement.batches(request.text, tokenizer, config, length, sequences, batch_size))
+  read = np.stack([tokens for tokens, _, _ in data])
+  if first is not None and request.figure in LOSSES and not np.array_equal(read, first):
+    raise ConfigError(
+      f"{name} reads the text as other tokens than the first model, and {request.figure} measures losses per token; "
+      "compare models with the same tokenizer."
+    )
   try:
     if request.figure == "ablate":
       figure = ablation.Ablation(request, model, tokenizer)
@@ -126,7 +133,8 @@ def measure(request: AnalysisRequest, of_model: ModelRequest, name: str, before_
       ) from error
     raise
   tokens = np.array(sum(int(segments.sum()) for _, _, segments in data))
-  return figure.definition, {**arrays, "tokens_read": measurement.Named((), tokens)}, figure.summary(arrays)
+  arrays["tokens_read"] = measurement.Named((), tokens)
+  return figure.definition, arrays, figure.summary(arrays), read if first is None else first
 
 
 def check_output(folder: pathlib.Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import tqdm
 
 from maxtext_mudd import connections
-from maxtext_mudd.analyze.figures import by_stream, family_of, next_tokens, token_losses
+from maxtext_mudd.analyze import measurement
+from maxtext_mudd.analyze.figures import by_stream, next_tokens, token_losses
 from maxtext_mudd.analyze.measurement import Batch, Named
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections import kept
@@ -24,7 +25,8 @@ class Ablation:
 
   definition = (
     "increase of the mean cross-entropy of the next token, in nats, where some weights of an aggregate DA_i are the "
-    "same for all tokens: their static part or, with --to=mean, their mean over these tokens. `source`: the weights of "
+    "same for all tokens: their static part, with --to=mean their mean over these tokens, with --to=zero 0. Source 0 is "
+    "the embedding, source j the output of block j, -1, -2, ... are extra embeddings. `source`: the weights of "
     "one source, in all streams; `stream`: those of one stream; `aggregate`: all of DA_i; `everything`: all of all"
   )
 
@@ -32,12 +34,16 @@ class Ablation:
     config = model.config
     self.plan = connections.plan(config)
     if not self.plan.sites or connections.family(config).reads != "block":
+      is_plain = config.depth_connection == "residual"
       raise ConfigError(
-        f"ablate needs a model that mixes block outputs, and this one has {family_of(config)}; use one with "
-        "depth_connection=dense."
+        "ablate needs a model that mixes block outputs (depth_connection=dense); this one has "
+        f"{'no depth weights' if is_plain else f'depth_connection={config.depth_connection}'}."
       )
-    if request.to == "static" and not config.mudd_dynamic:
-      raise ConfigError("ablate: the weights of this model are static (mudd_dynamic=False); use --to=mean.")
+    if request.to != "zero" and not config.mudd_dynamic:
+      raise ConfigError(
+        f"ablate: the weights of this model are the same for all tokens (mudd_dynamic=False), so --to={request.to} "
+        "changes nothing; use --to=zero."
+      )
     self.to = request.to
     self.sites = [self.plan.sites[i] for i in sorted(self.plan.sites) if i <= self.plan.num_blocks]
     last = max(self.plan.sites)
@@ -59,11 +65,14 @@ class Ablation:
           yield batch
           progress.update()
 
-      values = self._means(model, each) if self.to == "mean" else np.full(self.shape, np.nan, np.float32)
+      values = np.full(self.shape, np.nan if self.to == "static" else 0, np.float32)
+      if self.to == "mean":
+        values = self._means(model, each)
       losses = []
       for _, _, replaced in cases:
         sums = sum(np.asarray(_losses(model, replaced, values, *batch), np.float64) for batch in each())
         losses.append(sums[0] / sums[1])
+    measurement.check_finite(losses)
     increases = self._empty()
     for (kind, at, _), loss in zip(cases[1:], losses[1:]):
       increases[kind].values[at] = loss - losses[0]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from maxtext.common.common_types import MODEL_MODE_TRAIN
 import numpy as np
 
@@ -38,15 +38,22 @@ def by_stream(arrays: dict[str, Array], kind: str) -> dict[str, dict[int, Array]
 
 
 def block_inputs(arrays: dict[str, Array], number: int) -> dict[str, list[Array]]:
-  """What each block reads, by stream. A block that reads one array as all its streams has it under each of them."""
+  """What each block reads, by stream. A block that reads one array as all its streams has it under each of them; a
+  stream that a block does not read is zero."""
   streams = by_stream(arrays, "streams")
   one = streams.pop("x", {})
+  nothing = jnp.zeros_like(next(x for name, x in arrays.items() if name.startswith("streams/")))
   of_blocks = {
-    name: [by_block.get(k, one.get(k)) for k in range(number)]
+    name: [by_block.get(k, one.get(k, nothing)) for k in range(number)]
     for name, by_block in streams.items()
     if any(k < number for k in by_block)  # not of what follows the last block alone
   }
   return in_order(of_blocks) or {"x": [one[k] for k in range(number)]}
+
+
+def is_read(config, stream: str, number: int) -> bool:
+  """Whether a block reads a stream."""
+  return stream not in STREAMS or stream in blocks.streams_read(config, number)
 
 
 def in_order(by_stream: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +70,7 @@ class Similarity:
   functions: ClassVar = {"streams": _whole}
 
   def __init__(self, request, model, tokenizer):
-    self.number = blocks.num_blocks(model.config)
+    self.config, self.number = model.config, blocks.num_blocks(model.config)
     if self.number < 2:
       raise ConfigError("similarity compares adjacent blocks, and the model has one block; use another figure.")
 
@@ -80,13 +87,17 @@ class Similarity:
     counts = [of_stream["histogram"].sum(-1) for of_stream in sums.values()]
     means = [of_stream["sum"] / count for of_stream, count in zip(sums.values(), counts)]
     labels = {"stream": [*sums], "block": [*range(1, self.number)]}
+    pairs = np.array(
+      [[all(is_read(self.config, name, k) for k in (i, i + 1)) for i in labels["block"]] for name in sums]
+    )
     ends = {f"percentile_{round(100 * q)}": [_quantile(x["histogram"], q) for x in sums.values()] for q in BAND}
-    return {name: Named(("stream", "block"), np.stack(x), labels) for name, x in {"mean": means, **ends}.items()}
+    found = {name: np.where(pairs, np.stack(x), np.nan) for name, x in {"mean": means, **ends}.items()}
+    return {name: Named(("stream", "block"), x, labels) for name, x in found.items()}
 
   @staticmethod
   def summary(arrays) -> str:
     mean = arrays["mean"]
-    of_streams = (f"{name} {x.mean():.3f}" for name, x in zip(mean.labels["stream"], mean.values))
+    of_streams = (f"{name} {np.nanmean(x):.3f}" for name, x in zip(mean.labels["stream"], mean.values))
     return f"mean cosine of adjacent blocks' inputs: {', '.join(of_streams)}"
 
 
@@ -125,18 +136,18 @@ class Heads:
       ids |= token_ids
     self.ids = np.array(sorted(ids), np.int32)
     self.number = blocks.num_blocks(model.config)
-    self.functions = {"attention": functools.partial(jnp.argmax, axis=-1)}
+    self.functions = {"attention": largest_key}
 
   def sums(self, model, logits, arrays, batch):
     tokens, positions, segments = batch
     is_sink = jnp.isin(tokens, self.ids) | (positions < FIRST_POSITIONS)
     counts = (segments > 0) & (positions >= FIRST_POSITIONS)
     by_block = {}
-    for name, largest in arrays.items():  # [B,H,T]
+    for name, largest in arrays.items():
       block = int(name.removeprefix("attention/block_"))
       if block > self.number:  # of multi-token prediction
         continue
-      on_sink = jnp.take_along_axis(is_sink[:, None], largest, axis=-1)
+      on_sink = (largest < 0) | jnp.take_along_axis(is_sink[:, None], largest, axis=-1)
       active = (~on_sink * counts[:, None]).sum()
       by_block[block] = jnp.stack([active, counts.sum() * largest.shape[1]])
     if not by_block:
@@ -152,6 +163,12 @@ class Heads:
   @staticmethod
   def summary(arrays) -> str:
     return f"share of active heads: {arrays['active'].values.mean():.4f}, mean over blocks"
+
+
+def largest_key(weights: Float[Array, "B H T T"]) -> Int[Array, "B H T"]:
+  """The position of the largest weight; -1 where a learned sink, which is no token, has more (gpt_oss)."""
+  of_learned_sink = 1 - weights.sum(-1)
+  return jnp.where(of_learned_sink > weights.max(-1), -1, jnp.argmax(weights, axis=-1))
 
 
 def tokens_of(tokenizer, text: str) -> set[int]:
@@ -196,11 +213,6 @@ class Attention:
     return f"{name}: {len(maps.values)} heads; mean weight on the first token {on_first:.3f}"
 
 
-def family_of(config) -> str:
-  """The connections of a model, for errors."""
-  return f"depth_connection={config.depth_connection}" if config.mudd else "none (mudd=False)"
-
-
 def depth_weights(arrays: dict[str, Array], number: int) -> tuple[dict[str, Array], dict[str, Array]]:
   """The weights [B,T,N] of all aggregates of blocks 1 to `number`, and the norms [B,T,N] of their sources, both by
   "STREAM/i"; without those of multi-token prediction."""
@@ -229,6 +241,8 @@ def _unfolded(arrays: dict[str, Array], number: int) -> tuple[dict[str, Array], 
       weights[short], norms[short] = mixed[:, :, 0], jnp.concatenate(of_sources, -1)
       paths = jnp.concatenate([mixed[:, :, 1:], beta[..., None]], -1)
       of_sources.append(arrays[f"norms/{name}"])
+  weights[f"x/{number:03d}"] = jnp.einsum("btj,btjs->bts", arrays[f"weights/x/da_{number:03d}"], paths)
+  norms[f"x/{number:03d}"] = jnp.concatenate(of_sources, -1)
   return weights, norms
 
 
@@ -237,15 +251,15 @@ class DepthWeights:
 
   definition = (
     "mean and standard deviation over tokens of the weight of each source in each aggregate DA_i, times the mean norm "
-    "of the source as it is mixed; source 0 is the embedding, source j the output of block j, -1, -2, ... are extra "
-    "embeddings. In aggregates before sublayers source j is the output of sublayer j, or of Block AttnRes the j-th sum "
-    "of outputs; the weights of models with several residual streams are products of W and of the entries of beta "
-    "along all paths from the source"
+    "of the source as it is mixed. Source 0 is the embedding; -1, -2, ... are extra embeddings. Source j is the output "
+    "of block j; of DeepCrossAttention what block j adds, or the sum of middle sources up to it, and weights are means "
+    "over channels; of attnres, mhc and hyper_connections the output of sublayer j, or with mudd_attnres_block the "
+    "j-th sum of outputs. Weights of several heads are their mean. Weights of several residual streams are products of "
+    "W and of the entries of beta, summed over all paths from the source"
   )
   functions: ClassVar = dict.fromkeys(("weights", "written", "norms", "history"), _whole)
 
   def __init__(self, request, model, tokenizer):
-    self.config = model.config
     self.plan = connections.plan(model.config)
 
   def sums(self, model, logits, arrays, batch):
@@ -254,9 +268,7 @@ class DepthWeights:
     share = (is_token / jnp.maximum(count, 1))[..., None]
     weights, norms = depth_weights(arrays, self.plan.num_blocks)
     if not weights:
-      raise ConfigError(
-        f"weights needs a model with depth weights; the connections of this one are {family_of(self.config)}."
-      )
+      raise ConfigError("weights: the model has no depth weights; name one with depth connections.")
     statistics = {"count": count, "weights": {}}
     for name, x in weights.items():
       mean = (x * share).sum((0, 1))
@@ -316,12 +328,13 @@ class Lens:
 
   definition = (
     "mean cross-entropy of the next token, in nats, where the final norm and the output head read the input of a block "
-    "in place of the last hidden state; after 0 blocks that is the embedding, after the last one the hidden state"
+    "(or of its attention or FFN where these have inputs of their own) in place of the last hidden state; "
+    "blocks_before is the number of blocks before it; after all of them it is the last hidden state"
   )
   functions: ClassVar = {"streams": _whole}
 
   def __init__(self, request, model, tokenizer):
-    self.number = blocks.num_blocks(model.config)
+    self.config, self.number = model.config, blocks.num_blocks(model.config)
 
   def sums(self, model, logits, arrays, batch):
     losses, last = {}, by_stream(arrays, "streams")
@@ -339,6 +352,8 @@ class Lens:
     losses = in_order(sums["losses"])
     values = np.stack([np.append(x, sums["final"]) for x in losses.values()]) / sums["count"]
     labels = {"stream": [*losses], "blocks_before": [*range(self.number + 1)]}
+    for row, name in enumerate(losses):
+      values[row, [not is_read(self.config, name, k + 1) for k in range(self.number)] + [False]] = np.nan
     return {"loss": Named(("stream", "blocks_before"), values, labels)}
 
   @staticmethod

@@ -98,4 +98,11 @@ def totals(
     of_batch = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums(model, *batch)))
     of_batch = getattr(figure, "added", lambda x: x)(of_batch)
     total = of_batch if total is None else jax.tree.map(np.add, total, of_batch)
+  check_finite(total)
   return total
+
+
+def check_finite(values: Any) -> None:
+  """Raises ConfigError for NaN and infinity among the arrays of a pytree."""
+  if not all(np.isfinite(x).all() for x in jax.tree.leaves(values)):
+    raise ConfigError("the model computes values that are not finite; use a checkpoint from before its run diverged.")

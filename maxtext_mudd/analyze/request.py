@@ -18,6 +18,9 @@ OF_TEXT = {
   "ablate": "loss with parts of the dynamic depth weights replaced",
 }
 FIGURES = OF_TEXT | {"speed": "loss against speed (Fig. 9); needs --study and --speed in place of a model"}
+# By argument, the figures that read it; all read the others.
+FIGURES_OF = dict.fromkeys(("checkpoint", "against", "text", "length", "tokenizer", "arguments"), tuple(OF_TEXT))
+FIGURES_OF |= {"block": ("attention",), "sink": ("heads",), "to": ("ablate",), "study": ("speed",), "speed": ("speed",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class AnalysisRequest:
     block: the block of `attention`; None for the middle one.
     sinks: tokens that `heads` counts as sinks, beside the first two positions and BOS, as text; None: "." and newline,
       if the tokenizer has them.
-    to: what `ablate` replaces weights by, "static" or "mean".
+    to: what `ablate` replaces weights by, "static", "mean" or "zero".
     study, speed: files of `speed`; with several of the latter, later ones override earlier ones.
     output: the folder to write to.
   """
@@ -101,7 +104,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     help=r"heads: a token that is a sink, in place of . and \n; may be repeated; BOS always is one",
   )
   result.add_argument(
-    "--to", default="static", choices=["static", "mean"], help="ablate: what weights are set to; default: static"
+    "--to", choices=["static", "mean", "zero"], help="ablate: what weights are set to; default: static"
   )
   result.add_argument("--study", metavar="FILE.jsonl", help="speed: results of benchmarks/study.py")
   result.add_argument(
@@ -128,6 +131,10 @@ def read(args: argparse.Namespace) -> AnalysisRequest:
   figure, output = args.figure, pathlib.Path(args.output).absolute()
   if figure not in FIGURES:
     raise ConfigError(f"{figure} is not a figure; choose one of {', '.join(FIGURES)}.")
+  for name, figures in FIGURES_OF.items():
+    if getattr(args, name) and figure not in figures:
+      flag = "CONFIG.yml and key=value" if name == "arguments" else f"--{name.replace('_', '-')}"
+      raise ConfigError(f"{flag} does nothing with {figure}; leave it out.")
   for file in (output / f"{figure}.json", output / f"{figure}.png"):
     if os.path.lexists(file):
       raise ConfigError(f"--output={args.output} has a {file.name} already; name another folder.")
@@ -153,7 +160,7 @@ def read(args: argparse.Namespace) -> AnalysisRequest:
     batch_size=number("--batch-size", args.batch_size, int, 1),
     block=number("--block", args.block, int, 1) if args.block else None,
     sinks=None if args.sink is None else tuple(x.replace("\\n", "\n") for x in args.sink),
-    to=args.to,
+    to=args.to or "static",
     study=pathlib.Path(args.study) if args.study else None,
     speed=tuple(map(pathlib.Path, args.speed)),
     output=output,

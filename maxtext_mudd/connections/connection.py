@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from maxtext_mudd import kernels
-from maxtext_mudd.blocks import normed_streams, stacks
+from maxtext_mudd.blocks import normed_streams, stacks, streams_read
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.blocks.streams import Streams, decouple
 from maxtext_mudd.connections import kept, layout, metrics
@@ -203,7 +203,8 @@ class HistoryConnection(PlainConnection):
         return jnp.where(has_own, parameter, of_q)
 
     streams = {stream: streams.get(stream, one) for stream in STREAMS}
-    kept.keep(self, "streams", streams)
+    if kept.is_on("streams"):  # in single layers, of which the number is known
+      kept.keep(self, "streams", {stream: streams[stream] for stream in streams_read(self.config, self.blocks[0])})
     return Streams(*streams.values(), choose)
 
   def inputs(self, carry: History) -> Streams | Float[Array, "B T D"]:

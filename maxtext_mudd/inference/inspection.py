@@ -29,7 +29,7 @@ from maxtext_mudd.inference import forward, pretrained
 from maxtext_mudd.keys import raise_first
 from maxtext_mudd.model import mtp
 
-KINDS = ("history", "weights", "written", "norms", "streams", "attention")
+KINDS = ("history", "weights", "gates", "written", "norms", "streams", "attention")
 _PLAIN = types.MappingProxyType({"mudd": True, "depth_connection": "residual"})  # connections that change nothing
 
 
@@ -79,7 +79,12 @@ def observe(
     batch: tokens, positions and segments.
     functions: by kind, what is kept of an array.
     edit: a change of the weights of aggregates.
+
+  Raises:
+    ValueError: the model has not the form that `inspectable` makes.
   """
+  if not model.config.mudd or model.config.scan_layers:
+    raise ValueError("the model has scanned layers or no connections; call inspectable(model) first.")
   if "attention" in functions:
     for _, module in nnx.iter_modules(model):
       if isinstance(module, AttentionOp):

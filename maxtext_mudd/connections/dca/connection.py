@@ -187,6 +187,8 @@ class DcaConnection(ScoredConnection):
     if kept.is_on("weights"):
       of_streams = {name: used[:, :, c] + b[c].astype(used.dtype).mean(0) for c, name in enumerate(names)}
       kept.keep(self, "weights", of_streams, last=names == "x")
+      if keys.count_queries(config):
+        kept.keep(self, "gates", {name: used[:, :, c] for c, name in enumerate(names)}, last=names == "x")
     if keys.count_queries(config):
       metrics.sow_largest(self, metrics.sample(used), last=names == "x")
     if config.record_internal_nn_metrics:

@@ -158,12 +158,14 @@ class WeightedHead(nnx.Module):
     self.b = nnx.Param(jnp.zeros((n,), dtype), out_sharding=(None,))
 
   def __call__(self, streams: multi_stream.StreamList) -> Float[Array, "B T D"]:
+    return mix(streams, self.weights(streams)[..., None, :], implementation="xla")[0]
+
+  def weights(self, streams: multi_stream.StreamList) -> Float[Array, "B T n"]:
     config = self.config
     with jax.default_matmul_precision(config.matmul_precision.value):
       dynamic = _normed_product(config, streams, self.phi[...])
     logits = self.alpha[...].astype(dynamic.dtype) * dynamic + self.b[...].astype(dynamic.dtype)
-    weights = jax.nn.sigmoid(logits) + config.mudd_mhc_epsilon
-    return mix(streams, weights[..., None, :], implementation="xla")[0]
+    return jax.nn.sigmoid(logits) + config.mudd_mhc_epsilon
 
 
 def _phi(config, columns: int, rngs: nnx.Rngs) -> nnx.Param:

@@ -144,11 +144,20 @@ class StreamsConnection(SublayerConnection):
     hidden = self.head(carry.streams)
     self._keep_history(carry, last=True)
     kept.keep(self, "streams", {"x": hidden}, last=True)
+    if kept.is_on("weights"):
+      kept.keep(self, "weights", {"x": head_weights(self.head, carry.streams)}, last=True)
     return hidden, sown
 
   def _keep_history(self, carry: StreamsCarry, last: bool = False) -> None:
     if kept.is_on("history"):
       kept.keep(self, "history", {"x": jnp.stack(carry.streams, 2)}, last=last)
+
+
+def head_weights(head: Callable, streams: StreamList) -> Float[Array, "B T n"]:
+  """How a head mixes the streams."""
+  if head in (total, mean):
+    return jnp.full((*streams[0].shape[:2], len(streams)), 1 if head is total else 1 / len(streams))
+  return head.weights(streams)
 
 
 def total(streams: StreamList) -> Float[Array, "B T D"]:

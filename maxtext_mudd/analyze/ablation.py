@@ -25,9 +25,9 @@ class Ablation:
 
   definition = (
     "increase of the mean cross-entropy of the next token, in nats, where some weights of an aggregate DA_i are the "
-    "same for all tokens: their static part, with --to=mean their mean over these tokens, with --to=zero 0. Source 0 is "
-    "the embedding, source j the output of block j, -1, -2, ... are extra embeddings. `source`: the weights of "
-    "one source, in all streams; `stream`: those of one stream; `aggregate`: all of DA_i; `everything`: all of all"
+    "same for all tokens: their static part, with --to=mean their mean over these tokens, with --to=zero 0. Source 0 "
+    "is the embedding, source j the output of block j, -1, -2, ... are extra embeddings. `source`: the weights of one "
+    "source, in all streams; `stream`: those of one stream; `aggregate`: all of DA_i; `everything`: all of all"
   )
 
   def __init__(self, request, model, tokenizer):

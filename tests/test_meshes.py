@@ -49,7 +49,7 @@ def _train(devices: int, keys: str) -> dict:
   finished = subprocess.run(
     [sys.executable, "-m", "tests.train_on_mesh", keys],
     cwd=runs.ROOT,
-    env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}{devices}"},
+    env=os.environ | {"XLA_FLAGS": f"{FLAGS}{devices}"},
     capture_output=True,
     text=True,
   )

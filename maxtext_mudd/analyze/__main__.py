@@ -133,8 +133,8 @@ def measure(request: AnalysisRequest, of_model: ModelRequest, name: str, before_
       ) from error
     raise
   tokens = np.array(sum(int(segments.sum()) for _, _, segments in data))
-  arrays["tokens_read"] = measurement.Named((), tokens)
-  return figure.definition, arrays, figure.summary(arrays), read if first is None else first
+  with_number = {**arrays, "tokens_read": measurement.Named((), tokens)}
+  return figure.definition, with_number, figure.summary(arrays), read if first is None else first
 
 
 def check_output(folder: pathlib.Path) -> None:

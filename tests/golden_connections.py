@@ -383,11 +383,11 @@ KINDS = {
 }
 
 
-def main(root: pathlib.Path) -> None:
-  found = {folder.name: {name: errors(folder, name, "float64") for name in cases(folder)} for folder in folders(root)}
-  print(json.dumps(found))
+def main(root: pathlib.Path, names: list[str]) -> None:
+  """Prints the errors in float64 of cases FOLDER/NAME, as JSON."""
+  print(json.dumps({name: errors(root / name.split("/")[0], name.split("/")[1], "float64") for name in names}))
 
 
 if __name__ == "__main__":
   plugin.install()
-  main(pathlib.Path(sys.argv[1]))
+  main(pathlib.Path(sys.argv[1]), sys.argv[2:])

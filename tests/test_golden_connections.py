@@ -3,6 +3,7 @@
 MUDD_GOLDEN_PEERS names another folder of such data to check in place of tests/data/connections.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -21,11 +22,26 @@ DOUBLE = 1e-10
 SINGLE = {"model": 1e-4, "op": 1e-5, "sinkhorn": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def double_errors():
+# Whole models that take long to compile, and whose family has another model among the fast tests.
+SLOW_MODELS = {
+  "attnres_block": ("model_l6_s2", "model_l6_s3", "model_l6_s8"),
+  "dca": ("model_d4_k8",),
+  "denseformer": ("model_l6_k2_p1", "model_l6_k2_p3", "model_l6_k1_p4"),
+  "hyper_connections": ("model_static",),
+  "mhc": ("model_megatron",),
+}
+
+
+def is_slow(folder, name):
+  return name in SLOW_MODELS.get(folder.name, ())
+
+
+@functools.cache
+def double_errors(slow: bool):
   """In a process of its own, since 64-bit types are a setting of the process."""
+  names = [f"{folder.name}/{name}" for folder, name in CASES if is_slow(folder, name) == slow]
   finished = subprocess.run(
-    [sys.executable, "-m", "tests.golden_connections", str(ROOT)],
+    [sys.executable, "-m", "tests.golden_connections", str(ROOT), *names],
     cwd=runs.ROOT,
     env=os.environ | {"JAX_ENABLE_X64": "1"},
     capture_output=True,
@@ -35,9 +51,12 @@ def double_errors():
   return json.loads(finished.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("folder", "name"), CASES, ids=lambda x: getattr(x, "name", x))
-def test_in_float64(folder, name, double_errors):
-  errors = double_errors[folder.name][name]
+DOUBLE_CASES = [pytest.param(*case, marks=[pytest.mark.slow] * is_slow(*case)) for case in CASES]
+
+
+@pytest.mark.parametrize(("folder", "name"), DOUBLE_CASES, ids=lambda x: getattr(x, "name", x))
+def test_in_float64(folder, name):
+  errors = double_errors(is_slow(folder, name))[f"{folder.name}/{name}"]
   assert errors
   assert {key: error for key, error in errors.items() if not error <= DOUBLE} == {}
 

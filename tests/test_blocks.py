@@ -64,8 +64,6 @@ FAMILIES = {
 @pytest.mark.parametrize("block", [block for block in OTHERS if block not in WITHOUT_SUBLAYERS])
 def test_other_families_start_as_the_stock_model(block, family):
   keys, tolerance = FAMILIES[family]
-  if block == "qwen3_next":  # its stock model changes by 4.6e-6 of the largest logit where it is not compiled
-    tolerance *= 10
   stock = config_of(block)
   data = packed(stock)
   plain = models.jitted_logits(models.build(stock), data)

@@ -141,8 +141,8 @@ def test_other_blocks(block, name):
   keys |= {"decoder_block": block, "scan_layers": block not in SINGLE} | OTHERS[block]
   if "q_lora_rank" in keys:
     keys["q_lora_rank"] = 16  # eight devices divide it
-  if block in ("olmo3", "gemma4_small"):
-    keys["learning_rate"] = 0.001  # at 0.01 rounding alone moves the third loss by up to 1.6e-4
+  if block == "olmo3":
+    keys["learning_rate"] = 0.001  # at 0.01 rounding alone moves the third loss by 1.6e-4
   sharing = mesh.get("ici_tensor_parallelism", 1)
   one = train(1, **keys, per_device_batch_size=8)
   eight = train(8, **keys, per_device_batch_size=1, sharing_heads=sharing, **mesh)

@@ -304,7 +304,8 @@ def test_the_lens_ends_in_the_loss(lm):
   assert found.shape == (4, 4)
   total, count = 0, 0
   for tokens, _, segments in data:  # the head on the value stream of block 2
-    stream = inspection.inspect(lm.model, tokens, segment_ids=segments)["streams/v/da_001"].astype(np.float64)
+    arrays = inspection.inspect(lm.model, tokens, segment_ids=segments)
+    stream = np.asarray(arrays["streams/v/da_001"], np.float64)
     values = {path: np.asarray(x.get_value(), np.float64) for path, x in models.parameters(lm.model).items()}
     normed = stream / np.sqrt((stream**2).mean(-1, keepdims=True) + lm.config.normalization_layer_epsilon)
     logits = normed * values["decoder/decoder_norm/scale"] @ values["decoder/logits_dense/kernel"]

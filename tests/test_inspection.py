@@ -45,8 +45,8 @@ CASES = {
     dataclasses.replace(FOUR, streams="vr", pre_norm=True, post_norm="r"),
   ),
   "extra embeddings": (
-    {"mudd": True, "mudd_extra_embeddings": 2, "mudd_pre_norm": True},
-    dataclasses.replace(FOUR, extra=2, pre_norm=True),
+    {"mudd": True, "mudd_extra_embeddings": 2, "mudd_pre_norm": True, "mudd_post_norm": True},
+    dataclasses.replace(FOUR, extra=2, pre_norm=True, post_norm="r"),
   ),
   "plain": ({}, dataclasses.replace(FOUR, ways=0)),
 }

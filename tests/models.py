@@ -18,6 +18,7 @@ import maxtext_mudd
 DATA = pathlib.Path(__file__).parent / "data"
 BASE_YML = str(pathlib.Path(pyconfig.__file__).parent / "base.yml")
 
+EXPERTS = ("/wi_0", "/wi_1", "/wo")  # their kernels: one matrix of inputs and outputs for each expert
 LLAMA2 = DecoderBlockType.LLAMA2
 SMALL = {
   "run_name": "test",
@@ -79,18 +80,23 @@ def set_parameters(model, values: dict[str, np.ndarray]) -> None:
 
 
 def random_parameters(shapes: dict[str, tuple[int, ...]], seed=0) -> dict[str, np.ndarray]:
-  """Random values for parameters of these shapes by path, large enough that each of them matters."""
+  """Random values for parameters of these shapes by path, large enough that each of them matters.
+
+  No larger than that: scales of the outputs of layers around zero, or outputs of experts 36 times as large as those of
+  other MLPs, make deep models so curved that rounding and train steps are amplified.
+  """
   rng = np.random.default_rng(seed)
   values = {}
   for path, shape in sorted(shapes.items()):
-    if path.endswith("scale"):
+    if path.endswith(("scale", "layer_scalar")):
       values[path] = 1 + 0.3 * rng.standard_normal(shape)
     elif path.endswith("/a"):
       values[path] = np.eye(shape[-1])[-1] + 0.4 * rng.standard_normal(shape)
     elif path.endswith("bias"):
       values[path] = 0.2 * rng.standard_normal(shape)
     else:
-      values[path] = rng.standard_normal(shape) * max(shape[0], 1) ** -0.5
+      inputs = shape[-2 if path.endswith(EXPERTS) else 0]
+      values[path] = rng.standard_normal(shape) * max(inputs, 1) ** -0.5
   return {path: value.astype(np.float32) for path, value in values.items()}
 
 
@@ -100,12 +106,6 @@ def randomise(model, seed=0) -> dict[str, np.ndarray]:
   values = random_parameters(shapes, seed)
   set_parameters(model, values)
   return values
-
-
-def with_scalars_near_one(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Makes the scales of the outputs of layers as random as those of norms. Random numbers around zero in their place
-  make deep models so curved that rounding and train steps are amplified."""
-  return {path: 1 + 0.3 * x if path.endswith("layer_scalar") else x for path, x in values.items()}
 
 
 def batch(cfg, seed=0) -> dict[str, np.ndarray]:

@@ -49,13 +49,6 @@ def set_zero(state: nnx.State, *ends: str) -> None:
       variable.set_value(0 * variable.get_value())
 
 
-def bring_scalars_near_one(state: nnx.State) -> None:
-  """`models.with_scalars_near_one` for a train state."""
-  for path, variable in nnx.to_flat_state(state["model"].filter(nnx.Param)):
-    if path[-1] == "layer_scalar":
-      variable.set_value(1 + 0.3 * variable.get_value())
-
-
 def value_and_gradients(cfg, data=None):
   """(loss, aux, gradients by path) of a random model on a batch, random if not given, through MaxText's own loss."""
   model = models.build(cfg)

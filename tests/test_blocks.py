@@ -50,13 +50,27 @@ def test_hyper_connections_start_as_the_stock_model(block):
   assert_starts_alike(config_of(block, **keys), connected)
 
 
-# Keys of other families, and how far the logits may be from the plain model's, of the largest one: as in test_mhc.py,
-# test_attnres.py and test_dca.py.
+# Keys of other families, and how far the logits may be from the plain model's, of the largest one. Blocks of
+# AttnRes get the mean of sources in place of their sum, which norms undo but for their epsilon: the error is
+# proportional to that.
 FAMILIES = {
-  "mhc": ({"depth_connection": "mhc", "mudd_mhc_alpha_init": 0.0}, 3e-5),
-  "attnres": ({"depth_connection": "attnres"}, 1e-4),
+  "mhc": ({"depth_connection": "mhc", "mudd_mhc_alpha_init": 0.0}, 1e-5),
+  "attnres": ({"depth_connection": "attnres"}, 1e-5),
   "dca": ({"depth_connection": "dca"}, 2e-6),
 }
+
+
+def well_conditioned(model):
+  """A model whose norms behind gated delta nets do not divide by numbers near zero.
+
+  They divide a head's output by its size, which is small where a query is orthogonal to the only key before it. With
+  epsilon 1e-6, logits of the stock qwen3_next change by 2e-5 to 3e-4 if every parameter moves to the next number in
+  float32, by seed; with 1e-2 by 2e-6 to 3e-6.
+  """
+  for path, module in model.iter_modules():
+    if path[-2:] == ("norm", "rms_norm"):
+      module.epsilon = 1e-2
+  return model
 
 
 @pytest.mark.slow
@@ -64,11 +78,12 @@ FAMILIES = {
 @pytest.mark.parametrize("block", [block for block in OTHERS if block not in WITHOUT_SUBLAYERS])
 def test_other_families_start_as_the_stock_model(block, family):
   keys, tolerance = FAMILIES[family]
-  stock = config_of(block)
+  keys = keys | {"normalization_layer_epsilon": 1e-8}
+  stock = config_of(block, normalization_layer_epsilon=1e-8)
   data = packed(stock)
-  plain = models.jitted_logits(models.build(stock), data)
+  plain = models.jitted_logits(well_conditioned(models.build(stock)), data)
   assert np.std(plain) > 0.01
-  found = models.jitted_logits(models.build(config_of(block, mudd=True, **keys)), data)
+  found = models.jitted_logits(well_conditioned(models.build(config_of(block, mudd=True, **keys))), data)
   np.testing.assert_allclose(found, plain, atol=tolerance * np.abs(plain).max(), rtol=0)
 
 

@@ -58,7 +58,7 @@ def restated(model, data, of_donor=None) -> jax.Array:
 
 def test_equals_a_restatement():
   model, data = models.build(config_of(BLOCK, mudd=True)), packed(config_of(BLOCK))
-  models.set_parameters(model, models.with_scalars_near_one(models.randomise(model)))
+  models.randomise(model)
   expected = nnx.jit(restated)(model, data)
   found = models.jitted_logits(model, data)
   scale = np.std(expected)
@@ -75,7 +75,7 @@ def test_gradients_equal_those_of_a_restatement(policy):
   """For all parameters, connections' and others, whatever is recomputed in the backward pass."""
   config = config_of(BLOCK, mudd=True, remat_policy=policy)
   model = models.build(config)
-  models.set_parameters(model, models.with_scalars_near_one(random_values(config)))
+  models.set_parameters(model, random_values(config))
   graphdef, params, others = nnx.split(model, nnx.Param, ...)
   data = packed(config)
   weights = np.random.default_rng(1).standard_normal((*data["inputs"].shape, config.vocab_size)).astype(np.float32)
@@ -109,7 +109,6 @@ def test_trains_with_multi_token_prediction():
   keys = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1, "mudd_mtp": "connected"}
   config = config_of(BLOCK, mudd=True, learning_rate=1e-3, steps=20, warmup_steps_fraction=0.05, **keys)
   step, state = steps.prepare(config)
-  steps.bring_scalars_near_one(state)
   losses = []
   for _ in range(3):
     state, found = step(state, models.batch(config))

@@ -174,8 +174,7 @@ def test_attention_of_other_blocks(block):
   """Weights of blocks that have softmax attention sum to 1, or with sinks to less, over tokens before."""
   config = config_of(block, mudd=True)
   model = models.build(config)
-  values = models.random_parameters({path: x.get_value().shape for path, x in models.parameters(model).items()})
-  models.set_parameters(model, models.with_scalars_near_one(values))
+  models.randomise(model)
   found = inspect(model, packed(config))
   np.testing.assert_allclose(found["logits"], models.jitted_logits(model, packed(config)), atol=1e-4)
   maps = {name: x for name, x in found.items() if name.startswith("attention/")}

@@ -71,7 +71,7 @@ def test_the_image_is_in_the_first_source(block):
 def test_scanned_layers_are_the_single_ones(block):
   single, scanned = (config_of(block, layout, mudd=True) for layout in ("single", "scanned"))
   model, stacked = models.build(single), models.build(scanned)
-  values = models.with_scalars_near_one(random_values(single))
+  values = random_values(single)
   models.set_parameters(model, values)
   models.set_parameters(stacked, checkpoint_layout.stack(values, scanned))
   data = multimodal.batch(block, single)

@@ -154,7 +154,6 @@ FUSED = (
 SLOW = ("gemma4, experts", "gemma4, tied values", "envy", "deepseek, no query latent", "deepseek, indexer")
 SLOW += ("deepseek, mHC", "deepseek4", "gemma4_small", "qwen3_next", "qwen3_5", "gpt3, fused projection")
 SINGLE = ("gemma4_small",)  # MaxText does not scan their layers
-LAYOUTS = [(block, layout) for block in OTHERS for layout in ("single", "scanned")[: 1 if block in SINGLE else 2]]
 BLOCKS = {
   "llama2": (GQA, Arch(3, **GQA_ARCH)),
   "mistral": (GQA, Arch(3, **GQA_ARCH)),
@@ -196,11 +195,12 @@ BLOCKS = {
     ),
   ),
 }
+KEYS = {block: keys for block, (keys, _) in BLOCKS.items()} | OTHERS
+LAYOUTS = [(block, layout) for block in KEYS for layout in ("single", "scanned")[: 1 if block in SINGLE else 2]]
 
 
 def config_of(block, **overrides):
-  keys = OTHERS[block] if block in OTHERS else BLOCKS[block][0]
-  return models.config(**({"decoder_block": block} | keys | overrides))
+  return models.config(**({"decoder_block": block} | KEYS[block] | overrides))
 
 
 def single_blocks(model, config) -> list[nnx.Module]:

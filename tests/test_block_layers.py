@@ -1,6 +1,6 @@
-"""Blocks that the float64 oracle does not restate: what each stream changes, gradients, decoding and training.
+"""Every decoder block: what each stream changes, gradients, decoding and training.
 
-Whether a model starts as the stock model is tested for these blocks as for all others, in tests/test_blocks.py.
+Streams of the blocks that the float64 oracle restates are tested in tests/test_blocks.py, with how models start.
 """
 
 import functools
@@ -18,7 +18,7 @@ from maxtext_mudd import blocks
 from maxtext_mudd.blocks.streams import Streams, decouple
 from maxtext_mudd.config.errors import ConfigError
 from tests import models, steps
-from tests.blocks import LAYOUTS, OTHERS, SLOW, config_of, packed, single_blocks
+from tests.blocks import KEYS, LAYOUTS, OTHERS, SLOW, config_of, packed, single_blocks
 
 STEP = 4e-4  # of finite differences; with larger ones tokens go to other experts
 PAIRS = ("qk", "qv", "qr", "kv", "kr", "vr")
@@ -126,7 +126,7 @@ SMOOTH = {  # all layers of the first two are too curved together; of 160 tokens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", OTHERS)
+@pytest.mark.parametrize("block", KEYS)
 def test_gradient(block):
   """Derivatives along random directions of all parameters of connections are those of finite differences.
 
@@ -181,7 +181,7 @@ def difference(function, params: nnx.State, direction: nnx.State, step: float) -
 def test_generates_what_teacher_forcing_says(block, layout):
   # Stock MaxText decodes windows and chunks that are shorter than the text as if they were at other places, and one
   # prompt at a time with the block "default".
-  wide = {key: 32 for key in ("sliding_window_size", "chunk_attn_window_size") if key in OTHERS[block]}
+  wide = {key: 32 for key in ("sliding_window_size", "chunk_attn_window_size") if key in KEYS[block]}
   config = config_of(block, mudd=True, scan_layers=layout == "scanned", max_target_length=24, **wide)
   model = models.build(config)
   models.randomise(model)

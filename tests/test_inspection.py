@@ -15,7 +15,7 @@ from maxtext_mudd.checkpoints import layout
 from maxtext_mudd.connections import kept
 from maxtext_mudd.inference import inspection
 from tests import models, runs
-from tests.blocks import BLOCKS, OTHERS, config_of, packed
+from tests.blocks import KEYS, config_of, packed
 from tests.oracle import Arch, Oracle
 
 TOLERANCE = 1e-5  # of arrays whose largest entries are 1 to 20, in float32; the errors seen are up to 4e-6 of those
@@ -263,7 +263,7 @@ def test_mistakes():
     maxtext_mudd.inspect(model, tokens, keep=["maps"])
   with pytest.raises(ValueError, match="pass an array"):
     maxtext_mudd.inspect(model, tokens[0])
-  assert "simple" not in OTHERS | BLOCKS
+  assert "simple" not in KEYS
   model = models.build(models.config(decoder_block="simple", scan_layers=True, mudd=True, mudd_ways=1))
   with pytest.raises(ValueError, match="decoder_block=simple has no attention, and MaxText runs it scanned only"):
     maxtext_mudd.inspect(model, tokens)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests import runs, train_on_mesh
-from tests.blocks import MOE, OTHERS, SINGLE
+from tests.blocks import KEYS, MOE, SINGLE
 from tests.scanning import CONNECTED_MTP, EXTRA
 
 # Well conditioned, and not with Adam: that makes full steps of gradients that are nothing but rounding.
@@ -133,12 +133,19 @@ def test_other_families(family, name, scan):
     ("olmo3", "tensor 2, FSDP 4"),
     ("qwen3_5", "tensor 2, FSDP 4"),
     ("qwen3_custom_moe", "expert 4, FSDP 2"),
+    ("mistral", "tensor 2, FSDP 4"),
+    ("qwen2", "tensor 2, FSDP 4"),
+    ("qwen3", "tensor 2, FSDP 4"),
+    ("qwen3_moe", "expert 4, FSDP 2"),
+    ("gemma", "tensor 2, FSDP 4"),
+    ("gpt3", "tensor 2, FSDP 4"),
+    ("pythia", "tensor 2, FSDP 4"),
   ],
 )
 def test_other_blocks(block, name):
   mesh, _ = MESHES[name]
   keys = {key: value for key, value in DENSE.items() if key != "base_num_decoder_layers"}
-  keys |= {"decoder_block": block, "scan_layers": block not in SINGLE} | OTHERS[block]
+  keys |= {"decoder_block": block, "scan_layers": block not in SINGLE} | KEYS[block]
   if "q_lora_rank" in keys:
     keys["q_lora_rank"] = 16  # eight devices divide it
   if block == "olmo3":

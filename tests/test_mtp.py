@@ -16,7 +16,7 @@ from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.model import counts
 from maxtext_mudd.model.instability import GRADIENT_NORM, LARGEST_WEIGHT, TOTALS
 from tests import models, mtp_oracle, steps
-from tests.blocks import BLOCKS, OTHERS, config_of
+from tests.blocks import KEYS, config_of
 from tests.mtp_oracle import Arch
 from tests.scanning import BOTH_NORMS, CONNECTED_MTP, random_values, run
 
@@ -84,9 +84,7 @@ SINGLE_ONLY = ("gemma4", "gemma4, experts", "gemma4, tied values", "gemma4_small
 WITH_FAST_TEST = ("qwen3", "gemma3", "llama4")
 
 
-@pytest.mark.parametrize(
-  "block", [x if x in WITH_FAST_TEST else pytest.param(x, marks=pytest.mark.slow) for x in (*BLOCKS, *OTHERS)]
-)
+@pytest.mark.parametrize("block", [x if x in WITH_FAST_TEST else pytest.param(x, marks=pytest.mark.slow) for x in KEYS])
 def test_blocks_have_mtp_or_refuse_it(block):
   """Whether MaxText can build the layer shows when it does; shapes are enough for that."""
   for scan in (False, True):
@@ -100,7 +98,7 @@ def test_blocks_have_mtp_or_refuse_it(block):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [x for x in (*BLOCKS, *OTHERS) if x not in WITHOUT_MTP and x != "llama2"])
+@pytest.mark.parametrize("block", [x for x in KEYS if x not in WITHOUT_MTP and x != "llama2"])
 def test_other_blocks_train_mtp(block):
   """Gradients reach all of the DA behind the MTP block and all that it reads; scanned layers give the same loss."""
   keys = {"mudd": True, **CONNECTED_MTP}

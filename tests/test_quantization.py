@@ -7,15 +7,11 @@ from maxtext.trainers.pre_train import train
 import pytest
 
 from tests import models
-from tests.blocks import BLOCKS, FUSED, OTHERS, config_of
+from tests.blocks import FUSED, KEYS, OTHERS, config_of
 
 # MaxText 0.2.5 itself cannot quantize the other blocks on one device: AQT fails to build experts, and Qwix takes both
 # operands of a product for weights.
-WITH_AQT = [
-  block
-  for block, keys in ({name: x[0] for name, x in BLOCKS.items()} | OTHERS).items()
-  if "num_experts" not in keys and block not in FUSED
-]
+WITH_AQT = [block for block, keys in KEYS.items() if "num_experts" not in keys and block not in FUSED]
 WITH_QWIX = ["llama2", "mistral", "gpt3", "pythia", "gemma4_small", "olmo3"]
 WITH_QWIX += [block for block in OTHERS if block.startswith("deepseek")]
 CASES = [(block, "aqt") for block in WITH_AQT] + [(block, "qwix") for block in WITH_QWIX]

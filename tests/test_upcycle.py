@@ -5,7 +5,7 @@ import pytest
 from maxtext_mudd import connections
 from maxtext_mudd.checkpoints import layout
 from tests import models
-from tests.blocks import BLOCKS, FUSED, LAYOUTS, config_of, packed
+from tests.blocks import FUSED, LAYOUTS, config_of, packed
 from tests.published import hugging_face, refusal
 from tests.upcycling import (
   check_logits,
@@ -76,7 +76,7 @@ def test_families(family, tmp_path):
 # model.yml cannot hold the name of the model, which its layers read: the command writes the parameters alone.
 WITHOUT_MODEL_YML = ("gemma3", "gemma4_small")
 # The router biases and tables of deepseek4 are no parameters: it is upcycled as a run.
-UPCYCLED = [*((x, "single") for x in BLOCKS), *(case for case in LAYOUTS if case[0] != "deepseek4")]
+UPCYCLED = [case for case in LAYOUTS if case[0] != "deepseek4"]
 
 
 @pytest.mark.parametrize(("block", "layout"), slow_but([("pythia", "single")], UPCYCLED))

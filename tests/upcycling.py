@@ -15,7 +15,7 @@ from maxtext_mudd import connections, convert
 from maxtext_mudd.blocks import spec as block_spec
 from maxtext_mudd.checkpoints import layout, model_config, model_folder, orbax_folder
 from tests import models
-from tests.blocks import BLOCKS, OTHERS, config_of, packed
+from tests.blocks import KEYS, config_of, packed
 
 
 def written(keys) -> list[str]:
@@ -24,8 +24,7 @@ def written(keys) -> list[str]:
 
 
 def keys_of(block: str, **keys) -> dict:
-  of_block = OTHERS[block] if block in OTHERS else BLOCKS[block][0]
-  return models.SMALL | {"decoder_block": block} | of_block | {"remat_policy": "none", **keys}
+  return models.SMALL | {"decoder_block": block} | KEYS[block] | {"remat_policy": "none", **keys}
 
 
 def config_file(folder: pathlib.Path, block: str = "llama2", **keys) -> str:

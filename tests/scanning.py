@@ -5,6 +5,7 @@ import jax
 from maxtext.trainers.pre_train import train
 import numpy as np
 
+from maxtext_mudd.checkpoints import layout
 from tests import models
 from tests.blocks import BLOCKS, OTHERS, SINGLE
 from tests.placements import BLOCKS as IRREGULAR_BLOCKS
@@ -277,6 +278,12 @@ def neighbours(values):
   rng = np.random.default_rng(5)
   ends = {path: rng.choice(np.array([-np.inf, np.inf], x.dtype), x.shape) for path, x in values.items()}
   return {path: np.where(x == 0, x, np.nextafter(x, ends[path])) for path, x in values.items()}
+
+
+def entries_of_blocks(cfg, parameters) -> dict[str, np.ndarray]:
+  """Which entries of parameters are not padding, by path."""
+  ones = {path: np.ones(x.get_value().shape) for path, x in parameters.items()}
+  return {path: x > 0 for path, x in layout.stack(layout.unstack(ones, cfg), cfg).items()}
 
 
 def random_values(cfg):

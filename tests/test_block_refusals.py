@@ -44,7 +44,21 @@ MISTAKES = {
   "fused and quantised": (
     ["fused_qkv=true", "quantization=int8"],
     "quantization=int8 does not work with mudd=True and fused_qkv=True: a scale is of a whole kernel, whose "
-    "columns read different streams; leave quantization empty and use another weight_dtype than float8.",
+    "columns read different streams; leave quantization empty.",
+  ),
+  "weights in float8": (
+    ["weight_dtype=float8_e4m3fn"],
+    "weight_dtype=float8_e4m3fn does not work with mudd=True: MaxText keeps such weights with scales, and those of "
+    "connections have none; use weight_dtype=bfloat16 or float32.",
+  ),
+  "prefill in chunks with a cache of latents": (
+    [*DEEPSEEK, "use_chunked_prefill=true", "mla_naive_kvcache=false"],
+    "use_chunked_prefill=True does not work with attention_type='mla' and mla_naive_kvcache=False: MaxText writes each "
+    "chunk of the prompt over the first in a cache of latents; set it to False.",
+  ),
+  "lineage": (
+    [*DEEPSEEK, "scan_layers=true", "rope_type=yarn", "capacity_factor=1.0", "use_lineage=true"],
+    "use_lineage=True does not work with mudd=True: it does not call the layers; set it to False.",
   ),
   "MTP": (
     [*GPT_OSS, "mtp_num_layers=1"],
@@ -287,7 +301,7 @@ MISTAKES = {
   "quantised delta nets": (
     [*QWEN3_NEXT, "quantization=int8"],
     "quantization=int8 does not work with mudd=True and decoder_block='qwen3_next': a scale is of a whole kernel, "
-    "whose columns read different streams; leave quantization empty and use another weight_dtype than float8.",
+    "whose columns read different streams; leave quantization empty.",
   ),
   "sublayers of layers that are scaled": (
     [

@@ -5,6 +5,7 @@ import jax
 from maxtext.common import metric_logger
 import numpy as np
 import pytest
+import yaml
 
 from maxtext_mudd import muddformer
 from maxtext_mudd.checkpoints import layout
@@ -58,6 +59,38 @@ def test_totals_of_a_step(scan_layers, by_hand):
   assert float(scalars["mudd/grad_norm"]) == pytest.approx(np.sqrt(sum(x * x for x in norms.values())), rel=1e-5)
   assert float(scalars["learning/grad_norm"]) == pytest.approx(0.01, rel=1e-3)
   assert not any(key.startswith("activ_") for key in scalars)
+
+
+READERS = {  # in a model of four blocks whose DAs are DA_2 and DA_4
+  "layers_0/connection/embedding_norm": 2,
+  "layers_0/connection/output_norm": 2,
+  "layers_1/connection/output_norm": 2,
+  "layers_2/connection/output_norm": 4,
+  "layers_2/connection/depth_aggregate": 2,
+  "layers_3/connection/output_norm": 4,
+  "layers_3/connection/final_depth_aggregate": 4,
+}
+
+
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gradients_of_norms_count_for_the_first_da_that_reads_what_they_norm(scan_layers):
+  norms = {"mudd_pre_norm": True, "mudd_post_norm": True, "mudd_block_period": 2, "base_num_decoder_layers": 4}
+  _, _, gradients = steps.value_and_gradients(models.config(mudd=True, **norms))
+  of_connections = {"/".join(path): x for path, x in gradients.items() if "connection" in path}
+  squares = {2: 0.0, 4: 0.0}
+  for path, x in of_connections.items():
+    (da,) = {da for start, da in READERS.items() if path.startswith(f"decoder/{start}/")}
+    squares[da] += np.square(x.astype(np.float64)).sum()
+  cfg = models.config(mudd=True, scan_layers=scan_layers, **norms)
+  step, state = steps.prepare(cfg)
+  if scan_layers:
+    values = layout.stack(models.randomise(models.build(models.config(mudd=True, **norms))), cfg)
+    for path, variable in nnx.to_flat_state(state["model"].filter(nnx.Param)):
+      variable.set_value(jax.numpy.asarray(values["/".join(map(str, path))]))
+  parts = {da: float(x) for da, x in step(state, models.batch(cfg))[1][instability.TOTALS]["grad_norm"].items()}
+  for da, expected in squares.items():
+    assert parts.pop(da) == pytest.approx(expected**0.5, rel=1e-5)
+  assert not any(parts.values())
 
 
 @pytest.mark.parametrize(
@@ -167,8 +200,19 @@ def test_the_logger_of_metrics_warns(caplog):
   )
 
 
-@pytest.mark.parametrize("keys", [{"mudd_pre_norm": True, "mudd_post_norm": True}, {"depth_connection": "mhc"}])
-def test_advice_can_be_followed(keys, caplog):
+ADVICE = [
+  ({}, "mudd_pre_norm=true mudd_post_norm=true"),
+  ({"mudd_ways": 1}, "mudd_pre_norm=true mudd_post_norm=true"),
+  ({"mudd_pre_norm": True, "mudd_post_norm": True}, None),
+  ({"mudd_post_norm": True}, "mudd_pre_norm=true"),
+  ({"mudd_post_norm": True, "mudd_static_start": "zero"}, "mudd_pre_norm=true mudd_static_start=released"),
+  ({"mudd_dense_streams": "qkv"}, "mudd_pre_norm=true"),  # X_i is the residual stream, and has no post-norm
+  ({"depth_connection": "mhc"}, None),
+]
+
+
+@pytest.mark.parametrize(("keys", "advice"), ADVICE)
+def test_advice_can_be_followed(keys, advice, caplog):
   cfg = models.config(mudd=True, enable_tensorboard=False, **keys)
   logger = metric_logger.MetricLogger(cfg, lambda step: 0.1)
   with caplog.at_level("WARNING"):
@@ -177,4 +221,8 @@ def test_advice_can_be_followed(keys, caplog):
         {"scalar": SCALARS, "scalars": {}, "mudd": {"grad_norm": {1: 0.1 if step < 55 else 9.0}}}, step
       )
   (text,) = [record.getMessage() for record in caplog.records if "mudd/grad_norm" in record.getMessage()]
-  assert "a new run" not in text
+  if advice is None:
+    assert "a new run" not in text
+  else:
+    assert text.endswith(f"a new run is stable at higher rates with {advice}.")
+    models.config(mudd=True, **(keys | {key: yaml.safe_load(x) for key, x in (y.split("=") for y in advice.split())}))

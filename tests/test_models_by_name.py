@@ -19,6 +19,7 @@ REFUSED = {
 }
 WITH_DEEPSTACK = ("qwen3-omni-30b-a3b", "qwen3-vl-2b", "qwen3-vl-30b-a3b", "qwen3-vl-4b", "weaver-max", "weaver-mini")
 REFUSED |= dict.fromkeys(WITH_DEEPSTACK, "deepstack_visual_indexes_for_vit=")
+REFUSED |= dict.fromkeys(("qwen3.5-35b-a3b-fp8", "qwen3.5-397b-a17b-fp8"), "weight_dtype=float8_e4m3fn")
 UNSCANNED = ("gemma4-e2b", "gemma4-e4b", *WITH_DEEPSTACK)  # MaxText does not scan their layers
 FAST = ("llama3-8b", "gpt-oss-20b", "deepseek3-671b", "qwen3-vl-2b")
 

@@ -50,8 +50,9 @@ class BlockSpec:
       use the block.
     attention: Name of attention, a submodule of the layer. None: the layer has none, and reads one stream.
     has_biases: The norms are LayerNorms with a bias, and every projection of attention and feed-forward block has one.
-    takes_attention_bias: `attention_bias` adds a bias to the query, key and value projections. Other blocks ignore it.
-    takes_qk_norm: `use_qk_norm` adds an RMSNorm to queries and one to keys. Other blocks ignore it.
+    takes_attention_bias: `attention_bias` adds a bias to the query, key and value projections. Other plain blocks
+      ignore it.
+    takes_qk_norm: `use_qk_norm` adds an RMSNorm to queries and one to keys. Other plain blocks ignore it.
     takes_chunked_prefill: Attention reads the cache of earlier chunks when a prompt is prefilled in chunks.
     scales_query_kernel: The query kernel starts smaller by 1/√head_dim, and scores are not scaled. Other blocks scale
       the scores.

@@ -33,6 +33,12 @@ def refusals(config) -> Iterator[Refusal]:
     f"decoder_block={block!r}",
     "its attention reads one chunk of the prompt alone; set it to False",
   )
+  yield Refusal(
+    config.use_chunked_prefill and config.attention_type == "mla" and not config.mla_naive_kvcache,
+    "use_chunked_prefill=True",
+    "attention_type='mla' and mla_naive_kvcache=False",
+    "MaxText writes each chunk of the prompt over the first in a cache of latents; set it to False",
+  )
   if is_pythia:
     yield from _pythia(config)
   if config.mudd_rope_table == "stock":

@@ -109,15 +109,18 @@ def refusals(config) -> Iterator[Refusal]:
     f"MaxText scans whole cycles of layers and would leave some out; use a multiple of {interval}",
   )
   yield from _of_block(config, spec, layer)
-  quantization, weights = config.quantization.value, str(config.weight_dtype)
-  is_quantized = bool(quantization) or "float8" in weights
-  is_fused = config.fused_qkv or block in _WITH_DELTA_NETS
+  quantization, weights = config.quantization.value, config.weight_dtype.value
   yield Refusal(
-    is_fused and is_quantized,
-    f"quantization={quantization}" if quantization else f"weight_dtype={weights}",
+    bool(quantization) and (config.fused_qkv or block in _WITH_DELTA_NETS),
+    f"quantization={quantization}",
     f"{mudd} and fused_qkv=True" if config.fused_qkv else f"{mudd} and {layer}",
-    "a scale is of a whole kernel, whose columns read different streams; leave quantization empty and use another "
-    "weight_dtype than float8",
+    "a scale is of a whole kernel, whose columns read different streams; leave quantization empty",
+  )
+  yield Refusal(
+    weights.startswith("float8"),
+    f"weight_dtype={weights}",
+    mudd,
+    "MaxText keeps such weights with scales, and those of connections have none; use weight_dtype=bfloat16 or float32",
   )
   yield Refusal(
     config.using_pipeline_parallelism,
@@ -217,6 +220,7 @@ def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
     "mudd=True",
     "it does not call the layers; set it to False",
   )
+  yield Refusal(config.use_lineage, "use_lineage=True", "mudd=True", "it does not call the layers; set it to False")
   if block in _NAMES:
     names, does = _NAMES[block]
     yield Refusal(

@@ -222,6 +222,10 @@ class Family(Protocol):
     """
 
   @classmethod
+  def stabilising(cls, config) -> list[str]:
+    """What keeps deep models from diverging and is not set yet: its keys, as "mudd_pre_norm=true"."""
+
+  @classmethod
   def build(
     cls, config, blocks: Sequence[int], mesh: jax.sharding.Mesh, rngs: nnx.Rngs, *, starts: bool, finishes: bool
   ) -> Connection:
@@ -277,6 +281,10 @@ class BaseFamily:
       f"depth_connection={config.depth_connection} does not say that its models start as the plain model "
       "(Family.why_not_plain); use dense or hyper_connections"
     )
+
+  @classmethod
+  def stabilising(cls, config) -> list[str]:
+    return []
 
   @classmethod
   def share(cls, decoder: nnx.Module) -> None:

@@ -94,9 +94,7 @@ def with_warnings(stock):
 
 
 def _remedies(config) -> tuple[list[str], list[str]]:
-  """The arguments of `Watch`: keys of the family that are not set yet, and that help. `mudd_weight_cap` and
-  `mudd_weight_scale` do so less: in the results of yaml/study/stability.yml runs with them diverge, with norms none."""
-  known = connections.family(config).Keys.model_fields
+  """The arguments of `Watch`. Of dense these are norms: `mudd_weight_cap` and `mudd_weight_scale` help less. In the
+  results of yaml/study/stability.yml runs with them diverge, with norms none."""
   on_resume = ["a lower learning_rate", "a lower mudd_learning_rate_factor"]
-  norms = [key for key in ("mudd_pre_norm", "mudd_post_norm") if key in known and not getattr(config, key)]
-  return on_resume, [f"{key}=true" for key in norms]
+  return on_resume, connections.family(config).stabilising(config)

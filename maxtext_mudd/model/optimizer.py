@@ -117,10 +117,22 @@ def _blocks_before(path: Path, config) -> int | list[int]:
   mtp_number = mtp.number_in(path)
   if mtp_number or module in family.finish_modules:
     return num_blocks(config) + (mtp_number or 0)
+  if module in family.start_modules:
+    return _first_reader(config, 0)
+
+  def before(block):
+    return _first_reader(config, block) if module == "output_norm" else block - 1
+
   if stack := stacks.of_path(config, path):
-    return [block - 1 for block in stack.blocks]
+    return [before(block) for block in stack.blocks]
   block = stacks.block_of_single(config, path)
-  return block - 1 if block else 0
+  return before(block) if block else 0
+
+
+def _first_reader(config, source: int) -> int:
+  """How many blocks come before the first aggregate that mixes a source."""
+  sites = connections.plan(config).sites
+  return min((after for after, site in sites.items() if source in site.sources), default=source)
 
 
 def _names(path) -> Path:

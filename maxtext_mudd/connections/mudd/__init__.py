@@ -44,6 +44,10 @@ class Dense(HistoryFamily):
     )
 
   @classmethod
+  def stabilising(cls, config) -> list[str]:
+    return keys.missing_norms(config)
+
+  @classmethod
   def aggregate(cls, config, site, mesh, rngs):
     from maxtext_mudd.connections.mudd.aggregate import DepthAggregate
 

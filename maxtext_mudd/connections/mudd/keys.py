@@ -218,10 +218,27 @@ def _check_widths(config, plan: Plan) -> None:
       raise ValueError(f"{name}={value} does nothing{why}; leave it at {default}.")
 
 
+def missing_norms(config) -> list[str]:
+  """The norms that a model does not have and can have, as arguments of a command."""
+  missing = []
+  if not config.mudd_pre_norm:
+    missing.append("mudd_pre_norm=true")
+    if config.mudd_static_start != "released":  # needs a post-norm alone
+      missing.append("mudd_static_start=released")
+  if not config.mudd_post_norm and _streams_made(sites.plan(config)) & {"x", *config.mudd_post_norm_streams}:
+    missing.append("mudd_post_norm=true")
+  return missing
+
+
+def _streams_made(plan: Plan) -> set[str]:
+  """The streams that DAs make. Multi-token prediction reads a residual stream."""
+  return {"r" if stream == "m" else stream for site in plan.sites.values() for stream in site.streams}
+
+
 def _check_post_norms(config, plan: Plan) -> None:
   """Raises ValueError for post-norms of streams that no DA makes."""
   chosen, default = config.mudd_post_norm_streams, DenseKeys.model_fields["mudd_post_norm_streams"].default
-  streams_made = {"r" if stream == "m" else stream for site in plan.sites.values() for stream in site.streams}
+  streams_made = _streams_made(plan)
   if streams_made == {"x"} and chosen != default:
     raise ValueError(
       f"mudd_post_norm_streams={chosen!r} does nothing where DAs make one input for all streams, which always has a "

@@ -2,10 +2,13 @@
 
 import re
 
+from flax import nnx
+import jax
 from maxtext.configs import pyconfig
+from maxtext.utils import maxtext_utils
 import pytest
 
-from maxtext_mudd import plugin
+from maxtext_mudd import connections, plugin
 from maxtext_mudd.complexity import __main__ as command
 from maxtext_mudd.complexity import paper
 from maxtext_mudd.model import counts
@@ -172,3 +175,27 @@ def test_extra_activations_follow_what_aggregates_see():
   cfg = models.config(**shape)
   expected = extra_activations(cfg) / paper.plain_activations(cfg)
   assert paper.memory_ratio(cfg) == expected
+
+
+SPARSE = [{}, {"mudd_block_period": 2}, {"mudd_source_dilation": 2}, {"mudd_window": 2}]
+
+
+def test_sparse_models_of_single_layers_compute_less():
+  """As much less as their formula says, by FLOPs of the function that is compiled."""
+
+  def flops(**keys):
+    cfg = models.config(base_num_decoder_layers=8, **keys)
+    mesh = maxtext_utils.get_mesh_from_config(cfg)
+    graph, state = nnx.split(nnx.eval_shape(lambda: models.construct(cfg, mesh)))
+    data = models.batch(cfg)
+    lowered = jax.jit(lambda state: models.logits(nnx.merge(graph, state), data)).lower(state)
+    return lowered.cost_analysis()["flops"] / data["inputs"].size, connections.family(cfg).cost(cfg).flops
+
+  plain, _ = flops()
+  ratios = []
+  for keys in SPARSE:
+    total, by_formula = flops(mudd=True, **keys)
+    ratios.append((total - plain) / by_formula)
+  # Norms and sums of static and dynamic weights are not in the formula.
+  assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=0.02)
+  assert 1 < ratios[0] < 1.1

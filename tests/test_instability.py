@@ -1,5 +1,8 @@
 """Totals over connections in the metrics of every train step, and the warning when they grow fast."""
 
+import datetime
+import json
+
 from flax import nnx
 import jax
 from maxtext.common import metric_logger
@@ -10,6 +13,7 @@ import yaml
 from maxtext_mudd import muddformer
 from maxtext_mudd.checkpoints import layout
 from maxtext_mudd.model import instability, reporting
+from maxtext_mudd.runs import console
 from tests import models, steps
 from tests.parameters import to_muddformer
 
@@ -226,3 +230,31 @@ def test_advice_can_be_followed(keys, advice, caplog):
   else:
     assert text.endswith(f"a new run is stable at higher rates with {advice}.")
     models.config(mudd=True, **(keys | {key: yaml.safe_load(x) for key, x in (y.split("=") for y in advice.split())}))
+
+
+@pytest.mark.slow
+def test_from_a_train_step_to_the_console(tmp_path, capsys):
+  """Weights that grow between two train steps are warned of on the console; each step's totals are in metrics_file."""
+  file = tmp_path / "metrics.jsonl"
+  keys = {"base_output_directory": str(tmp_path), "enable_tensorboard": False, "metrics_file": str(file)}
+  cfg = models.config(mudd=True, base_num_decoder_layers=2, learning_rate=1e-6, opt_type="sgd", steps=56, **keys)
+  step, state = steps.prepare(cfg)
+  step(state, models.batch(cfg))  # what the compiler says is not of this test
+  logger = metric_logger.MetricLogger(cfg, lambda step: cfg.learning_rate)
+  logger.write_setup_info_to_tensorboard(state["model"])
+  with console.Console(holds_output=False):
+    console.start(cfg)
+    for number in range(56):
+      if number == 54:
+        parameters = nnx.to_flat_state(state["model"].filter(nnx.Param))
+        (w2,) = [x for path, x in parameters if path[-2:] == ("depth_aggregate", "w2")]  # of DA_1
+        w2.set_value(1000 * w2.get_value())
+      state, metrics = step(state, models.batch(cfg))
+      logger.buffer_and_write_metrics(metrics, number, datetime.timedelta(seconds=1))
+    logger.flush_metrics_and_cleanup()
+  (line,) = [line for line in capsys.readouterr().err.splitlines() if "mudd/" in line]
+  assert line.startswith("warning: step 54: mudd/max_weight is ")
+  assert "of DA_1 (da_001 in the metrics)" in line
+  written = [json.loads(line) for line in file.read_text().splitlines()]
+  assert len(written) == 56
+  assert all(x["mudd/max_weight"] > 0 and x["mudd/grad_norm"] > 0 for x in written)

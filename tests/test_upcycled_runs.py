@@ -2,7 +2,7 @@
 
 import pathlib
 
-from flax import traverse_util
+from flax import nnx, traverse_util
 import jax
 from maxtext.common import train_state_nnx
 import numpy as np
@@ -11,9 +11,20 @@ import pytest
 
 from maxtext_mudd import convert
 from maxtext_mudd.checkpoints import layout, train_state
-from tests import runs
-from tests.blocks import config_of
-from tests.upcycling import check_logits, config_file, keys_of, new_model, new_state, save, trained, upcycle, written
+from tests import models, runs
+from tests.blocks import config_of, packed
+from tests.upcycling import (
+  check_logits,
+  config_file,
+  keys_of,
+  new_model,
+  new_state,
+  op_by_op,
+  save,
+  trained,
+  upcycle,
+  written,
+)
 
 STEP = 5
 
@@ -27,8 +38,9 @@ def plain_run(folder: pathlib.Path, block: str = "llama2", **keys) -> dict[str, 
   rng = np.random.default_rng(3)
 
   def filled(x):
-    is_float = np.issubdtype(x.dtype, np.floating)
-    return jax.numpy.asarray(rng.uniform(0.1, 1, x.shape) if is_float else np.full(x.shape, STEP + 1), x.dtype)
+    if np.issubdtype(x.dtype, np.floating):
+      return jax.numpy.asarray(rng.uniform(0.1, 1, x.shape), x.dtype)
+    return jax.numpy.asarray(rng.integers(0, 4, x.shape) if x.ndim else STEP + 1, x.dtype)  # numbers of experts; counts
 
   checkpoint = folder / "checkpoints" / str(STEP)
   ocp.PyTreeCheckpointer().save(checkpoint / "items", jax.tree.map(filled, tree))
@@ -87,6 +99,23 @@ def test_a_run_keeps_state_that_is_no_parameter(scan, tmp_path):
   assert len(state) >= 2
   for path in state:
     np.testing.assert_array_equal(after[path], before[path], err_msg=path)
+  logits = [logits_of(config_of("deepseek4", mudd=mudd, **keys), x) for mudd, x in ((False, before), (True, after))]
+  assert np.std(logits[0]) > 0.1
+  np.testing.assert_array_equal(*logits)
+
+
+def logits_of(cfg, train_state) -> np.ndarray:
+  """Of the model of a train state, op by op."""
+  model = models.build(cfg)
+  state = nnx.state(model)
+  for path, variable in nnx.to_flat_state(state):
+    name = "/".join(map(str, path))
+    value = train_state.get(f"params/params/{name}", train_state.get(f"nnx_aux/model/{name}"))
+    assert value is not None or not isinstance(variable, nnx.Param), name
+    if value is not None:
+      variable.set_value(jax.numpy.asarray(value))
+  nnx.update(model, state)
+  return op_by_op(model, packed(cfg))
 
 
 def test_a_run_keeps_the_state_of_muon(tmp_path):

@@ -26,7 +26,11 @@ FEATURES = {
   ],
   "gradient by finite differences": ["test_block_layers.test_gradient"],
   "scanned = single": ["test_scan.test_same_as_single_layers"],
-  "trains": ["test_block_layers.test_trains", "test_simple_blocks.test_trains"],
+  "trains": [
+    "test_block_layers.test_trains",
+    "test_simple_blocks.test_trains",
+    "test_block_runs.test_trains_by_the_launcher",
+  ],
   "decodes": [
     "test_block_layers.test_generates_what_teacher_forcing_says",
     "test_simple_blocks.test_generates_what_teacher_forcing_says",

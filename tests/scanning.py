@@ -282,8 +282,9 @@ def neighbours(values):
 
 def entries_of_blocks(cfg, parameters) -> dict[str, np.ndarray]:
   """Which entries of parameters are not padding, by path."""
-  ones = {path: np.ones(x.get_value().shape) for path, x in parameters.items()}
-  return {path: x > 0 for path, x in layout.stack(layout.unstack(ones, cfg), cfg).items()}
+  zeros = {path: np.zeros(x.get_value().shape) for path, x in parameters.items()}
+  of_single_layers = {path: np.ones_like(x) for path, x in layout.unstack(zeros, cfg).items()}
+  return {path: x > 0 for path, x in layout.stack(of_single_layers, cfg).items()}
 
 
 def random_values(cfg):

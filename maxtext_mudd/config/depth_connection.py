@@ -109,7 +109,9 @@ def refusals(config) -> Iterator[Refusal]:
     f"MaxText scans whole cycles of layers and would leave some out; use a multiple of {interval}",
   )
   yield from _of_block(config, spec, layer)
-  quantization, weights = config.quantization.value, config.weight_dtype.value
+  # The dtype of the configuration of a model; a member of an enum while that is read.
+  weights = str(getattr(config.weight_dtype, "value", config.weight_dtype))
+  quantization = config.quantization.value
   yield Refusal(
     bool(quantization) and (config.fused_qkv or block in _WITH_DELTA_NETS),
     f"quantization={quantization}",

@@ -205,7 +205,7 @@ def test_explicit_axes(name, keys):
     ("gemma2", "tensor 2, FSDP 4"),
     ("gemma3", "tensor 2, FSDP 4"),
     ("qwen3_custom_moe", "tensor 2, FSDP 4"),
-    # MaxText's own models of these fail with tensor parallelism.
+    # MaxText's own models of the first two fail with tensor parallelism.
     ("deepseek", "FSDP 8"),
     ("qwen3_next", "FSDP 8"),
     ("qwen3_5", "FSDP 8"),

@@ -24,8 +24,8 @@ KINDS = {
   "copies and transposes": re.compile("copy|transpose"),
   "element-wise operations and sums": re.compile(""),
 }
-# Events that contain others, or that are no operations.
-NO_OPERATIONS = re.compile("ThunkExecutor|^while|^call|^conditional|^end: |Client|Listener")
+# Events that contain others, or that are no operations (`SlinkyThreadPool::Await` is a wait inside a matrix product).
+NO_OPERATIONS = re.compile("ThunkExecutor|^while|^call|^conditional|^end: |Client|Listener|ThreadPool::")
 
 
 def operations(folder: pathlib.Path) -> dict[str, float]:

@@ -3,6 +3,9 @@
 PYTEST_ADDOPTS=--junitxml=fast.xml make test
 PYTEST_ADDOPTS=--junitxml=slow.xml make test-slow
 .venv/bin/python docs/decoders.py fast.xml slow.xml
+
+A field that these results say nothing of stays as it is, so that the tests of one feature can be run alone. Give all
+results of that feature: a field says "yes" when those that are given passed.
 """
 
 import collections
@@ -55,11 +58,24 @@ def results(files: list[pathlib.Path]) -> dict[tuple[str, str], bool]:
   return found
 
 
-def table(found: dict[tuple[str, str], bool], blocks: list[str], of_one_stream: tuple[str, ...] = ()) -> list[str]:
-  """Rows of Markdown: for each block and feature, whether all its tests passed; empty where none ran.
+def fields(rows: list[str]) -> dict[tuple[str, str], str]:
+  """The fields of a table that `table` wrote, by block and feature."""
+  split = [[field.strip() for field in row.strip("|").split("|")] for row in rows]
+  features = split[0][1:]
+  return {(block, feature): field for block, *row in split[2:] for feature, field in zip(features, row)}
+
+
+def table(
+  found: dict[tuple[str, str], bool],
+  blocks: list[str],
+  of_one_stream: tuple[str, ...] = (),
+  before: dict[tuple[str, str], str] | None = None,
+) -> list[str]:
+  """Rows of Markdown: for each block and feature, whether all its tests passed.
 
   Args:
     of_one_stream: blocks that read one stream, so that no other can matter.
+    before: fields to keep where no test ran; without it they are empty.
   """
   of_block = collections.defaultdict(list)
   for (name, parameters), passed in found.items():
@@ -73,7 +89,8 @@ def table(found: dict[tuple[str, str], bool], blocks: list[str], of_one_stream: 
       if feature == EACH_STREAM and block in of_one_stream:
         tests = []
       passed = [x for name in tests for x in of_block[name, block]]
-      cells.append(MISSING if not passed else PASSED if all(passed) else FAILED)
+      kept = (before or {}).get((block, feature), MISSING)
+      cells.append(kept if not passed else PASSED if all(passed) else FAILED)
     rows.append(f"| {block} | {' | '.join(cells)} |")
   return rows
 
@@ -81,10 +98,10 @@ def table(found: dict[tuple[str, str], bool], blocks: list[str], of_one_stream: 
 def main(files: list[str]) -> None:
   from tests.blocks import KEYS, SIMPLE
 
-  rows = table(results([pathlib.Path(file) for file in files]), [*KEYS, *SIMPLE], SIMPLE)
-  page = PAGE.read_text()
-  before, after = page.split(BEGIN)[0], page.split(END)[1]
-  PAGE.write_text("\n".join([f"{before}{BEGIN}", *rows, f"{END}{after}"]))
+  start, rest = PAGE.read_text().split(f"{BEGIN}\n")
+  rows, end = rest.split(f"\n{END}")
+  rows = table(results([pathlib.Path(file) for file in files]), [*KEYS, *SIMPLE], SIMPLE, fields(rows.splitlines()))
+  PAGE.write_text("\n".join([f"{start}{BEGIN}", *rows, f"{END}{end}"]))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,18 @@ def test_table(tmp_path):
   assert [cells[block][feature] for block in blocks] == ["", "", "", "yes"]
 
 
+def test_fields_without_results_stay():
+  page = runpy.run_path(str(ROOT / "docs" / "decoders.py"))
+  blocks, trains = ["qwen3", "qwen3_moe"], "test_block_layers.test_trains"
+  first = {(trains, "qwen3"): True, (trains, "qwen3_moe"): True, ("test_upcycle.test_upcycled_blocks", "qwen3"): True}
+  rows = page["table"](first, blocks)
+  before = page["fields"](rows)
+  assert page["table"]({}, blocks, before=before) == rows
+  after = page["fields"](page["table"]({(trains, "qwen3"): False}, blocks, before=before))
+  assert {place for place, field in after.items() if field != before[place]} == {("qwen3", "trains")}
+  assert after["qwen3", "trains"] == "**no**"
+
+
 def test_the_page_has_every_block():
   page = runpy.run_path(str(ROOT / "docs" / "decoders.py"))
   text = page["PAGE"].read_text().split(page["BEGIN"])[1]

@@ -53,7 +53,8 @@ def test_fused_step():
 def test_buffer_is_not_copied(keys, tmp_path):
   """Scanned layers change the buffer of sources and that of its gradients in place."""
   layers, width = 12, 512
-  sizes = {"max_target_length": 1024, "per_device_batch_size": 1, "vocab_size": 2048, "base_emb_dim": width}
+  # The buffer, 218 MB, is too large for VMEM. XLA moves one that fits to there, which is no copy in HBM.
+  sizes = {"max_target_length": 16384, "per_device_batch_size": 1, "vocab_size": 2048, "base_emb_dim": width}
   sizes |= {"base_mlp_dim": 1024, "base_num_decoder_layers": layers, "dtype": "bfloat16"}
   compiled("yaml/mudd_base.yml", {"mudd": True, "scan_layers": True, **sizes, **keys}, str(tmp_path))
   hlo = (tmp_path / "fused.txt").read_text()

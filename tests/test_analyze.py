@@ -23,7 +23,8 @@ def lm():
 
 
 def data_of(lm, text="Of moons. And of lanterns of paper.\nNo swans.", length=12):
-  return list(measurement.batches(text, lm.text_tokenizer, lm.config, length, 9, 2))
+  rows = measurement.sequences(text, lm.text_tokenizer, lm.config, length, 9)
+  return list(measurement.batches(rows, lm.config, length, 2))
 
 
 def test_batches(lm):
@@ -33,7 +34,29 @@ def test_batches(lm):
   np.testing.assert_array_equal(tokens[:3], [[1, a, a + 1, a + 2], [1, a + 3, a + 4, a + 5], [1, a + 6, 0, 0]])
   np.testing.assert_array_equal(segments, [[1] * 4, [1] * 4, [1, 1, 0, 0], [0] * 4])
   np.testing.assert_array_equal(positions, [range(4)] * 4)
-  assert len(next(measurement.batches("x" * 99, lm.text_tokenizer, lm.config, 4, 5, 8))[0]) == 8
+  assert [len(x) for x in measurement.sequences("x" * 99, lm.text_tokenizer, lm.config, 4, 5)] == [4] * 5
+  assert len(next(measurement.batches([[1, 2]] * 5, lm.config, 4, 8))[0]) == 5
+
+
+def test_lengths_for_kernels(monkeypatch):
+  monkeypatch.setattr(measurement.devices, "batch_parts", lambda config: 2)
+  config = types.SimpleNamespace(max_target_length=500)
+  shapes = {
+    length: next(measurement.batches([[1, 2]] * 3, config, length, 8))[0].shape for length in (128, 129, 400, 500)
+  }
+  assert shapes == {128: (4, 128), 129: (4, 256), 400: (4, 500), 500: (4, 500)}
+
+
+def test_first_tokens_are_those_of_the_whole_text():
+  """Of a tokenizer that joins letters to words, and of which some words are longer than others."""
+  text = " ".join("x" * (1 + k * k % 50) for k in range(400))
+  ids = {word: k for k, word in enumerate(sorted(set(text.split())))}
+  tokenizer = types.SimpleNamespace(encode=lambda text, bos: [ids.get(x, -1) for x in text.split()], prefix_id=-2)
+  config = types.SimpleNamespace(max_target_length=100)
+  whole = tokenizer.encode(text, bos=False)
+  for length, number in ((11, 3), (3, 1), (100, 50)):
+    rows = measurement.sequences(text, tokenizer, config, length, number)
+    assert [x for row in rows for x in row[1:]] == whole[: (length - 1) * number]
 
 
 def golden_arrays():
@@ -59,14 +82,14 @@ def golden_arrays():
 def measured(figure, model, arrays, batch, repeat=1):
   sums = jax.device_get(figure.sums(model, None, {name: jnp.asarray(x) for name, x in arrays.items()}, batch))
   sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-  sums = getattr(figure, "added", lambda x: x)(sums)
+  sums = figure.added(sums)
   return figure.arrays(jax.tree.map(lambda x: repeat * x, sums))
 
 
 def test_similarity_of_the_golden_model():
   golden, arrays, batch, config, is_token = golden_arrays()
   model = types.SimpleNamespace(config=config)
-  found = measured(figures.Similarity(REQUEST, model, None), model, arrays, batch)
+  found = measured(figures.Similarity(REQUEST, config, None), model, arrays, batch)
   assert found["mean"].labels["stream"] == ["q", "k", "v", "r"]
   for c in range(4):
     for i in range(config.num_decoder_layers - 1):
@@ -83,7 +106,7 @@ def test_similarity_of_the_golden_model():
 def test_weights_of_the_golden_model():
   golden, arrays, batch, config, is_token = golden_arrays()
   model = types.SimpleNamespace(config=config)
-  found = measured(figures.DepthWeights(REQUEST, model, None), model, arrays, batch, repeat=3)
+  found = measured(figures.DepthWeights(REQUEST, config, None), model, arrays, batch, repeat=3)
   number = config.num_decoder_layers
   norms = [np.linalg.norm(golden[f"hidden.{j}"], axis=-1)[is_token].mean() for j in range(number + 1)]
   for i in range(1, number + 1):
@@ -143,6 +166,9 @@ def test_weights_along_all_paths(name):
         after = np.einsum("btij,btjd->btid", w[:, :, 1:], between)
         output = ((arrays[f"history/{i + 1:03d}"] - after) / beta[..., None]).mean(2)
       sources.append(output)
+  read = sum(weights["x/003"][..., j, None] * x for j, x in enumerate(sources))
+  streams = arrays["streams/x/da_003"]
+  np.testing.assert_allclose(read, streams, rtol=0, atol=SOLVED * np.abs(streams).max())
 
 
 @pytest.mark.parametrize("name", [x if x == "dca" else pytest.param(x, marks=pytest.mark.slow) for x in FAMILIES])
@@ -151,7 +177,7 @@ def test_weights_of_other_families(name):
   config, arrays = kept_by(name)
   model, tokens = types.SimpleNamespace(config=config), models.batch(config)["inputs"]
   found = measured(
-    figures.DepthWeights(REQUEST, model, None), model, arrays, (tokens, None, np.ones(tokens.shape, int))
+    figures.DepthWeights(REQUEST, config, None), model, arrays, (tokens, None, np.ones(tokens.shape, int))
   )
   mean = found["mean"]
   for row, stream in enumerate(mean.labels["stream"]):
@@ -176,7 +202,7 @@ def test_heads_of_attention_made_by_hand(lm):
   tokens = np.array([[1, *(lm.text_tokenizer.encode(x, bos=False)[0] for x in text)]])
   batch = (tokens, np.arange(5)[None], np.ones((1, 5), int))
   maps = np.stack([np.eye(5), np.eye(5, k=-1)])[None] + 0.1
-  figure = figures.Heads(REQUEST, lm.model, lm.text_tokenizer)
+  figure = figures.Heads(REQUEST, lm.config, lm.text_tokenizer)
   arrays = {"attention/block_001": figure.functions["attention"](jnp.asarray(maps))}
   # Positions 2, 3 and 4: the first head looks at "b", "." and "c", the second at "a" in place 1, "b" and ".".
   assert measured(figure, None, arrays, batch)["active"].values == pytest.approx([3 / 6])
@@ -188,7 +214,7 @@ def test_heads_of_attention_made_by_hand(lm):
 def test_sinks_are_not_only_the_first_positions(lm):
   """BOS and a newline in the middle of a sequence, and the learned sink of a head."""
   request = types.SimpleNamespace(sinks=None)
-  figure = figures.Heads(request, lm.model, lm.text_tokenizer)
+  figure = figures.Heads(request, lm.config, lm.text_tokenizer)
   newline = lm.text_tokenizer.encode("\n", bos=False)[0]
   tokens = np.array([[1, 100, 1, newline, 101, 102]])  # BOS, a letter, BOS, newline, letters
   batch = (tokens, np.arange(6)[None], np.ones((1, 6), int))
@@ -214,7 +240,7 @@ def test_sinks_as_they_are_in_a_text():
 def test_deviations_of_almost_equal_weights():
   """Of weights near one that differ in the sixth digit, in float32, over many tokens."""
   model = types.SimpleNamespace(config=models.config(mudd=True, base_num_decoder_layers=1))
-  figure = figures.DepthWeights(REQUEST, model, None)
+  figure = figures.DepthWeights(REQUEST, model.config, None)
   x = (1 + 1e-6 * np.random.default_rng(0).standard_normal((4, 4096, 2))).astype(np.float32)
   norms = np.full((4, 4096, 2), 32**0.5, np.float32)
   arrays = {"weights/r/da_001": x, "norms/r/da_001": norms}
@@ -240,7 +266,7 @@ def loss_of(model, data):
 def test_ablation_is_a_model_with_other_weights(lm):
   """A model whose W2 is zero for a source, a stream or an aggregate has its static weights there."""
   data, model = data_of(lm), lm.model
-  found = ablation.Ablation(REQUEST, model, None).measure(model, data, lambda: None, "x")
+  found = ablation.Ablation(REQUEST, lm.config, None).measure(model, data, lambda: None, "x")
   values = {path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()}
   whole = loss_of(model, data)
   assert found["baseline"].values == pytest.approx(whole, rel=1e-6)
@@ -267,7 +293,7 @@ def test_ablation_is_a_model_with_other_weights(lm):
   assert np.abs(found["everything"].values) > 0.01
 
   request = types.SimpleNamespace(to="zero")
-  found = ablation.Ablation(request, model, None).measure(model, data, lambda: None, "x")
+  found = ablation.Ablation(request, lm.config, None).measure(model, data, lambda: None, "x")
   original = dict(values)
   values[f"{second}/a"] = original[f"{second}/a"] * (np.arange(3) != 0)
   change = changed(second, at=(slice(None), 0))
@@ -281,7 +307,7 @@ def test_ablation_to_the_mean(lm):
   """A weight that is its mean in a model without other dynamic weights."""
   data, model = data_of(lm), lm.model
   request = types.SimpleNamespace(to="mean")
-  found = ablation.Ablation(request, model, None).measure(model, data, lambda: None, "x")
+  found = ablation.Ablation(request, lm.config, None).measure(model, data, lambda: None, "x")
   weights, is_token = [], []
   for tokens, _, segments in data:
     weights.append(inspection.inspect(model, tokens, segment_ids=segments)["weights/r/da_003"])
@@ -299,8 +325,8 @@ def test_ablation_to_the_mean(lm):
 @pytest.mark.slow
 def test_the_lens_ends_in_the_loss(lm):
   data = data_of(lm)
-  figure = figures.Lens(REQUEST, lm.model, None)
-  found = figure.arrays(measurement.totals(figure, lm.model, data, lambda: None, "x"))["loss"].values
+  figure = figures.Lens(REQUEST, lm.config, None)
+  found = figure.measure(lm.model, data, lambda: None, "x")["loss"].values
   assert found.shape == (4, 4)
   total, count = 0, 0
   for tokens, _, segments in data:  # the head on the value stream of block 2

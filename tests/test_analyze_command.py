@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from maxtext_mudd.analyze import __main__ as analyze
+from maxtext_mudd.analyze import drawing, measurement
 from maxtext_mudd.inference import checkpoint
-from tests import models
+from tests import models, runs
 from tests.evaluation import build, letters
 
 GOLDEN = models.DATA / "muddformer_tiny"
+RESULTS = runs.ROOT / "benchmarks" / "results"
 
 
 def run(*arguments, capsys):
@@ -49,7 +51,8 @@ FILES = {
 @pytest.mark.parametrize("figure", [x if x == "similarity" else pytest.param(x, marks=pytest.mark.slow) for x in FILES])
 def test_the_command(figure, text, tmp_path, capsys):
   model = ["--checkpoint", GOLDEN, "--text", text / "text.txt", "--tokenizer", text / "tokenizer"]
-  options = ["--length", 16, "--sequences", 3, "--batch-size", 2, "--against", GOLDEN, "matmul_precision=default"]
+  options = ["--length", 16, "--against", GOLDEN, "matmul_precision=default"]
+  options += ["--sequences", 3, "--batch-size", 2] if figure != "attention" else []
   out, ended = run(figure, *model, *options, "--output", tmp_path / "made", capsys=capsys)
   assert not ended
   *lines, wrote = out.splitlines()[-3:]
@@ -58,6 +61,7 @@ def test_the_command(figure, text, tmp_path, capsys):
   assert sorted(x.name for x in (tmp_path / "made").iterdir()) == [f"{figure}.json", f"{figure}.png"]
   found = json.loads((tmp_path / "made" / f"{figure}.json").read_text())
   assert found["figure"] == figure
+  assert found["numbering"].startswith("Blocks and heads count from 1.") and len(found["definition"]) > 50
   assert found["command"].startswith(f"python3 -m maxtext_mudd.analyze {figure} --checkpoint ")
   for arrays in found["models"].values():
     assert arrays.keys() == FILES[figure] | {"tokens_read"}
@@ -90,14 +94,29 @@ def test_speed(tmp_path, capsys):
   arrays = json.loads((tmp_path / "made" / "speed.json").read_text())["models"]["study"]
   assert arrays["standard_error"]["values"] == [pytest.approx(0.1), None]
   assert arrays["learning_rate"]["values"] == [0.1, 0.1] and arrays["runs"]["values"] == [2, 1]
+  named = [
+    "--speed",
+    RESULTS / "2026-11-22-throughput-mudd-tiny-cpu.json",
+    "plain=transformer_tiny",
+    "mudd=mudd_tiny 2x2",
+  ]
+  out, _ = run("speed", "--study", study, *named, "--output", tmp_path / "named", capsys=capsys)
+  assert out.startswith("plain: loss 3.1000 at 1.000 of the speed; mudd: loss 2.9000 at 0.8")
+  _, ended = run("speed", "--study", study, "--speed", speed, "mudd=y", "--output", tmp_path / "b", capsys=capsys)
+  assert ended == f"--speed: mudd=y: --speed={speed} has no y; it has plain, mudd."
+  _, ended = run("speed", "--study", study, "--speed", speed, "mudd", "--output", tmp_path / "b", capsys=capsys)
+  assert ended == f"--speed {speed} mudd: mudd is not MODEL=MODEL_OF_FILE, such as mudd=mudd_405m."
   study.write_text("".join(json.dumps(row) + "\n" for row in [*rows, timing | {"model": "mudd"}]))
   out, _ = run("speed", "--study", study, "--output", tmp_path / "timed", capsys=capsys)
   assert out.startswith("plain: loss 3.1000 at 1.000 of the speed; mudd: loss 2.9000 at 0.800 of the speed\n")
+  study.write_text("".join(json.dumps(row) + "\n" for row in [*rows, timing, timing | {"against": "mudd"}]))
+  _, ended = run("speed", "--study", study, "--output", tmp_path / "b", capsys=capsys)
+  assert ended == (f"--study={study} has speeds against several models, mudd, plain; name one of a single plain model.")
   study.write_text(json.dumps(rows[0] | {"model": "other"}) + "\n")
   _, ended = run("speed", "--study", study, "--speed", speed, "--output", tmp_path / "b", capsys=capsys)
   assert ended == (
-    f"--speed={speed} has speeds of mudd, and none of the models of --study={study}: other; name a file with one of "
-    "these, or run the study with --time."
+    f"--speed={speed} has speeds of plain, mudd, and none of the models of --study={study}: other; say which are the "
+    f"same by --speed {speed} MODEL_OF_STUDY=MODEL_OF_FILE."
   )
   _, ended = run("speed", "--study", study, "--output", tmp_path / "b", capsys=capsys)
   assert ended == (
@@ -148,6 +167,10 @@ REFUSED = {
   "an argument of another figure": (
     ["lens", "--checkpoint", "{tmp}", "--text", "{text}", "--to", "mean"],
     "--to does nothing with lens; leave it out.",
+  ),
+  "sequences of one map": (
+    ["attention", "--checkpoint", "{tmp}", "--text", "{text}", "--sequences", "2"],
+    "--sequences does nothing with attention; leave it out.",
   ),
   "a model for speed": (
     ["speed", "--study", "{text}", "--checkpoint", "{tmp}"],
@@ -219,7 +242,7 @@ OF_MODELS = {
 
 def test_several_residual_streams(text, tmp_path, monkeypatch, capsys):
   config = types.SimpleNamespace(mhc_expansion_rate=2)
-  monkeypatch.setattr(checkpoint, "load", lambda *_: (None, config, None))
+  monkeypatch.setattr(checkpoint, "read", lambda *_: (config, None, None))
   given = ["--checkpoint", tmp_path, "--text", text / "text.txt", "--output", tmp_path / "out"]
   _, ended = run("lens", *given, capsys=capsys)
   assert ended == (
@@ -231,8 +254,24 @@ def test_several_residual_streams(text, tmp_path, monkeypatch, capsys):
 def test_mistakes_that_the_model_shows(case, text, tmp_path, monkeypatch, capsys):
   figure, keys, arguments, sentence = OF_MODELS[case]
   lm = build(base_num_decoder_layers=3, **keys)
-  monkeypatch.setattr(checkpoint, "load", lambda *_: (lm.model, lm.config, lm.text_tokenizer))
+  monkeypatch.setattr(checkpoint, "read", lambda *_: (lm.config, lm.text_tokenizer, lambda: lm.model))
   given = ["--checkpoint", tmp_path, "--text", text / "text.txt", "--output", tmp_path / "out"]
   _, ended = run(figure, *given, *arguments, capsys=capsys)
   assert ended == sentence
   assert not (tmp_path / "out").exists()
+
+
+def test_all_models_are_checked_before_the_first_is_loaded(text, tmp_path, monkeypatch, capsys):
+  read = checkpoint.read
+  monkeypatch.setattr(checkpoint, "read", lambda *arguments: (*read(*arguments)[:2], lambda: pytest.fail("is loaded")))
+  given = ["--checkpoint", GOLDEN, "--text", text / "text.txt", "--tokenizer", text / "tokenizer"]
+  against = ["--against", GOLDEN, "max_target_length=16"]
+  _, ended = run("similarity", *given, *against, "--length", "20", "--output", tmp_path / "out", capsys=capsys)
+  assert ended == "muddformer_tiny (2): --length=20 is more than the context, max_target_length=16."
+
+
+def test_tokens_that_look_like_mathematics_are_drawn(tmp_path):
+  texts = ["$$", "\u5b57", "$x", "_"]
+  maps = measurement.Named(("head", "query", "key"), np.eye(4)[None], {"query": texts, "key": texts})
+  drawing.write("attention", {"a $$ model": {"block_001": maps}}, tmp_path / "x.png")
+  assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

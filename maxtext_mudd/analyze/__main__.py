@@ -12,7 +12,9 @@ arrays and what they mean, and FIGURE.png, and prints a line for each model. Eve
 otherwise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -20,6 +22,7 @@ import pathlib
 import shlex
 import sys
 import tempfile
+from typing import Any
 
 from maxtext_mudd import plugin, versions
 from maxtext_mudd.analyze import request as requests
@@ -30,7 +33,8 @@ from maxtext_mudd.runs import launch, library_warnings
 
 LENGTHS = {True: 64, False: 256}  # default tokens in a sequence, where attention weights are drawn and elsewhere
 LOSSES = ("lens", "ablate")
-NUMBERING = "Blocks count from 1. DA_i follows block i and makes what block i + 1 reads."
+OF_MAPS = ("attention", "heads")
+NUMBERING = "Blocks and heads count from 1. DA_i follows block i and makes what block i + 1 reads."
 
 
 def main(argv: list[str]) -> None:
@@ -63,12 +67,27 @@ def _speed(request: AnalysisRequest):
 
 
 def _of_models(request: AnalysisRequest, before_batch: Callable[[], None]):
-  """(definition, arrays by model and name, lines to print)."""
-  results, lines, definition, first = {}, [], "", None
-  for model, name in zip(request.models, names(request.models)):
-    definition, results[name], line, first = measure(request, model, name, before_batch, first)
-    lines.append(f"{name}: {line}")
-  return definition, results, lines
+  """(definition, arrays by model and name, lines to print). All models are checked before the first is loaded."""
+  import numpy as np
+
+  from maxtext_mudd.analyze import measurement
+
+  opened = [open_model(request, model, name) for model, name in zip(request.models, names(request.models))]
+  default = min(LENGTHS[request.figure == "attention"], *(model.config.max_target_length for model in opened))
+  length = request.length or default
+  data = [sequences(request, model, length) for model in opened]
+  for model, read in zip(opened[1:], data[1:]):
+    if request.figure in LOSSES and read != data[0]:
+      raise ConfigError(
+        f"{model.name} reads the text as other tokens than {opened[0].name}, and {request.figure} measures losses per "
+        "token; compare models with the same tokenizer."
+      )
+  results, lines = {}, []
+  for model, read in zip(opened, data):
+    arrays = measure(request, model, read, length, before_batch)
+    results[model.name] = {**arrays, "tokens_read": measurement.Named((), np.array(sum(map(len, read))))}
+    lines.append(f"{model.name}: {model.figure.summary(arrays)}")
+  return opened[0].figure.definition, results, lines
 
 
 def names(models: Sequence[ModelRequest]) -> list[str]:
@@ -82,59 +101,98 @@ def names(models: Sequence[ModelRequest]) -> list[str]:
   return short_names
 
 
-def measure(request: AnalysisRequest, of_model: ModelRequest, name: str, before_batch: Callable[[], None], first):
-  """(definition, arrays by name, what the figure says of the model in one line, tokens that the first model read).
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+  """A model whose parameters are not loaded yet.
 
-  Args:
-    first: these tokens [N,B,T]; None for the first model. Others read sequences of the same length.
+  Attributes:
+    name: a short name for the results.
+    config: the configuration of the model that is measured.
+    tokenizer: a `tokens.Tokenizer`.
+    load: returns the model; takes no arguments.
+    figure: what is measured, a `measurement.Figure` or an `ablation.Ablation`.
+    prefix: for errors: the name, if there are several models.
+  """
+
+  name: str
+  config: Any
+  tokenizer: Any
+  load: Callable
+  figure: Any
+  prefix: str
+
+
+def open_model(request: AnalysisRequest, of_model: ModelRequest, name: str) -> OpenModel:
+  """Reads a model's configuration and tokenizer, and checks that it has something to show in the figure.
 
   Raises:
-    ConfigError: the model cannot be loaded, or has nothing to show in this figure.
+    ConfigError: the model cannot be read, or has nothing to show.
   """
-  import numpy as np
-
-  from maxtext_mudd.analyze import ablation, figures, measurement
+  from maxtext_mudd.analyze import ablation, figures
   from maxtext_mudd.inference import checkpoint, inspection
 
-  model, config, tokenizer = checkpoint.load(
+  config, tokenizer, load = checkpoint.read(
     of_model.checkpoint, of_model.config_file, of_model.overrides, of_model.tokenizer
   )
-  if config.mhc_expansion_rate > 1:
-    raise ConfigError(
-      f"mhc_expansion_rate={config.mhc_expansion_rate}: figures are of models with one residual stream; call "
-      "maxtext_mudd.inspect in Python."
-    )
-  is_map = request.figure == "attention"
+  prefix = f"{name}: " if len(request.models) > 1 else ""
+  figure_class = {**figures.FIGURES, "ablate": ablation.Ablation}[request.figure]
+  with prefixed(prefix):
+    if config.mhc_expansion_rate > 1:
+      raise ConfigError(
+        f"mhc_expansion_rate={config.mhc_expansion_rate}: figures are of models with one residual stream; call "
+        "maxtext_mudd.inspect in Python."
+      )
+    with prefixed("", ValueError):
+      config = inspection.inspectable_config(config, request.figure in OF_MAPS)
+    return OpenModel(name, config, tokenizer, load, figure_class(request, config, tokenizer), prefix)
+
+
+@contextlib.contextmanager
+def prefixed(prefix: str, errors: type[ValueError] = ConfigError) -> Iterator[None]:
+  """Puts the name of a model before what is wrong with it, and makes a ConfigError of other errors of the user."""
   try:
-    model = inspection.inspectable(model, request.figure in ("attention", "heads"))
-  except ValueError as error:
-    raise ConfigError(str(error)) from error
-  length = request.length or (min(LENGTHS[is_map], config.max_target_length) if first is None else first.shape[-1])
-  sequences, batch_size = (1, 1) if is_map else (request.sequences, request.batch_size)
-  data = list(measurement.batches(request.text, tokenizer, config, length, sequences, batch_size))
-  read = np.stack([tokens for tokens, _, _ in data])
-  if first is not None and request.figure in LOSSES and not np.array_equal(read, first):
-    raise ConfigError(
-      f"{name} reads the text as other tokens than the first model, and {request.figure} measures losses per token; "
-      "compare models with the same tokenizer."
-    )
+    yield
+  except errors as error:
+    raise ConfigError(f"{prefix}{error}") from error
+
+
+def sequences(request: AnalysisRequest, model: OpenModel, length: int) -> list[list[int]]:
+  """The tokens that a model reads. Raises ConfigError."""
+  from maxtext_mudd.analyze import measurement
+
+  with prefixed(model.prefix):
+    return measurement.sequences(request.text, model.tokenizer, model.config, length, request.sequences)
+
+
+def measure(
+  request: AnalysisRequest, of_model: OpenModel, read: list[list[int]], length: int, before_batch: Callable[[], None]
+):
+  """The arrays of the figure, by name.
+
+  Args:
+    read: the tokens of each sequence.
+    length: positions of a sequence, of which the last may be padding.
+
+  Raises:
+    ConfigError: the model cannot be loaded, or what it computes has no figure.
+  """
+  from maxtext_mudd.analyze import measurement
+  from maxtext_mudd.inference import inspection
+
+  data = list(measurement.batches(read, of_model.config, length, request.batch_size))
   try:
-    if request.figure == "ablate":
-      figure = ablation.Ablation(request, model, tokenizer)
-      arrays = figure.measure(model, data, before_batch, name)
-    else:
-      figure = figures.FIGURES[request.figure](request, model, tokenizer)
-      arrays = figure.arrays(measurement.totals(figure, model, data, before_batch, name))
+    with prefixed(of_model.prefix):
+      model = of_model.load()
+      with prefixed("", ValueError):
+        model = inspection.inspectable(model, request.figure in OF_MAPS)
+      return of_model.figure.measure(model, data, before_batch, of_model.name)
   except Exception as error:
     if "RESOURCE_EXHAUSTED" in str(error):
       raise ConfigError(
-        f"--batch-size={batch_size} with sequences of {length} tokens does not fit the device; make one of them "
-        f"smaller ({brief(error)})."
+        f"{of_model.prefix}the model does not fit the device with --batch-size={request.batch_size} and sequences of "
+        f"{length} tokens; make one of them smaller ({brief(error)})."
       ) from error
     raise
-  tokens = np.array(sum(int(segments.sum()) for _, _, segments in data))
-  with_number = {**arrays, "tokens_read": measurement.Named((), tokens)}
-  return figure.definition, with_number, figure.summary(arrays), read if first is None else first
 
 
 def check_output(folder: pathlib.Path) -> None:

@@ -27,11 +27,11 @@ class Ablation:
     "increase of the mean cross-entropy of the next token, in nats, where some weights of an aggregate DA_i are the "
     "same for all tokens: their static part, with --to=mean their mean over these tokens, with --to=zero 0. Source 0 "
     "is the embedding, source j the output of block j, -1, -2, ... are extra embeddings. `source`: the weights of one "
-    "source, in all streams; `stream`: those of one stream; `aggregate`: all of DA_i; `everything`: all of all"
+    "source, in all streams; `stream`: those of one stream; `aggregate`: all of DA_i; `everything`: all of all. Where "
+    "the loss is not finite there is no increase"
   )
 
-  def __init__(self, request, model, tokenizer):
-    config = model.config
+  def __init__(self, request, config, tokenizer):
     self.plan = connections.plan(config)
     if not self.plan.sites or connections.family(config).reads != "block":
       is_plain = config.depth_connection == "residual"
@@ -72,10 +72,10 @@ class Ablation:
       for _, _, replaced in cases:
         sums = sum(np.asarray(_losses(model, replaced, values, *batch), np.float64) for batch in each())
         losses.append(sums[0] / sums[1])
-    measurement.check_finite(losses)
+        measurement.check_finite(losses[:1])  # with other weights a model may overflow; the array has NaN there
     increases = self._empty()
     for (kind, at, _), loss in zip(cases[1:], losses[1:]):
-      increases[kind].values[at] = loss - losses[0]
+      increases[kind].values[at] = loss - losses[0] if np.isfinite(loss) else np.nan
     return increases | {"baseline": Named((), np.array(losses[0]))}
 
   def _cases(self) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
@@ -127,7 +127,8 @@ class Ablation:
   @staticmethod
   def summary(arrays) -> str:
     source = arrays["source"]
-    row, column = np.unravel_index(np.nanargmax(source.values), source.values.shape)
+    largest = np.argmax(np.nan_to_num(source.values, nan=-np.inf))
+    row, column = np.unravel_index(largest, source.values.shape)
     return (
       f"loss {arrays['baseline'].values:.4f}; {arrays['everything'].values:+.4f} with all weights replaced; most for "
       f"one source: {source.values[row, column]:+.4f}, source {source.labels['source'][column]} of "

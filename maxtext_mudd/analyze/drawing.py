@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import pathlib
+import warnings
 
 import numpy as np
 
@@ -23,8 +24,10 @@ def write(figure: str, results: Results, path: pathlib.Path) -> None:
   import matplotlib
 
   matplotlib.use("Agg")
-  picture = _DRAWN[figure](results)
-  picture.savefig(path, dpi=120)
+  # Names and tokens may have dollar signs, and letters that the font lacks.
+  with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Glyph .* missing")
+    _DRAWN[figure](results).savefig(path, dpi=120)
 
 
 def _axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4.5)):

@@ -12,7 +12,7 @@ from maxtext.common.common_types import MODEL_MODE_TRAIN
 import numpy as np
 
 from maxtext_mudd import blocks, connections
-from maxtext_mudd.analyze.measurement import Named
+from maxtext_mudd.analyze.measurement import Figure, Named
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections.base import STREAMS
 
@@ -61,16 +61,17 @@ def in_order(by_stream: dict[str, Any]) -> dict[str, Any]:
   return {name: by_stream[name] for name in ORDER if name in by_stream}
 
 
-class Similarity:
+class Similarity(Figure):
   """Fig. 6 of the paper."""
 
   definition = (
-    "cosine of what block i and block i + 1 read, by stream, over all tokens: its mean, and its 5th and 95th percentile"
+    "cosine of what block i and block i + 1 read, by stream, over all tokens, with BOS before each sequence: its mean, "
+    "and its 5th and 95th percentile"
   )
   functions: ClassVar = {"streams": _whole}
 
-  def __init__(self, request, model, tokenizer):
-    self.config, self.number = model.config, blocks.num_blocks(model.config)
+  def __init__(self, request, config, tokenizer):
+    self.config, self.number = config, blocks.num_blocks(config)
     if self.number < 2:
       raise ConfigError("similarity compares adjacent blocks, and the model has one block; use another figure.")
 
@@ -119,7 +120,7 @@ def _quantile(histograms: Float[np.ndarray, "I bins"], q: float) -> Float[np.nda
   return np.linspace(-1, 1, BINS)[(shares < q).sum(-1)]
 
 
-class Heads:
+class Heads(Figure):
   """Fig. 8 of the paper."""
 
   definition = (
@@ -127,7 +128,7 @@ class Heads:
     "two positions, nor one of `sinks`; positions after the first two of each sequence"
   )
 
-  def __init__(self, request, model, tokenizer):
+  def __init__(self, request, config, tokenizer):
     ids = {tokenizer.bos_id} - {None}
     for text in SINKS if request.sinks is None else request.sinks:
       token_ids = tokens_of(tokenizer, text)
@@ -135,7 +136,7 @@ class Heads:
         raise ConfigError(f"--sink={text!r} is no single token of the tokenizer; name texts that are.")
       ids |= token_ids
     self.ids = np.array(sorted(ids), np.int32)
-    self.number = blocks.num_blocks(model.config)
+    self.number = blocks.num_blocks(config)
     self.functions = {"attention": largest_key}
 
   def sums(self, model, logits, arrays, batch):
@@ -181,14 +182,14 @@ def tokens_of(tokenizer, text: str) -> set[int]:
   return {tokens[0] for tokens in encodings if len(tokens) == 1}
 
 
-class Attention:
+class Attention(Figure):
   """Figs. 10 and 11 of the paper."""
 
   definition = "attention weights of all heads of one block, for the first sequence of the text"
   functions: ClassVar = {"attention": _whole}
 
-  def __init__(self, request, model, tokenizer):
-    number = blocks.num_blocks(model.config)
+  def __init__(self, request, config, tokenizer):
+    number = blocks.num_blocks(config)
     self.block = request.block or (number + 1) // 2
     if self.block > number:
       raise ConfigError(f"--block={self.block}: the model has {number} blocks; name one of 1 to {number}.")
@@ -203,8 +204,9 @@ class Attention:
   def arrays(self, sums):
     length, tokens = int(sums["length"]), sums["tokens"].astype(int)
     texts = [self.tokenizer.decode([x]) for x in tokens[:length]]
-    labels = {"query": texts, "key": texts}
-    return {f"block_{self.block:03d}": Named(("head", "query", "key"), sums["weights"][:, :length, :length], labels)}
+    maps = sums["weights"][:, :length, :length]
+    labels = {"head": [*range(1, len(maps) + 1)], "query": texts, "key": texts}
+    return {f"block_{self.block:03d}": Named(("head", "query", "key"), maps, labels)}
 
   @staticmethod
   def summary(arrays) -> str:
@@ -241,34 +243,35 @@ def _unfolded(arrays: dict[str, Array], number: int) -> tuple[dict[str, Array], 
       weights[short], norms[short] = mixed[:, :, 0], jnp.concatenate(of_sources, -1)
       paths = jnp.concatenate([mixed[:, :, 1:], beta[..., None]], -1)
       of_sources.append(arrays[f"norms/{name}"])
-  weights[f"x/{number:03d}"] = jnp.einsum("btj,btjs->bts", arrays[f"weights/x/da_{number:03d}"], paths)
+  of_streams = arrays[f"weights/x/da_{number:03d}"]
+  weights[f"x/{number:03d}"] = jnp.einsum("btj,btjs->bts", of_streams, paths, precision=jax.lax.Precision.HIGHEST)
   norms[f"x/{number:03d}"] = jnp.concatenate(of_sources, -1)
   return weights, norms
 
 
-class DepthWeights:
+class DepthWeights(Figure):
   """Figs. 12 and 13 of the paper."""
 
   definition = (
-    "mean and standard deviation over tokens of the weight of each source in each aggregate DA_i, times the mean norm "
-    "of the source as it is mixed. Source 0 is the embedding; -1, -2, ... are extra embeddings. Source j is the output "
-    "of block j; of DeepCrossAttention what block j adds, or the sum of middle sources up to it, and weights are means "
-    "over channels; of attnres, mhc and hyper_connections the output of sublayer j, or with mudd_attnres_block the "
-    "j-th sum of outputs. Weights of several heads are their mean. Weights of several residual streams are products of "
-    "W and of the entries of beta, summed over all paths from the source"
+    "mean and standard deviation over tokens, with BOS before each sequence, of the weight of each source in each "
+    "aggregate DA_i, times the mean norm of the source as it is mixed. Source 0 is the embedding, and -1, -2, ... are "
+    "extra embeddings. Source j is the output of block j; of DeepCrossAttention what block j adds, or the sum of "
+    "middle sources up to it, and weights are means over channels; of attnres, mhc and hyper_connections the output of "
+    "sublayer j, or with mudd_attnres_block the j-th sum of outputs. Weights of several heads are their mean. Weights "
+    "of several residual streams are products of W and of the entries of beta, summed over all paths from the source"
   )
   functions: ClassVar = dict.fromkeys(("weights", "written", "norms", "history"), _whole)
 
-  def __init__(self, request, model, tokenizer):
-    self.plan = connections.plan(model.config)
+  def __init__(self, request, config, tokenizer):
+    if config.depth_connection == "residual":
+      raise ConfigError("weights: the model has no depth weights; name one with depth connections.")
+    self.plan = connections.plan(config)
 
   def sums(self, model, logits, arrays, batch):
     is_token = batch[2] > 0
     count = is_token.sum()
     share = (is_token / jnp.maximum(count, 1))[..., None]
     weights, norms = depth_weights(arrays, self.plan.num_blocks)
-    if not weights:
-      raise ConfigError("weights: the model has no depth weights; name one with depth connections.")
     statistics = {"count": count, "weights": {}}
     for name, x in weights.items():
       mean = (x * share).sum((0, 1))
@@ -323,7 +326,7 @@ class DepthWeights:
     return f"share of the mean weight on older sources than the newest: {', '.join(shares)}"
 
 
-class Lens:
+class Lens(Figure):
   """The logit lens, for each stream."""
 
   definition = (
@@ -333,8 +336,8 @@ class Lens:
   )
   functions: ClassVar = {"streams": _whole}
 
-  def __init__(self, request, model, tokenizer):
-    self.config, self.number = model.config, blocks.num_blocks(model.config)
+  def __init__(self, request, config, tokenizer):
+    self.config, self.number = config, blocks.num_blocks(config)
 
   def sums(self, model, logits, arrays, batch):
     losses, last = {}, by_stream(arrays, "streams")

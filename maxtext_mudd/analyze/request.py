@@ -20,6 +20,7 @@ OF_TEXT = {
 FIGURES = OF_TEXT | {"speed": "loss against speed (Fig. 9); needs --study and --speed in place of a model"}
 # By argument, the figures that read it; all read the others.
 FIGURES_OF = dict.fromkeys(("checkpoint", "against", "text", "length", "tokenizer", "arguments"), tuple(OF_TEXT))
+FIGURES_OF |= dict.fromkeys(("sequences", "batch_size"), tuple(x for x in OF_TEXT if x != "attention"))
 FIGURES_OF |= {"block": ("attention",), "sink": ("heads",), "to": ("ablate",), "study": ("speed",), "speed": ("speed",)}
 
 
@@ -48,14 +49,15 @@ class AnalysisRequest:
     figure: one of `FIGURES`.
     models: the model, and those to compare it with.
     text: what they read.
-    sequences: the largest number of sequences; each is as many tokens of the text.
+    sequences: the largest number of sequences of the text, all of the same number of tokens; of `attention` one.
     length: tokens in a sequence; None: 256, or 64 for `attention`, or the context of the model if it is shorter.
     batch_size: sequences in a batch.
     block: the block of `attention`; None for the middle one.
     sinks: tokens that `heads` counts as sinks, beside the first two positions and BOS, as text; None: "." and newline,
       if the tokenizer has them.
     to: what `ablate` replaces weights by, "static", "mean" or "zero".
-    study, speed: files of `speed`; with several of the latter, later ones override earlier ones.
+    study: the results of a study, for `speed`.
+    speed: files of speeds, with the names that models of the study have there; later ones override earlier ones.
     output: the folder to write to.
   """
 
@@ -69,7 +71,7 @@ class AnalysisRequest:
   sinks: tuple[str, ...] | None
   to: str
   study: pathlib.Path | None
-  speed: tuple[pathlib.Path, ...]
+  speed: tuple[tuple[pathlib.Path, dict[str, str]], ...]
   output: pathlib.Path
 
 
@@ -93,9 +95,9 @@ def parser(description: str) -> argparse.ArgumentParser:
   )
   result.add_argument("--text", default="", metavar="FILE", help="the text that the models read")
   result.add_argument("--output", required=True, metavar="DIR", help="folder for FIGURE.json and FIGURE.png")
-  result.add_argument("--sequences", default="64", metavar="N", help="the most sequences of the text; default: 64")
+  result.add_argument("--sequences", metavar="N", help="the most sequences of the text; default: 64")
   result.add_argument("--length", metavar="N", help="tokens in a sequence; default: 256; attention: 64")
-  result.add_argument("--batch-size", default="8", metavar="N", help="sequences in a batch; default: 8")
+  result.add_argument("--batch-size", metavar="N", help="sequences in a batch; default: 8")
   result.add_argument("--block", metavar="N", help="attention: the block; default: the middle one")
   result.add_argument(
     "--sink",
@@ -110,9 +112,11 @@ def parser(description: str) -> argparse.ArgumentParser:
   result.add_argument(
     "--speed",
     action="append",
+    nargs="+",
     default=[],
-    metavar="FILE.json",
-    help="speed: results of benchmarks/throughput.py, besides the step times that the study has measured",
+    metavar=("FILE.json", "MODEL=MODEL_OF_FILE"),
+    help="speed: results of benchmarks/throughput.py, besides the step times that the study has measured; "
+    "mudd=mudd_405m says that the model mudd of the study is mudd_405m there",
   )
   result.add_argument("--tokenizer", default="", metavar="PATH", help="overrides the configurations' tokenizer_path")
   result.add_argument(
@@ -155,14 +159,14 @@ def read(args: argparse.Namespace) -> AnalysisRequest:
     figure=figure,
     models=models,
     text=text,
-    sequences=number("--sequences", args.sequences, int, 1),
+    sequences=1 if figure == "attention" else number("--sequences", args.sequences or "64", int, 1),
     length=number("--length", args.length, int, 2) if args.length else None,
-    batch_size=number("--batch-size", args.batch_size, int, 1),
+    batch_size=number("--batch-size", args.batch_size or "8", int, 1),
     block=number("--block", args.block, int, 1) if args.block else None,
     sinks=None if args.sink is None else tuple(x.replace("\\n", "\n") for x in args.sink),
     to=args.to or "static",
     study=pathlib.Path(args.study) if args.study else None,
-    speed=tuple(map(pathlib.Path, args.speed)),
+    speed=tuple((pathlib.Path(file), _renamed(file, names)) for file, *names in args.speed),
     output=output,
   )
 
@@ -173,9 +177,17 @@ def _model(flag: str, checkpoint: str, arguments: list[str], tokenizer: str) -> 
   return ModelRequest(checkpoint, config_file, overrides, tokenizer)
 
 
+def _renamed(file: str, names: list[str]) -> dict[str, str]:
+  """The names that models of the study have in a file of speeds, from MODEL=MODEL_OF_FILE. Raises ConfigError."""
+  for text in names:
+    if not all(text.partition("=")):
+      raise ConfigError(f"--speed {file} {text}: {text} is not MODEL=MODEL_OF_FILE, such as mudd=mudd_405m.")
+  return {name: of_file for name, _, of_file in (text.partition("=") for text in names)}
+
+
 def _check_files_of_speed(args: argparse.Namespace) -> None:
   if not args.study:
     raise ConfigError("speed needs --study=FILE.jsonl; name results of benchmarks/study.py.")
-  for flag, name in (("--study", args.study), *(("--speed", name) for name in args.speed)):
+  for flag, name in (("--study", args.study), *(("--speed", name) for name, *_ in args.speed)):
     if not pathlib.Path(name).is_file():
       raise ConfigError(f"{flag}={name} is not a file; name one that a benchmark wrote.")

@@ -1,6 +1,7 @@
 """Loss of a study against speed of a benchmark (Fig. 9 of the paper)."""
 
 import collections
+from collections.abc import Mapping, Sequence
 import json
 import pathlib
 
@@ -16,21 +17,29 @@ DEFINITION = (
 )
 
 
-def arrays(study: pathlib.Path, speeds: tuple[pathlib.Path, ...]) -> dict[str, Named]:
+def arrays(study: pathlib.Path, speeds: Sequence[tuple[pathlib.Path, Mapping[str, str]]]) -> dict[str, Named]:
   """The arrays of the figure.
+
+  Args:
+    speeds: files, and for each the models of the study whose names it does not have, with the names that it has.
 
   Raises:
     ConfigError: a file is none of these benchmarks, or no model has both a loss and a speed.
   """
   losses, ratios = _read_study(study)
-  for file in speeds:
-    of_file, baseline = _read_speeds(file)
+  for file, names in speeds:
+    of_file = _read_speeds(file)
+    for model, name in names.items():
+      for key, known, where in ((model, losses, f"--study={study}"), (name, of_file, f"--speed={file}")):
+        if key not in known:
+          raise ConfigError(f"--speed: {model}={name}: {where} has no {key}; it has {', '.join(known)}.")
+    of_file |= {model: of_file[name] for model, name in names.items()}
     if not of_file.keys() & losses.keys():
       raise ConfigError(
         f"--speed={file} has speeds of {', '.join(of_file)}, and none of the models of --study={study}: "
-        f"{', '.join(losses)}; name a file with one of these, or run the study with --time."
+        f"{', '.join(losses)}; say which are the same by --speed {file} MODEL_OF_STUDY=MODEL_OF_FILE."
       )
-    ratios |= {baseline: 1.0} | of_file
+    ratios |= of_file
   common = [name for name in losses if name in ratios]
   if not common:
     raise ConfigError(
@@ -53,12 +62,13 @@ def _read_study(file: pathlib.Path) -> tuple[dict[str, tuple[float, list[float]]
   """By model: the learning rate at which the mean final held-out loss is lowest, with these losses; and of models that
   the study has timed, the speed over that of the plain model. Of several rows of one run the last counts."""
   by_rate = collections.defaultdict(lambda: collections.defaultdict(dict))
-  ratios = {}
+  ratios, plain = {}, set()
   try:
     *complete, unfinished = file.read_text().split("\n")  # a study may be writing the next line
     for row in map(json.loads, complete or [unfinished]):
       if row["kind"] == "timing":
         ratios |= {row["against"]: 1.0, row["model"]: 1 / row["ratio"]["median"]}
+        plain.add(row["against"])
       else:
         held_out = row["held_out"]
         last = None if row["dead"] or not held_out else held_out[max(held_out, key=int)]
@@ -67,6 +77,10 @@ def _read_study(file: pathlib.Path) -> tuple[dict[str, tuple[float, list[float]]
     raise ConfigError(
       f"--study={file} is no file of benchmarks/study.py; name benchmarks/results/study-*.jsonl."
     ) from error
+  if len(plain) > 1:
+    raise ConfigError(
+      f"--study={file} has speeds against several models, {', '.join(sorted(plain))}; name one of a single plain model."
+    )
   losses = {
     model: min(((rate, [*x.values()]) for rate, x in of_rates.items()), key=lambda x: np.mean(x[1]))
     for model, of_rates in by_rate.items()
@@ -74,12 +88,12 @@ def _read_study(file: pathlib.Path) -> tuple[dict[str, tuple[float, list[float]]
   return {model: x for model, x in losses.items() if np.isfinite(x[1]).all()}, ratios
 
 
-def _read_speeds(file: pathlib.Path) -> tuple[dict[str, float], str]:
-  """By model, its speed over that of the plain model; and the name of the latter."""
+def _read_speeds(file: pathlib.Path) -> dict[str, float]:
+  """By model, its speed over that of the plain model, which is there too."""
   try:
     results = json.loads(file.read_text())
     ratios = {row["model"]: row["ratio"]["median"] for row in results["rows"] if not row["refused"]}
-    return ratios, pathlib.Path(results["baseline"]).stem
+    return {pathlib.Path(results["baseline"]).stem: 1.0} | ratios
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ConfigError(f"--speed={file} is no file of benchmarks/throughput.py; name one that it wrote.") from error
 

@@ -1,4 +1,4 @@
-"""Loads the model and the tokenizer of a command's --checkpoint, of whatever format."""
+"""Reads the model and the tokenizer of a command's --checkpoint, of whatever format."""
 
 import os
 from typing import Any
@@ -8,7 +8,13 @@ from maxtext_mudd.inference import pretrained, tokens
 
 
 def load(checkpoint: str, config_file: str, overrides: dict[str, Any], tokenizer: str):
-  """Loads a model and its tokenizer.
+  """(model, config, tokenizer) of the arguments of `read`. Raises what `read` raises."""
+  config, tokenizer, load_model = read(checkpoint, config_file, overrides, tokenizer)
+  return load_model(), config, tokenizer
+
+
+def read(checkpoint: str, config_file: str, overrides: dict[str, Any], tokenizer: str):
+  """Reads the configuration and the tokenizer of a model, and none of its parameters.
 
   Args:
     checkpoint: a folder that `from_pretrained` takes or, with a configuration file, one that `from_run` takes.
@@ -17,18 +23,18 @@ def load(checkpoint: str, config_file: str, overrides: dict[str, Any], tokenizer
     tokenizer: the path of a tokenizer that overrides the configuration's; empty for the configuration's.
 
   Returns:
-    (model, config, tokenizer), the last a `tokens.Tokenizer`.
+    (config, a `tokens.Tokenizer`, a function without arguments that loads and returns the model).
 
   Raises:
-    ConfigError: the model or its tokenizer cannot be loaded.
+    ConfigError: the model or its tokenizer cannot be read.
   """
   if config_file:
-    model, config = pretrained.from_run(checkpoint, config_file, **overrides)
+    config, load_model = pretrained.open_run(checkpoint, config_file, **overrides)
   else:
-    model, config = pretrained.from_pretrained(checkpoint, **overrides)
+    config, load_model = pretrained.open_folder(checkpoint, **overrides)
   if not (tokenizer or overrides.get("tokenizer_path") or tokens.is_named(config)):
     _check_default_tokenizer(checkpoint, config_file, config.tokenizer_path)
-  return model, config, tokens.Tokenizer(config, tokenizer)
+  return config, tokens.Tokenizer(config, tokenizer), load_model
 
 
 def _check_default_tokenizer(checkpoint: str, config_file: str, path: str) -> None:

@@ -108,16 +108,9 @@ def inspectable(model: nnx.Module, with_maps: bool = True) -> nnx.Module:
       connections, or the model has trained state besides its parameters.
   """
   config = model.config
-  if blocks.spec(config).attention is None:
-    raise ValueError(f"decoder_block={config.decoder_block.value} has no attention, and MaxText runs it scanned only.")
-  keys = {"scan_layers": False, "num_vocab_tiling": 1} | ({} if config.mudd else {**_PLAIN})
-  keys |= {"attention": "dot_product"} if with_maps else {}
-  different = {key: value for key, value in keys.items() if getattr(config, key) != value}
-  if not different:
+  new = inspectable_config(config, with_maps)
+  if new is config:
     return model
-  new = changed(config, **different, remat_policy=None)
-  if not config.mudd:
-    raise_first(refusals(new))
   parameters.check_state(new)
   values = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}
   values = {path: x.get_value() for path, x in values.items()}
@@ -126,6 +119,25 @@ def inspectable(model: nnx.Module, with_maps: bool = True) -> nnx.Module:
   if config.scan_layers:
     values = layout.unstack({path: np.asarray(x) for path, x in values.items()}, changed(new, scan_layers=True))
   return pretrained.build_with(new, lambda place: {path: place(path, x) for path, x in values.items()})
+
+
+def inspectable_config(config, with_maps: bool = True):
+  """The configuration of the model that `inspectable` returns; the same one if it returns the model itself.
+
+  Raises:
+    ValueError: as `inspectable`, but for trained state.
+  """
+  if blocks.spec(config).attention is None:
+    raise ValueError(f"decoder_block={config.decoder_block.value} has no attention, and MaxText runs it scanned only.")
+  keys = {"scan_layers": False, "num_vocab_tiling": 1} | ({} if config.mudd else {**_PLAIN})
+  keys |= {"attention": "dot_product"} if with_maps else {}
+  different = {key: value for key, value in keys.items() if getattr(config, key) != value}
+  if not different:
+    return config
+  new = changed(config, **different, remat_policy=None)
+  if not config.mudd:
+    raise_first(refusals(new))
+  return new
 
 
 @functools.cache

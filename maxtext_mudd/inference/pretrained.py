@@ -53,6 +53,12 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   Raises:
     ConfigError: the folder is missing or holds no such model, or the configuration cannot work.
   """
+  config, load = open_folder(folder, **config_overrides)
+  return load(), config
+
+
+def open_folder(folder: str | pathlib.Path, **config_overrides: Any):
+  """(config, load) of what `from_pretrained` takes: `load()` returns the model. Parameters are read by `load` only."""
   plugin.install()
   from maxtext_mudd.checkpoints import model_config, model_folder, model_keys, parameters, tensors, tokenizers
   from maxtext_mudd.checkpoints.authors_jax import models as authors_jax
@@ -70,7 +76,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
     keys = model_config.with_overrides(DEFAULTS | model_folder.read_keys(folder), config_overrides, folder, free_keys)
     config = model_config.build(keys | {"load_parameters_path": str(folder / model_folder.ITEMS)})
     devices.check_mesh(config)
-    return parameters.load(config), config
+    return config, lambda: parameters.load(config)
   if _is_checkpoint_of_run(folder):
     raise ConfigError(
       f"{folder} is a checkpoint without the keys of its model; name the folder that has {model_folder.CONFIG}, or "
@@ -92,7 +98,7 @@ def from_pretrained(folder: str | pathlib.Path, **config_overrides: Any):
   def parameters_of(place):
     return model_folder.check_parameters(config, source.parameters(config), source.path, place)
 
-  return build_with(config, parameters_of), config
+  return config, lambda: build_with(config, parameters_of)
 
 
 @errors.reachable()
@@ -110,6 +116,12 @@ def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **
   Raises:
     ConfigError: the configuration cannot work, or the checkpoint is of another model.
   """
+  config, load = open_run(checkpoint, config_file, **config_overrides)
+  return load(), config
+
+
+def open_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **config_overrides: Any):
+  """(config, load) of what `from_run` takes: `load()` returns the model. Parameters are read by `load` only."""
   plugin.install()
   from maxtext.configs import pyconfig
 
@@ -129,7 +141,7 @@ def from_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **
   keys = defaults | model_config.local_keys() | _with_dtype_names(config_overrides)
   config = pyconfig.initialize(["", str(config_file)], **keys, load_parameters_path=checkpoint)
   devices.check_mesh(config)
-  return parameters.load(config), config
+  return config, lambda: parameters.load(config)
 
 
 def _with_dtype_names(overrides: dict[str, Any]) -> dict[str, Any]:

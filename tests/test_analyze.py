@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from maxtext_mudd.analyze import ablation, figures, measurement
 from maxtext_mudd.inference import inspection
 from tests import models
-from tests.evaluation import build
+from tests.evaluation import KEYS, build
 
 REQUEST = types.SimpleNamespace(sinks=(".",), to="static", block=None, figure="")
 GOLDEN = models.DATA / "muddformer_tiny"
@@ -300,6 +300,61 @@ def test_ablation_is_a_model_with_other_weights(lm):
   models.set_parameters(model, original)
   assert found["source"].values[1, 0] == change
   assert np.abs(found["source"].values[1, 0]) > 1e-3
+
+
+FORMS = {
+  "extra embedding, both norms": {"mudd_extra_embeddings": 1, "mudd_pre_norm": True, "mudd_post_norm": True},
+  "dilation and period": {"mudd_source_dilation": 2, "mudd_block_period": 2},
+  "one way, scale": {"mudd_ways": 1, "mudd_weight_scale": True},
+  "value and residual streams of the upper half": {"mudd_dense_streams": "vr", "mudd_depth_start": 0.5},
+  "connected MTP": {"mtp_num_layers": 1, "mudd_mtp": "connected"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_ablation_of_other_forms(form):
+  """Each source, stream and aggregate of a model of four blocks is that with rows of W2 set to zero."""
+  lm = build(base_num_decoder_layers=4, **FORMS[form])
+  data, model = data_of(lm), lm.model
+  figure = ablation.Ablation(REQUEST, lm.config, None)
+  found = figure.measure(model, data, lambda: None, "x")
+  values = {path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()}
+  whole, number = loss_of(model, data), 0
+  for row, site in enumerate(figure.sites):
+    name = "final_depth_aggregate/w2" if site.block == 4 else "depth_aggregate/w2"
+    (path,) = [x for x in values if f"layers_{site.block - 1}/" in x and x.endswith(f"/{name}")]
+    cases = [(found["aggregate"].values[row], ...)]
+    for k, source in enumerate(site.sources):
+      column = found["source"].labels["source"].index(source)
+      cases.append((found["source"].values[row, column], (..., k)))
+    for c, stream in enumerate(site.streams if site.ways > 1 else ""):
+      column = found["stream"].labels["stream"].index(stream)
+      cases.append((found["stream"].values[row, column], (slice(None), c)))
+    for increase, at in cases:
+      w2 = values[path].copy()
+      w2[at] = 0
+      models.set_parameters(model, values | {path: w2})
+      assert increase == pytest.approx(loss_of(model, data) - whole, abs=2e-6)
+      number += 1
+  filled = sum(np.isfinite(found[name].values).sum() for name in ("source", "stream", "aggregate"))
+  assert number == filled
+
+
+@pytest.mark.slow
+def test_figures_of_bfloat16(lm):
+  """Of the same parameters: cosines, weights and losses near those in float32."""
+  data, config = data_of(lm), models.config(**KEYS | {"base_num_decoder_layers": 3, "dtype": "bfloat16"})
+  model = models.build(config)
+  models.set_parameters(model, {path: np.asarray(x.get_value()) for path, x in models.parameters(lm.model).items()})
+  for name, key in (("similarity", "mean"), ("weights", "mean"), ("lens", "loss")):
+    kind = figures.FIGURES[name]
+    wide, narrow = (
+      kind(REQUEST, x.config, None).measure(x, data, lambda: None, name)[key].values for x in (lm.model, model)
+    )
+    np.testing.assert_array_equal(np.isnan(narrow), np.isnan(wide))
+    assert not np.array_equal(np.nan_to_num(narrow), np.nan_to_num(wide))
+    np.testing.assert_allclose(narrow, wide, atol=0.02 * np.nanmax(np.abs(wide)), rtol=0)
 
 
 @pytest.mark.slow

@@ -272,20 +272,24 @@ def submissions(study: Study, folder: pathlib.Path, results: Results) -> list[st
 
 
 def time_all(study: Study, folder: pathlib.Path, results: Results, rounds: int) -> None:
-  """Measures the step time of each model that others name in `same_time_as`, relative to the model that it is compared
-  with, and appends the ratios."""
+  """Measures the step time and the memory of models, relative to the model that each is compared with, and appends the
+  ratios: of all models of a study with references, else of those that others name in `same_time_as`."""
   by_model = {cell.model: cell for cell in reversed(study_plan.cells(study, folder, {}))}
-  for name in sorted({model.same_time_as for model in study.models.values() if model.same_time_as}):
+  names = {model.same_time_as for model in study.models.values() if model.same_time_as}
+  if study.references:
+    names |= by_model.keys() - {name for group in study.references.values() for name in group}
+  for name in sorted(names):
     against = study.models[name].against or study.baseline
-    seconds = step_seconds(by_model[against], by_model[name], rounds)
+    seconds, sizes = step_costs(by_model[against], by_model[name], rounds)
     ratio = dataclasses.asdict(paired.Spread.of([second / first for first, second in seconds]))
-    row = {"kind": "timing", "model": name, "against": against, "ratio": ratio, "seconds": seconds}
+    row = {"kind": "timing", "model": name, "against": against, "ratio": ratio, "seconds": seconds, "bytes": sizes}
     results.append(row | machine() | {"date": datetime.date.today().isoformat()})
     record.say(f"{name}: a step takes {ratio['median']:.3f} times that of {against}")
 
 
-def step_seconds(first: Cell, second: Cell, rounds: int) -> list[tuple[float, float]]:
-  """Seconds of a train step of two cells in each round, measured in turn in this process on random tokens."""
+def step_costs(first: Cell, second: Cell, rounds: int) -> tuple[list[tuple[float, float]], list[int]]:
+  """Seconds of a train step of two cells in each round, measured in turn in this process on random tokens; and the
+  bytes that the step of each holds."""
   from maxtext.configs import pyconfig
   import train_steps
 
@@ -302,7 +306,11 @@ def step_seconds(first: Cell, second: Cell, rounds: int) -> list[tuple[float, fl
   batch = train_steps.make_batch(config)
   for step in steps:
     step.run(batch, 2)
-  return paired.alternate(lambda: steps[0].run(batch, 2), lambda: steps[1].run(batch, 2), rounds)
+  seconds = paired.alternate(lambda: steps[0].run(batch, 2), lambda: steps[1].run(batch, 2), rounds)
+  sizes = [step.argument_bytes + step.temporary_bytes for step in steps]
+  for step in steps:
+    step.free()
+  return seconds, sizes
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -315,7 +323,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   action.add_argument(
     "--collect", action="store_true", help="read the results of a cluster's runs from --work, a copy of OUTPUT"
   )
-  action.add_argument("--time", action="store_true", help="measure step times of models that same_time_as names")
+  action.add_argument(
+    "--time", action="store_true", help="measure step times and memory (study_plan.py says of which models)"
+  )
   parser.add_argument("--cells", type=int, help="the most cells to run; default: all")
   parser.add_argument("--rounds", type=int, default=10, help="rounds of --time; default: %(default)s")
   parser.add_argument("--work", type=pathlib.Path, help="folder of the runs; default: runs/study/NAME")

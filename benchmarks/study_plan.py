@@ -56,6 +56,8 @@ class Study(pydantic.BaseModel):
     keys: keys that all models set on top of `config`.
     models: the models, by name.
     compare: further pairs of models whose difference the report states, the first less the second.
+    references: plain models of several lengths (`time`) and sizes (`parameters`), the baseline first. With it `--time`
+      measures all models, and the report compares each with a plain model of the same cost (`study_costs.py`).
   """
 
   model_config = pydantic.ConfigDict(extra="forbid")
@@ -68,10 +70,12 @@ class Study(pydantic.BaseModel):
   keys: dict[str, bool | int | float | str] = {}
   models: dict[str, Model]
   compare: list[tuple[str, str]] = []
+  references: dict[Literal["time", "parameters"], list[str]] = {}
 
   @pydantic.model_validator(mode="after")
   def _check_names(self):
     references = [("baseline", self.baseline), *(("compare", name) for pair in self.compare for name in pair)]
+    references += [(f"references.{cost}", name) for cost, names in self.references.items() for name in names]
     for name, model in self.models.items():
       references += [(f"models.{name}.{key}", getattr(model, key)) for key in ("against", "same_time_as")]
     for key, name in references:
@@ -86,6 +90,11 @@ class Study(pydantic.BaseModel):
         raise ValueError(f"models.{name}.same_time_as changes the tokens of a run; set tokens above 0")
       if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise ValueError(f"models.{name}: a name is lower-case letters, digits and underscores, with a letter first")
+    for cost, names in self.references.items():
+      if names[:1] != [self.baseline] or len(names) < 2:
+        raise ValueError(
+          f"references.{cost}={names}: name the baseline, {self.baseline}, first, and other plain models"
+        )
     for key, values in (("seeds", self.seeds), ("learning_rates", self.learning_rates)):
       if len(set(values)) != len(values):
         raise ValueError(f"{key}={values} has a value twice; name each once")

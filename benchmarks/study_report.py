@@ -240,6 +240,16 @@ def _outcomes(study, summaries: list[Summary]) -> str:
   )
 
 
+def _costs(study, summaries: list[Summary], results) -> str:
+  """For a study with references, the table of costs."""
+  if not study.references:
+    return ""
+  import study_costs
+
+  timings = {row["model"]: row for row in results.rows() if row["kind"] == "timing"}
+  return f"\n{study_costs.table(study, summaries, timings)}"
+
+
 def _further(study, cells, results) -> list[str]:
   """A sentence for each of the study's further comparisons."""
   lines = []
@@ -383,6 +393,7 @@ def write(study, cells, results, file: pathlib.Path) -> str:
       [_row(study, summary) for summary in summaries],
     )
     + _outcomes(study, summaries)
+    + _costs(study, summaries, results)
     + "".join(f"\n{line}\n" for line in [*sentences(summaries, missing), *_further(study, cells, results)])
     + NOTES.format(
       baseline=study.baseline,

@@ -44,7 +44,7 @@ REQUEST := CONFIG CLUSTER TPU_TYPE NUM_SLICES WORKLOAD OUTPUT MAX_RESTARTS PROJE
 refuse = $(if $(and $(filter command environment,$(origin $(1))),$(findstring $(2),$(value $(1)))),\
   $(error $(1) has $(3), which does not reach the container as it is; write the value without))
 
-.PHONY: help setup corpus train compare upcycle xpk image test test-slow aot lint format lock wheel clean
+.PHONY: help setup corpus train compare upcycle xpk image test test-slow test-hf aot lint format lock wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -131,6 +131,23 @@ test-slow: $(READY)  ## run the slow tests, or with SHARD=2/6 the second of six 
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt
 	$(PY) -m pytest -q -m slow $(if $(SHARD),'--shard=$(SHARD)')
 
+# PyTorch's models in two versions of transformers, on models that JAX made.
+HF_PYTHON ?= $(firstword $(foreach python,python3.11 python3.12,$(shell command -v $(python))))
+HF_READY := .venv-hf4/.ready .venv-hf5/.ready
+HF_MODELS := build/hf-models
+
+.venv-hf%/.ready: requirements/hf%.txt
+	$(HF_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+test-hf: $(READY) $(HF_READY)  ## test exported models in PyTorch, with the oldest and the newest transformers
+	rm -rf $(HF_MODELS)
+	$(PY) -m tests.native_models $(HF_MODELS)
+	for ready in $(HF_READY); do \
+	  MODELS=$(HF_MODELS) $${ready%/.ready}/bin/python -m pytest -q --confcutdir=tests/hf tests/hf || exit 1; \
+	done
+
 aot: $(READY)  ## compile the paper's models for their pods (installs libtpu; half an hour or more on two cores)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/tpu.txt
 	$(PY) benchmarks/aot.py --output $(STAMP)-aot $(ARGS)
@@ -152,4 +169,4 @@ wheel: $(READY)  ## build dist/maxtext_mudd-*.whl
 	$(PY) -m uv build --quiet --wheel --out-dir $(WHEEL_DIR) .
 
 clean:  ## remove .venv, .venv-xpk, caches and built files; runs and corpus stay
-	rm -rf $(VENV) $(XPK_VENV) .cache build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(XPK_VENV) .venv-hf4 .venv-hf5 .cache build dist .pytest_cache .ruff_cache

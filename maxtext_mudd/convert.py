@@ -2,7 +2,7 @@
 a trained plain model to one with depth connections.
 
     python3 -m maxtext_mudd.convert from-hf --hf-dir D --maxtext-dir M key=value ...
-    python3 -m maxtext_mudd.convert to-hf --maxtext-dir M --hf-dir D
+    python3 -m maxtext_mudd.convert to-hf --maxtext-dir M --hf-dir D [--released]
     python3 -m maxtext_mudd.convert from-fork --fork-dir D --maxtext-dir M key=value ...
     python3 -m maxtext_mudd.convert from-run --checkpoint runs/a/checkpoints/999 --maxtext-dir M yaml/mudd_tiny.yml ...
     python3 -m maxtext_mudd.convert upcycle --checkpoint runs/a/checkpoints/999 --maxtext-dir M yaml/mudd_tiny.yml \
@@ -10,9 +10,9 @@ a trained plain model to one with depth connections.
     python3 -m maxtext_mudd.convert layout --from runs/a --to runs/b yaml/mudd_tiny.yml scan_layers=true \
       mudd_ffn_groups=2
 
-from-hf    reads a Hugging Face folder of MUDDFormer or MUDDPythia. It writes a checkpoint of the parameters, M/items,
-           and the configuration that describes it, M/model.yml.
-to-hf      writes such a folder M as a Hugging Face folder.
+from-hf    reads a Hugging Face folder of MUDDFormer or MUDDPythia, or one that to-hf wrote. It writes a checkpoint of
+           the parameters, M/items, and the configuration that describes it, M/model.yml.
+to-hf      writes such a folder M as a Hugging Face folder, with the code that transformers needs to load it.
 from-fork  reads a model of the authors' JAX code, which is a fork of MaxText: params.safetensors, whose names are flax
            paths, or an Orbax folder. It writes the same files as from-hf.
 from-run   reads a checkpoint of a training run, with the configuration that the run was started with. It writes the
@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
   to_hf = commands.add_parser("to-hf", help="to a Hugging Face folder")
   to_hf.add_argument("--maxtext-dir", required=True, metavar="M", help="folder that from-hf or from-run created")
   to_hf.add_argument("--hf-dir", required=True, metavar="D", help="folder to create")
+  to_hf.add_argument(
+    "--released", action="store_true", help="in the format of the authors' code, which transformers 4.40 loads"
+  )
   to_hf.set_defaults(convert=_to_hf)
   from_fork = commands.add_parser("from-fork", help="from a folder of the authors' JAX code")
   from_fork.add_argument(
@@ -193,7 +196,7 @@ def _to_hf(args: argparse.Namespace) -> str:
   from maxtext_mudd.checkpoints.hugging_face import models
 
   target = pathlib.Path(args.hf_dir).absolute()
-  models.to_hf(pathlib.Path(args.maxtext_dir).absolute(), target)
+  models.to_hf(pathlib.Path(args.maxtext_dir).absolute(), target, args.released)
   if any(target.glob("*.py")):
     return f"{target}: loads with trust_remote_code"
   return (

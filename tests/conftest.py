@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
+collect_ignore = ["hf"]  # needs PyTorch, which .venv does not have: make test-hf
 MOST_MAPPINGS = 40_000  # after one test
 
 # A shell ignores interrupts in what it starts in the background, and so would all that is started here.

@@ -51,7 +51,7 @@ if kind:
   model = kind.Model(source)
   model_folder.convert(model, target, {"scan_layers": True}, {})
 else:
-  hf.to_hf(source, target)
+  hf.to_hf(source, target, released=True)
 print(most - before)
 """
 

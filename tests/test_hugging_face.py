@@ -51,7 +51,7 @@ def test_round_trip(name, layout, tmp_path, capsys):
   model, config = maxtext_mudd.from_pretrained(target)
   assert config.scan_layers == layout
   check_logits(model, name)
-  hf.to_hf(target, back)
+  hf.to_hf(target, back, released=True)
   assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
   assert len({x.stat().st_mode for x in back.iterdir()}) == 1
   check_same(load_file(back / "model.safetensors"), load_file(source / "model.safetensors"))
@@ -65,7 +65,7 @@ def test_fields_that_no_original_tells(tmp_path):
     source, target = hugging_face(tmp_path / name, name), tmp_path / f"{name}-maxtext"
     hf.from_hf(source, target, {})
     (target / hf.ORIGINAL).unlink()
-    hf.to_hf(target, tmp_path / f"{name}-back")
+    hf.to_hf(target, tmp_path / f"{name}-back", released=True)
     found, expected = (json.loads((x / "config.json").read_text()) for x in (tmp_path / f"{name}-back", source))
     own = {key: x for key, x in expected.items() if key not in ("bos_token_id", "eos_token_id", "transformers_version")}
     assert found == own
@@ -83,7 +83,7 @@ def test_half_precision_comes_back_as_it_was(tmp_path, monkeypatch):
   save_file(halves, source / "model.safetensors")
   hf.from_hf(source, tmp_path / "maxtext", {})
   monkeypatch.setattr(tensors, "SHARD_BYTES", 200_000)
-  hf.to_hf(tmp_path / "maxtext", tmp_path / "back")
+  hf.to_hf(tmp_path / "maxtext", tmp_path / "back", released=True)
   back = hf_files.open_folder(tmp_path / "back")
   assert len({x.file for x in back.values()}) > 4
   check_same({name: x.read() for name, x in back.items()}, halves)
@@ -102,7 +102,7 @@ def test_tokenizers_go_with_the_model(tmp_path):
   assert model_folder.read_keys(target)["tokenizer_path"] == str(target / "tokenizer")
   target.rename(moved)
   assert model_folder.read_keys(moved)["tokenizer_path"] == str(moved / "tokenizer")
-  hf.to_hf(moved, tmp_path / "back")
+  hf.to_hf(moved, tmp_path / "back", released=True)
   for file in BYTES.iterdir():
     assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
 
@@ -167,7 +167,7 @@ def test_blocks_that_keep_the_scale_of_scores_in_the_query_kernel(block, head_di
   values = models.randomise(model)
   with staging.staged(tmp_path / "maxtext") as stage:
     model_folder.save(stage, config, {path: jnp.asarray(x) for path, x in values.items()}, keys)
-  hf.to_hf(tmp_path / "maxtext", tmp_path / "hf")
+  hf.to_hf(tmp_path / "maxtext", tmp_path / "hf", released=True)
 
   made, made_config = maxtext_mudd.from_pretrained(tmp_path / "hf")
   assert made_config.decoder_block.value == "qwen3"
@@ -185,7 +185,7 @@ def test_exports_leave_no_parameter_behind(tmp_path):
   hf.from_hf(source, target, {})
   (target / model_folder.CONFIG).write_text((target / model_folder.CONFIG).read_text() + "use_qk_norm: false\n")
   with pytest.raises(ConfigError, match=r"maxtext has decoder/layers_0/self_attention/key_norm/scale, which the model"):
-    hf.to_hf(target, tmp_path / "back")
+    hf.to_hf(target, tmp_path / "back", released=True)
   assert sorted(x.name for x in tmp_path.iterdir()) == ["hf", "maxtext"]
 
 
@@ -203,7 +203,7 @@ def test_exports_say_what_the_checkpoint_is_now(tmp_path, capsys):
   hf.from_hf(source, target, {"max_target_length": 4096, **computed})
   assert computed.items() <= model_folder.read_keys(target).items()
   capsys.readouterr()
-  hf.to_hf(target, tmp_path / "back")
+  hf.to_hf(target, tmp_path / "back", released=True)
   assert re.search(r"maxtext: 100%.*1\.77M/1\.77M", capsys.readouterr().err)
   found, expected = (json.loads((x / "config.json").read_text()) for x in (tmp_path / "back", source))
   assert found == expected | {"block_size": 4096}

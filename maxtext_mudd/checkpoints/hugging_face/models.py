@@ -1,4 +1,6 @@
-"""Converts released models from Hugging Face folders to model folders, and back.
+"""Converts models from Hugging Face folders to model folders, and back.
+
+A folder has the format of the authors' PyTorch code, or that of this project's own (`native.py`), which to-hf writes.
 
 Tensors are read one at a time. A conversion to a model folder holds the whole model in host memory once, in the dtype
 of the model folder. A conversion to a Hugging Face folder holds one shard in memory.
@@ -24,7 +26,7 @@ from maxtext_mudd.checkpoints import (
   tensors,
   tokenizers,
 )
-from maxtext_mudd.checkpoints.hugging_face import config_json, remote_code
+from maxtext_mudd.checkpoints.hugging_face import config_json, native, remote_code
 from maxtext_mudd.checkpoints.hugging_face import files as hf_files
 from maxtext_mudd.checkpoints.hugging_face import names as hf_names
 from maxtext_mudd.checkpoints.hugging_face.names import Name
@@ -41,10 +43,11 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 class Model:
-  """A `model_folder.Source` that reads a Hugging Face folder of MUDDFormer or MUDDPythia.
+  """A `model_folder.Source` that reads a Hugging Face folder of either format.
 
   Attributes:
     fields: the fields of config.json.
+    is_native: whether the folder has this project's format.
     dtypes: the dtype of each tensor, by name.
   """
 
@@ -52,13 +55,18 @@ class Model:
     """Reads config.json and the headers of the tensors.
 
     Raises:
-      ConfigError: a file is missing or damaged, or the model is neither of the two.
+      ConfigError: a file is missing or damaged, or the model is none of those that the formats have.
     """
     self.path = path
     self.fields = read_fields(path / CONFIG)
     self._tensors = hf_files.open_folder(path)
-    self.keys = config_json.keys(self.fields, _ffn_widths(self._tensors), str(path / CONFIG))
-    self.ffn_widths = released_ffn.from_keys(self.keys)
+    self.is_native = self.fields.get("model_type") == native.MODEL_TYPE
+    if self.is_native:
+      self.keys = native.keys(self.fields, str(path / CONFIG))
+      self.ffn_widths = tuple(self.fields["intermediate_sizes"])
+    else:
+      self.keys = config_json.keys(self.fields, _ffn_widths(self._tensors), str(path / CONFIG))
+      self.ffn_widths = released_ffn.from_keys(self.keys)
     self.size = sum(tensor.size for tensor in self._tensors.values())
     self.dtypes = {name: tensor.dtype.name for name, tensor in self._tensors.items()}
 
@@ -68,7 +76,7 @@ class Model:
     Raises:
       ConfigError: a tensor is missing, is not one of this model, or has another shape. Then no values were read.
     """
-    by_path = {name.path: name for name in hf_names.names(config)}
+    by_path = {name.path: name for name in (native if self.is_native else hf_names).names(config)}
     _check_tensors(self._tensors, by_path.values(), self.path)
     readers = {path: functools.partial(self._read, name) for path, name in by_path.items()}
     values = tensors.LazyArrays(readers, progress)
@@ -83,21 +91,25 @@ def from_hf(source: pathlib.Path, target: pathlib.Path, overrides: Mapping[str, 
   """Converts a Hugging Face folder to a model folder, as `model_folder.convert` says."""
   model = Model(source)
   original = json.dumps({"fields": model.fields, "dtypes": model.dtypes}, indent=2)
-  model_folder.convert(model, target, overrides, {ORIGINAL: original})
+  model_folder.convert(model, target, overrides, {} if model.is_native else {ORIGINAL: original})
 
 
-def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
+def to_hf(source: pathlib.Path, target: pathlib.Path, released: bool = False) -> None:
   """Writes the Hugging Face folder `target` with the model of the model folder `source`.
 
+  Args:
+    released: whether it gets the format of the authors' code in place of this project's own.
+
   Raises:
-    ConfigError: the source is no model folder or is damaged, the authors' code has no such model, or the target exists
-      or cannot be written. Then nothing is left behind.
+    ConfigError: the source is no model folder or is damaged, the code of the format has no such model, or the target
+      exists or cannot be written. Then nothing is left behind.
   """
   if not model_folder.is_model_folder(source):
     raise ConfigError(f"{source} has no {model_folder.CONFIG}; name a folder that from-hf or from-run made.")
-  config = model_config.build(model_folder.read_keys(source) | model_config.local_keys())
-  original = read_fields(source / ORIGINAL) if (source / ORIGINAL).exists() else {}
-  fields = config_json.fields(config, original.get("fields", {}))
+  model_keys = model_folder.read_keys(source)
+  config = model_config.build(model_keys | model_config.local_keys())
+  original = read_fields(source / ORIGINAL) if released and (source / ORIGINAL).exists() else {}
+  fields = config_json.fields(config, original.get("fields", {})) if released else native.fields(config, model_keys)
   dtypes = original.get("dtypes", {})
   with staged(target) as stage:
     saved = orbax_folder.parameters(source / model_folder.ITEMS)
@@ -105,7 +117,7 @@ def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
       saved = _single_layers(saved, config) if config.scan_layers else saved
     except ValueError as error:
       raise ConfigError(f"{source} is not of the model that its {model_folder.CONFIG} describes: {error}.") from None
-    names = sorted(hf_names.names(config), key=_without_layer)
+    names = sorted((hf_names if released else native).names(config), key=_without_layer)
     _check_saved(saved, names, source)
     size = sum(tensor.size for tensor in saved.values())
     with tqdm.tqdm(total=size, unit="B", unit_scale=True, desc=source.name) as bar:
@@ -117,7 +129,10 @@ def to_hf(source: pathlib.Path, target: pathlib.Path) -> None:
       tensors.write(stage, outputs)
     (stage / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True))
     tokenizers.copy(source / model_folder.TOKENIZER, stage)
-    remote_code.copy(source / remote_code.FOLDER, stage)
+    if released:
+      remote_code.copy(source / remote_code.FOLDER, stage)
+    else:
+      native.copy_code(stage)
 
 
 def _without_layer(name: Name) -> str:

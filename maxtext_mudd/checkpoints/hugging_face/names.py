@@ -60,8 +60,8 @@ def names(config) -> Iterator[Name]:
     yield from _feed_forward(config, block, i, ffn_width)
   path = f"decoder/layers_{i}/connection/final_depth_aggregate"
   yield from _aggregate(i, path, sites[i + 1], width)
-  yield from _norm("norm", "decoder/decoder_norm", width, block.has_biases)
-  yield from _linear("output", "decoder/logits_dense", (width,), (config.vocab_size,), bias=False)
+  yield from norm("norm", "decoder/decoder_norm", width, block.has_biases)
+  yield from linear("output", "decoder/logits_dense", (width,), (config.vocab_size,), bias=False)
 
 
 def _attention(config, block: BlockSpec, i: int) -> Iterator[Name]:
@@ -69,10 +69,10 @@ def _attention(config, block: BlockSpec, i: int) -> Iterator[Name]:
   path, tensor = f"decoder/layers_{i}", f"layers.{i}"
   norm_path = f"{path}/{block.attention_norm}"
   if i == 0:
-    yield from _norm(f"{tensor}.attention_norm", norm_path, width, bias)
+    yield from norm(f"{tensor}.attention_norm", norm_path, width, bias)
   else:
     for c, stream in enumerate("qkv"):
-      yield from _norm(f"{tensor}.attention_norms.{c}", f"{norm_path}/{stream}", width, bias)
+      yield from norm(f"{tensor}.attention_norms.{c}", f"{norm_path}/{stream}", width, bias)
   query_factor = config.head_dim**0.5 if block.scales_query_kernel else 1.0
   for letter, name, num_heads, factor in (
     ("q", "query", config.num_query_heads, query_factor),
@@ -81,25 +81,25 @@ def _attention(config, block: BlockSpec, i: int) -> Iterator[Name]:
   ):
     heads = (num_heads, config.head_dim)
     kernel_path = f"{path}/self_attention/{name}"
-    yield from _linear(f"{tensor}.attention.w{letter}", kernel_path, (width,), heads, bias=bias, factor=factor)
+    yield from linear(f"{tensor}.attention.w{letter}", kernel_path, (width,), heads, bias=bias, factor=factor)
   heads = (config.num_query_heads, config.head_dim)
-  yield from _linear(f"{tensor}.attention.wo", f"{path}/self_attention/out", heads, (width,), bias=bias)
+  yield from linear(f"{tensor}.attention.wo", f"{path}/self_attention/out", heads, (width,), bias=bias)
   if config.use_qk_norm:
     for letter, name in (("q", "query"), ("k", "key")):
       norm_path = f"{path}/self_attention/{name}_norm"
-      yield from _norm(f"{tensor}.attention.{letter}_norm", norm_path, config.head_dim, bias=False)
+      yield from norm(f"{tensor}.attention.{letter}_norm", norm_path, config.head_dim, bias=False)
 
 
 def _feed_forward(config, block: BlockSpec, i: int, ffn_width: int) -> Iterator[Name]:
   width, bias = config.emb_dim, block.has_biases
   is_gated = len(config.mlp_activations) > 1
-  yield from _norm(f"layers.{i}.ffn_norm", f"decoder/layers_{i}/{block.feed_forward_norm}", width, bias)
+  yield from norm(f"layers.{i}.ffn_norm", f"decoder/layers_{i}/{block.feed_forward_norm}", width, bias)
   tensor, path = f"layers.{i}.feed_forward", f"decoder/layers_{i}/mlp"
   first = "wi_0" if is_gated else "wi"
-  yield from _linear(f"{tensor}.w1", f"{path}/{first}", (width,), (ffn_width,), bias=bias)
+  yield from linear(f"{tensor}.w1", f"{path}/{first}", (width,), (ffn_width,), bias=bias)
   if is_gated:
-    yield from _linear(f"{tensor}.w3", f"{path}/wi_1", (width,), (ffn_width,), bias=bias)
-  yield from _linear(f"{tensor}.w2", f"{path}/wo", (ffn_width,), (width,), bias=bias)
+    yield from linear(f"{tensor}.w3", f"{path}/wi_1", (width,), (ffn_width,), bias=bias)
+  yield from linear(f"{tensor}.w2", f"{path}/wo", (ffn_width,), (width,), bias=bias)
 
 
 def _aggregate(number: int, path: str, site: Site, width: int) -> Iterator[Name]:
@@ -111,13 +111,13 @@ def _aggregate(number: int, path: str, site: Site, width: int) -> Iterator[Name]
   yield Name(f"dense_bs.{number}", f"{path}/a", (ways, sources), (ways, sources))
 
 
-def _norm(tensor: str, path: str, size: int, bias: bool) -> Iterator[Name]:
+def norm(tensor: str, path: str, size: int, bias: bool) -> Iterator[Name]:
   yield Name(f"{tensor}.weight", f"{path}/scale", (size,), (size,))
   if bias:
     yield Name(f"{tensor}.bias", f"{path}/bias", (size,), (size,))
 
 
-def _linear(
+def linear(
   tensor: str, path: str, inputs: Sequence[int], outputs: Sequence[int], *, bias: bool, factor: float = 1.0
 ) -> Iterator[Name]:
   """The `Name` of a linear layer. `inputs` and `outputs` are the input and output axes of MaxText's kernel, one or two

@@ -1,0 +1,443 @@
+"""MUDDFormer (arXiv 2502.12170) for transformers: multiway dynamic dense connections between the blocks of a decoder.
+
+After each block a depth-wise aggregate (DA) mixes the embedding and the outputs of blocks so far, token by token, to
+the query, key, value and residual streams of the next block. All sources of a token belong to one forward pass: a
+cache holds keys and values as in any decoder, and nothing else.
+
+Shapes: B batch, T tokens, D hidden size, C streams, N sources, K hidden width of an aggregate.
+"""
+
+import dataclasses
+import inspect
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+import transformers
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from .configuration_muddformer import MuddformerConfig
+
+IS_5 = int(transformers.__version__.split(".")[0]) >= 5
+# Newer versions of transformers call the cache of keys and values so.
+CACHE = "cache" if "cache" in {x.name for x in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+class MuddformerRMSNorm(nn.Module):
+  """RMSNorm in float32, with a scale unless `has_scale` is false."""
+
+  def __init__(self, size, eps, has_scale=True, start=1.0):
+    super().__init__()
+    self.eps, self.start = eps, start
+    self.weight = nn.Parameter(torch.full((size,), start)) if has_scale else None
+
+  def forward(self, x):
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+    normed = normed.to(x.dtype)
+    return normed if self.weight is None else normed * self.weight
+
+
+def block_norm(config):
+  if config.block == "pythia":
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+  return MuddformerRMSNorm(config.hidden_size, config.norm_eps)
+
+
+def rotate(x, cos, sin):
+  """Rotates the first channels of each head, as many as `cos` [B,1,T,R] has, in pairs (p, p + R/2)."""
+  rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+  first, second = rotated.chunk(2, dim=-1)
+  rotated = rotated * cos + torch.cat([-second, first], dim=-1) * sin
+  return torch.cat([rotated, rest], dim=-1)
+
+
+def angles(config, position_ids, dtype):
+  """cos and sin [B,1,T,R] of the rotary embedding."""
+  size = int(config.head_dim * config.partial_rotary_factor)
+  exponents = torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size
+  angle = position_ids[:, None, :, None].float() / config.rope_theta**exponents
+  angle = torch.cat([angle, angle], dim=-1)
+  return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+  """Attention of transformers' interface: query [B,H,T,P], key and value [B,H',S,P] -> [B,T,H,P], weights [B,H,T,S]."""
+  key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+  scores = query @ key.transpose(2, 3) * scaling
+  if attention_mask is not None:
+    scores = scores + attention_mask[..., : key.shape[-2]]
+  weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
+  return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MuddformerAttention(nn.Module):
+  """Causal attention whose queries, keys and values come from three inputs."""
+
+  def __init__(self, config, layer_idx):
+    super().__init__()
+    self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+    self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+    self.scaling, self.attention_dropout = config.attention_multiplier, config.attention_dropout
+    self.is_causal = True
+    width, bias = config.hidden_size, config.block == "pythia"
+    self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+    self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+    self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+    self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+    if config.use_qk_norm:
+      self.q_norm = MuddformerRMSNorm(config.head_dim, config.norm_eps)
+      self.k_norm = MuddformerRMSNorm(config.head_dim, config.norm_eps)
+
+  def forward(self, xq, xk, xv, position_embeddings, attention_mask=None, cache=None, cache_position=None, **kwargs):
+    """xq, xk, xv [B,T,D] -> [B,T,D], and attention weights or None. cache_position: places of the tokens, [T]."""
+    heads = (*xq.shape[:-1], -1, self.head_dim)
+    query, key, value = (
+      project(x).view(heads) for project, x in ((self.q_proj, xq), (self.k_proj, xk), (self.v_proj, xv))
+    )
+    if self.config.use_qk_norm:
+      query, key = self.q_norm(query), self.k_norm(key)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+    if cache is not None:
+      # A static cache of transformers 4 has to be told the places.
+      places = () if IS_5 else ({"cache_position": cache_position},)
+      key, value = cache.update(key, value, self.layer_idx, *places)
+    name = self.config._attn_implementation
+    attend = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    dropout = self.attention_dropout if self.training else 0.0
+    x, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+    return self.o_proj(x.reshape(*x.shape[:2], -1)), weights
+
+
+class MuddformerMLP(nn.Module):
+  """The FFN of a block: gated, or of `block="pythia"` with biases and without a gate."""
+
+  def __init__(self, config, size):
+    super().__init__()
+    bias = config.block == "pythia"
+    self.gate_proj = None if bias else nn.Linear(config.hidden_size, size, bias=False)
+    self.up_proj = nn.Linear(config.hidden_size, size, bias=bias)
+    self.down_proj = nn.Linear(size, config.hidden_size, bias=bias)
+    self.activation = ACT2FN[config.hidden_act]
+
+  def forward(self, x):
+    if self.gate_proj is None:
+      return self.down_proj(self.activation(self.up_proj(x)))
+    return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MuddformerDecoderLayer(nn.Module):
+  """A block: X_i from the query, key, value and residual streams (Eq. 7)."""
+
+  def __init__(self, config, layer_idx):
+    super().__init__()
+    self.is_parallel = config.block == "pythia"
+    self.self_attn = MuddformerAttention(config, layer_idx)
+    self.mlp = MuddformerMLP(config, config.intermediate_sizes[layer_idx])
+    if config.separate_norms[layer_idx]:
+      self.query_layernorm, self.key_layernorm, self.value_layernorm = (block_norm(config) for _ in range(3))
+      self.input_layernorm = None
+    else:
+      self.input_layernorm = block_norm(config)
+    self.post_attention_layernorm = block_norm(config)
+
+  def forward(self, xq, xk, xv, xr, **kwargs):
+    if self.input_layernorm is None:
+      norms = (self.query_layernorm, self.key_layernorm, self.value_layernorm)
+    else:
+      norms = (self.input_layernorm,) * 3
+    attended, weights = self.self_attn(*(norm(x) for norm, x in zip(norms, (xq, xk, xv))), **kwargs)
+    if self.is_parallel:
+      return xr + attended + self.mlp(self.post_attention_layernorm(xr)), weights
+    x = xr + attended
+    return x + self.mlp(self.post_attention_layernorm(x)), weights
+
+
+class MuddformerAggregate(nn.Module):
+  """DA_i: weighted sums of sources, one for each stream, with weights that an MLP makes of X_i (Eqs. 5, 6, 10)."""
+
+  def __init__(self, config, sources, streams, hidden):
+    super().__init__()
+    self.config, self.sources, self.streams = config, sources, streams
+    shape, width = (len(streams), len(sources)), config.hidden_size
+    if hidden:
+      self.norm = MuddformerRMSNorm(width, config.norm_eps, has_scale=config.weight_norm_scale)
+      self.w1 = nn.Linear(width, hidden, bias=False)
+      self.w2 = nn.Linear(hidden, len(streams) * len(sources), bias=False)
+      self.activation = ACT2FN[config.aggregate_act]
+      if config.weight_scale:
+        self.scale = nn.Parameter(torch.ones(shape))
+    self.is_dynamic = hidden > 0
+    self.static = nn.Parameter(torch.zeros(shape)) if config.static_weights else None
+    normed = [c for c in streams if c in config.stream_norms]
+    self.stream_norms = nn.ModuleDict({c: MuddformerRMSNorm(width, config.norm_eps, start=1e-3) for c in normed})
+
+  def initial_static(self):
+    static = torch.zeros(len(self.streams), len(self.sources))
+    if self.config.static_start == "newest":
+      static[:, -1] = 1.0
+    return static
+
+  def weights(self, x):
+    """X_i [B,T,D] -> [B,T,C,N]."""
+    static = self.initial_static().to(x) if self.static is None else self.static
+    if not self.is_dynamic:
+      return static.expand(*x.shape[:2], *static.shape)
+    dynamic = self.w2(self.activation(self.w1(self.norm(x)))).unflatten(-1, static.shape)
+    if self.config.weight_scale:
+      dynamic = self.scale * dynamic.tanh()
+    elif self.config.weight_cap:
+      dynamic = self.config.weight_cap * (dynamic / self.config.weight_cap).tanh()
+    return dynamic + static
+
+  def forward(self, history, x):
+    """history: [B,T,D] of each source so far, by number, normed if the model norms them; x: X_i itself -> streams."""
+    weights = self.weights(x)
+    made = {}
+    for c, stream in enumerate(self.streams):
+      mixed = sum(weights[:, :, c, j, None] * history[source] for j, source in enumerate(self.sources))
+      if stream in self.stream_norms:
+        mixed = self.stream_norms[stream](mixed)
+      made[stream] = mixed + x if self.config.add_newest else mixed
+    return made
+
+
+class MuddformerPreTrainedModel(PreTrainedModel):
+  config_class = MuddformerConfig
+  base_model_prefix = "model"
+  supports_gradient_checkpointing = True
+  _no_split_modules = ["MuddformerDecoderLayer"]
+  _skip_keys_device_placement = ["cache", "past_key_values"]
+  _supports_sdpa = True
+  _supports_flash_attn = _supports_flash_attn_2 = True
+  _supports_cache_class = _supports_static_cache = True
+  _supports_attention_backend = True
+
+  def _init_weights(self, module):
+    """The plain model at the start: W2 is zero, and static weights are one at the newest source."""
+    if isinstance(module, MuddformerAggregate):
+      if module.is_dynamic:
+        nn.init.normal_(module.w1.weight, std=self.config.hidden_size**-0.5)
+        nn.init.zeros_(module.w2.weight)
+        module.w1._is_of_aggregate = module.w2._is_of_aggregate = True
+        if self.config.weight_scale:
+          nn.init.ones_(module.scale)
+      if module.static is not None and not getattr(module.static, "_is_hf_initialized", False):
+        with torch.no_grad():
+          module.static.copy_(module.initial_static())
+    elif isinstance(module, (nn.Linear, nn.Embedding)) and not getattr(module, "_is_of_aggregate", False):
+      nn.init.normal_(module.weight, std=self.config.initializer_range)
+      if getattr(module, "bias", None) is not None:
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+      nn.init.ones_(module.weight)
+      nn.init.zeros_(module.bias)
+    elif isinstance(module, MuddformerRMSNorm) and module.weight is not None:
+      nn.init.constant_(module.weight, module.start)
+
+
+class MuddformerModel(MuddformerPreTrainedModel):
+  """From tokens to the normed last hidden state."""
+
+  def __init__(self, config):
+    super().__init__(config)
+    self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+    self.layers = nn.ModuleList(MuddformerDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+    self.aggregates = nn.ModuleDict(
+      {
+        str(da["block"]): MuddformerAggregate(config, da["sources"], da["streams"], da["hidden"])
+        for da in config.aggregates
+      }
+    )
+    norms = config.num_hidden_layers + 1 if config.source_norm else 0
+    self.source_norms = nn.ModuleList(MuddformerRMSNorm(config.hidden_size, config.norm_eps) for _ in range(norms))
+    self.norm = block_norm(config)
+    self.gradient_checkpointing = False
+    self.post_init()
+
+  def get_input_embeddings(self):
+    return self.embed_tokens
+
+  def set_input_embeddings(self, value):
+    self.embed_tokens = value
+
+  def forward(
+    self,
+    input_ids=None,
+    attention_mask=None,
+    position_ids=None,
+    past_key_values=None,
+    inputs_embeds=None,
+    use_cache=None,
+    output_attentions=None,
+    output_hidden_states=None,
+    return_dict=None,
+    cache=None,
+    cache_position=None,
+    **kwargs,
+  ):
+    """Hidden states are the embedding, the outputs of all blocks but the last, and the normed last hidden state."""
+    if (input_ids is None) == (inputs_embeds is None):
+      raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+    config = self.config
+    cache = past_key_values if cache is None else cache
+    use_cache = config.use_cache if use_cache is None else use_cache
+    is_checkpointing = self.gradient_checkpointing and self.training
+    if use_cache and cache is None and not is_checkpointing:
+      cache = DynamicCache()
+    x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    past = 0 if cache is None else int(cache.get_seq_length())
+    places = torch.arange(past, past + x.shape[1], device=x.device)
+    position_ids = places[None] if position_ids is None else position_ids
+    given = dict(kwargs, position_embeddings=angles(config, position_ids, x.dtype), cache=cache)
+    given |= {
+      "cache_position": places,
+      "attention_mask": causal_mask(config, x, attention_mask, cache, past, position_ids),
+    }
+    history, streams = [self._source(0, x)], {}
+    states, maps = [x], []
+    for i, layer in enumerate(self.layers, 1):
+      inputs = [streams.get(c, streams.get("x", x)) for c in "qkvr"]
+      if is_checkpointing:
+        x, weights = self._gradient_checkpointing_func(_positional(layer, given), *inputs)
+      else:
+        x, weights = layer(*inputs, **given)
+      history.append(self._source(i, x))
+      streams = self.aggregates[str(i)](history, x) if str(i) in self.aggregates else {}
+      states.append(x)
+      maps.append(weights)
+    (x,) = streams.values() if streams else (x,)
+    states[-1] = x = self.norm(x)
+    found = {CACHE: cache if use_cache else None}
+    show_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    show_maps = config.output_attentions if output_attentions is None else output_attentions
+    output = BaseModelOutputWithPast(
+      last_hidden_state=x,
+      hidden_states=tuple(states) if show_states else None,
+      attentions=tuple(maps) if show_maps else None,
+      **found,
+    )
+    return output.to_tuple() if return_dict is False else output
+
+  def _source(self, i, x):
+    return self.source_norms[i](x) if self.config.source_norm else x
+
+
+def _positional(layer, given):
+  return lambda *inputs: layer(*inputs, **given)
+
+
+def causal_mask(config, x, attention_mask, cache, past, position_ids):
+  """The mask that the attention implementation takes: of transformers where it makes one, else [B,1,T,S] to add."""
+  if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+    return attention_mask
+  try:
+    from transformers.masking_utils import create_causal_mask
+  except ImportError:  # before 4.53
+    return _added_mask(config, x, attention_mask, cache, past)
+  given = {"config": config, "attention_mask": attention_mask, "position_ids": position_ids}
+  names = inspect.signature(create_causal_mask).parameters  # its arguments were renamed several times
+  given["inputs_embeds" if "inputs_embeds" in names else "input_embeds"] = x
+  given["cache" if "cache" in names else "past_key_values"] = cache
+  if "cache_position" in names:
+    given["cache_position"] = torch.arange(past, past + x.shape[1], device=x.device)
+  return create_causal_mask(**given)
+
+
+def _added_mask(config, x, attention_mask, cache, past):
+  if config._attn_implementation == "flash_attention_2":
+    return attention_mask
+  if config._attn_implementation not in ("eager", "sdpa"):
+    return None  # a backend of its own, such as vLLM's, knows what is visible
+  length = past + x.shape[1]
+  if cache is not None and (most := cache.get_max_cache_shape()):  # a static cache
+    length = most
+  visible = torch.arange(length, device=x.device) <= torch.arange(past, past + x.shape[1], device=x.device)[:, None]
+  visible = visible[None, None]
+  if attention_mask is not None:
+    padded = F.pad(attention_mask, (0, length - attention_mask.shape[1]))
+    visible = visible & padded[:, None, None].bool()
+  # A row that sees nothing, of a token that is padding, would make sdpa compute NaN: it sees all.
+  visible = visible | ~visible.any(-1, keepdim=True)
+  mask = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
+  return mask.masked_fill(~visible, torch.finfo(x.dtype).min)
+
+
+class MuddformerForCausalLM(MuddformerPreTrainedModel, GenerationMixin):
+  """With the output head (Eq. 8)."""
+
+  _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"} if IS_5 else ["lm_head.weight"]
+  _tp_plan = {"lm_head": "colwise_gather_output" if IS_5 else "colwise_rep"}
+
+  def __init__(self, config):
+    super().__init__(config)
+    self.model = MuddformerModel(config)
+    self.vocab_size = config.vocab_size
+    self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    self.post_init()
+
+  def get_input_embeddings(self):
+    return self.model.embed_tokens
+
+  def set_input_embeddings(self, value):
+    self.model.embed_tokens = value
+
+  def get_output_embeddings(self):
+    return self.lm_head
+
+  def set_output_embeddings(self, value):
+    self.lm_head = value
+
+  def forward(
+    self,
+    input_ids=None,
+    attention_mask=None,
+    position_ids=None,
+    past_key_values=None,
+    inputs_embeds=None,
+    labels=None,
+    use_cache=None,
+    output_attentions=None,
+    output_hidden_states=None,
+    return_dict=None,
+    cache=None,
+    cache_position=None,
+    logits_to_keep=0,
+    **kwargs,
+  ):
+    output = self.model(
+      input_ids=input_ids,
+      attention_mask=attention_mask,
+      position_ids=position_ids,
+      past_key_values=past_key_values,
+      inputs_embeds=inputs_embeds,
+      use_cache=use_cache,
+      output_attentions=output_attentions,
+      output_hidden_states=output_hidden_states,
+      cache=cache,
+      **kwargs,
+    )
+    kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    logits = self.lm_head(output.last_hidden_state[:, kept])
+    loss = None
+    if labels is not None:
+      loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+    result = CausalLMOutputWithPast(
+      loss=loss,
+      logits=logits,
+      hidden_states=output.hidden_states,
+      attentions=output.attentions,
+      **{CACHE: output.get(CACHE)},
+    )
+    return result.to_tuple() if return_dict is False else result
+
+
+# `save_pretrained` of older versions copies this file for registered classes only.
+MuddformerModel.register_for_auto_class("AutoModel")
+MuddformerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["MuddformerForCausalLM", "MuddformerModel", "MuddformerPreTrainedModel"]

@@ -1,0 +1,124 @@
+"""Small random models in this project's format of Hugging Face, with what MaxText computes from them.
+
+Run as a program, it writes a folder of them for the tests in tests/hf, which PyTorch runs without JAX:
+
+    .venv/bin/python -m tests.native_models FOLDER
+"""
+
+import json
+import pathlib
+import shutil
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from maxtext_mudd import plugin
+from maxtext_mudd.checkpoints import layout, model_config, model_folder, staging
+from maxtext_mudd.checkpoints.hugging_face import models as hf
+from maxtext_mudd.checkpoints.hugging_face import native
+from tests import models, scanning
+
+KEYS = {
+  "mudd": True,
+  "decoder_block": "llama2",
+  "base_num_decoder_layers": 4,
+  "base_emb_dim": 32,
+  "base_num_query_heads": 4,
+  "base_num_kv_heads": 2,
+  "head_dim": 8,
+  "base_mlp_dim": 64,
+  "vocab_size": 64,
+  "max_target_length": 32,
+  "normalization_layer_epsilon": 1e-6,
+  "logits_via_embedding": False,
+  "mlp_activations": ["silu", "linear"],
+  "enable_dropout": False,
+  "scan_layers": False,
+  "weight_dtype": "float32",
+}
+FORMS = {
+  "mudd": {},
+  "both norms": {"mudd_pre_norm": True, "mudd_post_norm": True, "mudd_post_norm_streams": "vr"},
+  "one way": {"mudd_ways": 1, "mudd_pre_norm": True, "mudd_post_norm": True},
+  "denseformer, 2x2": {"mudd_ways": 1, "mudd_dynamic": False, "mudd_source_dilation": 2, "mudd_block_period": 2},
+  "window, cap": {"mudd_window": 2, "mudd_weight_cap": 1.0, "mudd_activation": "gelu_tanh"},
+  "scaled, value and residual": {"mudd_weight_scale": True, "mudd_dense_streams": "vr", "mudd_weight_norm_scale": True},
+  "no static weights": {"mudd_static": False, "mudd_depth_start": 0.5, "mudd_first_block_norms": "separate"},
+  "qwen3, other widths": {
+    "decoder_block": "qwen3",
+    "use_qk_norm": True,
+    "mudd_ffn_reallocation": True,
+    "mudd_ffn_round_to": 8,
+  },
+  "placements": {
+    "mudd_placements": [
+      {"block": 2, "sources": [0, "last:1"], "streams": "qkvr"},
+      {"block": 4, "sources": "all", "streams": "r", "hidden": 16},
+    ]
+  },
+  "plain": {"mudd_placements": [{"block": 4, "sources": "all", "streams": "x"}], "rope_max_timescale": 500},
+  "scanned": {"scan_layers": True},
+}
+
+
+def save(form: str, folder: pathlib.Path):
+  """Writes a random model to a model folder; returns (model of single layers, its configuration)."""
+  keys = KEYS | FORMS[form] | {"scan_layers": False}
+  config = model_config.build(keys | model_config.local_keys())
+  exact = {"attention": "dot_product", "dtype": "float32", "matmul_precision": "highest"}
+  model = models.build(model_config.build(keys | model_config.local_keys() | exact))
+  values = scanning.random_values(model.config)
+  models.set_parameters(model, values)
+  saved, keys = values, KEYS | FORMS[form]
+  if keys["scan_layers"]:
+    config = model_config.build(keys | model_config.local_keys())
+    saved = layout.stack(values, config)
+  with staging.staged(folder) as stage:
+    model_folder.save(stage, config, {path: jnp.asarray(x) for path, x in saved.items()}, keys)
+  return model
+
+
+def expected(model) -> dict[str, np.ndarray]:
+  """Tokens, logits, the mean loss of next tokens, and its gradients by the names of tensors in PyTorch."""
+  config = model.config
+  tokens = np.random.default_rng(1).integers(3, config.vocab_size, (2, 12), dtype=np.int32)
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  positions, ones = np.broadcast_to(np.arange(12, dtype=np.int32), tokens.shape), np.ones_like(tokens)
+
+  @jax.jit
+  def loss(params):
+    logits = nnx.merge(graph, params, rest, copy=True)(tokens, positions, ones, enable_dropout=False)
+    logs = jax.nn.log_softmax(logits.astype(jnp.float32))[:, :-1]
+    return -jnp.take_along_axis(logs, tokens[:, 1:, None], -1).mean(), logits
+
+  (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+  gradients = {"/".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(gradients)}
+  found = {"tokens": tokens.astype(np.int64), "logits": np.asarray(logits, np.float32), "loss": np.asarray(value)[None]}
+  for name in native.names(config):
+    found[f"grad/{name.tensor}"] = np.ascontiguousarray(name.to_hf(np.asarray(gradients[name.path])))
+  return found
+
+
+def main(folder: pathlib.Path) -> None:
+  plugin.install()
+  for number, form in enumerate(FORMS):
+    made = folder / f"form_{number}"
+    model = save(form, folder / "maxtext")
+    hf.to_hf(folder / "maxtext", made)
+    shutil.rmtree(folder / "maxtext")
+    save_file(expected(model), made / "expected.safetensors")
+    (made / "form.json").write_text(json.dumps(form))
+  for name in ("muddformer_tiny", "muddpythia_tiny"):
+    hf.from_hf(models.DATA / name, folder / "maxtext", {})
+    hf.to_hf(folder / "maxtext", folder / name)
+    shutil.rmtree(folder / "maxtext")
+    for file in ("golden.safetensors", "generated.safetensors"):
+      shutil.copyfile(models.DATA / name / file, folder / name / file)
+
+
+if __name__ == "__main__":
+  main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,103 @@
+"""Models in this project's format of Hugging Face: to the bit and back. `make test-hf` runs them in PyTorch."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import maxtext_mudd
+from maxtext_mudd import convert
+from maxtext_mudd.checkpoints import model_config, staging
+from maxtext_mudd.checkpoints import model_folder as folders
+from maxtext_mudd.checkpoints.hugging_face import models as hf
+from maxtext_mudd.checkpoints.hugging_face import native
+from maxtext_mudd.config.errors import ConfigError
+from tests import models, native_models
+from tests.published import check_logits, check_same
+
+FAST = ("both norms", "scanned")
+
+
+@pytest.mark.parametrize(
+  "form", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in native_models.FORMS]
+)
+def test_round_trip(form, tmp_path, capsys):
+  """From a run's parameters to PyTorch's and back: the same bits, and the same configuration."""
+  model = native_models.save(form, tmp_path / "m")
+  convert.main(["to-hf", "--maxtext-dir", str(tmp_path / "m"), "--hf-dir", str(tmp_path / "d")])
+  assert capsys.readouterr().out.strip() == f"{tmp_path}/d: loads with trust_remote_code"
+  assert {x.name for x in (tmp_path / "d").iterdir()} == {
+    "config.json",
+    "configuration_muddformer.py",
+    "modeling_muddformer.py",
+    "model.safetensors",
+  }
+  convert.main(["from-hf", "--hf-dir", str(tmp_path / "d"), "--maxtext-dir", str(tmp_path / "back")])
+  again, _ = maxtext_mudd.from_pretrained(tmp_path / "back")
+  expected = {path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()}
+  found = {path: np.asarray(x.get_value()) for path, x in models.parameters(again).items()}
+  assert found.keys() == expected.keys()
+  check_same(found, expected)
+  before, after = (folders.read_keys(tmp_path / x) for x in ("m", "back"))
+  assert after["scan_layers"] is False
+  for key, value in before.items():
+    assert after[key] == value or key == "scan_layers", key
+
+
+@pytest.mark.parametrize("name", ["muddformer_tiny", pytest.param("muddpythia_tiny", marks=pytest.mark.slow)])
+def test_published_models_can_be_exported_again(name, tmp_path):
+  """The folder of the authors, as this project's format, as a checkpoint: golden logits, and the authors' tensors."""
+  hf.from_hf(models.DATA / name, tmp_path / "m", {})
+  hf.to_hf(tmp_path / "m", tmp_path / "native")
+  model, _ = maxtext_mudd.from_pretrained(tmp_path / "native")
+  check_logits(model, name)
+  hf.from_hf(tmp_path / "native", tmp_path / "again", {})
+  hf.to_hf(tmp_path / "again", tmp_path / "released", released=True)
+  check_same(
+    load_file(tmp_path / "released" / "model.safetensors"), load_file(models.DATA / name / "model.safetensors")
+  )
+
+
+EXPERTS = {"decoder_block": "mixtral", "num_experts": 4, "num_experts_per_tok": 2, "base_moe_mlp_dim": 64}
+REFUSED = {
+  "depth_connection": ({"depth_connection": "mhc"}, "depth_connection=mhc is not in the PyTorch model, which has "),
+  "block": ({"decoder_block": "qwen2"}, "decoder_block=qwen2 has no PyTorch model here; those of llama2, mistral, "),
+  "experts": (
+    EXPERTS,
+    "decoder_block=mixtral has no ",
+  ),
+  "soft cap": ({"final_logits_soft_cap": 30.0}, "final_logits_soft_cap=30.0 is not in the PyTorch model, which has "),
+  "extra embeddings": ({"mudd_extra_embeddings": 1}, "mudd_extra_embeddings=1 is not in the PyTorch model, which has "),
+  "a shared MLP": (
+    {"mudd_placements": [{"block": i, "sources": "last:2", "streams": "r", "mlp": "a"} for i in (2, 4)]},
+    "mudd_placements: DA_2 shares its MLP, a, and DAs of the PyTorch model do not.",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_pytorch_does_not_have(case):
+  changes, sentence = REFUSED[case]
+  keys = native_models.KEYS | changes
+  config = model_config.build(keys | model_config.local_keys())
+  with pytest.raises(ConfigError) as refused:
+    native.fields(config, keys)
+  assert str(refused.value).startswith(sentence)
+
+
+def test_folders_that_others_changed(tmp_path):
+  keys = native_models.KEYS | {"base_num_decoder_layers": 2}
+  config = model_config.build(keys | model_config.local_keys())
+  zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in model_config.parameter_shapes(config).items()}
+  with staging.staged(tmp_path / "m") as stage:
+    folders.save(stage, config, zeros, keys)
+  hf.to_hf(tmp_path / "m", tmp_path / "d")
+  file = tmp_path / "d" / "config.json"
+  fields = json.loads(file.read_text())
+  del fields[native.MAXTEXT_KEYS]
+  file.write_text(json.dumps(fields))
+  with pytest.raises(ConfigError, match=r"config.json has no maxtext_keys or intermediate_sizes, which to-hf writes"):
+    hf.from_hf(tmp_path / "d", tmp_path / "back", {})
+  assert not (tmp_path / "back").exists()

@@ -1,6 +1,8 @@
 """Models in this project's format of Hugging Face: to the bit and back. `make test-hf` runs them in PyTorch."""
 
 import json
+import re
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from maxtext_mudd.checkpoints.hugging_face import models as hf
 from maxtext_mudd.checkpoints.hugging_face import native
 from maxtext_mudd.config.errors import ConfigError
 from tests import models, native_models
-from tests.published import check_logits, check_same
+from tests.published import BYTES, check_logits, check_same, hugging_face
 
 FAST = ("both norms", "scanned")
 
@@ -68,6 +70,10 @@ REFUSED = {
     EXPERTS,
     "decoder_block=mixtral has no ",
   ),
+  "positions": (
+    {"use_untrainable_positional_embedding": True},
+    "use_untrainable_positional_embedding=True is not in the PyTorch model, which has ",
+  ),
   "soft cap": ({"final_logits_soft_cap": 30.0}, "final_logits_soft_cap=30.0 is not in the PyTorch model, which has "),
   "extra embeddings": ({"mudd_extra_embeddings": 1}, "mudd_extra_embeddings=1 is not in the PyTorch model, which has "),
   "a shared MLP": (
@@ -96,8 +102,27 @@ def test_folders_that_others_changed(tmp_path):
   hf.to_hf(tmp_path / "m", tmp_path / "d")
   file = tmp_path / "d" / "config.json"
   fields = json.loads(file.read_text())
-  del fields[native.MAXTEXT_KEYS]
-  file.write_text(json.dumps(fields))
-  with pytest.raises(ConfigError, match=r"config.json has no maxtext_keys or intermediate_sizes, which to-hf writes"):
-    hf.from_hf(tmp_path / "d", tmp_path / "back", {})
-  assert not (tmp_path / "back").exists()
+  kept = fields[native.MAXTEXT_KEYS]
+  for changed, sentence in (
+    ({native.MAXTEXT_KEYS: None}, "config.json has no maxtext_keys, which to-hf writes; convert the model again."),
+    (
+      {"weight_cap": 3.0},
+      "config.json: weight_cap=3.0, and its maxtext_keys are of a model with 0.0; change both or none.",
+    ),
+    ({native.MAXTEXT_KEYS: kept | {"steps": 3}}, "config.json: maxtext_keys has steps, which is no key of a model; "),
+  ):
+    file.write_text(json.dumps(fields | changed))
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+      hf.from_hf(tmp_path / "d", tmp_path / "back", {})
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.slow
+def test_special_tokens_are_those_of_the_tokenizer(tmp_path):
+  source = hugging_face(tmp_path / "hf")
+  shutil.copytree(BYTES, source, dirs_exist_ok=True)
+  hf.from_hf(source, tmp_path / "m", {})
+  hf.to_hf(tmp_path / "m", tmp_path / "d")
+  fields = json.loads((tmp_path / "d" / "config.json").read_text())
+  assert [fields[name] for name in native.SPECIAL_TOKENS] == [1, 2, 0]
+  assert (tmp_path / "d" / "tokenizer.json").exists()

@@ -21,6 +21,18 @@ def keys(folder: pathlib.Path) -> dict[str, Any]:
   return {"tokenizer_path": str(folder), "tokenizer_type": "huggingface"}
 
 
+def special_tokens(folder: pathlib.Path) -> dict[str, int]:
+  """The ids of BOS, EOS and padding of the Hugging Face tokenizer in a folder, as fields of `config.json`; empty if
+  there is none."""
+  if not keys(folder):
+    return {}
+  import transformers
+
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+  return {name: number for name, number in ids.items() if number is not None}
+
+
 def moved_keys(model_keys: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   """MaxText's keys for a tokenizer that is now in `folder`. The path in the model's keys may be an old one."""
   file = folder / pathlib.Path(str(model_keys.get("tokenizer_path") or "")).name

@@ -91,6 +91,7 @@ class MuddformerConfig(PretrainedConfig):
     if block not in ("transformer", "pythia"):
       raise ValueError(f"block={block} is not known; use transformer or pythia.")
     rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": rope_theta})
+    rope_parameters |= kwargs.pop("rope_scaling", None) or {}
     if rope_parameters.get("rope_type", "default") != "default":
       raise ValueError(f"rope_parameters={rope_parameters} scales positions, and MUDDFormer does not; use default.")
     sizes = intermediate_sizes or [intermediate_size] * num_hidden_layers
@@ -143,5 +144,7 @@ def all_sources(blocks):
     aggregates.append({"block": i, "sources": list(range(i + 1)), "streams": streams, "hidden": hidden})
   return aggregates
 
+
+MuddformerConfig.register_for_auto_class()
 
 __all__ = ["MuddformerConfig"]

@@ -103,8 +103,9 @@ class MuddformerAttention(nn.Module):
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
     if cache is not None:
-      # A static cache of transformers 4 has to be told the places.
-      places = () if IS_5 else ({"cache_position": cache_position},)
+      # Before transformers 5.6 a static cache has to be told the places.
+      takes_places = "cache_kwargs" in inspect.signature(cache.update).parameters
+      places = ({"cache_position": cache_position},) if takes_places else ()
       key, value = cache.update(key, value, self.layer_idx, *places)
     name = self.config._attn_implementation
     attend = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
@@ -168,6 +169,7 @@ class MuddformerAggregate(nn.Module):
       self.norm = MuddformerRMSNorm(width, config.norm_eps, has_scale=config.weight_norm_scale)
       self.w1 = nn.Linear(width, hidden, bias=False)
       self.w2 = nn.Linear(hidden, len(streams) * len(sources), bias=False)
+      self.w1.start, self.w2.start = width**-0.5, 0.0
       self.activation = ACT2FN[config.aggregate_act]
       if config.weight_scale:
         self.scale = nn.Parameter(torch.ones(shape))
@@ -183,13 +185,13 @@ class MuddformerAggregate(nn.Module):
     return static
 
   def weights(self, x):
-    """X_i [B,T,D] -> [B,T,C,N]."""
-    static = self.initial_static().to(x) if self.static is None else self.static
+    """X_i [B,T,D] -> [B,T,C,N] in float32."""
+    static = (self.initial_static().to(x.device) if self.static is None else self.static).float()
     if not self.is_dynamic:
       return static.expand(*x.shape[:2], *static.shape)
-    dynamic = self.w2(self.activation(self.w1(self.norm(x)))).unflatten(-1, static.shape)
+    dynamic = self.w2(self.activation(self.w1(self.norm(x)))).unflatten(-1, static.shape).float()
     if self.config.weight_scale:
-      dynamic = self.scale * dynamic.tanh()
+      dynamic = self.scale.float() * dynamic.tanh()
     elif self.config.weight_cap:
       dynamic = self.config.weight_cap * (dynamic / self.config.weight_cap).tanh()
     return dynamic + static
@@ -199,7 +201,8 @@ class MuddformerAggregate(nn.Module):
     weights = self.weights(x)
     made = {}
     for c, stream in enumerate(self.streams):
-      mixed = sum(weights[:, :, c, j, None] * history[source] for j, source in enumerate(self.sources))
+      # In float32, and rounded once, as in JAX.
+      mixed = sum(weights[:, :, c, j, None] * history[source] for j, source in enumerate(self.sources)).to(x.dtype)
       if stream in self.stream_norms:
         mixed = self.stream_norms[stream](mixed)
       made[stream] = mixed + x if self.config.add_newest else mixed
@@ -210,7 +213,7 @@ class MuddformerPreTrainedModel(PreTrainedModel):
   config_class = MuddformerConfig
   base_model_prefix = "model"
   supports_gradient_checkpointing = True
-  _no_split_modules = ["MuddformerDecoderLayer"]
+  _no_split_modules = ["MuddformerDecoderLayer", "MuddformerAggregate"]
   _skip_keys_device_placement = ["cache", "past_key_values"]
   _supports_sdpa = True
   _supports_flash_attn = _supports_flash_attn_2 = True
@@ -220,17 +223,13 @@ class MuddformerPreTrainedModel(PreTrainedModel):
   def _init_weights(self, module):
     """The plain model at the start: W2 is zero, and static weights are one at the newest source."""
     if isinstance(module, MuddformerAggregate):
-      if module.is_dynamic:
-        nn.init.normal_(module.w1.weight, std=self.config.hidden_size**-0.5)
-        nn.init.zeros_(module.w2.weight)
-        module.w1._is_of_aggregate = module.w2._is_of_aggregate = True
-        if self.config.weight_scale:
-          nn.init.ones_(module.scale)
+      if module.is_dynamic and self.config.weight_scale:
+        nn.init.ones_(module.scale)
       if module.static is not None and not getattr(module.static, "_is_hf_initialized", False):
         with torch.no_grad():
           module.static.copy_(module.initial_static())
-    elif isinstance(module, (nn.Linear, nn.Embedding)) and not getattr(module, "_is_of_aggregate", False):
-      nn.init.normal_(module.weight, std=self.config.initializer_range)
+    elif isinstance(module, (nn.Linear, nn.Embedding)):
+      nn.init.normal_(module.weight, std=getattr(module, "start", self.config.initializer_range))
       if getattr(module, "bias", None) is not None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
@@ -286,18 +285,19 @@ class MuddformerModel(MuddformerPreTrainedModel):
     config = self.config
     cache = past_key_values if cache is None else cache
     use_cache = config.use_cache if use_cache is None else use_cache
+    show_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    show_maps = config.output_attentions if output_attentions is None else output_attentions
     is_checkpointing = self.gradient_checkpointing and self.training
+    if is_checkpointing and cache is not None:
+      raise ValueError("A cache does not work with gradient checkpointing; leave it out.")
     if use_cache and cache is None and not is_checkpointing:
       cache = DynamicCache()
     x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    past = 0 if cache is None else int(cache.get_seq_length())
-    places = torch.arange(past, past + x.shape[1], device=x.device)
+    places = torch.arange(x.shape[1], device=x.device) + (0 if cache is None else cache.get_seq_length())
     position_ids = places[None] if position_ids is None else position_ids
     given = dict(kwargs, position_embeddings=angles(config, position_ids, x.dtype), cache=cache)
-    given |= {
-      "cache_position": places,
-      "attention_mask": causal_mask(config, x, attention_mask, cache, past, position_ids),
-    }
+    given |= {"cache_position": places, "position_ids": position_ids}
+    given["attention_mask"] = causal_mask(config, x, attention_mask, cache, places, position_ids)
     history, streams = [self._source(0, x)], {}
     states, maps = [x], []
     for i, layer in enumerate(self.layers, 1):
@@ -309,12 +309,10 @@ class MuddformerModel(MuddformerPreTrainedModel):
       history.append(self._source(i, x))
       streams = self.aggregates[str(i)](history, x) if str(i) in self.aggregates else {}
       states.append(x)
-      maps.append(weights)
+      maps += [weights] if show_maps else []
     (x,) = streams.values() if streams else (x,)
     states[-1] = x = self.norm(x)
     found = {CACHE: cache if use_cache else None}
-    show_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-    show_maps = config.output_attentions if output_attentions is None else output_attentions
     output = BaseModelOutputWithPast(
       last_hidden_state=x,
       hidden_states=tuple(states) if show_states else None,
@@ -331,33 +329,28 @@ def _positional(layer, given):
   return lambda *inputs: layer(*inputs, **given)
 
 
-def causal_mask(config, x, attention_mask, cache, past, position_ids):
+def causal_mask(config, x, attention_mask, cache, places, position_ids):
   """The mask that the attention implementation takes: of transformers where it makes one, else [B,1,T,S] to add."""
   if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
     return attention_mask
   try:
     from transformers.masking_utils import create_causal_mask
   except ImportError:  # before 4.53
-    return _added_mask(config, x, attention_mask, cache, past)
+    return _added_mask(config, x, attention_mask, cache, places)
   given = {"config": config, "attention_mask": attention_mask, "position_ids": position_ids}
-  names = inspect.signature(create_causal_mask).parameters  # its arguments were renamed several times
-  given["inputs_embeds" if "inputs_embeds" in names else "input_embeds"] = x
-  given["cache" if "cache" in names else "past_key_values"] = cache
-  if "cache_position" in names:
-    given["cache_position"] = torch.arange(past, past + x.shape[1], device=x.device)
-  return create_causal_mask(**given)
+  given |= {"inputs_embeds": x, "input_embeds": x, "cache": cache, "past_key_values": cache, "cache_position": places}
+  names = inspect.signature(create_causal_mask).parameters  # they were renamed several times
+  return create_causal_mask(**{name: value for name, value in given.items() if name in names})
 
 
-def _added_mask(config, x, attention_mask, cache, past):
+def _added_mask(config, x, attention_mask, cache, places):
   if config._attn_implementation == "flash_attention_2":
     return attention_mask
   if config._attn_implementation not in ("eager", "sdpa"):
     return None  # a backend of its own, such as vLLM's, knows what is visible
-  length = past + x.shape[1]
-  if cache is not None and (most := cache.get_max_cache_shape()):  # a static cache
-    length = most
-  visible = torch.arange(length, device=x.device) <= torch.arange(past, past + x.shape[1], device=x.device)[:, None]
-  visible = visible[None, None]
+  length = cache.get_max_cache_shape() if cache is not None else None  # of a static cache
+  length = length or int(places[-1]) + 1
+  visible = (torch.arange(length, device=x.device) <= places[:, None])[None, None]
   if attention_mask is not None:
     padded = F.pad(attention_mask, (0, length - attention_mask.shape[1]))
     visible = visible & padded[:, None, None].bool()

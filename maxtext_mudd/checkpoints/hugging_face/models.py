@@ -63,7 +63,7 @@ class Model:
     self.is_native = self.fields.get("model_type") == native.MODEL_TYPE
     if self.is_native:
       self.keys = native.keys(self.fields, str(path / CONFIG))
-      self.ffn_widths = tuple(self.fields["intermediate_sizes"])
+      self.ffn_widths = native.widths(self.keys)
     else:
       self.keys = config_json.keys(self.fields, _ffn_widths(self._tensors), str(path / CONFIG))
       self.ffn_widths = released_ffn.from_keys(self.keys)
@@ -108,9 +108,12 @@ def to_hf(source: pathlib.Path, target: pathlib.Path, released: bool = False) ->
     raise ConfigError(f"{source} has no {model_folder.CONFIG}; name a folder that from-hf or from-run made.")
   model_keys = model_folder.read_keys(source)
   config = model_config.build(model_keys | model_config.local_keys())
-  original = read_fields(source / ORIGINAL) if released and (source / ORIGINAL).exists() else {}
-  fields = config_json.fields(config, original.get("fields", {})) if released else native.fields(config, model_keys)
-  dtypes = original.get("dtypes", {})
+  original = read_fields(source / ORIGINAL) if (source / ORIGINAL).exists() else {}
+  if released:
+    fields, dtypes = config_json.fields(config, original.get("fields", {})), original.get("dtypes", {})
+  else:
+    special_tokens = original.get("fields", {}) | tokenizers.special_tokens(source / model_folder.TOKENIZER)
+    fields, dtypes = native.fields(config, model_keys, special_tokens), {}
   with staged(target) as stage:
     saved = orbax_folder.parameters(source / model_folder.ITEMS)
     try:

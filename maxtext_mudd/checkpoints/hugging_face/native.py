@@ -7,10 +7,12 @@ transformers loads them by `AutoModelForCausalLM.from_pretrained(FOLDER, trust_r
 from collections.abc import Iterator, Mapping
 import pathlib
 import shutil
+import types
 from typing import Any
 
 from maxtext_mudd import assets, blocks, connections
 from maxtext_mudd.blocks import ffn_widths
+from maxtext_mudd.checkpoints import model_config, model_keys
 from maxtext_mudd.checkpoints.hugging_face.names import Name, linear, norm
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections.base import Site
@@ -24,6 +26,7 @@ _ACTIVATIONS = {"pythia": ["gelu"], "stock": ["silu", "linear"]}
 # Keys that change the function of a model in a way that the PyTorch model does not have, with the only value for it.
 # What else keys of this project change is in the plan of aggregates or in a field.
 _FIXED = {
+  "mudd": True,
   "depth_connection": connections.DEFAULT,
   "mudd_extra_embeddings": 0,
   "mudd_rope_table": "stock",
@@ -34,7 +37,12 @@ _FIXED = {
   "attention_sink": False,
   "fused_qkv": False,
   "share_kv_projections": False,
+  "fused_mlp": False,
   "moba": False,
+  "qk_norm_with_scale": True,
+  "use_mrope": False,
+  "use_multimodal": False,
+  "use_untrainable_positional_embedding": False,
   "temperature_tuning": False,
   "use_post_attn_norm": False,
   "use_post_ffw_norm": False,
@@ -47,16 +55,22 @@ _FIXED = {
   "logits_via_embedding": False,
   "quantization": "",
 }
-_OF_FOLDER = {"tokenizer_path", "tokenizer_type", "scan_layers", "base_config"}  # keys that are not of the model
+# Keys of a model folder that are those of the model, whatever the folder and the layout of its layers.
+_KEPT = (model_keys.KEYS | {"enable_dropout"}) - {"tokenizer_path", "tokenizer_type", "scan_layers", "base_config"}
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_FREE_FIELDS = {"architectures", "auto_map", "torch_dtype", MAXTEXT_KEYS, *SPECIAL_TOKENS}
 _NONE_OR_ZERO = ("attn_logits_soft_cap", "final_logits_soft_cap", "attention_output_dim", "trainable_position_size")
 
 
-def fields(config, keys: Mapping[str, Any]) -> dict[str, Any]:
+def fields(
+  config, keys: Mapping[str, Any], special_tokens: Mapping[str, Any] = types.MappingProxyType({})
+) -> dict[str, Any]:
   """The fields of `config.json` of a model.
 
   Args:
     config: MaxText's configuration of the model.
     keys: the keys that make it.
+    special_tokens: ids of BOS, EOS and padding, as far as they are known.
 
   Raises:
     ConfigError: the PyTorch model cannot compute it.
@@ -105,16 +119,37 @@ def fields(config, keys: Mapping[str, Any]) -> dict[str, Any]:
     "weight_cap": config.mudd_weight_cap,
     "weight_scale": config.mudd_dynamic and config.mudd_weight_scale,
     "aggregate_act": {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[config.mudd_activation],
-    MAXTEXT_KEYS: {key: value for key, value in keys.items() if key not in _OF_FOLDER},
+    **{name: special_tokens[name] for name in SPECIAL_TOKENS if special_tokens.get(name) is not None},
+    MAXTEXT_KEYS: {key: value for key, value in keys.items() if key in _KEPT},
   }
 
 
-def keys(fields: Mapping[str, Any], file: str) -> dict[str, Any]:
-  """MaxText's keys of the model with single layers. Raises ConfigError if `config.json` does not have them."""
-  model_keys = fields.get(MAXTEXT_KEYS)
-  if not isinstance(model_keys, dict) or not isinstance(fields.get("intermediate_sizes"), list):
-    raise ConfigError(f"{file} has no {MAXTEXT_KEYS} or intermediate_sizes, which to-hf writes; convert it again.")
-  return {**model_keys, "scan_layers": False}
+def keys(fields_of_file: Mapping[str, Any], file: str) -> dict[str, Any]:
+  """MaxText's keys of the model with single layers.
+
+  Raises:
+    ConfigError: `config.json` does not have them, or its other fields are of another model.
+  """
+  found = fields_of_file.get(MAXTEXT_KEYS)
+  if not isinstance(found, dict):
+    raise ConfigError(f"{file} has no {MAXTEXT_KEYS}, which to-hf writes; convert the model again.")
+  if unknown := found.keys() - _KEPT:
+    raise ConfigError(f"{file}: {MAXTEXT_KEYS} has {min(unknown)}, which is no key of a model; remove it.")
+  found = {**found, "scan_layers": False}
+  expected = fields(model_config.build(found | model_config.local_keys()), found)
+  for name in expected.keys() - _FREE_FIELDS:
+    # transformers leaves out fields that have the default of its class.
+    if name in fields_of_file and fields_of_file[name] != expected[name]:
+      raise ConfigError(
+        f"{file}: {name}={fields_of_file[name]}, and its {MAXTEXT_KEYS} are of a model with {expected[name]}; change "
+        "both or none."
+      )
+  return found
+
+
+def widths(keys: Mapping[str, Any]) -> tuple[int, ...]:
+  """The FFN width of each block of the model that MaxText's keys describe."""
+  return tuple(ffn_widths.of_config(model_config.build({**keys} | model_config.local_keys())))
 
 
 def copy_code(target: pathlib.Path) -> None:

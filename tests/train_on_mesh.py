@@ -46,7 +46,9 @@ def gathered(text: str, width: int, least: int) -> dict[str, list[str]]:
 
 def order_heads_for(shards: int, cfg, state) -> None:
   """Orders the heads of fused projections as MaxText reads them where devices share the heads: queries, keys and values
-  of one device after another."""
+  of one device after another. That of gpt3 has an axis for these three, and needs no order."""
+  if cfg.decoder_block.value == "gpt3":
+    return
   q, kv = np.arange(cfg.num_query_heads), cfg.num_query_heads + np.arange(2 * cfg.num_kv_heads)
   parts = [np.split(heads, shards) for heads in (q, *np.split(kv, 2))]
   order = np.concatenate([heads for of_device in zip(*parts) for heads in of_device])

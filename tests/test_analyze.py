@@ -352,9 +352,8 @@ def test_figures_of_bfloat16(lm):
     wide, narrow = (
       kind(REQUEST, x.config, None).measure(x, data, lambda: None, name)[key].values for x in (lm.model, model)
     )
-    np.testing.assert_array_equal(np.isnan(narrow), np.isnan(wide))
     assert not np.array_equal(np.nan_to_num(narrow), np.nan_to_num(wide))
-    # Rounding of bfloat16 through three blocks of random weights: 0.021 of the largest was seen.
+    # Three blocks of random weights: 0.021 of the largest was seen.
     np.testing.assert_allclose(narrow, wide, atol=0.05 * np.nanmax(np.abs(wide)), rtol=0)
 
 

@@ -152,7 +152,7 @@ def crowded(tmp_path_factory) -> pathlib.Path:
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case, crowded, lm, monkeypatch, capsys):
-  monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
+  monkeypatch.setattr(pretrained, "open_folder", lambda *_, **__: (lm.config, lambda: lm.model))
   monkeypatch.setattr(evaluation, "log_likelihoods", None)  # nothing is compiled before
   arguments, message = REFUSED[case]
   before = sorted(crowded.rglob("*"))
@@ -177,8 +177,8 @@ def end_of(capsys, *arguments) -> tuple[str, str]:
 def test_models_without_tokenizers(crowded, lm, monkeypatch, capsys):
   """Where nobody named one, the sentence is not of MaxText's default."""
   bare = models.config(**KEYS | {"tokenizer_path": "", "tokenizer_type": "sentencepiece"})
-  for name in ("from_pretrained", "from_run"):
-    monkeypatch.setattr(pretrained, name, lambda *_, **__: (lm.model, bare))
+  for name in ("open_folder", "open_run"):
+    monkeypatch.setattr(pretrained, name, lambda *_, **__: (bare, lambda: lm.model))
   text = ["--text", crowded / "many" / "tokenizer_config.json"]
   assert end_of(capsys, "--checkpoint", crowded, *text)[0] == (
     f"{crowded} has no tokenizer; name the one that the model was trained with by --tokenizer=PATH."
@@ -217,7 +217,7 @@ def test_interrupts(crowded, lm, monkeypatch, capsys, number, how):
       interrupt()
     return np.zeros(tokens.shape), np.zeros(tokens.shape, bool)
 
-  monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
+  monkeypatch.setattr(pretrained, "open_folder", lambda *_, **__: (lm.config, lambda: lm.model))
   monkeypatch.setattr(evaluation, "log_likelihoods", scores)
   if how == "swallowed at the end":
     save = EvaluationTracker.save_results_aggregated
@@ -243,7 +243,7 @@ def test_outputs_that_cannot_be_written(crowded, lm, monkeypatch, capsys):
 
   write = pathlib.Path.write_text
   monkeypatch.setattr(pathlib.Path, "write_text", full)
-  monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
+  monkeypatch.setattr(pretrained, "open_folder", lambda *_, **__: (lm.config, lambda: lm.model))
   logging.disable(logging.NOTSET)  # the end of an earlier test
   before = sorted(crowded.rglob("*"))
   zeros = np.zeros((3, 16))
@@ -262,7 +262,7 @@ def test_memory_that_runs_out(crowded, lm, monkeypatch, capsys):
   def exhausted(*_):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.")
 
-  monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
+  monkeypatch.setattr(pretrained, "open_folder", lambda *_, **__: (lm.config, lambda: lm.model))
   monkeypatch.setattr(evaluation, "log_likelihoods", exhausted)
   ended, _ = end_of(capsys, "--checkpoint", crowded, "--include-dir", crowded, "--tasks", "choice")
   assert ended.startswith("--batch-size=8 does not fit the device; use a smaller one (")

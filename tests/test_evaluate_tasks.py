@@ -41,7 +41,7 @@ def lm():
 @pytest.fixture
 def run(lm, monkeypatch, tmp_path):
   """The command in this process, with the model at hand for any folder; its results."""
-  monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: (lm.model, lm.config))
+  monkeypatch.setattr(pretrained, "open_folder", lambda *_, **__: (lm.config, lambda: lm.model))
 
   def main(*arguments: str):
     output = tmp_path / "results.json"

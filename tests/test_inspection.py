@@ -70,7 +70,7 @@ def test_equals_the_oracle(case):
   found = inspect(model, data)
   logits = oracle(data["inputs"], data["inputs_position"], data["inputs_segmentation"])
   expected = oracle.seen
-  np.testing.assert_allclose(found.pop("logits"), logits, atol=2e-5, rtol=0)
+  close(found.pop("logits"), logits, "logits")  # 2.7e-5 was seen, on one kind of CPU
   compared = set()
   for name, x in expected.items():
     kind, *rest = name.split("/")

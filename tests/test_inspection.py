@@ -219,8 +219,8 @@ def test_a_mesh_of_eight_devices_has_the_arrays_of_one(mesh, tmp_path):
   assert {"similarity.mean", "weights.mean"} < one.keys()
   for name, x in one.items():
     np.testing.assert_array_equal(np.isnan(eight[name]), np.isnan(x), err_msg=name)
-    if name.startswith("ablate."):  # differences of losses of about 5, in float32
-      np.testing.assert_allclose(eight[name], x, atol=2e-6, rtol=0, err_msg=name)
+    if name.startswith("ablate."):  # differences of losses of about 5, in float32: 2.5e-6 was seen
+      np.testing.assert_allclose(eight[name], x, atol=5e-6, rtol=0, err_msg=name)
     else:  # devices add in another order; of attention weights 1.1e-5 was seen. Percentiles are to 5e-4.
       close(np.nan_to_num(eight[name]), np.nan_to_num(x), name, 5e-4 if "percentile" in name else 5e-5)
 

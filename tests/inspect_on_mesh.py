@@ -19,10 +19,11 @@ def main(path: str, overrides: dict) -> None:
   plugin.install()
   cfg = models.config(**overrides)
   model = models.build(cfg)
-  values = models.randomise(model)
+  values = scanning.random_values(cfg)
   if cfg.scan_layers:  # padding is zero
     entries = scanning.entries_of_blocks(cfg, models.parameters(model))
-    models.set_parameters(model, {path: np.where(entries[path], x, 0) for path, x in values.items()})
+    values = {path: np.where(entries[path], x, 0) for path, x in values.items()}
+  models.set_parameters(model, values)
   batch = models.batch(cfg)
   arrays = inspection.inspect(model, batch["inputs"], keep=inspection.KINDS)
   data = [(batch["inputs"], batch["inputs_position"], batch["inputs_segmentation"])]

@@ -137,6 +137,9 @@ HF_READY := .venv-hf4/.ready .venv-hf5/.ready
 HF_MODELS := build/hf-models
 
 .venv-hf%/.ready: requirements/hf%.txt
+	@if [ -z '$(HF_PYTHON)' ]; then \
+	  echo 'make: Python 3.11 or 3.12 was not found; install it, or name one: make test-hf HF_PYTHON=/path/to/python3.11' >&2; exit 2; \
+	fi
 	$(HF_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

@@ -29,18 +29,18 @@ def table(study, summaries: Sequence[Summary], timings: Mapping[str, dict]) -> s
   """
   rows = []
   references = {name for names in study.references.values() for name in names}
-  found = {(x.learning_rate, x.model): x for x in summaries}
+  by_model = {(x.learning_rate, x.model): x for x in summaries}
   for summary in summaries:
     if summary.model in references:
       continue
     timing = timings.get(summary.model)
     ratios = {"time": timing and timing["ratio"]["median"], "parameters": _parameters(summary)}
-    if plain := found.get((summary.learning_rate, study.baseline)):
+    if plain := by_model.get((summary.learning_rate, study.baseline)):
       ratios["parameters"] /= _parameters(plain)
     cells = [summary.model, f"{summary.learning_rate:g}", f"{ratios['parameters']:.4f}"]
     cells += [f"{timing['ratio']['median']:.2f}", f"{_memory(timing):.2f}"] if timing else ["", ""]
     for cost in ("time", "parameters"):
-      plains = [found.get((summary.learning_rate, name)) for name in study.references.get(cost, ())]
+      plains = [by_model.get((summary.learning_rate, name)) for name in study.references.get(cost, ())]
       cells.append(_written(difference(summary, plains, cost, ratios[cost])))
     rows.append(cells)
   names = " and ".join(f"`{'`, `'.join(names)}`" for names in study.references.values())
@@ -80,7 +80,7 @@ def _memory(timing: dict) -> float:
   return of_model / of_plain
 
 
-def _written(found: Difference | None) -> str:
-  if found is None:
+def _written(x: Difference | None) -> str:
+  if x is None:
     return ""
-  return f"{found.mean:+.4f}" + (f" ± {found.half_width:.4f}" if math.isfinite(found.half_width) else "")
+  return f"{x.mean:+.4f}" + (f" ± {x.half_width:.4f}" if math.isfinite(x.half_width) else "")

@@ -92,9 +92,7 @@ def _parser() -> argparse.ArgumentParser:
   to_hf = commands.add_parser("to-hf", help="to a Hugging Face folder")
   to_hf.add_argument("--maxtext-dir", required=True, metavar="M", help="folder that from-hf or from-run created")
   to_hf.add_argument("--hf-dir", required=True, metavar="D", help="folder to create")
-  to_hf.add_argument(
-    "--released", action="store_true", help="in the format of the authors' code, which transformers 4.40 loads"
-  )
+  to_hf.add_argument("--released", action="store_true", help="in the format of the authors' PyTorch code")
   to_hf.set_defaults(convert=_to_hf)
   from_fork = commands.add_parser("from-fork", help="from a folder of the authors' JAX code")
   from_fork.add_argument(

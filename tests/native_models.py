@@ -97,21 +97,25 @@ def expected(model) -> dict[str, np.ndarray]:
 
   (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
   gradients = {"/".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(gradients)}
-  found = {"tokens": tokens.astype(np.int64), "logits": np.asarray(logits, np.float32), "loss": np.asarray(value)[None]}
+  arrays = {
+    "tokens": tokens.astype(np.int64),
+    "logits": np.asarray(logits, np.float32),
+    "loss": np.asarray(value)[None],
+  }
   for name in native.names(config):
-    found[f"grad/{name.tensor}"] = np.ascontiguousarray(name.to_hf(np.asarray(gradients[name.path])))
-  return found
+    arrays[f"grad/{name.tensor}"] = np.ascontiguousarray(name.to_hf(np.asarray(gradients[name.path])))
+  return arrays
 
 
 def main(folder: pathlib.Path) -> None:
   plugin.install()
   for number, form in enumerate(FORMS):
-    made = folder / f"form_{number}"
+    target = folder / f"form_{number}"
     model = save(form, folder / "maxtext")
-    hf.to_hf(folder / "maxtext", made)
+    hf.to_hf(folder / "maxtext", target)
     shutil.rmtree(folder / "maxtext")
-    save_file(expected(model), made / "expected.safetensors")
-    (made / "form.json").write_text(json.dumps(form))
+    save_file(expected(model), target / "expected.safetensors")
+    (target / "form.json").write_text(json.dumps(form))
   for name in ("muddformer_tiny", "muddpythia_tiny"):
     hf.from_hf(models.DATA / name, folder / "maxtext", {})
     hf.to_hf(folder / "maxtext", folder / name)

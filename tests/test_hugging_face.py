@@ -18,7 +18,7 @@ from maxtext_mudd.checkpoints.hugging_face import config_json as hf_config
 from maxtext_mudd.checkpoints.hugging_face import files as hf_files
 from maxtext_mudd.checkpoints.hugging_face import models as hf
 from maxtext_mudd.config.errors import ConfigError
-from tests import models
+from tests import models, native_models
 from tests.published import BYTES, LAYOUTS, RELEASED, check_logits, check_same, each_layout, hugging_face
 
 
@@ -142,25 +142,9 @@ def test_models_that_the_authors_code_does_not_have():
 def test_blocks_that_keep_the_scale_of_scores_in_the_query_kernel(block, head_dim, tmp_path):
   """What such models are in the authors' code, which scales scores: the same function, and to the bit where
   sqrt(head_dim) is a power of two."""
-  keys = {
-    "mudd": True,
-    "mudd_ffn_reallocation": True,
-    "decoder_block": block,
-    "base_mlp_dim": 256,
-    "base_num_decoder_layers": 3,
-    "base_emb_dim": 2 * head_dim,
-    "base_num_query_heads": 2,
-    "base_num_kv_heads": 2,
-    "head_dim": head_dim,
-    "vocab_size": 64,
-    "max_target_length": 16,
-    "normalization_layer_epsilon": 1e-6,
-    "logits_via_embedding": False,
-    "mlp_activations": ["silu", "linear"],
-    "enable_dropout": False,
-    "scan_layers": False,
-    "weight_dtype": "float32",
-  }
+  heads = {"base_num_query_heads": 2, "base_num_kv_heads": 2, "head_dim": head_dim, "base_emb_dim": 2 * head_dim}
+  keys = native_models.KEYS | heads | {"decoder_block": block, "base_num_decoder_layers": 3, "base_mlp_dim": 256}
+  keys |= {"mudd_ffn_reallocation": True, "max_target_length": 16}
   local_keys = keys | model_config.local_keys()
   config = model_config.build(local_keys)
   model = models.build(model_config.build(local_keys | {"dtype": "float32", "attention": "dot_product"}))

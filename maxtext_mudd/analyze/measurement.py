@@ -49,9 +49,9 @@ class Figure:
     """What one batch adds: a pytree of arrays whose shapes do not depend on the batch. Compiled."""
     raise NotImplementedError
 
-  def added(self, found: Any) -> Any:
+  def added(self, statistics: Any) -> Any:
     """What is added over batches, from `sums` of one batch in float64."""
-    return found
+    return statistics
 
   def arrays(self, sums: Any) -> dict[str, Named]:
     """The figure's arrays, from the sums over all batches, in float64."""
@@ -137,9 +137,9 @@ def totals(
   total = None
   for batch in tqdm.tqdm(data, desc=name):
     before_batch()
-    found = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums(model, *batch)))
-    check_finite(found)
-    of_batch = figure.added(found[0])
+    of_figure, of_logits = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums(model, *batch)))
+    check_finite((of_figure, of_logits))
+    of_batch = figure.added(of_figure)
     total = of_batch if total is None else jax.tree.map(np.add, total, of_batch)
   return total
 

@@ -23,8 +23,8 @@ class MuddformerConfig(PretrainedConfig):
       some of "qkvr", or "x" for one stream that serves as all; `hidden`: the width of the MLP that makes its weights, 0
       where they are static. Where a block has none, the next one reads its output. Default: a DA after each block,
       sources all, streams "qkvr", and "r" after the last block, of the widths of the released models.
-    separate_norms: for each block, whether it has norms of its own for queries, keys and values; default: where it
-      reads several streams.
+    separate_norms: for each block, whether it has separate norms for queries, keys and values; default: where it reads
+      several streams.
     static_weights: whether the static part of weights is a parameter; else it stays as it starts.
     static_start: how static weights start: "newest", one at the newest source, or "zero".
     source_norm: RMSNorm with a scale of each source before it is mixed (`pre-norm`, Eq. 10).

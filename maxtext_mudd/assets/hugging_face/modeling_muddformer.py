@@ -103,7 +103,7 @@ class MuddformerAttention(nn.Module):
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
     if cache is not None:
-      # Before transformers 5.6 a static cache has to be told the places.
+      # Before transformers 5.6 a static cache needs the places of the tokens.
       takes_places = "cache_kwargs" in inspect.signature(cache.update).parameters
       places = ({"cache_position": cache_position},) if takes_places else ()
       key, value = cache.update(key, value, self.layer_idx, *places)
@@ -199,14 +199,14 @@ class MuddformerAggregate(nn.Module):
   def forward(self, history, x):
     """history: [B,T,D] of each source so far, by number, normed if the model norms them; x: X_i itself -> streams."""
     weights = self.weights(x)
-    made = {}
+    streams = {}
     for c, stream in enumerate(self.streams):
       # In float32, and rounded once, as in JAX.
       mixed = sum(weights[:, :, c, j, None] * history[source] for j, source in enumerate(self.sources)).to(x.dtype)
       if stream in self.stream_norms:
         mixed = self.stream_norms[stream](mixed)
-      made[stream] = mixed + x if self.config.add_newest else mixed
-    return made
+      streams[stream] = mixed + x if self.config.add_newest else mixed
+    return streams
 
 
 class MuddformerPreTrainedModel(PreTrainedModel):
@@ -312,12 +312,11 @@ class MuddformerModel(MuddformerPreTrainedModel):
       maps += [weights] if show_maps else []
     (x,) = streams.values() if streams else (x,)
     states[-1] = x = self.norm(x)
-    found = {CACHE: cache if use_cache else None}
     output = BaseModelOutputWithPast(
       last_hidden_state=x,
       hidden_states=tuple(states) if show_states else None,
       attentions=tuple(maps) if show_maps else None,
-      **found,
+      **{CACHE: cache if use_cache else None},
     )
     return output.to_tuple() if return_dict is False else output
 
@@ -347,7 +346,7 @@ def _added_mask(config, x, attention_mask, cache, places):
   if config._attn_implementation == "flash_attention_2":
     return attention_mask
   if config._attn_implementation not in ("eager", "sdpa"):
-    return None  # a backend of its own, such as vLLM's, knows what is visible
+    return None  # another backend, such as vLLM's, knows what is visible
   length = cache.get_max_cache_shape() if cache is not None else None  # of a static cache
   length = length or int(places[-1]) + 1
   visible = (torch.arange(length, device=x.device) <= places[:, None])[None, None]

@@ -1,6 +1,6 @@
 """Converts models from Hugging Face folders to model folders, and back.
 
-A folder has the format of the authors' PyTorch code, or that of this project's own (`native.py`), which to-hf writes.
+A folder has the format of the authors' PyTorch code, or that of this project's (`native.py`), which to-hf writes.
 
 Tensors are read one at a time. A conversion to a model folder holds the whole model in host memory once, in the dtype
 of the model folder. A conversion to a Hugging Face folder holds one shard in memory.
@@ -62,8 +62,7 @@ class Model:
     self._tensors = hf_files.open_folder(path)
     self.is_native = self.fields.get("model_type") == native.MODEL_TYPE
     if self.is_native:
-      self.keys = native.keys(self.fields, str(path / CONFIG))
-      self.ffn_widths = native.widths(self.keys)
+      self.keys, self.ffn_widths = native.read(self.fields, str(path / CONFIG))
     else:
       self.keys = config_json.keys(self.fields, _ffn_widths(self._tensors), str(path / CONFIG))
       self.ffn_widths = released_ffn.from_keys(self.keys)
@@ -98,7 +97,7 @@ def to_hf(source: pathlib.Path, target: pathlib.Path, released: bool = False) ->
   """Writes the Hugging Face folder `target` with the model of the model folder `source`.
 
   Args:
-    released: whether it gets the format of the authors' code in place of this project's own.
+    released: whether it gets the format of the authors' code in place of this project's.
 
   Raises:
     ConfigError: the source is no model folder or is damaged, the code of the format has no such model, or the target

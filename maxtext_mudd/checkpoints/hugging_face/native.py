@@ -1,4 +1,4 @@
-"""The project's own PyTorch model for transformers: its `config.json` and the names of its tensors.
+"""This project's PyTorch model for transformers: its `config.json` and the names of its tensors.
 
 `to-hf` writes this format. The code of the model is in `assets/hugging_face` and goes beside the weights, so that
 transformers loads them by `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`.
@@ -124,19 +124,19 @@ def fields(
   }
 
 
-def keys(fields_of_file: Mapping[str, Any], file: str) -> dict[str, Any]:
-  """MaxText's keys of the model with single layers.
+def read(fields_of_file: Mapping[str, Any], file: str) -> tuple[dict[str, Any], tuple[int, ...]]:
+  """MaxText's keys of the model with single layers, and the FFN width of each block.
 
   Raises:
-    ConfigError: `config.json` does not have them, or its other fields are of another model.
+    ConfigError: `config.json` does not have the keys, or its other fields are of another model.
   """
-  found = fields_of_file.get(MAXTEXT_KEYS)
-  if not isinstance(found, dict):
+  stored = fields_of_file.get(MAXTEXT_KEYS)
+  if not isinstance(stored, dict):
     raise ConfigError(f"{file} has no {MAXTEXT_KEYS}, which to-hf writes; convert the model again.")
-  if unknown := found.keys() - _KEPT:
+  if unknown := stored.keys() - _KEPT:
     raise ConfigError(f"{file}: {MAXTEXT_KEYS} has {min(unknown)}, which is no key of a model; remove it.")
-  found = {**found, "scan_layers": False}
-  expected = fields(model_config.build(found | model_config.local_keys()), found)
+  keys = {**stored, "scan_layers": False}
+  expected = fields(model_config.build(keys | model_config.local_keys()), keys)
   for name in expected.keys() - _FREE_FIELDS:
     # transformers leaves out fields that have the default of its class.
     if name in fields_of_file and fields_of_file[name] != expected[name]:
@@ -144,12 +144,7 @@ def keys(fields_of_file: Mapping[str, Any], file: str) -> dict[str, Any]:
         f"{file}: {name}={fields_of_file[name]}, and its {MAXTEXT_KEYS} are of a model with {expected[name]}; change "
         "both or none."
       )
-  return found
-
-
-def widths(keys: Mapping[str, Any]) -> tuple[int, ...]:
-  """The FFN width of each block of the model that MaxText's keys describe."""
-  return tuple(ffn_widths.of_config(model_config.build({**keys} | model_config.local_keys())))
+  return keys, tuple(expected["intermediate_sizes"])
 
 
 def copy_code(target: pathlib.Path) -> None:
@@ -168,10 +163,10 @@ def _check(config) -> None:
     )
   expected = _FIXED | {"mlp_activations": _ACTIVATIONS[config.mudd_decoder_layer]}
   for key, value in expected.items():
-    found = getattr(config, key)
-    found = list(found) if isinstance(found, (list, tuple)) else getattr(found, "value", found)
-    if found != value:
-      raise ConfigError(f"{key}={found} is not in the PyTorch model, which has {key}={value}.")
+    configured = getattr(config, key)
+    configured = list(configured) if isinstance(configured, (list, tuple)) else getattr(configured, "value", configured)
+    if configured != value:
+      raise ConfigError(f"{key}={configured} is not in the PyTorch model, which has {key}={value}.")
   for key in _NONE_OR_ZERO:
     if (value := getattr(config, key)) and value > 0:
       raise ConfigError(f"{key}={value} is not in the PyTorch model, which has {key}=0.")
@@ -186,7 +181,7 @@ def _has_qk_norm(config) -> bool:
 
 
 def _has_separate_norms(plan, i: int) -> bool:
-  """Whether block i + 1 has norms of its own for queries, keys and values."""
+  """Whether block i + 1 has separate norms for queries, keys and values."""
   return i + 1 in plan.separate_norms or (i in plan.sites and plan.sites[i].ways > 1)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -70,8 +69,12 @@ class Ablation:
         values = self._means(model, each)
       losses = []
       for _, _, replaced in cases:
-        sums = sum(np.asarray(_losses(model, replaced, values, *batch), np.float64) for batch in each())
-        losses.append(sums[0] / sums[1])
+        total, count = 0.0, 0
+        for batch in each():
+          of_tokens = np.asarray(_losses(model, replaced, values, *batch), np.float64)
+          counts = np.asarray(next_tokens(batch))
+          total, count = total + of_tokens[counts].sum(), count + counts.sum()
+        losses.append(total / count)
         measurement.check_finite(losses[:1])  # with other weights a model may overflow; the array has NaN there
     increases = self._empty()
     for (kind, at, _), loss in zip(cases[1:], losses[1:]):
@@ -138,10 +141,9 @@ class Ablation:
 
 @forward.pure
 def _losses(model, replaced, values, *batch):
-  """The sum of the losses of all next tokens, and their number."""
+  """The loss of each next token [B,T]. A sum of them in float32 has too few digits for small differences."""
   logits, _ = inspection.observe(model, batch, {}, kept.Edit(replaced, values))
-  counts = next_tokens(batch)
-  return jnp.stack([(token_losses(logits, batch) * counts).sum(), counts.sum().astype(jnp.float32)])
+  return token_losses(logits, batch)
 
 
 @forward.pure

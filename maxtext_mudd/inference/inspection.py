@@ -15,6 +15,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from maxtext.common.common_types import ShardMode
 from maxtext.layers.attention_op import AttentionOp
 import numpy as np
 
@@ -95,7 +96,7 @@ def observe(
 
 
 def inspectable(model: nnx.Module, with_maps: bool = True) -> nnx.Module:
-  """The model in the form in which it keeps arrays: with connections and single layers.
+  """The model in the form in which it keeps arrays: with connections, single layers and automatic axes.
 
   Args:
     with_maps: whether attention computes its weights as an array, too.
@@ -129,7 +130,8 @@ def inspectable_config(config, with_maps: bool = True):
   """
   if blocks.spec(config).attention is None:
     raise ValueError(f"decoder_block={config.decoder_block.value} has no attention, and MaxText runs it scanned only.")
-  keys = {"scan_layers": False, "num_vocab_tiling": 1} | ({} if config.mudd else {**_PLAIN})
+  keys = {"scan_layers": False, "num_vocab_tiling": 1, "shard_mode": ShardMode.AUTO}
+  keys |= {} if config.mudd else {**_PLAIN}
   keys |= {"attention": "dot_product"} if with_maps else {}
   different = {key: value for key, value in keys.items() if getattr(config, key) != value}
   if not different:

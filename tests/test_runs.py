@@ -1,4 +1,4 @@
-"""Whole runs through the entry points: stock unchanged, the patch, kill and resume, a damaged checkpoint."""
+"""Whole runs through the entry points: stock unchanged, the patches, kill and resume, a damaged checkpoint."""
 
 from concurrent.futures import ThreadPoolExecutor
 import os
@@ -6,15 +6,18 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
+import tomllib
 
 import maxtext
 import pytest
 
+from maxtext_mudd.model import classes
 from tests import runs
 
 STOCK_YML = str(runs.ROOT / "tests" / "stock.yml")
-PATCH = runs.ROOT / "patches" / "maxtext-0.2.5-entry-points.patch"
+PATCHES = {"entry-points": [], "decoder-path": ["decoder_path=maxtext_mudd/model/classes.py"]}  # with a run's keys
 LAST_STEP = 7
 
 
@@ -28,14 +31,23 @@ def overrides(folder) -> list[str]:
   return runs.build_corpus(folder)
 
 
+def patch_file(name: str) -> pathlib.Path:
+  return runs.ROOT / "patches" / f"maxtext-0.2.5-{name}.patch"
+
+
+@pytest.fixture(scope="module", params=PATCHES)
+def patch(request) -> str:
+  return request.param
+
+
 @pytest.fixture(scope="module")
-def patched(folder) -> pathlib.Path:
+def patched(tmp_path_factory, patch) -> pathlib.Path:
   """A copy of the installed MaxText with the patch applied."""
-  copy = folder / "patched"
+  copy = tmp_path_factory.mktemp(patch)
   source = pathlib.Path(maxtext.__file__).parent
   shutil.copytree(source, copy / "maxtext", ignore=shutil.ignore_patterns("__pycache__"))
-  env = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
-  subprocess.run(["git", "apply", str(PATCH)], cwd=copy, check=True, env=env)
+  env = os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent)}
+  subprocess.run(["git", "apply", str(patch_file(patch))], cwd=copy, check=True, env=env)
   return copy
 
 
@@ -54,15 +66,71 @@ def test_stock_is_unchanged_without_mudd(folder):
 
 
 @pytest.mark.slow
-def test_the_patch_trains_as_the_plugin_does(folder, overrides, losses, patched):
-  keys = [*overrides, "enable_checkpointing=false"]
-  found = runs.train(runs.STOCK, runs.RUN_YML, folder / "output", "patched", *keys, PYTHONPATH=str(patched))
+def test_the_patch_trains_as_the_plugin_does(folder, overrides, losses, patch, patched):
+  keys = [*overrides, *PATCHES[patch], "enable_checkpointing=false"]
+  found = runs.train(runs.STOCK, runs.RUN_YML, folder / "output", f"patched-{patch}", *keys, PYTHONPATH=str(patched))
   assert sorted(found) == list(range(LAST_STEP + 1))
   assert found == losses
 
 
-def test_the_patch_does_not_mention_mudd():
-  assert "mudd" not in PATCH.read_text().lower()
+@pytest.mark.parametrize("name", PATCHES)
+def test_the_patch_does_not_mention_mudd(name):
+  assert "mudd" not in patch_file(name).read_text().lower()
+
+
+def test_both_patches_find_the_same_classes():
+  groups = tomllib.loads((runs.ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+  by_entry_point = {group.removeprefix("maxtext."): entries["mudd"] for group, entries in groups.items()}
+  offered = {name: value for name, value in vars(classes).items() if name.endswith("_class")}
+  assert {name: f"{value.__module__}:{value.__name__}" for name, value in offered.items()} == by_entry_point
+
+
+PRINT_ERRORS = """
+import sys
+from maxtext.configs import pyconfig
+
+for overrides in sys.argv[2:]:
+  try:
+    pyconfig.initialize(["", sys.argv[1], *overrides.split()])
+  except ValueError as error:
+    print(error)
+"""
+
+
+def config_errors(patched, config: str, *overrides: str) -> list[str]:
+  """What the patched MaxText says about a configuration with each of `overrides`, line by line."""
+  finished = subprocess.run(
+    [sys.executable, "-c", PRINT_ERRORS, config, *overrides],
+    cwd=runs.ROOT,
+    env=runs.environment(PYTHONPATH=str(patched)),
+    capture_output=True,
+    text=True,
+  )
+  assert finished.returncode == 0, finished.stderr[-4000:]
+  return finished.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_the_patch_refuses_keys_of_optimizers(patch, patched):
+  """Optimizers stay MaxText's own, which do not know the parameters of connections."""
+  keys = ["opt_type=muon", "mudd_decay=matrices", "mudd_learning_rate_factor=0.5"]
+  errors = config_errors(patched, runs.RUN_YML, *(" ".join([*PATCHES[patch], key]) for key in keys))
+  refusals = [line for line in errors if "mudd=True in MaxText's own commands" in line]
+  assert [key for key, line in zip(keys, refusals, strict=True) if key in line] == keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", ["decoder-path"], indirect=True)
+def test_a_decoder_path_that_cannot_work(tmp_path, patched):
+  for name, text in {"notes.txt": "", "empty.py": "", "other.py": "decoder_class = config_class = dict"}.items():
+    (tmp_path / name).write_text(text)
+  paths = [str(tmp_path / name) for name in ("absent.py", "notes.txt", "empty.py", "other.py")]
+  assert config_errors(patched, STOCK_YML, *(f"decoder_path={path}" for path in paths)) == [
+    f"Cannot import {paths[0]!r}: file does not exist",
+    f"Cannot import {paths[1]!r}: not a valid python file",
+    f"{paths[2]!r} does not define a class named 'decoder_class'",
+    f"{paths[3]!r}: config_class is not a subclass of MaxTextConfig",
+  ]
 
 
 @pytest.mark.slow

@@ -275,3 +275,14 @@ def test_tokens_that_look_like_mathematics_are_drawn(tmp_path):
   maps = measurement.Named(("head", "query", "key"), np.eye(4)[None], {"query": texts, "key": texts})
   drawing.write("attention", {"a $$ model": {"block_001": maps}}, tmp_path / "x.png")
   assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scales_of_weights_have_numbers():
+  values = np.array([[[20.0, -3.0], [0.04, 5.0]]])
+  labels = {"stream": ["v"], "aggregate": [1, 2], "source": [0, 1]}
+  mean, deviation = (measurement.Named((*labels,), x, labels) for x in (values, abs(values)))
+  bars = drawing.DRAWN["weights"]({"mudd": {"mean": mean, "deviation": deviation}}).axes[-2:]
+  assert [[x.get_text() for x in bar.get_yticklabels()] for bar in bars] == [
+    ["-10", "-1", "0", "1", "10"],
+    ["0", "1", "10"],
+  ]

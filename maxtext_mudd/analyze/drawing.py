@@ -12,9 +12,8 @@ COLORS = {"q": "tab:blue", "k": "tab:orange", "v": "tab:green", "r": "tab:red", 
 COLORS |= {"attention": "tab:blue", "value": "tab:green", "ffn": "tab:red"}
 STYLES = ("-", "--", ":", "-.")
 MOST_LABELS = 64  # tokens that fit an axis
-LINEAR_SHARE = (
-  0.01  # of the largest weight; a colour is linear below it and logarithmic above, since norms grow in depth
-)
+# Of the largest weight: a colour is linear below it and logarithmic above, since norms grow in depth.
+LINEAR_SHARE = 0.01
 
 Results = Mapping[str, Mapping[str, Named]]  # by model, then by name of the array
 
@@ -27,7 +26,7 @@ def write(figure: str, results: Results, path: pathlib.Path) -> None:
   # Names and tokens may have dollar signs, and letters that the font lacks.
   with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Glyph .* missing")
-    _DRAWN[figure](results).savefig(path, dpi=120)
+    DRAWN[figure](results).savefig(path, dpi=120)
 
 
 def _axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4.5)):
@@ -127,8 +126,16 @@ def _weights(results: Results):
         axis.set_title(f"{model}: {name}, stream {stream}" if column == 0 else f"stream {stream}", fontsize=9)
         axis.set_xlabel("source")
         axis.set_ylabel("aggregate")
-      picture.colorbar(image, ax=axes[2 * k + row, : len(array.values)], shrink=0.8)
+      bar = picture.colorbar(image, ax=axes[2 * k + row, : len(array.values)], shrink=0.8)
+      bar.set_ticks(ticks := _powers(norm), labels=[f"{x:g}" for x in ticks])
   return picture
+
+
+def _powers(norm) -> list[float]:
+  """Zero, and the powers of ten of either sign in the logarithmic part of a scale of colours."""
+  first, last = np.ceil(np.log10(norm.linthresh)), np.floor(np.log10(norm.vmax))
+  powers = (10.0 ** np.arange(first, last + 1)).tolist()
+  return [x for x in [*(-x for x in reversed(powers)), 0.0, *powers] if x >= norm.vmin]
 
 
 def _ablate(results: Results):
@@ -158,6 +165,7 @@ def _speed(results: Results):
   for name, at in zip(arrays["loss"].labels["model"], zip(x, y)):
     axes.annotate(name, at, textcoords="offset points", xytext=(6, 4), fontsize=8)
   axes.set(xlabel="speed, relative to the plain model", ylabel="held-out loss")
+  axes.margins(0.12)
   axes.grid(alpha=0.3)
   return picture
 
@@ -169,7 +177,7 @@ def _ticks(axis, columns, rows) -> None:
     place(range(0, len(labels), step), [str(x) for x in labels[::step]], fontsize=7)
 
 
-_DRAWN = {
+DRAWN = {
   "similarity": _similarity,
   "heads": _heads,
   "attention": _attention,

@@ -1,4 +1,4 @@
-# The image that `make xpk` runs: Python 3.12, the pinned requirements with libtpu, this package, and the files that a
+# The image that `make submit` runs: Python 3.12, the pinned requirements with libtpu, this package, and the files that a
 # command line names. docs/cluster.md says how to build it.
 FROM python:3.12-slim AS wheel
 WORKDIR /src

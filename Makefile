@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 UV := uv==0.13.9
 XPK_VENV := .venv-xpk
 XPK := $(XPK_VENV)/bin/xpk
+GCLUSTER ?= gcluster
 export JAX_PLATFORMS ?= cpu
 export HF_HUB_OFFLINE ?= 1
 export TPU_SKIP_MDS_QUERY ?= 1
@@ -26,6 +27,7 @@ DATA := $(CORPUS)/train.parquet $(CORPUS)/eval.parquet
 WHEEL_DIR ?= dist
 OVERRIDES := $(if $(STEPS),steps=$(STEPS)) $(ARGS)
 
+LAUNCHER ?=
 CLUSTER ?=
 TPU_TYPE ?=
 NUM_SLICES ?=
@@ -33,18 +35,21 @@ WORKLOAD ?=
 MAX_RESTARTS ?= 0
 ZONE ?=
 XPK_ARGS ?=
+GCLUSTER_ARGS ?=
 DRY_RUN ?=
 MANIFEST ?=
 PROJECT ?= $(if $(filter-out 0,$(DRY_RUN)),,$(shell gcloud config get project 2>/dev/null))
 COMMIT = $(shell git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null)
 DOCKER_IMAGE ?= gcr.io/$(or $(PROJECT),your-project)/maxtext-mudd:$(or $(COMMIT),latest)
 
-# Variables that reach XPK, and $(call refuse,NAME,CHARACTER,WHAT) for what make or a shell would take for its own in them.
-REQUEST := CONFIG CLUSTER TPU_TYPE NUM_SLICES WORKLOAD OUTPUT MAX_RESTARTS PROJECT ZONE DOCKER_IMAGE DRY_RUN MANIFEST
+# Variables that reach a launcher, and $(call refuse,NAME,CHARACTER,WHAT) for what make or a shell would take for its
+# own in them.
+REQUEST := LAUNCHER GCLUSTER CONFIG CLUSTER TPU_TYPE NUM_SLICES WORKLOAD OUTPUT MAX_RESTARTS PROJECT ZONE DOCKER_IMAGE \
+  DRY_RUN MANIFEST
 refuse = $(if $(and $(filter command environment,$(origin $(1))),$(findstring $(2),$(value $(1)))),\
   $(error $(1) has $(3), which does not reach the container as it is; write the value without))
 
-.PHONY: help setup corpus train compare upcycle xpk image test test-slow test-hf aot lint format lock wheel clean
+.PHONY: help setup corpus train compare upcycle submit xpk image test test-slow test-hf aot lint format lock wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -104,14 +109,18 @@ $(XPK): requirements/xpk.txt | $(READY)
 	fi
 	@touch $@
 
-xpk: $(READY) $(XPK)  ## submit CONFIG to CLUSTER as WORKLOAD (docs/cluster.md); DRY_RUN=1 writes the manifest only
+submit: $(if $(filter xpk,$(LAUNCHER)),$(XPK))  ## submit CONFIG to CLUSTER, LAUNCHER=gcluster or xpk (docs/cluster.md)
+xpk: $(XPK)  ## the same as submit LAUNCHER=xpk
+xpk: override LAUNCHER := xpk
+
+submit xpk: $(READY)
 	$(foreach name,$(REQUEST),$(call refuse,$(name),',a single quote))
-	$(foreach name,$(REQUEST) STEPS ARGS XPK_ARGS,$(call refuse,$(name),$$,a dollar sign))
+	$(foreach name,$(REQUEST) STEPS ARGS XPK_ARGS GCLUSTER_ARGS,$(call refuse,$(name),$$,a dollar sign))
 	@ARGS="$${STEPS:+steps=$$STEPS }$$ARGS"; \
-	$(PY) -m maxtext_mudd.cluster 'XPK=$(XPK)' 'CONFIG=$(CONFIG)' 'CLUSTER=$(CLUSTER)' 'TPU_TYPE=$(TPU_TYPE)' \
-	  'NUM_SLICES=$(NUM_SLICES)' 'WORKLOAD=$(WORKLOAD)' 'OUTPUT=$(OUTPUT)' 'MAX_RESTARTS=$(MAX_RESTARTS)' \
-	  'PROJECT=$(PROJECT)' 'ZONE=$(ZONE)' 'DOCKER_IMAGE=$(DOCKER_IMAGE)' 'DRY_RUN=$(DRY_RUN)' 'MANIFEST=$(MANIFEST)' \
-	  "ARGS=$$ARGS" "XPK_ARGS=$$XPK_ARGS"
+	$(PY) -m maxtext_mudd.cluster 'LAUNCHER=$(LAUNCHER)' 'XPK=$(XPK)' 'GCLUSTER=$(GCLUSTER)' 'CONFIG=$(CONFIG)' \
+	  'CLUSTER=$(CLUSTER)' 'TPU_TYPE=$(TPU_TYPE)' 'NUM_SLICES=$(NUM_SLICES)' 'WORKLOAD=$(WORKLOAD)' 'OUTPUT=$(OUTPUT)' \
+	  'MAX_RESTARTS=$(MAX_RESTARTS)' 'PROJECT=$(PROJECT)' 'ZONE=$(ZONE)' 'DOCKER_IMAGE=$(DOCKER_IMAGE)' \
+	  'DRY_RUN=$(DRY_RUN)' 'MANIFEST=$(MANIFEST)' "ARGS=$$ARGS" "XPK_ARGS=$$XPK_ARGS" "GCLUSTER_ARGS=$$GCLUSTER_ARGS"
 
 image:  ## build DOCKER_IMAGE for clusters, and push it (docs/cluster.md)
 	@case '$(DOCKER_IMAGE)' in \

@@ -1,18 +1,26 @@
-"""`make xpk`: requests that are refused before XPK runs, and what XPK is told."""
+"""`make submit`: requests that are refused before a launcher runs, and what XPK is told."""
 
-import json
 import pathlib
-import sys
 
 import pytest
 
 from maxtext_mudd.cluster import __main__ as cluster
 from maxtext_mudd.cluster import training, xpk
 from maxtext_mudd.config.errors import ConfigError
-from tests.cluster import SYNTHETIC, arguments, main, request
+from tests.cluster import SYNTHETIC, arguments, main, recorder, request, told
 from tests.runs import ROOT
 
 REFUSED = {
+  "no launcher": (
+    {"LAUNCHER": ""},
+    "LAUNCHER is not set; write LAUNCHER=gcluster (Cluster Toolkit) or LAUNCHER=xpk (XPK).",
+  ),
+  "launcher": ({"LAUNCHER": "slurm"}, "LAUNCHER=slurm is not a launcher; write LAUNCHER=gcluster (Cluster Toolkit) or"),
+  "flags of the other launcher": (
+    {"GCLUSTER_ARGS": "--verbose"},
+    "GCLUSTER_ARGS=--verbose has flags of gcluster job submit, and LAUNCHER=xpk runs xpk workload create; write its "
+    "flags in XPK_ARGS.",
+  ),
   "no cluster": ({"CLUSTER": ""}, "CLUSTER is not set; for example: make xpk CLUSTER=my-cluster"),
   "capitals": (
     {"WORKLOAD": "My_Run"},
@@ -85,7 +93,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_refused_before_xpk_runs(mistake, tmp_path, monkeypatch, capsys):
+def test_refused_before_a_launcher_runs(mistake, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   changes, message = REFUSED[mistake]
   manifest = tmp_path / "xpk" / "manifest.yml"
@@ -165,34 +173,15 @@ def test_data_that_must_be_mounted():
 
 def test_command_line():
   made = request(ARGS=f"steps=10 {SYNTHETIC} 'hf_path=two words'", XPK_ARGS="--spot", PROJECT="my-project")
-  assert xpk.training_command(made) == (
+  assert made.training_command == (
     "python3 MaxText/train.py yaml/mudd_405m.yml run_name=mudd-405m base_output_directory=gs://my-bucket/runs "
     "steps=10 yaml/data/synthetic.yml 'hf_path=two words'"
   )
-  told = xpk.arguments(made, pathlib.Path("m.yml"), dry_run=False)
-  assert told[:5] == ["workload", "create", "--env=JAX_PLATFORMS=tpu,cpu", "--env=PYTHONUNBUFFERED=1", "--spot"]
-  assert "--project=my-project" in told
-  assert not [word for word in told if word.startswith("--zone")]  # gcloud's
-  assert told[-2:] == ["--output-manifest-file=m.yml", "--no-dry-run"]
-
-
-def recorder(folder: pathlib.Path) -> pathlib.Path:
-  """Stands for xpk where a submission would reach out: notes what it is told, and makes the manifest of a dry run."""
-  program = folder / "recorder"
-  program.write_text(
-    f"#!{sys.executable}\n"
-    "import json, os, sys\n"
-    f"log = {str(folder / 'told.jsonl')!r}\n"
-    "open(log, 'a').write(json.dumps([sys.argv[1:], os.environ.get('TELEMETRY_ENABLED')]) + '\\n')\n"
-    "flags = dict(word.split('=', 1) for word in sys.argv if word.startswith('--') and '=' in word)\n"
-    "container = {'image': flags['--docker-image'], 'command': ['(' + flags['--command'] + ') & PID=$!;']}\n"
-    "manifest = {'spec': {'replicatedJobs': [{'template': {'spec': {'template': {'spec': {'containers':\n"
-    "  [container]}}}}}]}}\n"
-    "open(flags['--output-manifest-file'], 'w').write(json.dumps(manifest))\n"
-    "sys.exit(0 if '--dry-run' in sys.argv else 7)\n"
-  )
-  program.chmod(0o755)
-  return program
+  words = xpk.arguments(made, pathlib.Path("m.yml"), dry_run=False)
+  assert words[:5] == ["workload", "create", "--env=JAX_PLATFORMS=tpu,cpu", "--env=PYTHONUNBUFFERED=1", "--spot"]
+  assert "--project=my-project" in words
+  assert not [word for word in words if word.startswith("--zone")]  # gcloud's
+  assert words[-2:] == ["--output-manifest-file=m.yml", "--no-dry-run"]
 
 
 def test_submission_is_rehearsed_first(tmp_path, monkeypatch, capfd):
@@ -201,7 +190,7 @@ def test_submission_is_rehearsed_first(tmp_path, monkeypatch, capfd):
   program = recorder(tmp_path)
   changes = {"DRY_RUN": "", "ARGS": SYNTHETIC, "MANIFEST": str(manifest)}
   assert cluster.main([f"XPK={program}", *arguments(**changes)]) == 7  # xpk's own status
-  (rehearsed, telemetry), (submitted, own) = map(json.loads, (tmp_path / "told.jsonl").read_text().splitlines())
+  (rehearsed, telemetry), (submitted, own) = told(tmp_path)
   assert (rehearsed[-1], submitted[-1]) == ("--dry-run", "--no-dry-run")
   assert (telemetry, own) == ("false", None)
   assert f"--output-manifest-file={manifest}" in submitted
@@ -211,8 +200,7 @@ def test_submission_is_rehearsed_first(tmp_path, monkeypatch, capfd):
 def test_nothing_is_submitted_that_cannot_work(tmp_path, capsys):
   changes = {"DRY_RUN": "", "ARGS": "mudd_way=4", "MANIFEST": str(tmp_path / "manifest.yml")}
   assert main(recorder(tmp_path), capsys, **changes).startswith("mudd_way is not a configuration key")
-  told = [json.loads(line)[0] for line in (tmp_path / "told.jsonl").read_text().splitlines()]
-  assert [words[-1] for words in told] == ["--dry-run"]
+  assert not (tmp_path / "told.jsonl").exists()
   assert not (tmp_path / "manifest.yml").exists()
 
 
@@ -221,7 +209,7 @@ def test_manifest_that_cannot_be_written(tmp_path, capsys):
   manifest = program / "manifest.yml"
   found = main(program, capsys, DRY_RUN="", ARGS=SYNTHETIC, MANIFEST=str(manifest))
   assert found == f"MANIFEST={manifest} cannot be written (File exists); name a file in a folder that you can write to."
-  assert len((tmp_path / "told.jsonl").read_text().splitlines()) == 1  # the rehearsal
+  assert len(told(tmp_path)) == 1  # the rehearsal
 
 
 def test_without_xpk(capsys):

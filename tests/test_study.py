@@ -121,7 +121,7 @@ def test_make_xpk_accepts_the_lines_for_a_cluster(name, configs, tmp_path, monke
   plan, results = study_plan.read(STUDIES / f"{name}.yml"), study.Results(tmp_path / "results.jsonl")
   others = shlex.split("CLUSTER=a TPU_TYPE=v5p-16 NUM_SLICES=1 OUTPUT=gs://bucket/runs DOCKER_IMAGE=a/b:c DRY_RUN=1")
   lines = study.submissions(plan, STUDIES, results)
-  requests = [request.read([*shlex.split(line.removeprefix("make xpk ")), *others]) for line in lines]
+  requests = [request.read(["LAUNCHER=xpk", *shlex.split(line.removeprefix("make xpk ")), *others]) for line in lines]
   cells = study_plan.cells(plan, STUDIES, {})
   assert [x.workload for x in requests] == [cell.run_name for cell in cells]
   assert [x.config for x in requests[:2]] == [f"yaml/{config}.yml" for config in configs]

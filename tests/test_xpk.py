@@ -1,7 +1,6 @@
 """XPK itself: the manifest that it makes of a request, what it rejects, and what docs/cluster.md tells it."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -13,7 +12,18 @@ from maxtext_mudd.cluster import __main__ as cluster
 from maxtext_mudd.cluster import request as requests
 from maxtext_mudd.cluster import training
 from maxtext_mudd.config.errors import ConfigError
-from tests.cluster import MAKE, SYNTHETIC, VARIABLES, XPK, arguments, main, needs_xpk, request
+from tests.cluster import (
+  MAKE,
+  SYNTHETIC,
+  VARIABLES,
+  XPK,
+  arguments,
+  documented,
+  main,
+  needs_xpk,
+  request,
+  without_make,
+)
 from tests.runs import ROOT
 
 
@@ -132,12 +142,13 @@ def test_make_refuses_what_it_would_change(variable, sentence):
 
 
 @needs_xpk
-def test_make(tmp_path):
-  """The issue's own line: quotes, STEPS and ARGS go through make and two shells."""
+@pytest.mark.parametrize("target", [["xpk"], ["submit", "LAUNCHER=xpk"]])
+def test_make(target, tmp_path):
+  """Quotes, STEPS and ARGS go through make and two shells."""
   manifest = tmp_path / "manifest.yml"
   line = [
     *MAKE,
-    "xpk",
+    *target,
     "CONFIG=yaml/mudd_405m.yml",
     *(f"{name}={VARIABLES[name]}" for name in ("CLUSTER", "TPU_TYPE", "NUM_SLICES", "WORKLOAD", "OUTPUT", "DRY_RUN")),
     "STEPS=10",
@@ -149,17 +160,8 @@ def test_make(tmp_path):
   written = manifest.read_text()
   assert "steps=10 yaml/data/synthetic.yml 'hf_path=two \"words\"') &" in written
   assert "image: gcr.io/your-project/maxtext-mudd:" in written
+  assert written.rstrip() in finished.stdout
   assert "this request would be refused without DRY_RUN=1: PROJECT is not set and gcloud has none" in finished.stdout
-
-
-def without_make() -> dict[str, str]:
-  return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-
-
-def documented(start: str) -> list[list[str]]:
-  """The command lines of the page that begin so, without that."""
-  text = (ROOT / "docs" / "cluster.md").read_text()
-  return [shlex.split(line)[len(start.split()) :] for line in text.splitlines() if line.startswith(f"    {start} ")]
 
 
 @needs_xpk
@@ -181,4 +183,4 @@ def test_documented_runs_are_not_refused(monkeypatch):
   lines = documented("make xpk")
   assert len(lines) > 3
   for line in lines:
-    training.check(requests.read([f"DOCKER_IMAGE={VARIABLES['DOCKER_IMAGE']}", *line]))
+    training.check(requests.read(["LAUNCHER=xpk", f"DOCKER_IMAGE={VARIABLES['DOCKER_IMAGE']}", *line]))

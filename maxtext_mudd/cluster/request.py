@@ -1,6 +1,6 @@
-"""Reads the variables of `make xpk` into a `Request`.
+"""Reads the variables of `make submit` into a `Request`.
 
-`read` checks them by the rules of XPK, Kubernetes and Cloud Storage. It needs neither a network nor JAX.
+`read` checks them by the rules of the launcher, Kubernetes and Cloud Storage. It needs neither a network nor JAX.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,15 @@ import pathlib
 import re
 import shlex
 
+from maxtext_mudd.cluster.launchers import LAUNCHERS, NAME_LIMIT, ROOT, Launcher
 from maxtext_mudd.config import slices
 from maxtext_mudd.config.errors import ConfigError
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG_FOLDER = "yaml"  # the only folder of configuration files that the Dockerfile copies into the image
-NAME_LIMIT = 40
 PROJECT_PLACEHOLDER, ZONE_PLACEHOLDER = "your-project", "your-zone-a"  # in a dry run, which does not ask gcloud
+# The environment of the container. With these platforms a TPU that does not start is an error. Without them JAX would
+# train on the CPU.
+ENVIRONMENT = {"JAX_PLATFORMS": "tpu,cpu", "PYTHONUNBUFFERED": "1"}
 
 _NAME_RULE = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _OUTPUT_RULE = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[a-zA-Z0-9._=+-]+)*/?")
@@ -33,24 +35,6 @@ _VARIABLE_OF_KEY = {
   "compile_topology": "TPU_TYPE",
   "compile_topology_num_slices": "NUM_SLICES",
 }
-# Flags of `xpk workload create` that a variable sets.
-_VARIABLE_OF_FLAG = {
-  "--command": "CONFIG and ARGS",
-  "--cluster": "CLUSTER",
-  "--workload": "WORKLOAD",
-  "--tpu-type": "TPU_TYPE",
-  "--device-type": "TPU_TYPE",
-  "--num-slices": "NUM_SLICES",
-  "--max-restarts": "MAX_RESTARTS",
-  "--docker-image": "DOCKER_IMAGE",
-  "--base-docker-image": "DOCKER_IMAGE",
-  "--script-dir": "DOCKER_IMAGE",
-  "--project": "PROJECT",
-  "--zone": "ZONE",
-  "--dry-run": "DRY_RUN",
-  "--no-dry-run": "DRY_RUN",
-  "--output-manifest-file": "MANIFEST",
-}
 # The required variables, each with an example.
 _REQUIRED = {
   "CONFIG": "yaml/mudd_405m.yml",
@@ -61,7 +45,10 @@ _REQUIRED = {
   "OUTPUT": "gs://my-bucket/runs",
   "DOCKER_IMAGE": "gcr.io/my-project/maxtext-mudd:1",
 }
-_VARIABLES = (*_REQUIRED, "ARGS", "XPK_ARGS", "MAX_RESTARTS", "PROJECT", "ZONE", "DRY_RUN", "MANIFEST", "XPK")
+_VARIABLES = (
+  *("LAUNCHER", *_REQUIRED, "ARGS", "MAX_RESTARTS", "PROJECT", "ZONE", "DRY_RUN", "MANIFEST"),
+  *(name for x in LAUNCHERS.values() for name in (x.program_variable, x.args_variable)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +56,20 @@ class Request:
   """A training run on a cluster.
 
   Attributes:
+    launcher: the launcher that submits it.
+    program: the path of the launcher's program.
     config: the path of the model's configuration file in the container.
-    cluster, workload, tpu_type, num_slices, max_restarts, image, project, zone: values for the flags of XPK. If the
-      project or the zone is empty, XPK takes it from gcloud.
+    cluster, workload, tpu_type, num_slices, max_restarts, image, project, zone: values for the flags of the launcher.
+      If the project or the zone is empty, the launcher takes it from its own settings.
     output: a folder of Cloud Storage, for MaxText's base_output_directory.
     overrides: further arguments of MaxText/train.py.
-    xpk_args: further arguments of `xpk workload create`.
+    launcher_args: further arguments of the launcher's command.
     dry_run: whether to stop before the submission.
     manifest: the file to write the manifest to.
   """
 
+  launcher: Launcher
+  program: str
   config: str
   cluster: str
   workload: str
@@ -90,26 +81,43 @@ class Request:
   project: str = ""
   zone: str = ""
   overrides: tuple[str, ...] = ()
-  xpk_args: tuple[str, ...] = ()
+  launcher_args: tuple[str, ...] = ()
   dry_run: bool = False
   manifest: pathlib.Path = pathlib.Path("manifest.yml")
 
+  @property
+  def training_command(self) -> str:
+    """The command that the container runs, quoted for its shell."""
+    run = [f"run_name={self.workload}", f"base_output_directory={self.output}"]
+    return shlex.join(["python3", "MaxText/train.py", self.config, *run, *self.overrides])
+
+  @property
+  def further_arguments(self) -> str:
+    """The variables of free text and their values, for messages."""
+    words_by_name = {"ARGS": self.overrides, self.launcher.args_variable: self.launcher_args}
+    described = [f"{name}={shlex.join(words)}" for name, words in words_by_name.items() if words]
+    return " and ".join(described) or "The request"
+
 
 def read(arguments: Sequence[str]) -> Request:
-  """Reads NAME=value arguments, which are the variables of `make xpk`.
+  """Reads NAME=value arguments, which are the variables of `make submit`.
 
   Raises:
-    ConfigError: a value is missing, or XPK, Kubernetes or Cloud Storage would reject it.
+    ConfigError: a value is missing, or the launcher, Kubernetes or Cloud Storage would reject it.
   """
   for argument in arguments:
     if "=" not in argument:
       raise ConfigError(f"{argument} is not NAME=value, such as WORKLOAD=mudd-405m.")
   values = dict(argument.split("=", 1) for argument in arguments)
-  _check_variables(values)
+  launcher = _launcher(values.get("LAUNCHER", ""))
+  _check_variables(values, launcher)
   dry_run = _switch("DRY_RUN", values.get("DRY_RUN", ""))
   if not dry_run:
     check_image(values["DOCKER_IMAGE"])
+  args_variable = launcher.args_variable
   return Request(
+    launcher=launcher,
+    program=values.get(launcher.program_variable) or launcher.program,
     config=path_in_image("CONFIG", values["CONFIG"]),
     cluster=values["CLUSTER"],
     workload=values["WORKLOAD"],
@@ -121,23 +129,37 @@ def read(arguments: Sequence[str]) -> Request:
     project=values.get("PROJECT", ""),
     zone=values.get("ZONE", ""),
     overrides=tuple(map(_override, _words("ARGS", values.get("ARGS", "")))),
-    xpk_args=tuple(map(_xpk_argument, _words("XPK_ARGS", values.get("XPK_ARGS", "")))),
+    launcher_args=tuple(_launcher_argument(x, launcher) for x in _words(args_variable, values.get(args_variable, ""))),
     dry_run=dry_run,
-    manifest=pathlib.Path(values.get("MANIFEST") or f"build/xpk/{values['WORKLOAD']}.yml"),
+    manifest=pathlib.Path(values.get("MANIFEST") or f"build/{launcher.name}/{values['WORKLOAD']}.yml"),
   )
 
 
-def _check_variables(values: dict[str, str]) -> None:
+def _launcher(name: str) -> Launcher:
+  """Returns the launcher of a name. Raises ConfigError for another name."""
+  if name not in LAUNCHERS:
+    mistake = f"LAUNCHER={name} is not a launcher" if name else "LAUNCHER is not set"
+    raise ConfigError(f"{mistake}; write {' or '.join(f'LAUNCHER={x.name} ({x.title})' for x in LAUNCHERS.values())}.")
+  return LAUNCHERS[name]
+
+
+def _check_variables(values: dict[str, str], launcher: Launcher) -> None:
   """Checks the names of all variables, and the values of those that are texts. Raises ConfigError."""
   for name in values:
     if name not in _VARIABLES:
       nearest = difflib.get_close_matches(name.upper(), _VARIABLES, n=1, cutoff=0.0)[0]
-      raise ConfigError(f"{name} is not a variable of make xpk; the nearest is {nearest}.")
+      raise ConfigError(f"{name} is not a variable of {launcher.make}; the nearest is {nearest}.")
   for name, example in _REQUIRED.items():
     if not values.get(name):
-      raise ConfigError(f"{name} is not set; for example: make xpk {name}={example}")
-  for name in ("CLUSTER", "WORKLOAD"):
-    _check_name(name, values[name])
+      raise ConfigError(f"{name} is not set; for example: {launcher.make} {name}={example}")
+  for other in LAUNCHERS.values():
+    if other is not launcher and (value := values.get(other.args_variable)):
+      raise ConfigError(
+        f"{other.args_variable}={value} has flags of {other.command}, and LAUNCHER={launcher.name} runs "
+        f"{launcher.command}; write its flags in {launcher.args_variable}."
+      )
+  _check_name("CLUSTER", values["CLUSTER"], launcher, NAME_LIMIT)
+  _check_name("WORKLOAD", values["WORKLOAD"], launcher, launcher.workload_limit)
   if (tpu_type := slices.of_xpk(values["TPU_TYPE"])) != values["TPU_TYPE"]:
     raise ConfigError(f"TPU_TYPE={values['TPU_TYPE']} is MaxText's name for it; write XPK's, {tpu_type}.")
   for name, rule, reason in (
@@ -177,13 +199,13 @@ def path_in_image(name: str, value: str) -> str:
   return path.relative_to(ROOT).as_posix()
 
 
-def _check_name(name: str, value: str) -> None:
+def _check_name(name: str, value: str, launcher: Launcher, limit: int) -> None:
   """Checks a name by XPK's own rule (its `name_type`), which keeps the names of Kubernetes objects and pods valid."""
-  if len(value) > NAME_LIMIT:
-    raise ConfigError(f"{name}={value} has {len(value)} characters; XPK takes {NAME_LIMIT} at most.")
+  if len(value) > limit:
+    raise ConfigError(f"{name}={value} has {len(value)} characters; {launcher.title} takes {limit} at most.")
   if not _NAME_RULE.fullmatch(value):
     raise ConfigError(
-      f"{name}={value} is not a name that XPK takes: lower-case letters, digits and hyphens, "
+      f"{name}={value} is not a name that {launcher.title} takes: lower-case letters, digits and hyphens, "
       "with a letter first and no hyphen last."
     )
 
@@ -228,15 +250,20 @@ def _words(name: str, value: str) -> list[str]:
     raise ConfigError(f"{name}={value} has quotes that do not match ({str(error).lower()}).") from None
 
 
-def _xpk_argument(argument: str) -> str:
-  """Returns an argument of XPK_ARGS. Raises ConfigError for a flag that a variable sets or that cannot work."""
+def _launcher_argument(argument: str, launcher: Launcher) -> str:
+  """Returns an argument of XPK_ARGS or GCLUSTER_ARGS. Raises ConfigError for a flag that a variable sets or that cannot
+  work."""
   flag = argument.split("=", 1)[0]
-  if flag in _VARIABLE_OF_FLAG:
-    raise ConfigError(f"XPK_ARGS: {argument} is set by {_VARIABLE_OF_FLAG[flag]}; set it there.")
-  if flag.startswith("--use-pat") and "--use-pathways".startswith(flag):  # XPK takes abbreviated flags
+  if not flag.startswith("--"):
+    flag = flag[:2]  # a short flag, whose value may follow without a space
+  if flag in launcher.variable_of_flag:
     raise ConfigError(
-      f"XPK_ARGS: {argument} does not work with xpk workload create: Pathways has a command of its own, which make xpk "
-      "does not run; leave it out."
+      f"{launcher.args_variable}: {argument} is set by {launcher.variable_of_flag[flag]}; set it there."
+    )
+  pathways, reason = launcher.pathways
+  if flag.startswith(pathways):
+    raise ConfigError(
+      f"{launcher.args_variable}: {argument} does not work with {launcher.command}: {reason}; leave it out."
     )
   return argument
 

@@ -1,6 +1,6 @@
 """Calls `xpk workload create` for a request.
 
-`rehearse` makes XPK's own dry run, which needs no network. `submit` submits the request.
+`command` is the command line. `rehearse` makes XPK's own dry run, which needs no network. `submit` submits the request.
 """
 
 import os
@@ -12,17 +12,8 @@ import tempfile
 
 import yaml
 
-from maxtext_mudd.cluster.request import PROJECT_PLACEHOLDER, ZONE_PLACEHOLDER, Request
+from maxtext_mudd.cluster.request import ENVIRONMENT, PROJECT_PLACEHOLDER, ZONE_PLACEHOLDER, Request
 from maxtext_mudd.config.errors import ConfigError
-
-# With these platforms a TPU that does not start is an error. Without them JAX would train on the CPU.
-ENVIRONMENT = {"JAX_PLATFORMS": "tpu,cpu", "PYTHONUNBUFFERED": "1"}
-
-
-def training_command(request: Request) -> str:
-  """The command that the container runs, quoted for its shell."""
-  run = [f"run_name={request.workload}", f"base_output_directory={request.output}"]
-  return shlex.join(["python3", "MaxText/train.py", request.config, *run, *request.overrides])
 
 
 def arguments(request: Request, manifest: pathlib.Path, dry_run: bool) -> list[str]:
@@ -33,14 +24,14 @@ def arguments(request: Request, manifest: pathlib.Path, dry_run: bool) -> list[s
     "workload",
     "create",
     *(f"--env={name}={value}" for name, value in ENVIRONMENT.items()),
-    *request.xpk_args,
+    *request.launcher_args,
     f"--cluster={request.cluster}",
     f"--workload={request.workload}",
     f"--tpu-type={request.tpu_type}",
     f"--num-slices={request.num_slices}",
     f"--max-restarts={request.max_restarts}",
     f"--docker-image={request.image}",
-    f"--command={training_command(request)}",
+    f"--command={request.training_command}",
     *([f"--project={project}"] if project else []),
     *([f"--zone={zone}"] if zone else []),
     f"--output-manifest-file={manifest}",
@@ -48,18 +39,20 @@ def arguments(request: Request, manifest: pathlib.Path, dry_run: bool) -> list[s
   ]
 
 
-def rehearse(xpk: str, request: Request) -> str:
-  """Returns the manifest that XPK generates for a request.
+def command(request: Request) -> list[str]:
+  """The command that submits a request, or with DRY_RUN=1 writes its manifest only."""
+  return ["xpk", *arguments(request, request.manifest, request.dry_run)]
 
-  Args:
-    xpk: the path of XPK's program.
+
+def rehearse(request: Request) -> str:
+  """Returns the manifest that XPK generates for a request.
 
   Raises:
     ConfigError: XPK is not installed, rejects an argument, or generates a manifest that changes the request.
   """
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder) / "manifest.yml"
-    finished = _run(xpk, arguments(request, file, dry_run=True), capture_output=True, stdin=subprocess.DEVNULL)
+    finished = _run(request, arguments(request, file, dry_run=True), capture_output=True, stdin=subprocess.DEVNULL)
     if finished.returncode or not file.is_file():
       raise ConfigError(_rejection(request, finished))
     manifest = file.read_text()
@@ -67,24 +60,24 @@ def rehearse(xpk: str, request: Request) -> str:
   return manifest
 
 
-def submit(xpk: str, request: Request) -> int:
+def submit(request: Request) -> int:
   """Submits a request. XPK's own output and questions are on the terminal. Returns XPK's exit status."""
-  return _run(xpk, arguments(request, request.manifest, dry_run=False)).returncode
+  return _run(request, arguments(request, request.manifest, dry_run=False)).returncode
 
 
-def _run(xpk: str, xpk_arguments: list[str], **options) -> subprocess.CompletedProcess:
+def _run(request: Request, xpk_arguments: list[str], **options) -> subprocess.CompletedProcess:
   environment = dict(os.environ)
   if "--dry-run" in xpk_arguments:
     environment["TELEMETRY_ENABLED"] = "false"  # XPK would report a dry run to its developers, too
   try:
-    return subprocess.run([xpk, *xpk_arguments], env=environment, text=True, check=False, **options)
+    return subprocess.run([request.program, *xpk_arguments], env=environment, text=True, check=False, **options)
   except OSError as error:
-    raise ConfigError(f"XPK={xpk} cannot be run ({error.strerror}); make xpk installs it.") from None
+    raise ConfigError(f"XPK={request.program} cannot be run ({error.strerror}); make xpk installs it.") from None
 
 
 def _rejection(request: Request, finished: subprocess.CompletedProcess) -> str:
   """A sentence with the variable that XPK rejects and XPK's own reason."""
-  xpk_args = f"XPK_ARGS={shlex.join(request.xpk_args)}"
+  xpk_args = f"XPK_ARGS={shlex.join(request.launcher_args)}"
   if not finished.returncode:
     return f"{xpk_args} asks XPK for something other than a workload; leave it out."
   error = re.search(r"^xpk\b.*?: error: (?:argument (\S+): )?(.+)", finished.stderr, re.MULTILINE)
@@ -111,10 +104,8 @@ def _check_manifest(manifest: str, request: Request) -> None:
     pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     container = pod["containers"][-1]
     command = container["command"][-1]
-    is_unchanged = container["image"] == request.image and f"({training_command(request)}) &" in command
+    is_unchanged = container["image"] == request.image and f"({request.training_command}) &" in command
   except (yaml.YAMLError, KeyError, IndexError, TypeError):
     is_unchanged = False
   if not is_unchanged:
-    arguments_by_name = {"ARGS": request.overrides, "XPK_ARGS": request.xpk_args}
-    described = " and ".join(f"{name}={shlex.join(words)}" for name, words in arguments_by_name.items() if words)
-    raise ConfigError(f"{described or 'The request'} is changed in XPK's manifest; remove quotes from it.")
+    raise ConfigError(f"{request.further_arguments} is changed in XPK's manifest; remove quotes from it.")

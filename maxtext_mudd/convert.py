@@ -3,6 +3,7 @@ a trained plain model to one with depth connections.
 
     python3 -m maxtext_mudd.convert from-hf --hf-dir D --maxtext-dir M key=value ...
     python3 -m maxtext_mudd.convert to-hf --maxtext-dir M --hf-dir D [--released]
+    python3 -m maxtext_mudd.convert re-export --from D --to NEW
     python3 -m maxtext_mudd.convert from-fork --fork-dir D --maxtext-dir M key=value ...
     python3 -m maxtext_mudd.convert from-run --checkpoint runs/a/checkpoints/999 --maxtext-dir M yaml/mudd_tiny.yml ...
     python3 -m maxtext_mudd.convert upcycle --checkpoint runs/a/checkpoints/999 --maxtext-dir M yaml/mudd_tiny.yml \
@@ -13,6 +14,7 @@ a trained plain model to one with depth connections.
 from-hf    reads a Hugging Face folder of MUDDFormer or MUDDPythia, or one that to-hf wrote. It writes a checkpoint of
            the parameters, M/items, and the configuration that describes it, M/model.yml.
 to-hf      writes such a folder M as a Hugging Face folder, with the code that transformers needs to load it.
+re-export  reads what from-hf reads, such as a published folder, and writes what to-hf writes.
 from-fork  reads a model of the authors' JAX code, which is a fork of MaxText: params.safetensors, whose names are flax
            paths, or an Orbax folder. It writes the same files as from-hf.
 from-run   reads a checkpoint of a training run, with the configuration that the run was started with. It writes the
@@ -94,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
   to_hf.add_argument("--hf-dir", required=True, metavar="D", help="folder to create")
   to_hf.add_argument("--released", action="store_true", help="in the format of the authors' PyTorch code")
   to_hf.set_defaults(convert=_to_hf)
+  re_export = commands.add_parser("re-export", help="from a Hugging Face folder to one with this project's code")
+  re_export.add_argument("--from", dest="source", required=True, metavar="D", help="folder that from-hf reads")
+  re_export.add_argument("--to", dest="target", required=True, metavar="NEW", help="folder to create")
+  re_export.set_defaults(convert=_re_export)
   from_fork = commands.add_parser("from-fork", help="from a folder of the authors' JAX code")
   from_fork.add_argument(
     "--fork-dir", required=True, metavar="D", help="folder with params.safetensors or an Orbax tree"
@@ -196,10 +202,22 @@ def _to_hf(args: argparse.Namespace) -> str:
   target = pathlib.Path(args.hf_dir).absolute()
   models.to_hf(pathlib.Path(args.maxtext_dir).absolute(), target, args.released)
   if any(target.glob("*.py")):
-    return f"{target}: loads with trust_remote_code"
-  return (
-    f"{target}: loads with trust_remote_code, once the authors' configuration_*.py and modeling_*.py are copied there"
-  )
+    return _loads(target)
+  return f"{_loads(target)}, once the authors' configuration_*.py and modeling_*.py are copied there"
+
+
+def _re_export(args: argparse.Namespace) -> str:
+  from maxtext_mudd.checkpoints import source_check
+  from maxtext_mudd.checkpoints.hugging_face import models
+
+  source, target = pathlib.Path(args.source).absolute(), pathlib.Path(args.target).absolute()
+  source_check.check(source, "from-hf")
+  models.re_export(source, target)
+  return _loads(target)
+
+
+def _loads(target: pathlib.Path) -> str:
+  return f"{target}: loads with trust_remote_code"
 
 
 def _upcycle(args: argparse.Namespace) -> str:

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from maxtext_mudd import plugin
-from maxtext_mudd.checkpoints import layout, model_config, model_folder, staging
+from maxtext_mudd import assets, plugin
+from maxtext_mudd.checkpoints import layout, model_config, model_folder, staging, tokenizers
 from maxtext_mudd.checkpoints.hugging_face import models as hf
 from maxtext_mudd.checkpoints.hugging_face import native
-from tests import models, scanning
+from maxtext_mudd.evaluate.harness import MaxTextLM
+from maxtext_mudd.inference.tokens import Tokenizer
+from tests import evaluation, models, scanning
 
 KEYS = {
   "mudd": True,
@@ -63,22 +65,35 @@ FORMS = {
   "plain": {"mudd_placements": [{"block": 4, "sources": "all", "streams": "x"}], "rope_max_timescale": 500},
   "scanned": {"scan_layers": True},
 }
+# A model of bytes, with its tokenizer, and texts of which one is longer than its context.
+OF_BYTES = {
+  "tokenizer_type": "huggingface",
+  "tokenizer_path": assets.BYTE_TOKENIZER,
+  "vocab_size": 264,
+  "add_bos": True,  # as the tokenizer does without MaxText
+}
+PAIRS = [("The moon", " is paper."), ("No swans", "."), ("", "lanterns"), ("Of moons and of lanterns of paper:", " no")]
+TEXTS = ["Sphinx of black quartz, judge my vow: na\u00efve fa\u00e7ades.", "No swans."]
 
 
 def save(form: str, folder: pathlib.Path):
-  """Writes a random model to a model folder; returns (model of single layers, its configuration)."""
-  keys = KEYS | FORMS[form] | {"scan_layers": False}
+  """Writes a random model to a model folder; returns it, of single layers."""
+  return save_keys(KEYS | FORMS[form], folder)
+
+
+def save_keys(form: dict, folder: pathlib.Path):
+  keys = form | {"scan_layers": False}
   config = model_config.build(keys | model_config.local_keys())
   exact = {"attention": "dot_product", "dtype": "float32", "matmul_precision": "highest"}
   model = models.build(model_config.build(keys | model_config.local_keys() | exact))
   values = scanning.random_values(model.config)
   models.set_parameters(model, values)
-  saved, keys = values, KEYS | FORMS[form]
-  if keys["scan_layers"]:
-    config = model_config.build(keys | model_config.local_keys())
+  saved = values
+  if form["scan_layers"]:
+    config = model_config.build(form | model_config.local_keys())
     saved = layout.stack(values, config)
   with staging.staged(folder) as stage:
-    model_folder.save(stage, config, {path: jnp.asarray(x) for path, x in saved.items()}, keys)
+    model_folder.save(stage, config, {path: jnp.asarray(x) for path, x in saved.items()}, form)
   return model
 
 
@@ -107,6 +122,14 @@ def expected(model) -> dict[str, np.ndarray]:
   return arrays
 
 
+def scores(model) -> dict[str, list]:
+  """What maxtext_mudd.evaluate computes: log-likelihood and whether greedy of PAIRS, log-likelihood of TEXTS."""
+  lm = MaxTextLM(model, model.config, Tokenizer(model.config), batch_size=2)
+  pairs = lm.loglikelihood(evaluation.instances("loglikelihood", *PAIRS))
+  rolling = lm.loglikelihood_rolling(evaluation.instances("loglikelihood_rolling", *((text,) for text in TEXTS)))
+  return {"pairs": PAIRS, "scores": pairs, "texts": TEXTS, "rolling": rolling}
+
+
 def main(folder: pathlib.Path) -> None:
   plugin.install()
   for number, form in enumerate(FORMS):
@@ -116,6 +139,11 @@ def main(folder: pathlib.Path) -> None:
     shutil.rmtree(folder / "maxtext")
     save_file(expected(model), target / "expected.safetensors")
     (target / "form.json").write_text(json.dumps(form))
+  model = save_keys(KEYS | OF_BYTES, folder / "maxtext")
+  tokenizers.copy(assets.BYTE_TOKENIZER_FOLDER, folder / "maxtext" / model_folder.TOKENIZER)
+  hf.to_hf(folder / "maxtext", folder / "text")
+  shutil.rmtree(folder / "maxtext")
+  (folder / "text" / "scores.json").write_text(json.dumps(scores(model)))
   for name in ("muddformer_tiny", "muddpythia_tiny"):
     hf.from_hf(models.DATA / name, folder / "maxtext", {})
     hf.to_hf(folder / "maxtext", folder / name)

@@ -16,10 +16,12 @@ from maxtext_mudd.checkpoints import model_folder as folders
 from maxtext_mudd.checkpoints.hugging_face import models as hf
 from maxtext_mudd.checkpoints.hugging_face import native
 from maxtext_mudd.config.errors import ConfigError
-from tests import models, native_models
+from tests import models, native_models, upcycling
 from tests.published import BYTES, check_logits, check_same, hugging_face
+from tests.test_from_run import from_run, saved_run
 
 FAST = ("both norms", "scanned")
+FILES = {"config.json", "configuration_muddformer.py", "modeling_muddformer.py", "model.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -30,12 +32,7 @@ def test_round_trip(form, tmp_path, capsys):
   model = native_models.save(form, tmp_path / "m")
   convert.main(["to-hf", "--maxtext-dir", str(tmp_path / "m"), "--hf-dir", str(tmp_path / "d")])
   assert capsys.readouterr().out.strip() == f"{tmp_path}/d: loads with trust_remote_code"
-  assert {x.name for x in (tmp_path / "d").iterdir()} == {
-    "config.json",
-    "configuration_muddformer.py",
-    "modeling_muddformer.py",
-    "model.safetensors",
-  }
+  assert {x.name for x in (tmp_path / "d").iterdir()} == FILES
   convert.main(["from-hf", "--hf-dir", str(tmp_path / "d"), "--maxtext-dir", str(tmp_path / "back")])
   again, _ = maxtext_mudd.from_pretrained(tmp_path / "back")
   expected = {path: np.asarray(x.get_value()) for path, x in models.parameters(model).items()}
@@ -51,8 +48,9 @@ def test_round_trip(form, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["muddformer_tiny", pytest.param("muddpythia_tiny", marks=pytest.mark.slow)])
 def test_published_models_can_be_exported_again(name, tmp_path):
   """The folder of the authors, as this project's format, as a checkpoint: golden logits, and the authors' tensors."""
-  hf.from_hf(models.DATA / name, tmp_path / "m", {})
-  hf.to_hf(tmp_path / "m", tmp_path / "native")
+  convert.main(["re-export", "--from", str(models.DATA / name), "--to", str(tmp_path / "native")])
+  assert {x.name for x in tmp_path.iterdir()} == {"native"}
+  assert {x.name for x in (tmp_path / "native").iterdir()} == FILES
   model, _ = maxtext_mudd.from_pretrained(tmp_path / "native")
   check_logits(model, name)
   hf.from_hf(tmp_path / "native", tmp_path / "again", {})
@@ -124,5 +122,38 @@ def test_special_tokens_are_those_of_the_tokenizer(tmp_path):
   hf.from_hf(source, tmp_path / "m", {})
   hf.to_hf(tmp_path / "m", tmp_path / "d")
   fields = json.loads((tmp_path / "d" / "config.json").read_text())
-  assert [fields[name] for name in native.SPECIAL_TOKENS] == [1, 2, 0]
+  assert [fields[name] for name in native.TOKENIZER_FIELDS] == [1, 2, 0, "PreTrainedTokenizerFast"]
   assert (tmp_path / "d" / "tokenizer.json").exists()
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, capsys):
+  source, target = hugging_face(tmp_path / "hf"), tmp_path / "new" / "d"
+  fields = json.loads((source / "config.json").read_text())
+  (source / "config.json").write_text(json.dumps(fields | {"n_head": 3}))
+  for there in (target, source):
+    with pytest.raises(SystemExit):
+      convert.main(["re-export", "--from", str(source), "--to", str(there)])
+  assert {x.name for x in tmp_path.iterdir()} == {"hf"}
+  first, second = capsys.readouterr().err.strip().splitlines()[-2:]
+  assert first.endswith("is [64, 64], and the model that config.json describes needs [48, 64].")
+  assert second == f"maxtext-mudd: {source} exists already; name a folder that does not."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["run", "upcycled", "scanned run"])
+def test_models_of_runs(kind, tmp_path):
+  """A checkpoint of a run, and a plain model that got connections, have the same logits after to-hf."""
+  keys = ["normalization_layer_epsilon=1e-6", "mlp_activations=[silu,linear]", "logits_via_embedding=false"]
+  if kind == "upcycled":
+    plain, values = upcycling.trained()
+    source = upcycling.save(tmp_path / "plain", values)
+    upcycling.upcycle(source, tmp_path / "m", upcycling.config_file(tmp_path), "mudd=true")
+  else:
+    keys += ["scan_layers=true", "mudd_ffn_groups=2"] if kind == "scanned run" else []
+    from_run(saved_run(tmp_path / "saved" / "9", *keys), tmp_path / "m", *keys)
+  hf.to_hf(tmp_path / "m", tmp_path / "d")
+  tokens = np.random.default_rng(0).integers(3, 64, (2, 8))
+  expected, found = (
+    np.asarray(maxtext_mudd.logits(maxtext_mudd.from_pretrained(tmp_path / x)[0], tokens)) for x in "md"
+  )
+  assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()

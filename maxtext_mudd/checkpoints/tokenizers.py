@@ -4,6 +4,7 @@ A tokenizer is a Hugging Face folder, or one file of SentencePiece or tiktoken.
 """
 
 from collections.abc import Mapping
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -21,16 +22,18 @@ def keys(folder: pathlib.Path) -> dict[str, Any]:
   return {"tokenizer_path": str(folder), "tokenizer_type": "huggingface"}
 
 
-def special_tokens(folder: pathlib.Path) -> dict[str, int]:
-  """The ids of BOS, EOS and padding of the Hugging Face tokenizer in a folder, as fields of `config.json`; empty if
-  there is none."""
+def config_fields(folder: pathlib.Path) -> dict[str, int | str]:
+  """The fields of `config.json` for the Hugging Face tokenizer in a folder: the ids of BOS, EOS and padding, and
+  `tokenizer_class`, without which pipelines of transformers 4 load no tokenizer; empty if there is none."""
   if not keys(folder):
     return {}
   import transformers
 
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-  ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-  return {name: number for name, number in ids.items() if number is not None}
+  fields = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+  settings = folder / "tokenizer_config.json"
+  fields["tokenizer_class"] = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
+  return {name: value for name, value in fields.items() if value is not None}
 
 
 def moved_keys(model_keys: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Configuration of MUDDFormer for transformers: a decoder whose blocks read weighted sums of earlier block outputs."""
 
+import transformers
 from transformers.configuration_utils import PretrainedConfig
 
+IS_5 = int(transformers.__version__.split(".")[0]) >= 5
 STREAMS = "qkvr"
 
 
@@ -48,6 +50,10 @@ class MuddformerConfig(PretrainedConfig):
     "layers.*.mlp.up_proj": "colwise",
     "layers.*.mlp.down_proj": "rowwise",
   }
+  if IS_5:  # gradients of norms that each device applies to its own heads
+    base_model_tp_plan |= dict.fromkeys(
+      ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"), "replicated_with_grad_allreduce"
+    )
 
   def __init__(
     self,

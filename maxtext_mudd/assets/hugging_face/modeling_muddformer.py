@@ -13,18 +13,25 @@ import inspect
 import torch
 from torch import nn
 import torch.nn.functional as F
-import transformers
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from .configuration_muddformer import MuddformerConfig
+from .configuration_muddformer import IS_5, MuddformerConfig
 
-IS_5 = int(transformers.__version__.split(".")[0]) >= 5
+try:
+  from transformers.masking_utils import create_causal_mask
+except ImportError:  # before 4.53
+  create_causal_mask = None
+
 # Newer versions of transformers call the cache of keys and values so.
 CACHE = "cache" if "cache" in {x.name for x in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+# Before transformers 5.6 a static cache needs the places of the tokens.
+CACHE_TAKES_PLACES = "cache_kwargs" in inspect.signature(Cache.update).parameters
+# The arguments of create_causal_mask were renamed several times.
+MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters if create_causal_mask else ()
 
 
 class MuddformerRMSNorm(nn.Module):
@@ -103,12 +110,12 @@ class MuddformerAttention(nn.Module):
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
     if cache is not None:
-      # Before transformers 5.6 a static cache needs the places of the tokens.
-      takes_places = "cache_kwargs" in inspect.signature(cache.update).parameters
-      places = ({"cache_position": cache_position},) if takes_places else ()
-      key, value = cache.update(key, value, self.layer_idx, *places)
-    name = self.config._attn_implementation
-    attend = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+      # A paged cache changes `kwargs`, with which its attention finds keys and values.
+      given = {"cache_kwargs": {"cache_position": cache_position}} if CACHE_TAKES_PLACES else {"kwargs": kwargs}
+      key, value = cache.update(key, value, self.layer_idx, **given)
+    attend = eager_attention
+    if self.config._attn_implementation != "eager":
+      attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
     dropout = self.attention_dropout if self.training else 0.0
     x, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
     return self.o_proj(x.reshape(*x.shape[:2], -1)), weights
@@ -219,6 +226,7 @@ class MuddformerPreTrainedModel(PreTrainedModel):
   _supports_flash_attn = _supports_flash_attn_2 = True
   _supports_cache_class = _supports_static_cache = True
   _supports_attention_backend = True
+  _can_compile_fullgraph = True
 
   def _init_weights(self, module):
     """The plain model at the start: W2 is zero, and static weights are one at the newest source."""
@@ -293,7 +301,8 @@ class MuddformerModel(MuddformerPreTrainedModel):
     if use_cache and cache is None and not is_checkpointing:
       cache = DynamicCache()
     x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    places = torch.arange(x.shape[1], device=x.device) + (0 if cache is None else cache.get_seq_length())
+    seen = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0  # a paged cache comes with positions
+    places = torch.arange(x.shape[1], device=x.device) + seen
     position_ids = places[None] if position_ids is None else position_ids
     given = dict(kwargs, position_embeddings=angles(config, position_ids, x.dtype), cache=cache)
     given |= {"cache_position": places, "position_ids": position_ids}
@@ -332,14 +341,11 @@ def causal_mask(config, x, attention_mask, cache, places, position_ids):
   """The mask that the attention implementation takes: of transformers where it makes one, else [B,1,T,S] to add."""
   if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
     return attention_mask
-  try:
-    from transformers.masking_utils import create_causal_mask
-  except ImportError:  # before 4.53
+  if create_causal_mask is None:
     return _added_mask(config, x, attention_mask, cache, places)
   given = {"config": config, "attention_mask": attention_mask, "position_ids": position_ids}
   given |= {"inputs_embeds": x, "input_embeds": x, "cache": cache, "past_key_values": cache, "cache_position": places}
-  names = inspect.signature(create_causal_mask).parameters  # they were renamed several times
-  return create_causal_mask(**{name: value for name, value in given.items() if name in names})
+  return create_causal_mask(**{name: value for name, value in given.items() if name in MASK_ARGUMENTS})
 
 
 def _added_mask(config, x, attention_mask, cache, places):

@@ -11,6 +11,7 @@ import functools
 import json
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax.numpy as jnp
@@ -111,8 +112,8 @@ def to_hf(source: pathlib.Path, target: pathlib.Path, released: bool = False) ->
   if released:
     fields, dtypes = config_json.fields(config, original.get("fields", {})), original.get("dtypes", {})
   else:
-    special_tokens = original.get("fields", {}) | tokenizers.special_tokens(source / model_folder.TOKENIZER)
-    fields, dtypes = native.fields(config, model_keys, special_tokens), {}
+    of_tokenizer = original.get("fields", {}) | tokenizers.config_fields(source / model_folder.TOKENIZER)
+    fields, dtypes = native.fields(config, model_keys, of_tokenizer), {}
   with staged(target) as stage:
     saved = orbax_folder.parameters(source / model_folder.ITEMS)
     try:
@@ -135,6 +136,22 @@ def to_hf(source: pathlib.Path, target: pathlib.Path, released: bool = False) ->
       remote_code.copy(source / remote_code.FOLDER, stage)
     else:
       native.copy_code(stage)
+
+
+def re_export(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Writes the Hugging Face folder `target` in this project's format with the model of the folder `source`.
+
+  Raises:
+    ConfigError: as `from_hf` and `to_hf`. Then nothing is left behind.
+  """
+  with staged(target) as stage:
+    made, written = stage / "m" / source.name, stage / "d"
+    from_hf(source, made, {})
+    to_hf(made, written)
+    shutil.rmtree(made.parent)
+    for file in written.iterdir():
+      file.rename(stage / file.name)
+    written.rmdir()
 
 
 def _without_layer(name: Name) -> str:

@@ -57,20 +57,20 @@ _FIXED = {
 }
 # Keys of a model folder that are those of the model, whatever the folder and the layout of its layers.
 _KEPT = (model_keys.KEYS | {"enable_dropout"}) - {"tokenizer_path", "tokenizer_type", "scan_layers", "base_config"}
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_FREE_FIELDS = {"architectures", "auto_map", "torch_dtype", MAXTEXT_KEYS, *SPECIAL_TOKENS}
+TOKENIZER_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
+_FREE_FIELDS = {"architectures", "auto_map", "torch_dtype", MAXTEXT_KEYS, *TOKENIZER_FIELDS}
 _NONE_OR_ZERO = ("attn_logits_soft_cap", "final_logits_soft_cap", "attention_output_dim", "trainable_position_size")
 
 
 def fields(
-  config, keys: Mapping[str, Any], special_tokens: Mapping[str, Any] = types.MappingProxyType({})
+  config, keys: Mapping[str, Any], of_tokenizer: Mapping[str, Any] = types.MappingProxyType({})
 ) -> dict[str, Any]:
   """The fields of `config.json` of a model.
 
   Args:
     config: MaxText's configuration of the model.
     keys: the keys that make it.
-    special_tokens: ids of BOS, EOS and padding, as far as they are known.
+    of_tokenizer: fields with the ids of BOS, EOS and padding and the class of the tokenizer, as far as they are known.
 
   Raises:
     ConfigError: the PyTorch model cannot compute it.
@@ -119,7 +119,7 @@ def fields(
     "weight_cap": config.mudd_weight_cap,
     "weight_scale": config.mudd_dynamic and config.mudd_weight_scale,
     "aggregate_act": {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[config.mudd_activation],
-    **{name: special_tokens[name] for name in SPECIAL_TOKENS if special_tokens.get(name) is not None},
+    **{name: of_tokenizer[name] for name in TOKENIZER_FIELDS if of_tokenizer.get(name) is not None},
     MAXTEXT_KEYS: {key: value for key, value in keys.items() if key in _KEPT},
   }
 

@@ -1,4 +1,4 @@
-"""Installs MUDD connections in MaxText by replacing ten of its attributes. No other file replaces any of MaxText.
+"""Installs MUDD connections in MaxText by replacing eleven of its attributes. No other file replaces any of MaxText.
 
 Four replacements make the model:
   maxtext.configs.pyconfig._initialize_pydantic     reads a MuddConfig instead of a MaxTextConfig
@@ -15,6 +15,9 @@ Four replacements correct what MaxText reports about the model:
   maxtext.trainers.pre_train.train.record_activation_metrics         logs the statistics of the aggregates
   maxtext.trainers.pre_train.train.train_step                        adds totals over the aggregates to the metrics
   maxtext.common.metric_logger.MetricLogger                          warns when these totals grow fast
+
+One replacement lets Tunix train models that MaxText does not know by name:
+  maxtext.utils.model_creation_utils.TunixMaxTextAdapter   does not ask for the names of parameters in vLLM
 
 With `mudd: false` each replacement does what the stock attribute does, except for the keys `mudd_decoder_layer` and
 `mudd_init`, for multi-token prediction, which is left out in decoding, where it stops stock MaxText, and for three
@@ -163,6 +166,12 @@ def _metric_logger(stock):
   return instability.with_warnings(stock)
 
 
+def _tunix_adapter(stock):
+  from maxtext_mudd.model import tunix_adapter
+
+  return tunix_adapter.without_model_name(stock)
+
+
 REPLACEMENTS = (
   Replacement(
     "maxtext.configs.pyconfig", "_initialize_pydantic", ("argv", "config_class", "kwargs"), _read_mudd_config
@@ -210,6 +219,13 @@ REPLACEMENTS = (
     "MetricLogger",
     ("self", "config", "learning_rate_schedule"),
     _metric_logger,
+    method="__init__",
+  ),
+  Replacement(
+    "maxtext.utils.model_creation_utils",
+    "TunixMaxTextAdapter",
+    ("self", "base_model", "use_standalone_mappings", "use_no_op_mappings", "pad_id"),
+    _tunix_adapter,
     method="__init__",
   ),
 )

@@ -4,21 +4,25 @@ import copy
 from typing import Any
 
 from maxtext.configs.pyconfig import HyperParameters
+from maxtext.configs.types import MaxTextConfig
 
 
-def changed(config: HyperParameters, **keys: Any) -> HyperParameters:
+def changed(config: HyperParameters | MaxTextConfig, **keys: Any) -> HyperParameters:
   """Returns the configuration with other values of `keys`.
 
   MaxText has no such function: its configurations are read-only. This function validates no value. MaxText derives some
   keys from others. This function does not derive them again, so pass the values of derived keys, too.
 
   Args:
-    config: a configuration of MaxText, or one that this function returned.
+    config: a configuration of MaxText, or one that this function returned. The pydantic object behind a configuration
+      will do, too: MaxText's trainers for fine-tuning pass it to models.
     keys: values by key. They must be hashable, and of the types that `config.get_keys()` has: a dtype is a NumPy dtype.
 
   Raises:
     AttributeError: a key that the configuration does not have.
   """
+  if isinstance(config, MaxTextConfig):
+    config = HyperParameters(config)
   base, earlier = (config._base, config._changes) if isinstance(config, ChangedConfig) else (config, {})
   return ChangedConfig(base, earlier | keys)
 
@@ -27,7 +31,7 @@ class ChangedConfig(HyperParameters):
   """A configuration that differs from a validated one in a few keys. `changed` creates it.
 
   Modules hold configurations as static data, which JAX compares and hashes to find a compiled function. Two changed
-  configurations are equal if they have the same base object and the same changes. A copy, deep or pickled,
+  configurations are equal if they change the same keys of the same pydantic object. A copy, deep or pickled,
   keeps the changes and has a copy of the base.
   """
 
@@ -48,7 +52,9 @@ class ChangedConfig(HyperParameters):
     return ChangedConfig, (self._base, self._changes)
 
   def __eq__(self, other):
-    return isinstance(other, ChangedConfig) and self._base is other._base and self._changes == other._changes
+    if not isinstance(other, ChangedConfig):
+      return False
+    return self._base._pydantic_config is other._base._pydantic_config and self._changes == other._changes
 
   def __hash__(self):
-    return hash((id(self._base), frozenset(self._changes.items())))
+    return hash((id(self._base._pydantic_config), frozenset(self._changes.items())))

@@ -50,13 +50,13 @@ MISTAKES = {
   ),
   "DPO": (
     ["use_dpo=true"],
-    "use_dpo=True does not work with pre-training; use MaxText's post-training trainer, "
-    "maxtext.trainers.post_train.dpo.train_dpo, or set use_dpo=False.",
+    "use_dpo=True does not work with pre-training; start python3 -m maxtext_mudd.post_train dpo instead, or set "
+    "use_dpo=False.",
   ),
   "LoRA": (
     ["lora.enable_lora=true"],
     "lora.enable_lora=True does not work with pre-training: MaxText adds no adapters to the model there, and so trains "
-    "and saves nothing; set lora.enable_lora=False.",
+    "and saves nothing; start python3 -m maxtext_mudd.post_train sft instead, or set lora.enable_lora=False.",
   ),
   "goodput without credentials": (
     ["enable_goodput_recording=true"],

@@ -13,6 +13,31 @@ from orbax.checkpoint import PyTreeCheckpointer, RestoreArgs, args
 from maxtext_mudd.checkpoints import tensors
 from maxtext_mudd.config.errors import ConfigError, brief
 
+ITEMS = ("items", "model_params")  # names of the folder of parameters in a checkpoint: MaxText's, and Tunix'
+
+
+def leaves(tree: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], Any]]:
+  """The parameters in the tree of a checkpoint, by the path of the parameter: its path in the tree, and the leaf.
+
+  MaxText's trainer saves {"params": {"params": {...}}}. Tunix' trainers save the state of the model itself, in which a
+  leaf is {"value": ...}, random number generators are among the parameters, and DPO puts all into {"base": ...}.
+  """
+  root: tuple[str, ...] = ()
+  while isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping):
+    tree, root = tree["params"], (*root, "params")
+  if not root and isinstance(tree, Mapping) and isinstance(tree.get("base"), Mapping):
+    tree, root = tree["base"], ("base",)
+  if not isinstance(tree, Mapping):
+    return {}
+  flat = {tuple(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}
+  if not any(path[-1] == "value" for path in flat):
+    return {"/".join(path): ((*root, *path), leaf) for path, leaf in flat.items()}
+  return {
+    "/".join(path[:-1]): ((*root, *path), leaf)
+    for path, leaf in flat.items()
+    if path[-1] == "value" and not any(name.endswith("rngs") for name in path)
+  }
+
 
 def parameters(path: pathlib.Path) -> dict[str, tensors.Tensor]:
   """The parameters of a saved model or train state, by path. Only metadata are read, not the values.
@@ -22,21 +47,18 @@ def parameters(path: pathlib.Path) -> dict[str, tensors.Tensor]:
   """
   checkpointer = PyTreeCheckpointer()
   try:
-    tree, root = checkpointer.metadata(epath.Path(path)).item_metadata.tree, ()
+    saved = leaves(checkpointer.metadata(epath.Path(path)).item_metadata.tree)
   except Exception as error:  # Orbax has no base class for its errors
     raise _damaged(path, error) from error
-  while isinstance(tree, dict) and isinstance(tree.get("params"), dict):
-    tree, root = tree["params"], (*root, "params")
-  if not isinstance(tree, dict) or not tree:
+  if not saved:
     raise ConfigError(f"{path} holds no parameters; name a folder that a model was saved to.")
 
-  def tensor(name, metadata):
+  def tensor(name, keys, metadata):
     if metadata.dtype not in tensors.DTYPES:
       dtypes = ", ".join(map(str, tensors.DTYPES))
       raise ConfigError(f"{path}: {name} is of {metadata.dtype}; arrays of {dtypes} can be read.")
 
     def read():
-      keys = (*root, *name.split("/"))
       restore_args = _nested(keys, RestoreArgs(restore_type=np.ndarray))
       only_this = args.PyTreeRestore(item=_nested(keys, metadata), restore_args=restore_args, partial_restore=True)
       try:
@@ -49,7 +71,7 @@ def parameters(path: pathlib.Path) -> dict[str, tensors.Tensor]:
 
     return tensors.Tensor(path, tuple(metadata.shape), np.dtype(metadata.dtype), read)
 
-  return {name: tensor(name, metadata) for name, metadata in _by_path(tree).items()}
+  return {name: tensor(name, keys, metadata) for name, (keys, metadata) in saved.items()}
 
 
 def read_tree(path: pathlib.Path, item: str = ""):
@@ -65,10 +87,6 @@ def read_tree(path: pathlib.Path, item: str = ""):
     return checkpointer.restore(folder, restore_args=to_numpy)
   except Exception as error:  # Orbax has no base class for its errors
     raise _damaged(path, error) from error
-
-
-def _by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
-  return {"/".join(path): value for path, value in traverse_util.flatten_dict(tree).items()}
 
 
 def _nested(keys: tuple[str, ...], leaf):

@@ -7,13 +7,13 @@ model.
 from collections.abc import Mapping
 
 from etils import epath
-from flax import nnx, traverse_util
+from flax import nnx
 import jax
 from maxtext.utils import maxtext_utils, model_creation_utils
 from orbax.checkpoint import PyTreeCheckpointer
 
 from maxtext_mudd.blocks import stacks
-from maxtext_mudd.checkpoints import model_config
+from maxtext_mudd.checkpoints import model_config, orbax_folder
 from maxtext_mudd.config.errors import ConfigError, brief
 
 
@@ -32,9 +32,10 @@ def load(config) -> nnx.Module:
 
 
 def items_folder(checkpoint: str) -> epath.Path:
-  """The folder with the parameter tree of a checkpoint: `items` if there is one. MaxText's loaders need this path."""
-  items = epath.Path(checkpoint) / "items"
-  return items if items.is_dir() else epath.Path(checkpoint)
+  """The folder with the parameter tree of a checkpoint: `items`, or `model_params` of a fine-tuned model, if there is
+  one. MaxText's loaders need this path."""
+  path = epath.Path(checkpoint)
+  return next((path / name for name in orbax_folder.ITEMS if (path / name).is_dir()), path)
 
 
 def check_path(path: str, config) -> None:
@@ -80,10 +81,7 @@ def shapes(path: str) -> dict[str, tuple[int, ...]]:
     tree = PyTreeCheckpointer().metadata(epath.Path(path)).item_metadata.tree
   except Exception:  # Orbax has no base class for its errors
     return {}
-  for _ in range(2):  # MaxText saves {"params": {"params": ...}}
-    tree = tree.get("params", {}) if isinstance(tree, Mapping) else {}
-  flat = traverse_util.flatten_dict(tree)
-  return {"/".join(map(str, name)): tuple(x.shape) for name, x in flat.items() if hasattr(x, "shape")}
+  return {name: tuple(x.shape) for name, (_, x) in orbax_folder.leaves(tree).items() if hasattr(x, "shape")}
 
 
 def check(

@@ -30,7 +30,7 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
   """Writes the model folder `target` with the parameters of a checkpoint and the keys of its model.
 
   Args:
-    checkpoint: OUTPUT/RUN/checkpoints/STEP, or the `items` folder in it.
+    checkpoint: OUTPUT/RUN/checkpoints/STEP, or the folder of parameters in it.
     config_file: the configuration file that the run was started with.
     overrides: the keys that the run was started with.
 
@@ -53,8 +53,7 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
 
 def items_of(checkpoint: pathlib.Path) -> pathlib.Path:
   """The folder with the parameters of a checkpoint. Raises ConfigError if there is no such folder."""
-  items = checkpoint / model_folder.ITEMS
-  path = items if items.is_dir() else checkpoint
+  path = pathlib.Path(str(parameters.items_folder(str(checkpoint))))
   if not path.is_dir():
     raise ConfigError(f"{path}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP.")
   return path

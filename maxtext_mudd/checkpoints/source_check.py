@@ -2,7 +2,7 @@
 
 import pathlib
 
-from maxtext_mudd.checkpoints import model_folder, train_state
+from maxtext_mudd.checkpoints import model_folder, orbax_folder, train_state
 from maxtext_mudd.checkpoints.authors_jax import models as authors_jax
 from maxtext_mudd.checkpoints.hugging_face import files as hf_files
 from maxtext_mudd.config.errors import ConfigError
@@ -40,6 +40,8 @@ def check(path: pathlib.Path, command: str) -> None:
       )
   elif command in _OF_RUNS and (path / authors_jax.FILE).exists():
     raise ConfigError(f"{path} is a folder of the authors' JAX code; convert it by from-fork.")
+  elif command in _OF_RUNS and any((path / name).is_dir() for name in orbax_folder.ITEMS):
+    return
   elif not authors_jax.is_folder(path):
     run = path.parent if path.name == "checkpoints" else path
     if command in _OF_RUNS and (run / "checkpoints").is_dir():

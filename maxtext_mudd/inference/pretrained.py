@@ -153,8 +153,8 @@ def _is_checkpoint_of_run(folder: pathlib.Path) -> bool:
   """Whether the folder is or contains a tree of parameters that MaxText saved for a model with connections."""
   from maxtext_mudd.checkpoints import parameters
 
-  paths = (folder / "items", folder)
-  return any("/connection/" in name for path in paths if path.is_dir() for name in parameters.shapes(str(path)))
+  path = parameters.items_folder(str(folder))
+  return path.is_dir() and any("/connection/" in name for name in parameters.shapes(str(path)))
 
 
 def build_with(config, parameters_of: Callable) -> nnx.Module:

@@ -81,14 +81,16 @@ class Console:
     err: the real standard error.
   """
 
-  def __init__(self, writes_log: bool = True, holds_output: bool | None = None):
+  def __init__(self, writes_log: bool = True, holds_output: bool | None = None, first_step: int = 0):
     """
     Args:
       writes_log: whether the run has a folder for log.txt.
+      first_step: the argument of `Progress`.
       holds_output: whether to hold all output until the configuration is read. Default: whether the command line of
         this process shows that the console will be brief (`early_check.shows_brief_console`).
     """
     self.writes_log = writes_log
+    self._first_step = first_step
     self._holds_output = early_check.shows_brief_console(sys.argv) if holds_output is None else holds_output
     self._lock = threading.RLock()
     self._handler = _Handler(self)
@@ -165,7 +167,7 @@ class Console:
     self._is_brief = True
     self._restore.enter_context(self._errors_on_console())
     if self.writes_log:
-      self._progress = Progress(config)
+      self._progress = Progress(config, first_step=self._first_step)
       self.show(f"training {config.run_name} for {config.steps} steps; the full log is {self._log.path}")
       self.show("reading data, building the model and compiling ...")
     for record in self._early_records:

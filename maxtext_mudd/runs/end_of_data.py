@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import logging
 import os
+import pathlib
 import sys
 import traceback
 from typing import Any
@@ -23,6 +24,7 @@ from maxtext_mudd.runs import hosts
 
 DATA_ENDED = 3  # exit status of a run whose data ended before its steps were done
 _STOPPED = "Training stopped: "
+_TUNIX_STOPPED = "Exception in load_next_train_batch: "
 _DATA_REASONS = ("You may have run out of training data.", "`next(self.data_iterator)` failed")
 
 
@@ -32,11 +34,12 @@ class StopRecorder(logging.Handler):
   Attributes:
     terminated: whether MaxText saved a checkpoint and stopped because of a SIGTERM.
     error: the exception that MaxText was handling when it stopped.
+    is_of_tunix: whether a trainer of Tunix stopped, which takes every exception of the data for their end.
   """
 
   def __init__(self):
     super().__init__()
-    self.terminated = False
+    self.terminated = self.is_of_tunix = False
     self.error: BaseException | None = None
 
   def emit(self, record: logging.LogRecord) -> None:
@@ -44,6 +47,8 @@ class StopRecorder(logging.Handler):
     if message.startswith(_STOPPED):
       self.terminated = message.startswith(f"{_STOPPED}Job received termination signal")
       self.error = sys.exception()  # MaxText writes this line in the except clause
+    elif message.startswith(_TUNIX_STOPPED):
+      self.is_of_tunix, self.error = True, sys.exception()
 
 
 def is_other_stop(message: str) -> bool:
@@ -122,6 +127,39 @@ def handle_evaluation_data_error(error: Exception) -> RunEnd | None:
   if not any(frame.f_locals.get("self") is variables["eval_data_iterator"] for frame in _loop_frames(error)):
     return None
   return _end_unreadable(_StoppedRun.from_variables(variables, done=variables["step"] + 1), error)
+
+
+def handle_tunix_data_error(
+  error: BaseException, num_epoch_is_set: bool, config: Any, newest_checkpoint: pathlib.Path | None
+) -> RunEnd | None:
+  """The end of a run of MaxText's trainers for fine-tuning whose training data ended or cannot be read.
+
+  Tunix has saved the last step by then. It also asks for data after the last step, which is no fault.
+
+  Args:
+    error: the exception of the data's iterator.
+    num_epoch_is_set: the answer of `sets_num_epoch`.
+    config: MaxText's configuration.
+    newest_checkpoint: the newest checkpoint of the run.
+
+  Returns:
+    The end of the run, or None if all its steps are done.
+  """
+  done = int(newest_checkpoint.name) if newest_checkpoint else 0
+  if done >= config.steps:
+    return None
+  checkpoint = f"the checkpoint of the last step is {newest_checkpoint}" if done else "no step was done"
+  cause = error.__context__
+  if not isinstance(cause, StopIteration):
+    from maxtext_mudd.runs import data_faults  # imports MaxText
+
+    fault = data_faults.explain(config, cause or error).rstrip(".")
+    return RunEnd(f"{fault}; {done} of steps={config.steps} were done; {checkpoint}.", 2)
+  progress = f"the data ended after {done} of steps={config.steps}"
+  if num_epoch_is_set:
+    return RunEnd(f"{progress}, as num_epoch={config.num_epoch} asks; {checkpoint}.", 0)
+  remedy = f"set num_epoch above {config.num_epoch} or name more files, or set steps={done} for a run that ends here"
+  return RunEnd(f"{progress}; {checkpoint}; {remedy}.", DATA_ENDED)
 
 
 @dataclasses.dataclass(frozen=True)

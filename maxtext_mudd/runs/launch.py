@@ -1,6 +1,6 @@
 """Runs the `main` of a stock MaxText module with MUDD connections, and ends every known failure in one sentence.
 
-`launch` is what `train`, `train_compile` and `decode` call. `exit_with` and `read_overrides` serve all commands.
+`launch` is what `train`, `train_compile`, `post_train` and `decode` call. `exit_with` and `read_overrides` serve all commands.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,9 @@ from maxtext_mudd.config import errors
 from maxtext_mudd.runs import console, early_check, end_of_data, usage
 
 
-def launch(entry_point: str, check: Callable | None = None, check_early: Callable | None = None) -> None:
+def launch(
+  entry_point: str, check: Callable | None = None, check_early: Callable | None = None, command: str = ""
+) -> None:
   """Runs the `main` of a stock MaxText module, as the module does when it is run as a script.
 
   `--help`, `--list`, and mistakes in keys and files are handled without importing JAX. The process exits with one of
@@ -40,10 +42,11 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
     entry_point: the name of the module.
     check: called with the configuration as soon as it is read; raises ConfigError if it cannot work.
     check_early: the argument `check_settings` of `early_check.check`.
+    command: a key of `usage.COMMANDS`; default: the last part of `entry_point`.
   """
   if len(sys.argv) < 2:
     exit_with(f"name a configuration file first, as in: {sys.argv[0]} yaml/mudd_tiny.yml run_name=mine (see --help)")
-  if text := usage.answer(entry_point.rpartition(".")[2], sys.argv[1:]):
+  if text := usage.answer(command or entry_point.rpartition(".")[2], sys.argv[1:]):
     print(text)
     return
   configs = []  # the configurations that MaxText reads
@@ -60,7 +63,7 @@ def launch(entry_point: str, check: Callable | None = None, check_early: Callabl
   except SystemExit as exiting:  # `app.run` raises it at the end of every run, also of a good one
     if stop.terminated and not exiting.code:
       sys.exit(128 + signal.SIGTERM)
-    if end := end_of_data.handle_training_data_error(stop.error, num_epoch_is_set):
+    if end := _end_of_data(stop, num_epoch_is_set, configs):
       exit_with(end.sentence, end.status)
     raise
   except (MemoryError, PermissionError):
@@ -92,6 +95,13 @@ def _install_plugin(check: Callable | None, configs: list) -> None:
     console.start(config)
 
   plugin.install(plugin.Reading(check=check_config, on_error=lambda error: exit_with(str(error))))
+
+
+def _end_of_data(stop: end_of_data.StopRecorder, num_epoch_is_set: bool, configs: list) -> end_of_data.RunEnd | None:
+  """The end of a run whose training data ended or cannot be read; None if something else ended it."""
+  if stop.is_of_tunix:
+    return end_of_data.handle_tunix_data_error(stop.error, num_epoch_is_set, configs[0], _newest_checkpoint(configs[0]))
+  return end_of_data.handle_training_data_error(stop.error, num_epoch_is_set)
 
 
 def _explained_end(error: Exception, configs: list) -> end_of_data.RunEnd | None:

@@ -17,8 +17,14 @@ from maxtext_mudd.runs import data_faults, data_settings, first_batch, megatron_
 
 
 def check_training(config) -> None:
-  """Raises ConfigError for local data files that are not named or do not exist, an output folder that cannot be written
-  to, and a checkpoint that the run cannot start from."""
+  """Raises ConfigError for what `check_inputs` refuses, and for a checkpoint that the run cannot start from."""
+  check_inputs(config)
+  _check_start_checkpoint(config)
+
+
+def check_inputs(config) -> None:
+  """Raises ConfigError for local data files that are not named or do not exist, and an output folder that cannot be
+  written to."""
   check_files(config)
   _check_output_folder(config.base_output_directory)
   if 0 < config.trainable_position_size < config.max_target_length:
@@ -26,7 +32,6 @@ def check_training(config) -> None:
       f"trainable_position_size={config.trainable_position_size} is less than max_target_length="
       f"{config.max_target_length}; make it at least as large."
     )
-  _check_start_checkpoint(config)
 
 
 def try_data(config) -> None:

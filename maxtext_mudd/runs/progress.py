@@ -23,12 +23,14 @@ class Progress:
     status: loss, tokens per second and time left, for a progress bar.
   """
 
-  def __init__(self, config, clock: Callable[[], float] = time.monotonic):
+  def __init__(self, config, clock: Callable[[], float] = time.monotonic, first_step: int = 0):
     """
     Args:
       config: MaxText's configuration.
       clock: returns the current time in seconds.
+      first_step: the number that MaxText's trainer gives the first step of a run.
     """
+    self._first_number = first_step
     self.steps = config.steps
     self.done: int | None = None
     self.status = ""
@@ -45,7 +47,7 @@ class Progress:
   def line(self, message: str) -> str | None:
     """The line for a message of MaxText or Orbax; None if the console does not show the message.
 
-    Steps are counted from 1, while MaxText numbers them from 0. A step has a line if it is the first or the last one,
+    Steps are counted from 1, while MaxText's pre-training numbers them from 0. A step has a line if it is the first or the last one,
     if `log_period` divides its number, or if there was no line of a step for a minute. Checkpoints keep MaxText's
     numbers, which are the names of their folders.
     """
@@ -58,7 +60,7 @@ class Progress:
       if step not in self._saved_steps:
         self._saved_steps.add(step)
         return f"saved checkpoints/{step}"
-    elif resumed := re.match(r"restoring from this run's directory step (\d+)", message):
+    elif resumed := re.match(r"(?:restoring from this run's directory|Restored params from) step:? (\d+)", message):
       return f"resuming from checkpoints/{resumed[1]}"
     elif compiled := re.match(r"\[train\] Total estimated memory size: ([\d.]+ GB)", message):
       line = f"compiled after {_duration(self._clock() - self._start_time)}"
@@ -74,7 +76,7 @@ class Progress:
   def _step(self, message: str) -> str | None:
     fields = dict(part.split(": ", 1) for part in message.split(", ") if ": " in part)
     number = fields.get("completed step") or fields["completed profiler activation/deactivation step"]
-    now, self.done = self._clock(), int(number) + 1
+    now, self.done = self._clock(), int(number) + 1 - self._first_number
     # MaxText does not log this field while the batch size ramps up. The first step includes compilation.
     if "Tokens/s/device" in fields and self._first_step:
       self._tokens += self._devices * float(fields["Tokens/s/device"]) * float(fields["seconds"])
@@ -98,7 +100,7 @@ class Progress:
 
   def _evaluation(self, message: str) -> str:
     fields = dict(part.split("=", 1) for part in message.split(", ") if "=" in part)
-    done = int(re.search(r"\d+", message)[0]) + 1
+    done = int(re.search(r"\d+", message)[0]) + 1 - self._first_number
     loss, perplexity = float(fields["loss"]), float(fields["perplexity"])
     if math.isfinite(perplexity):  # MaxText prints both with three decimals, so this one has more digits
       loss = math.log(perplexity)

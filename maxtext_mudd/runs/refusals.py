@@ -3,7 +3,7 @@
 Each generator below yields pairs: whether a setting is unusable, and the sentence that refuses it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import importlib.util
 import os
 import pathlib
@@ -14,9 +14,14 @@ _PRODUCT_NAME = pathlib.Path("/sys/class/dmi/id/product_name")  # google.auth re
 _SEED_LIMIT = 2**32  # Grain takes smaller seeds only
 
 
-def check(config) -> None:
-  """Raises ConfigError for the first setting of a training run that cannot work."""
-  for is_unusable, sentence in (*_on_any_machine(config), *_without_google_cloud(config)):
+def check(config, trainer_settings: Iterable[tuple[bool, str]] | None = None) -> None:
+  """Raises ConfigError for the first setting of a training run that cannot work.
+
+  Args:
+    trainer_settings: pairs, as the generators of this module yield them, for another trainer than that of pre-training.
+  """
+  of_trainer = _of_pre_training(config) if trainer_settings is None else trainer_settings
+  for is_unusable, sentence in (*_on_any_machine(config), *of_trainer, *_without_google_cloud(config)):
     if is_unusable:
       raise ConfigError(sentence)
 
@@ -42,15 +47,19 @@ def _on_any_machine(config) -> Iterator[tuple[bool, str]]:
     config.enable_data_shuffling and not 0 <= seed < _SEED_LIMIT,
     f"data_shuffle_seed={seed} is not a seed that data can be shuffled with; set it to 0 or more, below {_SEED_LIMIT}.",
   )
+
+
+def _of_pre_training(config) -> Iterator[tuple[bool, str]]:
+  """Settings that pre-training does not work with."""
   yield (
     config.use_dpo,
-    "use_dpo=True does not work with pre-training; use MaxText's post-training trainer, "
-    "maxtext.trainers.post_train.dpo.train_dpo, or set use_dpo=False.",
+    "use_dpo=True does not work with pre-training; start python3 -m maxtext_mudd.post_train dpo instead, or set "
+    "use_dpo=False.",
   )
   yield (
     config.lora.enable_lora,
     "lora.enable_lora=True does not work with pre-training: MaxText adds no adapters to the model there, and so trains "
-    "and saves nothing; set lora.enable_lora=False.",
+    "and saves nothing; start python3 -m maxtext_mudd.post_train sft instead, or set lora.enable_lora=False.",
   )
 
 

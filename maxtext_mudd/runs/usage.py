@@ -67,6 +67,42 @@ COMMANDS = {
     | _DEVICE_KEYS,
   ),
 }
+_POST_TRAINING_KEYS = (
+  {"load_parameters_path": "checkpoint of the model to start from: OUTPUT/RUN/checkpoints/STEP, or M/items"}
+  | _RUN_KEYS
+  | {
+    "steps": "number of steps of the run",
+    "learning_rate": "peak of the learning rate",
+    "hf_train_files": "the data: JSON lines, or a quoted pattern of such files",
+    "train_data_columns": "columns of the data",
+    "tokenizer_path": "folder or name of the model's tokenizer",
+  }
+  | _BATCH_KEYS
+  | _DEVICE_KEYS
+)
+COMMANDS |= {
+  "post_train sft": (
+    "Trains a model on conversations, or an adapter of it (LoRA). post_train/sft.yml sets the keys for JSON lines.",
+    _POST_TRAINING_KEYS
+    | {
+      "chat_template": "Jinja template that makes a text of a conversation",
+      "sft_train_on_completion_only": "true: only answers have a loss",
+      "lora.enable_lora": "true: train an adapter; post_train/lora.yml sets the keys",
+    },
+  ),
+  "post_train dpo": (
+    "Trains a model on pairs of a chosen and a rejected answer. post_train/dpo.yml sets the keys for JSON lines.",
+    _POST_TRAINING_KEYS | {"dpo.dpo_beta": "weight of the distance to the model at the start"},
+  ),
+  "post_train distill": (
+    "Trains a model on the predictions of another. post_train/distill.yml sets the keys.",
+    _POST_TRAINING_KEYS
+    | {
+      "teacher_overrides": "keys of the teacher, with its load_parameters_path",
+      "distill_alpha": "weight of the teacher's predictions in the loss",
+    },
+  ),
+}
 
 
 def answer(command: str, arguments: Sequence[str]) -> str:

@@ -1,0 +1,68 @@
+"""Checks a run of MaxText's trainers for fine-tuning, before anything is compiled or written."""
+
+from collections.abc import Iterator
+import os
+
+from maxtext.configs import pyconfig
+
+from maxtext_mudd.checkpoints import parameters
+from maxtext_mudd.config.errors import ConfigError
+from maxtext_mudd.runs import data_settings
+
+
+def settings(config, name: str) -> Iterator[tuple[bool, str]]:
+  """Yields pairs: whether a setting is unusable with a method of `post_train.METHODS`, and the sentence that refuses it."""
+  for key, method in (("use_sft", "sft"), ("use_dpo", "dpo")):
+    value = getattr(config, key)
+    yield (
+      name == method and not value,
+      f"{key}=False: {method} needs its own keys; name post_train/{method}.yml after the model's file, or set {key}=True.",
+    )
+    yield value and name in ("sft", "dpo") and name != method, f"{key}=True does not work with {name}; set {key}=False."
+  adapter = config.lora
+  yield (
+    adapter.enable_lora and name != "sft",
+    f"lora.enable_lora=True does not work with {name}: MaxText adds no adapters to the model there; set it to False.",
+  )
+  yield (
+    adapter.enable_lora and not adapter.lora_restore_path and (adapter.lora_rank < 1 or adapter.lora_alpha <= 0),
+    f"lora.lora_rank={adapter.lora_rank} and lora.lora_alpha={adapter.lora_alpha:g} make no adapter; set both above 0.",
+  )
+  yield (
+    config.optimizer_memory_host_offload,
+    f"optimizer_memory_host_offload=True does not work with {name}, whose trainer keeps the optimizer's state on the "
+    "devices; set it to False.",
+  )
+  tiles = config.num_vocab_tiling
+  yield name == "dpo" and tiles > 1, f"num_vocab_tiling={tiles} does not work with dpo; set it to 1."
+
+
+def check_start(config) -> None:
+  """Checks the checkpoint that a run starts from, and sets `load_parameters_path` to the folder that MaxText reads.
+
+  Raises:
+    ConfigError: there is no checkpoint, it is not of the model, or the run has done its steps.
+  """
+  if config.load_full_state_path:
+    raise ConfigError(
+      f"load_full_state_path={config.load_full_state_path}: fine-tuning starts from parameters only; name the "
+      "checkpoint by load_parameters_path, which also accepts a checkpoint of a run."
+    )
+  path = config.load_parameters_path
+  if not path:
+    raise ConfigError(
+      "load_parameters_path='' names no model to fine-tune; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
+    )
+  if not data_settings.is_remote(path):
+    if not os.path.isdir(path):
+      raise ConfigError(
+        f"load_parameters_path={path}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
+      )
+    path = os.path.abspath(str(parameters.items_folder(path)))
+    parameters.check_path(path, pyconfig.HyperParameters(config))
+    config.load_parameters_path = path
+  folder = config.checkpoint_dir
+  is_local = folder and not data_settings.is_remote(folder) and os.path.isdir(folder)
+  done = max((int(entry) for entry in os.listdir(folder) if entry.isdigit()), default=0) if is_local else 0
+  if done >= config.steps:
+    raise ConfigError(f"{folder}: this run has done its steps={config.steps}; set steps higher to continue it.")

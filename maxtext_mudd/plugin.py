@@ -19,6 +19,10 @@ Four replacements correct what MaxText reports about the model:
 One replacement lets Tunix train models that MaxText does not know by name:
   maxtext.utils.model_creation_utils.TunixMaxTextAdapter   does not ask for the names of parameters in vLLM
 
+Distillation needs two more, which `replace(DISTILLATION)` makes:
+  maxtext.trainers.post_train.distillation.distillation_utils.MaxTextCheckpointManager   works with the released Tunix
+  maxtext.trainers.post_train.distillation.train_distill.MaxTextDistillationTrainer      stops after the last step
+
 With `mudd: false` each replacement does what the stock attribute does, except for the keys `mudd_decoder_layer` and
 `mudd_init`, for multi-token prediction, which is left out in decoding, where it stops stock MaxText, and for three
 conveniences of reading a configuration:
@@ -29,7 +33,7 @@ conveniences of reading a configuration:
 Functions import MaxText's modules only after `versions.check` has accepted the installed version.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import importlib
@@ -172,6 +176,18 @@ def _tunix_adapter(stock):
   return tunix_adapter.without_model_name(stock)
 
 
+def _distillation_checkpoints(stock):
+  from maxtext_mudd.checkpoints import distillation
+
+  return distillation.with_released_tunix(stock)
+
+
+def _distillation_trainer(stock):
+  from maxtext_mudd.checkpoints import distillation
+
+  return distillation.with_all_steps(stock)
+
+
 REPLACEMENTS = (
   Replacement(
     "maxtext.configs.pyconfig", "_initialize_pydantic", ("argv", "config_class", "kwargs"), _read_mudd_config
@@ -229,6 +245,23 @@ REPLACEMENTS = (
     method="__init__",
   ),
 )
+# What `install` leaves alone, because these modules need Tunix. `maxtext_mudd.post_train` replaces it for distillation.
+DISTILLATION = (
+  Replacement(
+    "maxtext.trainers.post_train.distillation.distillation_utils",
+    "MaxTextCheckpointManager",
+    ("self", "raw_iterator", "root_directory", "student_config", "options"),
+    _distillation_checkpoints,
+    method="__init__",
+  ),
+  Replacement(
+    "maxtext.trainers.post_train.distillation.train_distill",
+    "MaxTextDistillationTrainer",
+    ("self", "model", "strategy", "optimizer", "training_config"),
+    _distillation_trainer,
+    method="__init__",
+  ),
+)
 
 _installed = False
 _reading = Reading()
@@ -251,8 +284,17 @@ def install(reading: Reading | None = None) -> None:
   versions.check()
   from maxtext_mudd.config import optimizer
 
-  stock = [replacement.stock() for replacement in REPLACEMENTS]
-  attributes = [replacement.replace(attribute) for replacement, attribute in zip(REPLACEMENTS, stock)]
-  for replacement, attribute in zip(REPLACEMENTS, attributes):
-    setattr(importlib.import_module(replacement.module), replacement.name, attribute)
+  replace(REPLACEMENTS)
   optimizer.are_replaced = _installed = True
+
+
+def replace(replacements: Sequence[Replacement]) -> None:
+  """Replaces attributes of MaxText, all or none.
+
+  Raises:
+    versions.UnknownMaxText: an attribute takes other parameters.
+  """
+  stock = [replacement.stock() for replacement in replacements]
+  attributes = [replacement.replace(attribute) for replacement, attribute in zip(replacements, stock)]
+  for replacement, attribute in zip(replacements, attributes):
+    setattr(importlib.import_module(replacement.module), replacement.name, attribute)

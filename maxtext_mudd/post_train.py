@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import sys
 
+from maxtext_mudd import plugin
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import console, data_settings, run_lock
 from maxtext_mudd.runs.launch import exit_with, launch
@@ -39,8 +40,11 @@ METHODS = {
 }
 
 
-def check_post_training(config, name: str, lock: run_lock.RunLock | None = None) -> None:
+def check_post_training(config, name: str, lock: run_lock.RunLock | None = None, earlier: list | None = None) -> None:
   """Checks a run of a method of `METHODS`, and locks its folder if `lock` is given.
+
+  Args:
+    earlier: the configurations that were checked before in this run. This one is appended. Distillation has three.
 
   Raises:
     ConfigError: the run cannot work on one of the hosts of the job. It is raised on all hosts.
@@ -51,17 +55,25 @@ def check_post_training(config, name: str, lock: run_lock.RunLock | None = None)
 
   refusal = None
   try:
-    refusals.check(config, post_training.settings(config, name))
-    devices.check_batch(config)
-    preflight.check_inputs(config)
-    post_training.check_start(config)
-    if lock:
-      lock.take(config)
-    preflight.try_data(config)
+    if name == "distill":
+      plugin.replace(plugin.DISTILLATION if not earlier else ())
+      post_training.check_distillation(config, earlier)
+    if not earlier:
+      refusals.check(config, post_training.settings(config, name))
+      devices.check_batch(config)
+      preflight.check_inputs(config)
+      if name != "distill":
+        post_training.check_start(config)
+      if lock:
+        lock.take(config)
+      preflight.try_data(config)
   except ConfigError as error:
     refusal = error
   hosts.refuse_together(refusal)
-  data_position.warn_on_resume(config)
+  if not earlier:
+    data_position.warn_on_resume(config)
+  if earlier is not None:
+    earlier.append(config)
 
 
 def check_installed() -> None:
@@ -85,7 +97,7 @@ def run() -> None:
   sys.argv = [f"{program} {name}", *arguments]
   method = METHODS[name]
   with run_lock.RunLock() as lock, console.Console(first_step=method.first_step):
-    check = functools.partial(check_post_training, name=name, lock=lock)
+    check = functools.partial(check_post_training, name=name, lock=lock, earlier=[])
     launch(method.entry_point, check=check, check_early=check_early, command=f"post_train {name}")
 
 

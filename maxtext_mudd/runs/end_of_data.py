@@ -25,6 +25,7 @@ from maxtext_mudd.runs import hosts
 DATA_ENDED = 3  # exit status of a run whose data ended before its steps were done
 _STOPPED = "Training stopped: "
 _TUNIX_STOPPED = "Exception in load_next_train_batch: "
+_DISTILLED = "Distillation Complete."
 _DATA_REASONS = ("You may have run out of training data.", "`next(self.data_iterator)` failed")
 
 
@@ -49,6 +50,8 @@ class StopRecorder(logging.Handler):
       self.error = sys.exception()  # MaxText writes this line in the except clause
     elif message.startswith(_TUNIX_STOPPED):
       self.is_of_tunix, self.error = True, sys.exception()
+    elif message == _DISTILLED:  # also when the data ended before the last step
+      self.is_of_tunix = True
 
 
 def is_other_stop(message: str) -> bool:
@@ -130,14 +133,14 @@ def handle_evaluation_data_error(error: Exception) -> RunEnd | None:
 
 
 def handle_tunix_data_error(
-  error: BaseException, num_epoch_is_set: bool, config: Any, newest_checkpoint: pathlib.Path | None
+  error: BaseException | None, num_epoch_is_set: bool, config: Any, newest_checkpoint: pathlib.Path | None
 ) -> RunEnd | None:
   """The end of a run of MaxText's trainers for fine-tuning whose training data ended or cannot be read.
 
   Tunix has saved the last step by then. It also asks for data after the last step, which is no fault.
 
   Args:
-    error: the exception of the data's iterator.
+    error: the exception of the data's iterator; None if its end made no exception.
     num_epoch_is_set: the answer of `sets_num_epoch`.
     config: MaxText's configuration.
     newest_checkpoint: the newest checkpoint of the run.
@@ -149,11 +152,11 @@ def handle_tunix_data_error(
   if done >= config.steps:
     return None
   checkpoint = f"the checkpoint of the last step is {newest_checkpoint}" if done else "no step was done"
-  cause = error.__context__
-  if not isinstance(cause, StopIteration):
+  cause = error and (error.__context__ or error)
+  if cause and not isinstance(cause, StopIteration):
     from maxtext_mudd.runs import data_faults  # imports MaxText
 
-    fault = data_faults.explain(config, cause or error).rstrip(".")
+    fault = data_faults.explain(config, cause).rstrip(".")
     return RunEnd(f"{fault}; {done} of steps={config.steps} were done; {checkpoint}.", 2)
   progress = f"the data ended after {done} of steps={config.steps}"
   if num_epoch_is_set:

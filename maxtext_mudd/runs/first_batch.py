@@ -13,6 +13,8 @@ from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.inference import tokens
 from maxtext_mudd.runs import data_faults, data_settings
 
+_TOKENS = ("inputs", "targets", "prompt_ids", "chosen_ids", "rejected_ids")  # the arrays of tokens in a batch
+
 
 def check(config) -> None:
   """Reads the tokenizer, a batch for training and, if the run evaluates, a batch for evaluation.
@@ -38,7 +40,10 @@ def check(config) -> None:
   iterators = ()
   try:
     with data_faults.quiet():
-      parameters = changed(pyconfig.HyperParameters(config), **without_workers)
+      if config.use_dpo:  # MaxText's pipeline then reads attributes of `dpo`, which is a dictionary in HyperParameters
+        parameters = config.model_copy(update=without_workers)
+      else:
+        parameters = changed(pyconfig.HyperParameters(config), **without_workers)
       mesh = maxtext_utils.get_mesh_from_config(parameters)
       iterators = input_pipeline_interface.create_data_iterator(parameters, mesh)
       batches = [_first_batch(iterator) for iterator in iterators]
@@ -88,7 +93,7 @@ def _check_batch(batch: dict[str, np.ndarray], split: str, config) -> None:
       f"per_device_batch_size={config.per_device_batch_size:g} for each device; use a smaller batch, more data or, for "
       "training, a higher num_epoch."
     )
-  largest = max((int(np.max(batch[key])) for key in ("inputs", "targets") if key in batch), default=0)
+  largest = max((int(np.max(batch[key])) for key in _TOKENS if key in batch), default=0)
   if largest >= config.vocab_size:
     raise ConfigError(
       f"{data} holds token {largest} in its first batch, and the model has vocab_size={config.vocab_size}; set it to "

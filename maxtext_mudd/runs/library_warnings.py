@@ -15,7 +15,7 @@ _WARNINGS = (
   # Orbax causes this warning itself: it creates a TensorStore context for every parameter that it restores for MaxText.
   r"ParamInfo\(name='.*'\) created with ts_context=None",
   # Orbax looks for metadata in STEP/items first; MaxText's checkpoints have it in STEP.
-  r"Metadata file does not exist: .*/items/_CHECKPOINT_METADATA",
+  r"Metadata file does not exist: .*/(?:items|model_params)/_CHECKPOINT_METADATA",
   # Folders beside `items` that hold no arrays and that Orbax need not read: STEP/iter is the state of the training
   # data, and `maxtext_mudd.convert` writes the other two.
   r"Failed to get metadata for checkpointable: (?:iter|tokenizer|remote_code) due to incompatible handler",
@@ -25,6 +25,7 @@ _WARNINGS = (
   # Deprecations in calls of MaxText 0.2.5, which pins versions of Orbax and Grain that still accept these calls.
   r"The transformations API will eventually be replaced by an upgraded design",
   r"Specifying dataset_type upon checkpointer creation is deprecated",
+  r"PackAndBatchOperation is deprecated",
   # MaxEngine donates the KV cache of a prompt, which is smaller than the cache of all prompts into which it is copied.
   r"Some donated buffers were not usable",
 )

@@ -1,6 +1,6 @@
 """Checks a run of MaxText's trainers for fine-tuning, before anything is compiled or written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import os
 
 from maxtext.configs import pyconfig
@@ -61,6 +61,47 @@ def check_start(config) -> None:
     path = os.path.abspath(str(parameters.items_folder(path)))
     parameters.check_path(path, pyconfig.HyperParameters(config))
     config.load_parameters_path = path
+  _check_steps(config)
+
+
+def check_distillation(config, earlier: Sequence) -> None:
+  """Checks one of the three configurations that MaxText's distillation reads: the common one, the student's and the
+  teacher's. Sets `load_parameters_path` as `check_start` does.
+
+  Args:
+    earlier: the configurations before this one.
+
+  Raises:
+    ConfigError: the teacher has no checkpoint or does not fit the student, or a checkpoint is not of its model.
+  """
+  if not earlier:
+    if config.offline_data_dir:
+      raise ConfigError(
+        f"offline_data_dir={config.offline_data_dir}: predictions of a teacher that were saved before are not supported; "
+        "leave it empty, and name the teacher by teacher_overrides."
+      )
+    if not config.teacher_overrides.get("load_parameters_path"):
+      raise ConfigError(
+        "teacher_overrides has no load_parameters_path, so there is no teacher; write teacher_overrides: "
+        "{load_parameters_path: OUTPUT/RUN/checkpoints/STEP, ...} in the model's file."
+      )
+    _check_steps(config)
+    return
+  if len(earlier) == 2:
+    student = earlier[-1]
+    for key in ("vocab_size", "per_device_batch_size", "max_target_length", "gradient_accumulation_steps"):
+      values = getattr(student, key), getattr(config, key)
+      if values[0] != values[1]:
+        raise ConfigError(
+          f"{key}={values[0]} of the student and {key}={values[1]} of the teacher differ; MaxText reads the teacher's "
+          "keys from the model's file and teacher_overrides alone, so write the same there."
+        )
+  if config.load_parameters_path:  # a student may start from random parameters
+    check_start(config)
+
+
+def _check_steps(config) -> None:
+  """Raises ConfigError for a run that has done its steps."""
   folder = config.checkpoint_dir
   is_local = folder and not data_settings.is_remote(folder) and os.path.isdir(folder)
   done = max((int(entry) for entry in os.listdir(folder) if entry.isdigit()), default=0) if is_local else 0

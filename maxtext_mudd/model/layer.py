@@ -81,6 +81,9 @@ def _connected(layer_class: type[nnx.Module], rate: int) -> type[nnx.Module]:
     @functools.wraps(layer_class.__call__)
     def __call__(self, inputs, *args, **kwargs):
       carry = self.connection.start(to_positions(inputs, rate)) if self.connection.starts else inputs
+      if getattr(self, "disable_quant_stats_update", False):
+        # Qwix runs a model once to add LoRA's parameters to its modules. `block` runs a copy, which would get them.
+        layer_class.__call__(self, from_positions(self.connection.inputs(carry), rate), *args, **kwargs)
       graphdef, params, others = nnx.split(self, nnx.Param, ...)
       leaves, tree = jax.tree.flatten((args, kwargs))
       is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]

@@ -1,6 +1,7 @@
 """Runs the `main` of a stock MaxText module with MUDD connections, and ends every known failure in one sentence.
 
-`launch` is what `train`, `train_compile`, `post_train` and `decode` call. `exit_with` and `read_overrides` serve all commands.
+`launch` is what `train`, `train_compile`, `post_train` and `decode` call. `exit_with` and `read_overrides` serve all
+commands.
 """
 
 from collections.abc import Callable, Sequence

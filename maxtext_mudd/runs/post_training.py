@@ -11,12 +11,13 @@ from maxtext_mudd.runs import data_settings
 
 
 def settings(config, name: str) -> Iterator[tuple[bool, str]]:
-  """Yields pairs: whether a setting is unusable with a method of `post_train.METHODS`, and the sentence that refuses it."""
+  """Yields pairs: whether a setting is unusable with a method of `post_train.METHODS`, and the sentence for it."""
   for key, method in (("use_sft", "sft"), ("use_dpo", "dpo")):
     value = getattr(config, key)
     yield (
       name == method and not value,
-      f"{key}=False: {method} needs its own keys; name post_train/{method}.yml after the model's file, or set {key}=True.",
+      f"{key}=False: {method} needs its own keys; name post_train/{method}.yml after the model's file, or set "
+      f"{key}=True.",
     )
     yield value and name in ("sft", "dpo") and name != method, f"{key}=True does not work with {name}; set {key}=False."
   adapter = config.lora
@@ -77,8 +78,8 @@ def check_distillation(config, earlier: Sequence) -> None:
   if not earlier:
     if config.offline_data_dir:
       raise ConfigError(
-        f"offline_data_dir={config.offline_data_dir}: predictions of a teacher that were saved before are not supported; "
-        "leave it empty, and name the teacher by teacher_overrides."
+        f"offline_data_dir={config.offline_data_dir}: saved predictions of a teacher are not supported; leave it "
+        "empty, and name the teacher by teacher_overrides."
       )
     if not config.teacher_overrides.get("load_parameters_path"):
       raise ConfigError(

@@ -47,9 +47,9 @@ class Progress:
   def line(self, message: str) -> str | None:
     """The line for a message of MaxText or Orbax; None if the console does not show the message.
 
-    Steps are counted from 1, while MaxText's pre-training numbers them from 0. A step has a line if it is the first or the last one,
-    if `log_period` divides its number, or if there was no line of a step for a minute. Checkpoints keep MaxText's
-    numbers, which are the names of their folders.
+    Steps are counted from 1, while MaxText's pre-training numbers them from 0. A step has a line if it is the first or
+    the last one, if `log_period` divides its number, or if there was no line of a step for a minute. Checkpoints keep
+    MaxText's numbers, which are the names of their folders.
     """
     if "completed step: " in message or "activation step: " in message:
       return self._step(message)

@@ -55,7 +55,11 @@ def split(argv: Sequence[str] | None) -> tuple[list[str] | None, dict[str, Any]]
     else:
       raise ConfigError(f"{argument} is not key=value, nor a configuration file, which ends in .yml.")
   given = {argument.split("=", 1)[0] for argument in kept[2:]}
-  return kept, {key: value for key, value in values.items() if key not in given}
+  of_files = omegaconf.OmegaConf.create({key: value for key, value in values.items() if key not in given})
+  # MaxText gives a group of keys that a file sets, such as `lora`, precedence over `lora.lora_rank=4`.
+  of_groups = [argument for argument in kept[2:] if argument.split(".", 1)[0] in of_files]
+  merged = omegaconf.OmegaConf.merge(of_files, omegaconf.OmegaConf.from_dotlist(of_groups))
+  return kept, omegaconf.OmegaConf.to_container(merged)
 
 
 def _further(name: str, after: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ help:  ## list the targets
 
 setup: $(READY)  ## make .venv with the pinned requirements (the other targets do this when needed)
 
-$(READY): requirements/dev.txt pyproject.toml
+$(READY): requirements/dev.txt requirements/post.txt pyproject.toml
 	@set -e; for python in $(PYTHON) python3.12 python3 python; do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; then found=$$python; break; fi; \
 	done; \
@@ -72,7 +72,7 @@ $(READY): requirements/dev.txt pyproject.toml
 	else \
 	  installer="$(PY) -m pip install --quiet --disable-pip-version-check"; \
 	fi; \
-	$$installer -r requirements/dev.txt && $$installer --no-deps --editable .
+	$$installer -r requirements/dev.txt && $$installer --no-deps -r requirements/post.txt --editable .
 	@touch $@
 
 $(CORPUS)/train.parquet $(CORPUS)/eval.parquet &: | $(READY)

@@ -6,6 +6,8 @@ a trained plain model to one with depth connections.
     python3 -m maxtext_mudd.convert re-export --from D --to NEW
     python3 -m maxtext_mudd.convert from-fork --fork-dir D --maxtext-dir M key=value ...
     python3 -m maxtext_mudd.convert from-run --checkpoint runs/a/checkpoints/999 --maxtext-dir M yaml/mudd_tiny.yml ...
+    python3 -m maxtext_mudd.convert to-peft --checkpoint runs/b/checkpoints/9 --peft-dir P yaml/mudd_tiny.yml \
+      lora.lora_alpha=16
     python3 -m maxtext_mudd.convert upcycle --checkpoint runs/a/checkpoints/999 --maxtext-dir M yaml/mudd_tiny.yml \
       mudd_ffn_reallocation=false
     python3 -m maxtext_mudd.convert layout --from runs/a --to runs/b yaml/mudd_tiny.yml scan_layers=true \
@@ -18,7 +20,9 @@ re-export  reads what from-hf reads, such as a published folder, and writes what
 from-fork  reads a model of the authors' JAX code, which is a fork of MaxText: params.safetensors, whose names are flax
            paths, or an Orbax folder. It writes the same files as from-hf.
 from-run   reads a checkpoint of a training run, with the configuration that the run was started with. It writes the
-           same files as from-hf, so that to-hf can read them.
+           same files as from-hf, so that to-hf can read them. It merges an adapter (LoRA) into its model, which
+           load_parameters_path names.
+to-peft    writes such an adapter as a folder that PEFT loads onto the model that to-hf wrote.
 upcycle    puts depth connections into a trained model of stock MaxText, without changing its logits. It reads a
            checkpoint of a training run or a folder of parameters, and a configuration of the new model. With
            --maxtext-dir it writes the same files as from-hf. With --run it writes a run, which keeps the optimizer's
@@ -48,6 +52,7 @@ _FOLDER_OPTIONS = {
   "fork_dir": "--fork-dir",
   "checkpoint": "--checkpoint",
   "maxtext_dir": "--maxtext-dir",
+  "peft_dir": "--peft-dir",
   "run": "--run",
 }
 
@@ -113,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
   from_run.add_argument("config", metavar="CONFIG.yml", help="the configuration that the run was started with")
   from_run.add_argument("overrides", nargs="*", metavar="key=value")
   from_run.set_defaults(convert=_from_run)
+  to_peft = commands.add_parser("to-peft", help="from a checkpoint of an adapter (LoRA) to a folder of PEFT")
+  to_peft.add_argument("--checkpoint", required=True, metavar="C", help="OUTPUT/RUN/checkpoints/STEP")
+  to_peft.add_argument("--peft-dir", required=True, metavar="P", help="folder to create")
+  to_peft.add_argument("--hf-dir", metavar="D", help="folder of the model that to-hf created, which PEFT will load")
+  to_peft.add_argument("config", metavar="CONFIG.yml", help="the configuration that the run was started with")
+  to_peft.add_argument("overrides", nargs="*", metavar="key=value", help="lora.lora_alpha=... and others of the run")
+  to_peft.set_defaults(convert=_to_peft)
   upcycle = commands.add_parser("upcycle", help="from a plain model to one with depth connections")
   upcycle.add_argument(
     "--checkpoint", required=True, metavar="C", help="OUTPUT/RUN/checkpoints/STEP, or a folder of parameters"
@@ -183,6 +195,18 @@ def _from_run(args: argparse.Namespace) -> str:
 
   source_check.check(pathlib.Path(args.checkpoint), "from-run")
   return _to_maxtext(functools.partial(run.from_run, config_file=args.config), args.checkpoint, args)
+
+
+def _to_peft(args: argparse.Namespace) -> str:
+  from maxtext.configs import pyconfig
+
+  from maxtext_mudd.checkpoints import adapters, model_config, source_check
+
+  source_check.check(pathlib.Path(args.checkpoint), "from-run")
+  target, keys = pathlib.Path(args.peft_dir).absolute(), launch.read_overrides(args.overrides)
+  config = pyconfig.initialize(["", args.config], **{**keys, **model_config.local_keys()})
+  adapters.to_peft(pathlib.Path(args.checkpoint).absolute(), target, config, args.hf_dir or "")
+  return f"{target}: loads with peft.PeftModel.from_pretrained, onto the model that to-hf made"
 
 
 def _to_maxtext(convert: Callable, source: str, args: argparse.Namespace) -> str:

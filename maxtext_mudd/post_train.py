@@ -39,6 +39,11 @@ METHODS = {
   "distill": Method("maxtext.trainers.post_train.distillation.train_distill"),
 }
 
+_NO_RL = (
+  "rl: MaxText's GRPO generates answers with vLLM alone, through the module tpu_inference, and vLLM has no model with "
+  "connections; use dpo (docs/post_training.md)."
+)
+
 
 def check_post_training(config, name: str, lock: run_lock.RunLock | None = None, earlier: list | None = None) -> None:
   """Checks a run of a method of `METHODS`, and locks its folder if `lock` is given.
@@ -93,6 +98,8 @@ def run() -> None:
     if name in ("-h", "--help"):
       print(__doc__)
       return
+    if name == "rl":
+      exit_with(_NO_RL)
     exit_with(f"{name or 'no method'} is not a method of fine-tuning; name {', '.join(METHODS)}, before all else.")
   sys.argv = [f"{program} {name}", *arguments]
   method = METHODS[name]

@@ -29,7 +29,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     for i in range(64):
       contents = [{"role": role, "content": text.format(i + (role == "assistant"))} for role, text in messages]
       chat.write(json.dumps({"messages": contents}) + "\n")
-      pairs.write(json.dumps({"prompt": f"Add {i} and 1.", "chosen": str(i + 1), "rejected": str(i + 7)}) + "\n")
+      pairs.write(json.dumps({"prompt": f"Is {i} a number?", "chosen": "yes", "rejected": "no"}) + "\n")
   return folder
 
 
@@ -91,7 +91,7 @@ def test_conversations(folder, mudd_model):
 def test_preferences(folder, mudd_model):
   """The policy starts as the reference, with which DPO's loss is log 2."""
   data = f"hf_train_files={folder / 'pairs.jsonl'}"
-  fine_tune(folder, "dpo", "dpo", data, f"load_parameters_path={mudd_model}", "learning_rate=3e-2", "steps=8")
+  fine_tune(folder, "dpo", "dpo", data, f"load_parameters_path={mudd_model}", "learning_rate=1e-2", "steps=8")
   of_run = losses(folder / "dpo")
   assert of_run[0] == pytest.approx(math.log(2), abs=1e-6)
   assert of_run[-1] < 0.6
@@ -125,6 +125,11 @@ def test_distillation(folder, mudd_model):
 MISTAKES = {
   "no method": ([], "no method is not a method of fine-tuning; name sft, dpo, distill, before all else."),
   "another method": (["ppo"], "ppo is not a method of fine-tuning; name sft, dpo, distill, before all else."),
+  "GRPO": (
+    ["rl", runs.RUN_YML],
+    "rl: MaxText's GRPO generates answers with vLLM alone, through the module tpu_inference, and vLLM has no model "
+    "with connections; use dpo (docs/post_training.md).",
+  ),
   "no keys of the method": (
     ["sft", runs.RUN_YML, "dataset_type=synthetic"],
     "use_sft=False: sft needs its own keys; name post_train/sft.yml after the model's file, or set use_sft=True.",

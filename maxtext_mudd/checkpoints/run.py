@@ -10,6 +10,7 @@ import tqdm
 
 from maxtext_mudd.blocks import stacks
 from maxtext_mudd.checkpoints import (
+  adapters,
   model_config,
   model_folder,
   model_keys,
@@ -29,6 +30,8 @@ _READ_BY_NAME = ("deepseek3", "deepseek4", "gemma3", "gemma4", "kimi-k2", "olmo3
 def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, overrides: Mapping[str, Any]) -> None:
   """Writes the model folder `target` with the parameters of a checkpoint and the keys of its model.
 
+  A checkpoint of an adapter (LoRA) is merged into the model of `load_parameters_path`.
+
   Args:
     checkpoint: OUTPUT/RUN/checkpoints/STEP, or the folder of parameters in it.
     config_file: the configuration file that the run was started with.
@@ -40,10 +43,13 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
   """
   path = items_of(checkpoint)
   saved = orbax_folder.parameters(path)
-  scanned = is_scanned(saved)
+  adapter = adapters.of(saved)
+  scanned = is_scanned(adapter or saved)
   _check_layout(path, scanned, overrides.get("scan_layers", scanned))  # before MaxText checks other keys against it
   config = pyconfig.initialize(["", config_file], **{**overrides, **model_config.local_keys()})
   _check_layout(path, scanned, config.scan_layers)
+  if adapter:
+    saved = adapters.merged(adapter, config, path)
   parameters.check({name: x.shape for name, x in saved.items()}, model_config.parameter_shapes(config), str(path))
   keys = folder_keys(config)
   if reason := why_not_in_folder(config, keys):

@@ -30,6 +30,11 @@ def settings(config, name: str) -> Iterator[tuple[bool, str]]:
     f"lora.lora_rank={adapter.lora_rank} and lora.lora_alpha={adapter.lora_alpha:g} make no adapter; set both above 0.",
   )
   yield (
+    adapter.enable_lora and config.mudd and config.scan_layers,
+    "lora.enable_lora=True with scan_layers=True: scanned layers with connections take no adapters; set "
+    "scan_layers=False.",
+  )
+  yield (
     config.optimizer_memory_host_offload,
     f"optimizer_memory_host_offload=True does not work with {name}, whose trainer keeps the optimizer's state on the "
     "devices; set it to False.",

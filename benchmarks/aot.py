@@ -19,7 +19,7 @@ import record
 from record import MeasurementError
 import tpu_step_traffic
 
-from maxtext_mudd import versions
+from maxtext_mudd.config import versions
 
 # Topologies by model. The first is the one on which the file in yaml/ has the paper's batch.
 MODELS = {"405m": ("v5p-16", "v6e-8"), "1p4b": ("v5p-32",), "2p8b": ("v5p-128",), "6p9b": ("v5p-128",)}

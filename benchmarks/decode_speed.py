@@ -21,7 +21,8 @@ import chips
 import paired
 import record
 
-from maxtext_mudd import plugin, versions
+from maxtext_mudd import plugin
+from maxtext_mudd.config import versions
 from maxtext_mudd.config.errors import ConfigError
 
 SERVING_KEYS = {"weight_dtype": "bfloat16"}  # the dtype in which models are served; training has float32

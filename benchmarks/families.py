@@ -22,7 +22,7 @@ from record import MeasurementError
 import tpu_hlo
 import tpu_step_traffic
 
-from maxtext_mudd import versions
+from maxtext_mudd.config import versions
 
 PLAIN = "plain"
 FAMILIES = {

@@ -23,7 +23,8 @@ import paired
 import record
 import table_4
 
-from maxtext_mudd import plugin, versions
+from maxtext_mudd import plugin
+from maxtext_mudd.config import versions
 from maxtext_mudd.config.errors import ConfigError
 
 COLUMNS = ["model", "step, ms", "tokens/s/device", "TFLOP/s", "MFU", "arguments GB", "temporaries GB", "peak GB"]

@@ -26,7 +26,7 @@ import shapes
 import tpu_hlo
 import tpu_schedule
 
-from maxtext_mudd import versions
+from maxtext_mudd.config import versions
 
 
 @dataclasses.dataclass(frozen=True)

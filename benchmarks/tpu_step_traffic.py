@@ -19,7 +19,7 @@ import record
 from record import MeasurementError
 import tpu_hlo
 
-from maxtext_mudd import versions
+from maxtext_mudd.config import versions
 
 FORMS = {
   "stock": {"mudd": False},

@@ -39,8 +39,9 @@ import functools
 import pathlib
 import sys
 
-from maxtext_mudd import plugin, versions
+from maxtext_mudd import plugin
 from maxtext_mudd.checkpoints.interrupts import Interrupts
+from maxtext_mudd.config import versions
 from maxtext_mudd.config.errors import ConfigError, reachable
 from maxtext_mudd.runs import early_check, launch
 

@@ -39,7 +39,7 @@ import functools
 import importlib
 import inspect
 
-from maxtext_mudd import versions
+from maxtext_mudd.config import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,13 +177,13 @@ def _tunix_adapter(stock):
 
 
 def _distillation_checkpoints(stock):
-  from maxtext_mudd.checkpoints import distillation
+  from maxtext_mudd.model import distillation
 
   return distillation.with_released_tunix(stock)
 
 
 def _distillation_trainer(stock):
-  from maxtext_mudd.checkpoints import distillation
+  from maxtext_mudd.model import distillation
 
   return distillation.with_all_steps(stock)
 

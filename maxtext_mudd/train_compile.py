@@ -5,7 +5,7 @@
 It needs their compiler, libtpu, but no TPUs.
 """
 
-from maxtext_mudd import versions
+from maxtext_mudd.config import versions
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs.launch import launch
 

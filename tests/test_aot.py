@@ -12,7 +12,7 @@ sys.path.insert(0, str(runs.ROOT / "benchmarks"))
 import aot
 import record
 
-from maxtext_mudd import versions
+from maxtext_mudd.config import versions
 
 GB = 10**9
 

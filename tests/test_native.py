@@ -145,7 +145,7 @@ def test_models_of_runs(kind, tmp_path):
   """A checkpoint of a run, and a plain model that got connections, have the same logits after to-hf."""
   keys = ["normalization_layer_epsilon=1e-6", "mlp_activations=[silu,linear]", "logits_via_embedding=false"]
   if kind == "upcycled":
-    plain, values = upcycling.trained()
+    _, values = upcycling.trained()
     source = upcycling.save(tmp_path / "plain", values)
     upcycling.upcycle(source, tmp_path / "m", upcycling.config_file(tmp_path), "mudd=true")
   else:

@@ -52,7 +52,8 @@ def test_unknown_version(stub, message, tmp_path):
 
 OTHER_SHAPES = """
 import importlib
-from maxtext_mudd import plugin, versions
+from maxtext_mudd import plugin
+from maxtext_mudd.config import versions
 
 def modules():
   return [importlib.import_module(replacement.module) for replacement in plugin.REPLACEMENTS]

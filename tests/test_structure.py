@@ -9,9 +9,10 @@ from tests import runs
 PACKAGE = pathlib.Path(maxtext_mudd.__file__).parent
 # Each part may import those after it.
 ORDER = (
-  *("train", "decode", "train_compile", "convert", "evaluate", "analyze", "complexity", "cluster", "report", "corpus"),
+  *("train", "post_train", "decode", "train_compile"),
+  *("convert", "evaluate", "analyze", "complexity", "cluster", "report", "corpus"),
   *("runs", "inference", "checkpoints", "plugin", "model", "config", "connections", "blocks", "kernels"),
-  *("muddformer", "keys", "versions", "assets"),
+  *("muddformer", "keys", "assets"),
 )
 
 

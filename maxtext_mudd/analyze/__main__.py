@@ -24,10 +24,11 @@ import sys
 import tempfile
 from typing import Any
 
-from maxtext_mudd import plugin, versions
+from maxtext_mudd import plugin
 from maxtext_mudd.analyze import request as requests
 from maxtext_mudd.analyze.request import AnalysisRequest, ModelRequest
 from maxtext_mudd.checkpoints.interrupts import Interrupts
+from maxtext_mudd.config import versions
 from maxtext_mudd.config.errors import ConfigError, brief, reachable
 from maxtext_mudd.runs import launch, library_warnings
 

@@ -15,9 +15,9 @@ import contextlib
 import logging
 import sys
 
-from maxtext_mudd import assets, blocks, connections, plugin, versions
+from maxtext_mudd import assets, blocks, connections, plugin
 from maxtext_mudd.complexity import paper, sizes
-from maxtext_mudd.config import errors
+from maxtext_mudd.config import errors, versions
 from maxtext_mudd.connections.mudd.placements import span
 from maxtext_mudd.model import counts
 from maxtext_mudd.runs import early_check, usage

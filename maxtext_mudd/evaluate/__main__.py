@@ -16,8 +16,9 @@ import os
 import sys
 from typing import Any
 
-from maxtext_mudd import assets, plugin, versions
+from maxtext_mudd import assets, plugin
 from maxtext_mudd.checkpoints.interrupts import Interrupts
+from maxtext_mudd.config import versions
 from maxtext_mudd.config.errors import ConfigError, brief, failed_in, reachable
 from maxtext_mudd.evaluate import request as requests
 from maxtext_mudd.evaluate import results_file

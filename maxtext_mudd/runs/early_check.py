@@ -15,8 +15,7 @@ import types
 
 import omegaconf
 
-from maxtext_mudd import versions
-from maxtext_mudd.config import errors
+from maxtext_mudd.config import errors, versions
 from maxtext_mudd.config import files as config_files
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.config.keys import MuddKeys

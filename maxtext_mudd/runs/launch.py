@@ -19,8 +19,8 @@ from absl import logging as absl_logging
 import omegaconf
 import yaml
 
-from maxtext_mudd import plugin, versions
-from maxtext_mudd.config import errors
+from maxtext_mudd import plugin
+from maxtext_mudd.config import errors, versions
 from maxtext_mudd.runs import console, early_check, end_of_data, usage
 
 

@@ -58,7 +58,7 @@ def merged(adapter: Adapter, config, path: pathlib.Path) -> dict[str, Tensor]:
   factor = scale(adapter, config, path)
   if not config.load_parameters_path:
     raise ConfigError(f"{path} has an adapter alone; add load_parameters_path=..., the model that it was trained on.")
-  base_path = pathlib.Path(str(parameters.items_folder(config.load_parameters_path)))
+  base_path = pathlib.Path(str(parameters.items_folder(config.load_parameters_path))).absolute()
   base = orbax_folder.parameters(base_path)
 
   def with_adapter(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def test_students_are_saved_by_the_released_tunix(tmp_path):
   from maxtext.trainers.post_train.distillation import distillation_utils
   import optax
 
-  from maxtext_mudd.checkpoints import distillation
+  from maxtext_mudd.model import distillation
 
   class Student(nnx.Module):
     def __init__(self, seed):

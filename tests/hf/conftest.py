@@ -7,12 +7,19 @@ import json
 import os
 import pathlib
 
+from packaging import version
 import pytest
+import transformers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 MODELS = pathlib.Path(os.environ.get("MODELS", ""))
 RELEASED = ("muddformer_tiny", "muddpythia_tiny")
 FORMS = {json.loads((x / "form.json").read_text()): x for x in sorted(MODELS.glob("form_*"))}
+
+
+def has_version(least: str) -> bool:
+  """Whether transformers has this version or a later one."""
+  return version.Version(transformers.__version__) >= version.Version(least)
 
 
 def load(folder, **options):

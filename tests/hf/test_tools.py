@@ -1,20 +1,18 @@
 """What people use models with: pipeline, Trainer, PEFT and lm-evaluation-harness."""
 
-import ast
-import inspect
 import json
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 from safetensors.torch import load_file
 import torch
 import transformers
 from transformers import AutoTokenizer, GenerationConfig, Trainer, TrainingArguments, pipeline
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.hf.conftest import FORMS, MODELS, load
+from tests.hf.conftest import FORMS, MODELS, has_version, load
 
 TEXT = "Of moons and of lanterns of paper. No swans. "
 
@@ -104,27 +102,30 @@ def test_harness():
 
   folder = MODELS / "text"
   expected = json.loads((folder / "scores.json").read_text())
-  model = HFLM(pretrained=str(folder), trust_remote_code=True, device="cpu", dtype="float32", batch_size=2)
+  options = {"pretrained": str(folder), "trust_remote_code": True, "device": "cpu", "dtype": "float32", "batch_size": 2}
+  model = HFLM(**options)
   requests = [Instance("loglikelihood", {}, tuple(pair), 0) for pair in expected["pairs"]]
   for (score, is_greedy), (expected_score, expected_greedy) in zip(model.loglikelihood(requests), expected["scores"]):
     assert score == pytest.approx(expected_score, abs=1e-4) and is_greedy == expected_greedy
-  model.add_bos_token = False  # else it counts the BOS of the tokenizer as a token of the text
+  # With it, the harness counts the BOS of the tokenizer as a token of the text.
+  model = HFLM(**options, add_bos_token=False)
   rolling = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in expected["texts"]]
   assert model.loglikelihood_rolling(rolling) == pytest.approx(expected["rolling"], abs=1e-3)
 
 
 def test_projections_have_inputs_of_their_own(folder):
-  """A projection that joined q, k and v, as vLLM makes of three that share an input, would be wrong."""
-  attention, inputs = load(folder).model.layers[1].self_attn, {}
+  """Where three projections share an input, vLLM joins them into one matrix, which would be wrong here."""
+  model, inputs = load(folder), {}
   for c in "qkv":
-    module = getattr(attention, f"{c}_proj")
+    module = getattr(model.model.layers[1].self_attn, f"{c}_proj")
     module.register_forward_hook(lambda _, given, output, c=c: inputs.update({c: given[0]}))
-  streams = torch.randn(3, 1, 4, attention.q_proj.in_features)
-  attention(*streams, (torch.ones(1, 1, 4, 2), torch.zeros(1, 1, 4, 2)))
-  assert all(torch.equal(inputs[c], x) for c, x in zip("qkv", streams))
+  with torch.no_grad():
+    model(torch.arange(3, 11)[None])
+  for first, second in ("qk", "kv", "vq"):
+    assert (inputs[first] - inputs[second]).abs().max() > 0.1
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="the attention of transformers 4 breaks graphs")
+@pytest.mark.skipif(not has_version("5"), reason="the attention of transformers 4 breaks graphs")
 def test_no_graph_breaks(folder):
   arrays = load_file(folder / "expected.safetensors")
   model = load(folder)
@@ -134,9 +135,7 @@ def test_no_graph_breaks(folder):
   assert (logits - arrays["logits"]).abs().max() < 2e-5 * arrays["logits"].abs().max()
 
 
-@pytest.mark.skipif(
-  transformers.__version__ < "5.24", reason="earlier versions have another form of tensor parallelism"
-)
+@pytest.mark.skipif(not has_version("5.24"), reason="earlier versions have another form of tensor parallelism")
 @pytest.mark.parametrize("form", ["mudd", "qwen3, other widths"])
 def test_tensor_parallel(form):
   """Two processes; aggregates are whole on each."""
@@ -144,22 +143,43 @@ def test_tensor_parallel(form):
   subprocess.run([*command, FORMS[form]], check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def test_vllm_finds_the_attention(folder):
-  """vLLM reads the source of attention: one variable is looked up in ALL_ATTENTION_FUNCTIONS, and called once, with a
-  scale that is an attribute."""
-  source = textwrap.dedent(inspect.getsource(type(load(folder).model.layers[0].self_attn).forward))
-  nodes = list(ast.walk(ast.parse(source)))
-  names = {
-    x.targets[0].id
-    for x in nodes
-    if isinstance(x, ast.Assign) and ast.unparse(x.value).startswith("ALL_ATTENTION_FUNCTIONS[")
-  }
-  calls = [x for x in nodes if isinstance(x, ast.Call) and getattr(x.func, "id", "") in names]
-  assert [ast.unparse(x.value) for x in calls[0].keywords if x.arg == "scaling"] == ["self.scaling"]
-  assert len(names) == len(calls) == 1
+def test_an_attention_of_another_backend(folder):
+  """Backends such as vLLM's are registered under a name, and get the scale and further keyword arguments."""
+  calls = []
+
+  def attend(module, query, key, value, mask, scaling, backend_argument=None, **kwargs):
+    calls.append((module.layer_idx, scaling == module.scaling, backend_argument))
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling, **kwargs)
+
+  ALL_ATTENTION_FUNCTIONS.register("of_the_test", attend)
+  model, tokens = load(folder), torch.arange(3, 11)[None]
+  with torch.no_grad():
+    expected = model(tokens, use_cache=False).logits
+    model.config._attn_implementation = "of_the_test"
+    found = model(tokens, use_cache=False, backend_argument=7).logits
+  assert calls == [(i, True, 7) for i in range(4)]
+  assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-@pytest.mark.skipif(transformers.__version__ < "5.24", reason="earlier versions have another paged cache")
+class ThreeArguments(transformers.DynamicCache):
+  """A cache whose `update` takes what transformers' documentation states."""
+
+  def update(self, key_states, value_states, layer_idx, cache_kwargs=None):
+    return super().update(key_states, value_states, layer_idx)
+
+
+def test_caches_of_others(folder):
+  model, tokens = load(folder), torch.arange(3, 11)[None]
+  with torch.no_grad():
+    whole = model(tokens).logits
+    cache = ThreeArguments()
+    model(tokens[:, :5], past_key_values=cache)
+    assert (model(tokens[:, 5:], past_key_values=cache).logits - whole[:, 5:]).abs().max() < 2e-5 * whole.abs().max()
+  with pytest.raises(ValueError, match="A cache of tuple needs position_ids"):
+    model(tokens, past_key_values=((tokens, tokens),))
+
+
+@pytest.mark.skipif(not has_version("5.24"), reason="earlier versions have another paged cache")
 def test_continuous_batching():
   folder = MODELS / "text"
   tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder, attn_implementation="paged|sdpa")

@@ -50,10 +50,6 @@ class MuddformerConfig(PretrainedConfig):
     "layers.*.mlp.up_proj": "colwise",
     "layers.*.mlp.down_proj": "rowwise",
   }
-  if IS_5:  # gradients of norms that each device applies to its own heads
-    base_model_tp_plan |= dict.fromkeys(
-      ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"), "replicated_with_grad_allreduce"
-    )
 
   def __init__(
     self,
@@ -116,6 +112,9 @@ class MuddformerConfig(PretrainedConfig):
     self.hidden_act = hidden_act
     self.norm_eps = norm_eps
     self.use_qk_norm = use_qk_norm
+    if use_qk_norm and IS_5:  # a device applies these norms to its own heads: their gradients are summed over devices
+      norms = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
+      self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(norms, "replicated_with_grad_allreduce")
     self.attention_multiplier = self.head_dim**-0.5 if attention_multiplier is None else attention_multiplier
     self.rope_theta = rope_parameters.get("rope_theta", rope_theta)
     self.rope_parameters = rope_parameters

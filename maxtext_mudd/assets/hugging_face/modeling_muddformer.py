@@ -28,7 +28,7 @@ except ImportError:  # before 4.53
 
 # Newer versions of transformers call the cache of keys and values so.
 CACHE = "cache" if "cache" in {x.name for x in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
-# Before transformers 5.6 a static cache needs the places of the tokens.
+# Before transformers 5.6 a static cache reads the places of the tokens, cache_kwargs["cache_position"].
 CACHE_TAKES_PLACES = "cache_kwargs" in inspect.signature(Cache.update).parameters
 # The arguments of create_causal_mask were renamed several times.
 MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters if create_causal_mask else ()
@@ -110,8 +110,11 @@ class MuddformerAttention(nn.Module):
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
     if cache is not None:
-      # A paged cache changes `kwargs`, with which its attention finds keys and values.
-      given = {"cache_kwargs": {"cache_position": cache_position}} if CACHE_TAKES_PLACES else {"kwargs": kwargs}
+      given = {}
+      if not isinstance(cache, Cache):  # a paged cache changes `kwargs`, by which its attention finds keys and values
+        given["kwargs"] = kwargs
+      elif CACHE_TAKES_PLACES:
+        given["cache_kwargs"] = {"cache_position": cache_position}
       key, value = cache.update(key, value, self.layer_idx, **given)
     attend = eager_attention
     if self.config._attn_implementation != "eager":
@@ -226,7 +229,7 @@ class MuddformerPreTrainedModel(PreTrainedModel):
   _supports_flash_attn = _supports_flash_attn_2 = True
   _supports_cache_class = _supports_static_cache = True
   _supports_attention_backend = True
-  _can_compile_fullgraph = True
+  _can_compile_fullgraph = IS_5
 
   def _init_weights(self, module):
     """The plain model at the start: W2 is zero, and static weights are one at the newest source."""
@@ -301,7 +304,9 @@ class MuddformerModel(MuddformerPreTrainedModel):
     if use_cache and cache is None and not is_checkpointing:
       cache = DynamicCache()
     x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    seen = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0  # a paged cache comes with positions
+    if not (cache is None or isinstance(cache, Cache) or position_ids is not None):
+      raise ValueError(f"A cache of {type(cache).__name__} needs position_ids; give them, or a transformers.Cache.")
+    seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
     places = torch.arange(x.shape[1], device=x.device) + seen
     position_ids = places[None] if position_ids is None else position_ids
     given = dict(kwargs, position_embeddings=angles(config, position_ids, x.dtype), cache=cache)

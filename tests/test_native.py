@@ -119,10 +119,14 @@ def test_folders_that_others_changed(tmp_path):
 def test_special_tokens_are_those_of_the_tokenizer(tmp_path):
   source = hugging_face(tmp_path / "hf")
   shutil.copytree(BYTES, source, dirs_exist_ok=True)
+  settings = source / "tokenizer_config.json"  # as transformers 5 saves it, with a name that 4 does not know
+  settings.write_text(settings.read_text().replace("PreTrainedTokenizerFast", "TokenizersBackend"))
   hf.from_hf(source, tmp_path / "m", {})
   hf.to_hf(tmp_path / "m", tmp_path / "d")
   fields = json.loads((tmp_path / "d" / "config.json").read_text())
   assert [fields[name] for name in native.TOKENIZER_FIELDS] == [1, 2, 0, "PreTrainedTokenizerFast"]
+  written = json.loads((tmp_path / "d" / "tokenizer_config.json").read_text())
+  assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
   assert (tmp_path / "d" / "tokenizer.json").exists()
 
 

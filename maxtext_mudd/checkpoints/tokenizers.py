@@ -10,8 +10,10 @@ import shutil
 from typing import Any
 
 _MAIN = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # a folder with one of these has a tokenizer
-_OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_SETTINGS = "tokenizer_config.json"
+_OPTIONAL = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", "merges.txt")
 _OPTIONAL += ("chat_template.jinja",)
+_NAMES_OF_4 = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # transformers 4 does not know the former; 5 knows both
 _SINGLE_FILE_TYPES = ("sentencepiece", "tiktoken")
 
 
@@ -31,8 +33,9 @@ def config_fields(folder: pathlib.Path) -> dict[str, int | str]:
 
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   fields = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-  settings = folder / "tokenizer_config.json"
-  fields["tokenizer_class"] = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
+  if (settings := folder / _SETTINGS).is_file():
+    fields["tokenizer_class"] = json.loads(settings.read_text()).get("tokenizer_class")
+    fields["tokenizer_class"] = _NAMES_OF_4.get(fields["tokenizer_class"], fields["tokenizer_class"])
   return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -76,6 +79,19 @@ def _file_name(config) -> str:
   if tokenizer_type == "tiktoken" and "tiktoken" not in source.name:  # MaxText recognizes the type by the name
     return f"{source.name}.tiktoken"
   return source.name
+
+
+def export(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies the files of a Hugging Face tokenizer, if the source folder has one, so that transformers 4 loads it, too.
+
+  Raises:
+    OSError: a file cannot be read or written.
+  """
+  copy(source, target)
+  if (settings := target / _SETTINGS).is_file():
+    fields = json.loads(settings.read_text())
+    if name := _NAMES_OF_4.get(fields.get("tokenizer_class")):
+      settings.write_text(json.dumps(fields | {"tokenizer_class": name}, indent=2))
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -161,10 +161,10 @@ def _rejection(request: Request, finished: subprocess.CompletedProcess) -> str:
 def _check_manifest(manifest: str, request: Request) -> None:
   """Raises ConfigError if no job of the manifest runs the request's command in its image."""
   try:
-    jobs = [job for job in yaml.safe_load_all(manifest) if job and job["kind"] == "JobSet"]
-    pods = [job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"] for job in jobs]
-    runs = [(x["image"], x["command"][-1]) for pod in pods for x in pod["containers"]]
-    is_unchanged = (request.image, request.training_command) in runs
+    sets = [x for x in yaml.safe_load_all(manifest) if isinstance(x, dict) and x.get("kind") == "JobSet"]
+    pods = [job["template"]["spec"]["template"]["spec"] for x in sets for job in x["spec"]["replicatedJobs"]]
+    containers = [x for pod in pods for x in pod["containers"] if x["image"] == request.image]
+    is_unchanged = any(request.training_command in (*x.get("command", ()), *x.get("args", ())) for x in containers)
   except (yaml.YAMLError, KeyError, IndexError, TypeError):
     is_unchanged = False
   if not is_unchanged:

@@ -131,10 +131,11 @@ def to_hf(source: pathlib.Path, target: pathlib.Path, released: bool = False) ->
         outputs[name.tensor] = tensors.Output(name.tensor_shape, dtype, values)
       tensors.write(stage, outputs)
     (stage / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True))
-    tokenizers.copy(source / model_folder.TOKENIZER, stage)
     if released:
+      tokenizers.copy(source / model_folder.TOKENIZER, stage)
       remote_code.copy(source / remote_code.FOLDER, stage)
     else:
+      tokenizers.export(source / model_folder.TOKENIZER, stage)
       native.copy_code(stage)
 
 
@@ -145,13 +146,16 @@ def re_export(source: pathlib.Path, target: pathlib.Path) -> None:
     ConfigError: as `from_hf` and `to_hf`. Then nothing is left behind.
   """
   with staged(target) as stage:
-    made, written = stage / "m" / source.name, stage / "d"
+    made, exported = stage / "maxtext" / source.name, stage / "exported"  # progress bars show the name of the source
     from_hf(source, made, {})
-    to_hf(made, written)
+    try:
+      to_hf(made, exported)
+    except ConfigError as error:
+      raise ConfigError(str(error).replace(str(made), str(source))) from None
     shutil.rmtree(made.parent)
-    for file in written.iterdir():
+    for file in exported.iterdir():
       file.rename(stage / file.name)
-    written.rmdir()
+    exported.rmdir()
 
 
 def _without_layer(name: Name) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from maxtext_mudd import plugin, post_train, report
-from maxtext_mudd.checkpoints import orbax_folder
+from maxtext_mudd.checkpoints import orbax_folder, run
 from maxtext_mudd.runs import end_of_data
 from tests import runs
 
@@ -88,6 +88,28 @@ def test_conversations(folder, mudd_model):
 
 
 @slow
+def test_adapter(folder, mudd_model):
+  """Only an adapter is trained and saved. Merged into its model, it computes what the model with the adapter does."""
+  data, start_from = f"hf_train_files={folder / 'chat.jsonl'}", f"load_parameters_path={mudd_model}"
+  adapter = ("post_train/lora.yml", "lora.lora_rank=4", "lora.lora_alpha=16", data)
+  fine_tune(folder, "adapter", "sft", *adapter, start_from, "learning_rate=1e-2", "steps=4")
+  saved = newest(folder / "adapter")
+  trained = orbax_folder.parameters(saved)
+  assert len(trained) == 2 * 14 and all(name.endswith(("kernel_lora_a", "kernel_lora_b")) for name in trained)
+  assert {min(x.shape) for x in trained.values()} == {4}
+
+  restored = f"lora.lora_restore_path={saved}"
+  fine_tune(folder, "restored", "sft", *adapter, restored, start_from, "steps=1")
+  target = folder / "merged"
+  keys = {"lora": {"lora_alpha": 16.0}, "load_parameters_path": str(mudd_model)}
+  run.from_run(saved.parent, target, runs.RUN_YML, keys)
+  fine_tune(folder, "of_merged", "sft", data, f"load_parameters_path={target / 'items'}", "steps=1")
+  (of_adapter,), (of_merged,) = losses(folder / "restored"), losses(folder / "of_merged")
+  (of_start,) = losses(folder / "adapter")[:1]
+  assert of_merged == pytest.approx(of_adapter, rel=1e-5) and abs(of_adapter - of_start) > 0.1
+
+
+@slow
 def test_preferences(folder, mudd_model):
   """The policy starts as the reference, with which DPO's loss is log 2."""
   data = f"hf_train_files={folder / 'pairs.jsonl'}"
@@ -117,7 +139,7 @@ def test_distillation(folder, mudd_model):
   )
   keys = ("distill_alpha=1.0", "learning_rate=1e-2", "steps=6")
   fine_tune(folder, "distilled", "distill", f"load_parameters_path={mudd_model}", *keys, config=str(config))
-  distances = report.read_scalars(folder / "distilled")["distill/soft_loss"]
+  distances = report.read_scalars(folder / "distilled")["train/distill/soft_loss"]
   assert min(distances.values()) < 0.5 * distances[min(distances)]
   assert newest(folder / "distilled").parent.name == "6"
 

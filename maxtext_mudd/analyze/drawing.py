@@ -88,7 +88,8 @@ def _attention(results: Results):
   heads = max(len(maps.values) for _, maps in of_models.values())
   columns = min(heads, 8)
   rows = -(-heads // columns)
-  picture, axes = _axes(rows * len(results), columns, (2.6, 2.8))
+  scale = 2 if heads <= 4 else 1  # few heads have room for tokens that can be read
+  picture, axes = _axes(rows * len(results), columns, (2.6 * scale, 2.8 * scale))
   for axis in axes.flat:
     axis.set_axis_off()
   for k, (model, (name, maps)) in enumerate(of_models.items()):
@@ -101,8 +102,8 @@ def _attention(results: Results):
       if len(values) <= MOST_LABELS:
         axis.set_axis_on()
         texts = [repr(text)[1:-1] for text in maps.labels["query"]]
-        axis.set_xticks(range(len(texts)), texts, fontsize=3, rotation=90)
-        axis.set_yticks(range(len(texts)), texts, fontsize=3)
+        axis.set_xticks(range(len(texts)), texts, fontsize=3 * scale, rotation=90)
+        axis.set_yticks(range(len(texts)), texts, fontsize=3 * scale)
   return picture
 
 

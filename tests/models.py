@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 from maxtext.common.common_types import DecoderBlockType
 from maxtext.configs import pyconfig
-from maxtext.layers import quantizations
-from maxtext.models import models
-from maxtext.utils import maxtext_utils
+from maxtext.utils import maxtext_utils, model_creation_utils
 import numpy as np
 
 import maxtext_mudd
@@ -58,8 +56,7 @@ def build(cfg, seed=0):
 
 def construct(cfg, mesh, seed=0):
   """The same where the mesh is set already."""
-  quant = quantizations.configure_quantization(cfg)
-  return models.Transformer(cfg, mesh, quant, rngs=nnx.Rngs(params=seed, dropout=seed + 1))
+  return model_creation_utils.create_model(cfg, mesh, rngs=nnx.Rngs(params=seed, dropout=seed + 1))
 
 
 def parameters(model) -> dict[str, nnx.Param]:

@@ -298,6 +298,16 @@ MISTAKES = {
     "scan_layers=True with decoder_block='qwen3_next' does not work with depth_connection=mhc: MaxText scans its "
     "layers within cycles; set scan_layers=False.",
   ),
+  "quantised by Qwix for NVIDIA's GPUs": (
+    ["quantization=fp8_gpu", "use_qwix_quantization=true"],
+    "quantization=fp8_gpu with use_qwix_quantization=True does not work with mudd=True: it adds variables to layers "
+    "while the model runs; quantization=fp8 with use_qwix_quantization=False computes the same.",
+  ),
+  "quantised by Qwix for AMD's GPUs": (
+    ["quantization=fp8_nanoo", "use_qwix_quantization=true"],
+    "quantization=fp8_nanoo with use_qwix_quantization=True does not work with mudd=True: it adds variables to layers "
+    "while the model runs; quantization=nanoo_fp8 with use_qwix_quantization=False computes the same.",
+  ),
   "quantised delta nets": (
     [*QWEN3_NEXT, "quantization=int8"],
     "quantization=int8 does not work with mudd=True and decoder_block='qwen3_next': a scale is of a whole kernel, "

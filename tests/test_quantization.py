@@ -2,7 +2,6 @@
 
 from flax import nnx
 import jax
-from maxtext.layers import quantizations
 from maxtext.trainers.pre_train import train
 import pytest
 
@@ -22,7 +21,6 @@ def loss_and_conversions(config):
   """Loss of a new model on a random batch, and how many arrays its forward pass converts to int8."""
   model = models.build(config)
   with jax.set_mesh(model.decoder.mesh):
-    model = quantizations.maybe_quantize_model(model, config)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     data = models.batch(config)
 

@@ -9,6 +9,8 @@ from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 _WITH_DELTA_NETS = ("qwen3_next", "qwen3_5")
 _WITH_HYPER_STREAMS = ("deepseek", "deepseek4")
+# Of Qwix: values of `quantization` that add variables to layers, and those without Qwix that compute the same.
+_ADDING_VARIABLES = {"fp8_gpu": "fp8", "fp8_nanoo": "nanoo_fp8"}
 # The names with which MaxText builds these blocks, and what it does by the name.
 _NAMES = {
   "gemma3": (("gemma3-4b", "gemma3-12b", "gemma3-27b"), "scales queries"),
@@ -117,6 +119,13 @@ def refusals(config) -> Iterator[Refusal]:
     f"quantization={quantization}",
     f"{mudd} and fused_qkv=True" if config.fused_qkv else f"{mudd} and {layer}",
     "a scale is of a whole kernel, whose columns read different streams; leave quantization empty",
+  )
+  yield Refusal(
+    config.use_qwix_quantization and quantization in _ADDING_VARIABLES,
+    f"quantization={quantization} with use_qwix_quantization=True",
+    mudd,
+    f"it adds variables to layers while the model runs; quantization={_ADDING_VARIABLES.get(quantization)} with "
+    "use_qwix_quantization=False computes the same",
   )
   yield Refusal(
     weights.startswith("float8"),

@@ -19,7 +19,7 @@ from maxtext_mudd.checkpoints import model_config, model_folder, model_keys, par
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.config.keys import MuddKeys
 from maxtext_mudd.config.optimizer import OptimizerKeys
-from tests import runs
+from tests import models, runs
 from tests.blocks import config_of
 from tests.published import BYTES
 
@@ -187,3 +187,22 @@ def test_state_that_is_no_parameter():
     ConfigError, match=r"^routed_bias=True and model_name=deepseek3-tiny: the biases of routers are not"
   ):
     parameters.check_state(config_of("deepseek", mudd=True, **keys))
+
+
+def test_quantized_models_with_more_than_parameters():
+  """A checkpoint is not read for a configuration that needs scales of it, or quantized parameters."""
+  for keys, message in (
+    (
+      {"quantization": "int8", "checkpoint_is_quantized": True},
+      "checkpoint_is_quantized=True: only float parameters are read; name a checkpoint of a run, and set it to False: "
+      "quantization quantizes the parameters while the model runs.",
+    ),
+    (
+      {"quantization": "fp8"},
+      "quantization=fp8: its scales are not parameters, and only parameters are read of a checkpoint; leave it empty, "
+      "or set quantization=fp8 and use_qwix_quantization=True, which computes scales anew.",
+    ),
+  ):
+    with pytest.raises(ConfigError) as refused:
+      parameters.load(models.config(mudd=True, load_parameters_path="nowhere", **keys))
+    assert str(refused.value) == message

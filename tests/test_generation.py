@@ -223,6 +223,11 @@ def test_refusals_of_the_command(tmp_path):
       "moba=True: MaxText attends to all keys in decoding, and to chosen blocks of them in training; use logits.",
     ),
     (
+      {"load_parameters_path": str(tmp_path), "quantize_kvcache": True},
+      "quantize_kvcache=True with dtype=float32: MaxText keeps the scales of the cache in bfloat16; set "
+      "dtype=bfloat16.",
+    ),
+    (
       {"load_parameters_path": str(tmp_path), "decoder_block": "deepseek4"} | OTHERS["deepseek4"],
       "decoder_block='deepseek4': MaxText makes other compressed keys in decoding than in training; use logits.",
     ),

@@ -21,14 +21,30 @@ def load(config) -> nnx.Module:
   """The model of a configuration with the parameters of its `load_parameters_path`, on the devices of its mesh.
 
   Raises:
-    ConfigError: the checkpoint is missing or damaged, or its parameters are not those of the configuration.
+    ConfigError: the checkpoint is missing or damaged, its parameters are not those of the configuration, or
+      `quantization` needs more than float parameters.
   """
   path = str(config.load_parameters_path)
+  _check_quantization(config)
   check_path(path, config)
   try:
     return model_creation_utils.from_pretrained(config, maxtext_utils.get_mesh_from_config(config))
   except Exception as error:  # neither Orbax nor MaxText has a base class for its errors
     raise ConfigError(f"{path} cannot be read; it is damaged ({brief(error)}).") from error
+
+
+def _check_quantization(config) -> None:
+  """Raises ConfigError for quantized checkpoints, and where a quantized model has more than its parameters."""
+  if config.checkpoint_is_quantized:
+    raise ConfigError(
+      "checkpoint_is_quantized=True: only float parameters are read; name a checkpoint of a run, and set it to False: "
+      "quantization quantizes the parameters while the model runs."
+    )
+  if config.quantization in ("fp8", "nanoo_fp8") and not config.use_qwix_quantization:
+    raise ConfigError(
+      f"quantization={config.quantization.value}: its scales are not parameters, and only parameters are read of a "
+      "checkpoint; leave it empty, or set quantization=fp8 and use_qwix_quantization=True, which computes scales anew."
+    )
 
 
 def items_folder(checkpoint: str) -> epath.Path:

@@ -236,6 +236,11 @@ def check_config(config) -> None:
       f"qk_rope_head_dim={config.qk_nope_head_dim + config.qk_rope_head_dim} and v_head_dim={config.v_head_dim} are "
       "equal; set mla_naive_kvcache=False."
     )
+  if config.quantize_kvcache and jnp.dtype(config.dtype) != jnp.bfloat16:
+    raise ConfigError(
+      f"quantize_kvcache=True with dtype={config.dtype}: MaxText keeps the scales of the cache in bfloat16; set "
+      "dtype=bfloat16."
+    )
 
 
 def check(prompt_tokens: Sequence[Sequence[int]], max_new_tokens: int, config) -> None:

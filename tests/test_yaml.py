@@ -21,7 +21,7 @@ SHARED = {"mudd_base", "paper", "tiny", "transformer_pp", "transformer", "pythia
 NAMES = sorted(
   name
   for file in config_files.packaged()
-  if (name := file.removesuffix(".yml")) not in SHARED and not name.startswith(("data/", "study/"))
+  if (name := file.removesuffix(".yml")) not in SHARED and not name.startswith(("data/", "study/", "post_train/"))
 )
 TINY = {"mudd_tiny", "transformer_tiny"}
 

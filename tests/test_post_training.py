@@ -138,7 +138,8 @@ def test_distillation(folder, mudd_model):
     f"base_config: {runs.RUN_YML}\ndataset_type: synthetic\nteacher_overrides: {json.dumps(overrides)}\n"
   )
   keys = ("distill_alpha=1.0", "learning_rate=1e-2", "steps=6")
-  fine_tune(folder, "distilled", "distill", f"load_parameters_path={mudd_model}", *keys, config=str(config))
+  finished = fine_tune(folder, "distilled", "distill", f"load_parameters_path={mudd_model}", *keys, config=str(config))
+  assert "step 1/6  loss " in finished.stdout and "finished step 6/6" in finished.stdout
   scalars = report.read_scalars(folder / "distilled")
   distances = list(scalars["train/distill/soft_loss"].values())
   assert distances == sorted(distances, reverse=True) and distances[-1] < 0.75 * distances[0]

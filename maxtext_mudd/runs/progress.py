@@ -31,6 +31,7 @@ class Progress:
       first_step: the number that MaxText's trainer gives the first step of a run.
     """
     self._first_number = first_step
+    self._is_distillation = bool(getattr(config, "teacher_overrides", None))
     self.steps = config.steps
     self.done: int | None = None
     self.status = ""
@@ -53,6 +54,8 @@ class Progress:
     """
     if "completed step: " in message or "activation step: " in message:
       return self._step(message)
+    if self._is_distillation and (step := re.match(r"Train step (\d+) training loss: ([\d.]+)", message)):
+      return self._step(f"completed step: {step[1]}, loss: {float(step[2]):.3f}")  # MaxText's line has no loss
     if message.startswith("Completed eval after train step "):
       return self._evaluation(message)
     if saved := re.search(r"^Saved a checkpoint at step (\d+)|Finished saving checkpoint .* to `.*/(\d+)`", message):

@@ -181,5 +181,4 @@ def test_decodes_with_a_quantized_cache(scan):
   (row,) = maxtext_mudd.generate(model, cfg, [list(range(1, 9))], 8)
   logits = np.asarray(maxtext_mudd.logits(model, row[None, :-1]))[0, 7:]
   chosen = np.take_along_axis(logits, row[8:, None], 1)[:, 0]
-  print(logits.max(-1) - chosen, np.sort(logits, -1)[:, -2:])
-  assert (logits.max(-1) - chosen).max() < 0.1
+  assert (logits.max(-1) - chosen).max() < 0.1  # of logits up to 4, in bfloat16; 0.05 was seen

@@ -148,6 +148,7 @@ def test_distillation(folder, mudd_model):
   assert newest(folder / "distilled").parent.name == "6"
 
 
+ADAPTER = ["sft", runs.RUN_YML, "post_train/sft.yml", "post_train/lora.yml", "hf_train_files=DATA"]
 MISTAKES = {
   "no method": ([], "no method is not a method of fine-tuning; name sft, dpo, distill, before all else."),
   "another method": (["ppo"], "ppo is not a method of fine-tuning; name sft, dpo, distill, before all else."),
@@ -177,8 +178,18 @@ MISTAKES = {
     "load_parameters_path=/none: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP.",
   ),
   "an adapter without rank": (
-    ["sft", runs.RUN_YML, "post_train/sft.yml", "post_train/lora.yml", "hf_train_files=DATA", "lora.lora_rank=0"],
+    [*ADAPTER, "lora.lora_rank=0"],
     "lora.lora_rank=0 and lora.lora_alpha=16 make no adapter; set both above 0.",
+  ),
+  "an adapter in scanned layers": (
+    [*ADAPTER, "scan_layers=true", "mudd_ffn_reallocation=false"],
+    "lora.enable_lora=True with scan_layers=True: scanned layers with connections take no adapters; set "
+    "scan_layers=False.",
+  ),
+  "an adapter of another family": (
+    [*ADAPTER, "depth_connection=mhc", "mudd_expansion_rate=2", "mudd_ffn_reallocation=false"],
+    "lora.enable_lora=True with depth_connection=mhc: models with connections of this family take no adapters; set "
+    "lora.enable_lora=False.",
   ),
   "an adapter for DPO": (
     ["dpo", runs.RUN_YML, "post_train/dpo.yml", "hf_train_files=DATA", "lora.enable_lora=true"],

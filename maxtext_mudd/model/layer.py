@@ -69,11 +69,11 @@ def connect(layer: nnx.Module, connection: Connection, config: HyperParameters) 
     split_feed_forward(layer)
   if config.mudd_rope_table != "stock":
     round_rotary_table(layer, config.mudd_rope_table)
-  change_class(layer, _connected(type(layer), config.mhc_expansion_rate))
+  change_class(layer, _connected(type(layer), config.mhc_expansion_rate, config.lora.enable_lora))
 
 
 @functools.cache
-def _connected(layer_class: type[nnx.Module], rate: int) -> type[nnx.Module]:
+def _connected(layer_class: type[nnx.Module], rate: int, takes_adapters: bool) -> type[nnx.Module]:
   class ConnectedLayer(layer_class):
     """The layer whose `__call__` takes and returns the carry of its connection. If layers are not scanned, the first
     one takes the embedding, and the last one returns the hidden state."""
@@ -81,7 +81,7 @@ def _connected(layer_class: type[nnx.Module], rate: int) -> type[nnx.Module]:
     @functools.wraps(layer_class.__call__)
     def __call__(self, inputs, *args, **kwargs):
       carry = self.connection.start(to_positions(inputs, rate)) if self.connection.starts else inputs
-      if getattr(self, "disable_quant_stats_update", False):
+      if takes_adapters and getattr(self, "disable_quant_stats_update", False):
         # Qwix runs a model once to add LoRA's parameters to its modules. `block` runs a copy, which would get them.
         layer_class.__call__(self, from_positions(self.connection.inputs(carry), rate), *args, **kwargs)
       graphdef, params, others = nnx.split(self, nnx.Param, ...)

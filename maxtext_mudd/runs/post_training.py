@@ -5,6 +5,7 @@ import os
 
 from maxtext.configs import pyconfig
 
+from maxtext_mudd import connections
 from maxtext_mudd.checkpoints import parameters
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import data_settings
@@ -33,6 +34,11 @@ def settings(config, name: str) -> Iterator[tuple[bool, str]]:
     adapter.enable_lora and config.mudd and config.scan_layers,
     "lora.enable_lora=True with scan_layers=True: scanned layers with connections take no adapters; set "
     "scan_layers=False.",
+  )
+  yield (
+    adapter.enable_lora and config.mudd and config.depth_connection != connections.DEFAULT,
+    f"lora.enable_lora=True with depth_connection={config.depth_connection}: models with connections of this family "
+    "take no adapters; set lora.enable_lora=False.",
   )
   yield (
     config.optimizer_memory_host_offload,

@@ -135,7 +135,7 @@ def streams_model(blocks: list, embedding, params) -> dict:
   carry = blocks[0].start(embedding)
   for number, connection in enumerate(blocks):
     carry = run_sublayers(connection, number, carry, params, outputs)
-  outputs["hidden"], _ = blocks[-1].finish(carry)
+  outputs["hidden"], *_ = blocks[-1].finish(carry)
   outputs["final"] = _rms(outputs["hidden"]) * params["final_norm"]
   after = [*before[1:], carry.streams]
   return outputs | {f"streams.{s}": jnp.stack(x, axis=2) for s, x in enumerate(after)}
@@ -264,7 +264,7 @@ def denseformer(case: dict, dtype) -> Callable:
       carry, (mixed, outputs[f"block.{i}"]) = connection.through(block, params, carry, None)
       if i:
         outputs[f"mixed.{i - 1}"] = mixed
-    outputs[f"mixed.{len(blocks) - 1}"], _ = blocks[-1].finish(carry)
+    outputs[f"mixed.{len(blocks) - 1}"], *_ = blocks[-1].finish(carry)
     outputs["final"] = _rms(outputs[f"mixed.{len(blocks) - 1}"]) * params["final_norm"]
     return outputs
 
@@ -309,7 +309,7 @@ def attnres(case: dict, dtype) -> Callable:
     for number, connection in enumerate(blocks):
       connection.mix = functools.partial(recorded, connection)
       carry = run_sublayers(connection, number, carry, params, outputs)
-    hidden, _ = blocks[-1].finish(carry)
+    hidden, *_ = blocks[-1].finish(carry)
     return outputs | {"final": _rms(hidden) * params["final_norm"]}
 
   return op if "op" in case else model
@@ -367,7 +367,7 @@ def dca(case: dict, dtype) -> Callable:
         return connection.write(x), None, None
 
       carry, _ = connection.through(block, None, carry, None)
-    outputs["hidden"], _ = blocks[-1].finish(carry)
+    outputs["hidden"], *_ = blocks[-1].finish(carry)
     return outputs | {"final": norm(outputs["hidden"]) * params["final_norm"]}
 
   return op if "op" in case else model

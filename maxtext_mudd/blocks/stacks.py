@@ -10,8 +10,9 @@ from maxtext_mudd.blocks import Cycle, ffn_widths
 
 _INNER = "local_layers"  # a stack within each cycle
 _REMAINDER = "layers_remainder"
+_STAGES = ("pipeline_module", "layers")
 SINGLE_LAYER = r"[a-z_]*layers_\d+(?:/half_\d+)?"  # the path from the decoder to a single layer, of whatever model
-_ATTRIBUTES = {_REMAINDER}.union(  # of decoders with scanned layers
+_ATTRIBUTES = {_REMAINDER, _STAGES[0]}.union(  # of decoders with stacked layers
   *({*spec.layers, *([spec.cycle.name] if spec.cycle else [])} for spec in decoder_blocks.BLOCKS.values())
 )
 
@@ -23,13 +24,16 @@ class Stack:
   Attributes:
     path: attributes that lead from the decoder to the stack.
     blocks: numbers of the blocks, rising, in the order of the arrays.
-    sizes: of the axes along which parameters are stacked: one axis or, where a stack lies within each scanned cycle,
-      two, that of cycles first. No axis for a layer that is not stacked, before the first cycle or after the last.
+    sizes: of the axes along which parameters are stacked: one axis or, where a stack lies within each scanned cycle or
+      each stage of a pipeline, two, that of cycles or stages first. No axis for a layer that is not stacked, before the
+      first cycle or after the last.
+    of_stages: whether the first of these axes is that of the stages of a pipeline. It is axis 0 of every array.
   """
 
   path: tuple[str, ...]
   blocks: tuple[int, ...]
   sizes: tuple[int, ...]
+  of_stages: bool = False
 
   @property
   def inner_length(self) -> int | None:
@@ -37,13 +41,26 @@ class Stack:
     return self.sizes[-1] if self.path[-1] == _INNER else None
 
 
+def num_stages(config) -> int:
+  """S, the number of stages of a pipeline; 1 without one."""
+  return config.ici_pipeline_parallelism * config.dcn_pipeline_parallelism
+
+
+def are_stacked(config) -> bool:
+  """Whether parameters of several layers are one array: of scanned layers, or of the stages of a pipeline."""
+  return config.scan_layers or num_stages(config) > 1
+
+
 def of_config(config) -> tuple[Stack, ...]:
-  """The stacks of a model with `scan_layers: true`, in the order in which MaxText first runs them.
+  """The stacks of a model whose layers are stacked, in the order in which MaxText first runs them.
 
   MaxText scans single layers or, where layers differ, cycles of them. Then the first layers of all cycles are one
   stack, the second ones another, and so on; or those before the last are a stack in each cycle. Layers that differ in
-  their FFN widths are scanned in groups.
+  their FFN widths are scanned in groups. Of a pipeline, the first layers of all stages are one stack, the second ones
+  another, unless the layers of a stage are scanned.
   """
+  if num_stages(config) > 1:
+    return _of_stages(config)
   cycle = decoder_blocks.spec(config).cycle
   groups = ffn_widths.groups(config)
   if cycle is None and len(groups) > 1:
@@ -80,7 +97,7 @@ def _leads_through(path: Sequence[str], stack: tuple[str, ...]) -> bool:
 
 
 def is_scanned(path: Sequence[str]) -> bool:
-  """Whether a parameter's path leads through a stack of scanned layers, of whatever model."""
+  """Whether a parameter's path leads through a stack of layers, of whatever model."""
   return not _ATTRIBUTES.isdisjoint(path)
 
 
@@ -106,6 +123,16 @@ def path_from_plain(config, path: str) -> str:
   for k, side in enumerate(row.sides):
     path = re.sub(rf"(decoder/layers(?:_\d+)?)/(\w+)_{side}/", rf"\1/{row.cycle.member}_{k}/\2/", path)
   return path
+
+
+def _of_stages(config) -> tuple[Stack, ...]:
+  number, blocks = num_stages(config), tuple(range(1, config.num_decoder_layers + 1))
+  length = len(blocks) // number
+  if length == 1:
+    return (Stack(_STAGES, blocks, (number,), of_stages=True),)
+  if config.scan_layers_per_stage:
+    return (Stack((*_STAGES, "scanned_layers"), blocks, (number, length), of_stages=True),)
+  return tuple(Stack((*_STAGES, f"layers_{k}"), blocks[k::length], (number,), of_stages=True) for k in range(length))
 
 
 def _sections(config) -> list[tuple[str, range]]:

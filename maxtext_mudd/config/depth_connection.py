@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pydantic import field_validator
 
 from maxtext_mudd import blocks, connections
+from maxtext_mudd.blocks import stacks
 from maxtext_mudd.keys import KeyGroup, Refusal, key
 
 _WITH_DELTA_NETS = ("qwen3_next", "qwen3_5")
@@ -133,12 +134,6 @@ def refusals(config) -> Iterator[Refusal]:
     mudd,
     "MaxText keeps such weights with scales, and those of connections have none; use weight_dtype=bfloat16 or float32",
   )
-  yield Refusal(
-    config.using_pipeline_parallelism,
-    "ici_pipeline_parallelism or dcn_pipeline_parallelism above 1",
-    mudd,
-    "block outputs are not passed between stages; use fsdp or tensor parallelism",
-  )
   yield from _hyper_streams(config, layer)
   yield Refusal(
     bool(config.engram_layers),
@@ -163,6 +158,8 @@ def refusals(config) -> Iterator[Refusal]:
     yield from _multimodal(config)
   if config.scan_layers:
     yield from _scanned(config)
+  if stacks.num_stages(config) > 1:
+    yield from _pipeline(config, layer)
 
 
 def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
@@ -349,6 +346,71 @@ def _multimodal(config) -> Iterator[Refusal]:
     "visual features are added to block outputs, which are sources; leave it empty, or set use_multimodal=False",
   )
   yield _extra_embeddings(config, multimodal, "the further tables have rows for tokens and none for images")
+
+
+def _pipeline(config, layer: str) -> Iterator[Refusal]:
+  """Yields the settings that do not work where the stages of a pipeline pass on carries."""
+  stages, layers = stacks.num_stages(config), config.num_decoder_layers
+  pipeline, spec = f"mudd=True and a pipeline of {stages} stages", blocks.spec(config)
+  length, rest = divmod(layers, stages)
+  yield Refusal(
+    rest > 0,
+    f"num_decoder_layers={layers}",
+    pipeline,
+    "all stages have equally many blocks; use a multiple of the number of stages, or other parallelism",
+  )
+  yield Refusal(
+    config.num_pipeline_repeats > 1,
+    f"num_pipeline_repeats={config.num_pipeline_repeats}",
+    pipeline,
+    f"stages do not keep what earlier repeats computed; set num_layers_per_pipeline_stage={length} and "
+    "num_pipeline_repeats=-1",
+  )
+  yield Refusal(
+    config.pipeline_parallel_layers != layers,
+    f"pipeline_parallel_layers={config.pipeline_parallel_layers}",
+    pipeline,
+    f"blocks outside the pipeline would not have the outputs of those within; set it to {layers}",
+  )
+  alike = ", ".join(sorted(name for name, row in blocks.BLOCKS.items() if _has_equal_layers(row)))
+  yield Refusal(
+    not _has_equal_layers(spec),
+    layer,
+    pipeline,
+    f"MaxText's stages are of layers that are all alike; use {alike}, or fsdp and tensor parallelism",
+  )
+  yield Refusal(
+    config.mudd_ffn_reallocation,
+    "mudd_ffn_reallocation=True",
+    pipeline,
+    "all stages have FFNs of one width; set it to False",
+  )
+  yield _extra_embeddings(config, pipeline, "MaxText's pipeline takes one array of embeddings")
+  yield Refusal(
+    config.mudd_mtp == "connected",
+    "mudd_mtp=connected",
+    pipeline,
+    "the history stays in the stages, and multi-token prediction would read it behind them; use mudd_mtp=head",
+  )
+  yield Refusal(
+    bool(config.record_internal_nn_metrics),
+    f"record_internal_nn_metrics={config.record_internal_nn_metrics}",
+    pipeline,
+    "MaxText's pipeline returns metrics of every turn, of idle stages, too; set it to 0",
+  )
+  yield Refusal(
+    config.shard_mode.value == "explicit", "shard_mode=explicit", pipeline, "it was not built; use shard_mode=auto"
+  )
+  yield Refusal(
+    config.lora.enable_lora,
+    "lora.enable_lora=True",
+    pipeline,
+    "stages take no adapters; train adapters with fsdp or tensor parallelism",
+  )
+
+
+def _has_equal_layers(row: blocks.BlockSpec) -> bool:
+  return row.cycle is None and len(row.layers) == 1 and not row.uses_earlier_kv
 
 
 def _scanned(config) -> Iterator[Refusal]:

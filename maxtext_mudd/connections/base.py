@@ -26,9 +26,9 @@ from maxtext_mudd.connections.family_keys import FamilyKeys, HistoryKeys, kernel
 if TYPE_CHECKING:
   from flax import nnx
   import jax
-  from jaxtyping import Array, Bool, Float
+  from jaxtyping import Array, Bool, Float, Int
 
-  from maxtext_mudd.connections.connection import Embeddings, MtpConnection
+  from maxtext_mudd.connections.connection import Embeddings, MtpConnection, Passed
   from maxtext_mudd.kernels import Passes, Weights
   from maxtext_mudd.keys import Refusal
 
@@ -141,6 +141,23 @@ def logits_arrays(config, per_token: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Held:
+  """What the buffer of a carry holds between two blocks of a pipeline, as far as configurations say.
+
+  Attributes:
+    number: of entries that are written; they are the first ones.
+    read: those that a later block or the hidden state reads. The others need not be passed on.
+    whole: how many further arrays [B,T,D] the carry has, which are always passed on.
+    bytes_per_token: of what is kept beside each entry, such as logits.
+  """
+
+  number: int
+  read: tuple[int, ...]
+  whole: int
+  bytes_per_token: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Link:
   """What `History.through` and `HistoryBuffer.through` take besides arrays: DA_i and its reader, block i+1.
 
@@ -213,6 +230,10 @@ class Family(Protocol):
     """Factor on the initial values of the kernels whose outputs are added to what blocks pass on."""
 
   @classmethod
+  def held(cls, config, block: int) -> Held:
+    """What the carry holds behind a block, with which a stage of a pipeline that ends there is left."""
+
+  @classmethod
   def why_not_plain(cls, config) -> str | None:
     """Why the family cannot be put into a trained plain model without changing its logits.
 
@@ -276,6 +297,10 @@ class BaseFamily:
     return 1.0
 
   @classmethod
+  def held(cls, config, block: int) -> Held:
+    return Held(0, (), whole=1)
+
+  @classmethod
   def why_not_plain(cls, config) -> str | None:
     return (
       f"depth_connection={config.depth_connection} does not say that its models start as the plain model "
@@ -304,12 +329,14 @@ class Connection(Protocol):
     starts, finishes: as given to `Family.build`.
     rematerialises: whether `through` decides by itself what is kept for the backward pass of scanned layers; otherwise
       MaxText's loop recomputes blocks by the policy.
+    entry_axes: of one entry of each array of the carry's buffer: "btd" for sources, for others as "mbt".
   """
 
   blocks: tuple[int, ...]
   starts: bool
   finishes: bool
   rematerialises: bool
+  entry_axes: tuple[str, ...]
 
   def adapt(self, layer: nnx.Module) -> None:
     """Changes a stock layer, once, after it is built, so that it accepts what `read` returns: by three attention norms,
@@ -350,7 +377,7 @@ class Connection(Protocol):
     """What the carry keeps of the layer's output; called in the layer. The block returns arrays [B,T,D] only, which it
     shards."""
 
-  def finish(self, carry: Any, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+  def finish(self, carry: Any, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any, Any]:
     """The hidden state after the last block. Where MTP is connected, the `MtpInput` of its first block becomes an
     attribute, a variable of the type `ForMtp`.
 
@@ -358,7 +385,19 @@ class Connection(Protocol):
       sown: floating arrays that scanned blocks left beside the carry, which a loss may read.
 
     Returns:
-      the hidden state, and `sown` as losses have to read it.
+      the hidden state; the carry, whose arrays may be read now; and `sown` as losses have to read it.
+    """
+
+  def pass_on(self, carry: Any) -> Passed:
+    """What the next stage of a pipeline needs of the carry that `finish` returned."""
+
+  def resume(self, start: Any, passed: Passed, block: Int[Array, ""]) -> Any:
+    """The carry of a stage of a pipeline.
+
+    Args:
+      start: what `start` returned in this stage.
+      passed: from the stage before, with zeros in entries that did not cross the boundary.
+      block: number of blocks before this stage. With 0 the carry is `start`.
     """
 
 
@@ -414,9 +453,22 @@ class HistoryFamily(BaseFamily):
     return cls(config, site, mesh, rngs)
 
   @classmethod
+  def norms_sources(cls, config) -> bool:
+    """Whether `source_norm` returns a norm."""
+    return False
+
+  @classmethod
   def source_norm(cls, config, rngs: nnx.Rngs) -> nnx.Module | None:
     """The norm of every source before it is mixed; None: sources are mixed as they are."""
     return None
+
+  @classmethod
+  def held(cls, config, block: int) -> Held:
+    """All sources so far. A block without an aggregate before it reads the newest source, or X_i beside it."""
+    plan, is_normed = cls.plan(config), cls.norms_sources(config)
+    read = {source for site in plan.sites.values() if site.block >= block for source in site.sources}
+    read = {source for source in read if source <= block} | (set() if is_normed else {block})
+    return Held(block + 1 - plan.oldest, tuple(source - plan.oldest for source in sorted(read)), int(is_normed))
 
   @classmethod
   def build(cls, config, blocks, mesh, rngs, *, starts, finishes) -> Connection:

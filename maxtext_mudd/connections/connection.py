@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from maxtext_mudd import kernels
 from maxtext_mudd.blocks import normed_streams, stacks, streams_read
@@ -20,10 +20,25 @@ from maxtext_mudd.connections.history import History
 from maxtext_mudd.connections.mesh import passes, source_sharding, with_whole_width
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Passed:
+  """What a stage of a pipeline passes on to the next.
+
+  Attributes:
+    entries: the arrays of the carry's buffer, [N, ...] each, of which `Family.held` says what is read later.
+    whole: arrays [B,T,D] of the carry besides.
+  """
+
+  entries: tuple[Float[Array, "N ..."], ...]
+  whole: Any
+
+
 class PlainConnection(nnx.Module):
   """The residual connection: the carry is the output of the last block. Base class of families with another carry."""
 
   rematerialises = False
+  entry_axes = ()
 
   def __init__(self, blocks: Sequence[int], *, starts: bool, finishes: bool):
     self.blocks = tuple(blocks)
@@ -51,10 +66,21 @@ class PlainConnection(nnx.Module):
   def write(self, output):
     return output
 
-  def finish(self, carry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+  def finish(self, carry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any, Any]:
     kept.keep(self, "history", {"x": carry}, last=True)
     kept.keep(self, "streams", {"x": carry}, last=True)
-    return carry, sown
+    return carry, carry, sown
+
+  def pass_on(self, carry) -> Passed:
+    return Passed((), carry)
+
+  def resume(self, start, passed: Passed, block: Int[Array, ""]):
+    return where_first(block, start, passed.whole)
+
+
+def where_first(block: Int[Array, ""], of_first: Any, of_others: Any) -> Any:
+  """Arrays of the first stage of a pipeline, before which there is no block, or those of other stages."""
+  return jax.tree.map(lambda x, y: jnp.where(block == 0, x, y), of_first, of_others)
 
 
 @jax.tree_util.register_dataclass
@@ -114,6 +140,7 @@ class HistoryConnection(PlainConnection):
   """
 
   rematerialises = True
+  entry_axes = ("btd",)
 
   def __init__(
     self,
@@ -219,14 +246,25 @@ class HistoryConnection(PlainConnection):
     """What later sites mix."""
     return output if self.output_norm is None else self.output_norm(output)
 
-  def finish(self, carry: History | HistoryBuffer, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+  def finish(self, carry: History | HistoryBuffer, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any, Any]:
     carry, sown = carry.close(sown)
     if self.final_depth_aggregate is None:
-      return super().finish(carry.output, sown)
+      hidden, _, sown = super().finish(carry.output, sown)
+      return hidden, carry, sown
     (hidden, *of_mtp), carry = self._final_streams(carry)
     if of_mtp:
       self.for_mtp = ForMtp(MtpInput(*of_mtp, carry))
-    return hidden, sown
+    return hidden, carry, sown
+
+  def pass_on(self, carry: HistoryBuffer) -> Passed:
+    return Passed(carry.buffer.arrays, carry.newest)
+
+  def resume(self, start: HistoryBuffer, passed: Passed, block: Int[Array, ""]) -> HistoryBuffer:
+    (sources,), (first,) = passed.entries, start.buffer.arrays
+    at_start = 1 - self.plan.oldest  # how many sources there are before the first block
+    sources = sources.at[:at_start].set(where_first(block, first[:at_start], sources[:at_start]))
+    buffer = start.buffer.resumed([sources], block)
+    return HistoryBuffer(buffer, block + at_start, where_first(block, start.newest, passed.whole))
 
   def _final_streams(self, carry: History | HistoryBuffer):
     """The streams of a DA that no block reads, and the history for the next such DA."""

@@ -137,25 +137,22 @@ def by_block(config, stack: Stack, value, *, is_parameter: bool = True):
   Args:
     is_parameter: whether it is stacked along `param_scan_axis`, and not, as other state is, along its first axes.
   """
-  xp, axes = value.__array_namespace__(), range(len(stack.sizes))
-  if is_parameter:
-    value = xp.moveaxis(value, [_first_axis(config, stack, value.ndim) + k for k in axes], list(axes))
+  xp, axes = value.__array_namespace__(), _axes_of_stack(config, stack, value.ndim, is_parameter)
+  value = xp.moveaxis(value, axes, list(range(len(axes))))
   return value if len(axes) == 1 else xp.reshape(value, (len(stack.blocks), *value.shape[len(axes) :]))
 
 
 def of_stack(config, stack: Stack, values, *, is_parameter: bool = True):
   """`by_block` backwards."""
-  xp, axes = values.__array_namespace__(), range(len(stack.sizes))
-  value = values if len(axes) == 1 else xp.reshape(values, (*stack.sizes, *values.shape[1:]))
-  if not is_parameter:
-    return value
-  return xp.moveaxis(value, list(axes), [_first_axis(config, stack, value.ndim) + k for k in axes])
+  xp = values.__array_namespace__()
+  value = values if len(stack.sizes) == 1 else xp.reshape(values, (*stack.sizes, *values.shape[1:]))
+  axes = _axes_of_stack(config, stack, value.ndim, is_parameter)
+  return xp.moveaxis(value, list(range(len(axes))), axes)
 
 
 def stacked_sizes(config, stack: Stack, shape: Sequence[int], *, is_parameter: bool = True) -> tuple[int, ...]:
   """Of the shape of a parameter, the axes along which it is stacked."""
-  first = _first_axis(config, stack, len(shape)) if is_parameter else 0
-  return tuple(shape[first : first + len(stack.sizes)])
+  return tuple(shape[axis] for axis in _axes_of_stack(config, stack, len(shape), is_parameter))
 
 
 def initialise(layers: nnx.Module, singles: Sequence[nnx.Module], stack: Stack, config) -> None:
@@ -185,9 +182,15 @@ def initialise(layers: nnx.Module, singles: Sequence[nnx.Module], stack: Stack, 
   nnx.update(layers, state)
 
 
-def _first_axis(config, stack: Stack, dimensions: int) -> int:
-  """The first of the axes along which a parameter of so many dimensions is stacked."""
-  return min(config.param_scan_axis, dimensions - len(stack.sizes))
+def _axes_of_stack(config, stack: Stack, dimensions: int, is_parameter: bool) -> list[int]:
+  """The axes along which a value of so many dimensions is stacked."""
+  number = len(stack.sizes)
+  if not is_parameter:
+    return list(range(number))
+  first = min(config.param_scan_axis, dimensions - number)
+  if stack.of_stages:
+    return [0, *(1 + first + k for k in range(number - 1))]
+  return [first + k for k in range(number)]
 
 
 def _by_path(state: nnx.State) -> dict[tuple[str, ...], jnp.ndarray]:

@@ -8,13 +8,17 @@ from maxtext.common.common_types import ShardMode
 from maxtext.utils import sharding
 
 from maxtext_mudd import kernels
+from maxtext_mudd.blocks.stacks import num_stages
 
 
 def passes(config, mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> kernels.Passes:
   """How the passes over [B,T,D] sources run on this mesh."""
   implementation = kernels.resolve(config.mudd_kernel, mesh.devices.flat[0].platform, config.dtype)
   by_compiler = implementation == "xla" and config.shard_mode != ShardMode.EXPLICIT
-  return kernels.Passes(implementation, None if by_compiler else source_sharding(config, mesh, shape))
+  in_pipeline = num_stages(config) > 1
+  return kernels.Passes(
+    implementation, None if by_compiler else source_sharding(config, mesh, shape), whole_buffers=in_pipeline
+  )
 
 
 def source_sharding(config, mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding | None:

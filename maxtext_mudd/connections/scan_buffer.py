@@ -106,6 +106,23 @@ class ScanBuffer:
 
     return cls([Entries(make(*x), make(*x)) for x in zip(entry, shardings)], rematerialise)
 
+  @property
+  def arrays(self) -> tuple[Float[Array, "S ..."], ...]:
+    """The arrays, for what is no block: before the first one, or after the last."""
+    return tuple(x.array for x in self.parts)
+
+  def resumed(self, arrays: Sequence[Float[Array, "S ..."]], block: Int[Array, ""]) -> "ScanBuffer":
+    """A buffer of these arrays, for the blocks of one stage of a pipeline.
+
+    Args:
+      block: number of blocks before this stage.
+    """
+    # All stages run as one batch. A mirror that did not depend on the stage would be one array for all of them, and its
+    # cotangents, which are their arrays, would be added.
+    of_stage = 0 * block
+    parts = [Entries(x, jnp.zeros_like(x) + of_stage.astype(x.dtype)) for x in arrays]
+    return dataclasses.replace(self, parts=parts)
+
   def through(self, step: Callable, *inputs) -> tuple["ScanBuffer", Any]:
     """The buffer after one block, and what else the block returns.
 

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from maxtext_mudd import kernels
+from maxtext_mudd.connections.connection import Passed, where_first
 from maxtext_mudd.connections.mesh import contract, source_sharding
 from maxtext_mudd.connections.scan_buffer import Entries, ScanBuffer
 from maxtext_mudd.connections.sublayers import LayerOutput, SublayerConnection
@@ -188,6 +189,7 @@ class ScoredConnection(SublayerConnection):
   """
 
   rematerialises = True
+  entry_axes = ("btd", "mbt")
 
   def __init__(
     self,
@@ -218,6 +220,14 @@ class ScoredConnection(SublayerConnection):
 
   def through(self, block: Callable, state: Any, carry: ScoredCarry, arguments: Any) -> tuple[ScoredCarry, Any]:
     return carry.sources.through(block, state, carry, arguments)
+
+  def pass_on(self, carry: ScoredCarry) -> Passed:
+    return Passed(carry.sources.buffer.arrays, (carry.newest, carry.others))
+
+  def resume(self, start: ScoredCarry, passed: Passed, block: Int[Array, ""]) -> ScoredCarry:
+    sources = SourceBuffer(start.sources.buffer.resumed(passed.entries, block))
+    newest, others = where_first(block, (start.newest, start.others), passed.whole)
+    return dataclasses.replace(start, sources=sources, newest=newest, blocks=block, others=others)
 
   def blocks_before(self, carry: ScoredCarry) -> int | Int[Array, ""]:
     return self.blocks[0] - 1 if carry.blocks is None else carry.blocks

@@ -42,11 +42,14 @@ class Passes:
       partitions the passes in plain JAX.
     strict: whether memory that was never written reads as NaN under "pallas_interpret", and races are reported. The
       interpreter then calls Python from the compiled program, which `jax.checkpoint` does not support.
+    whole_buffers: whether passes in plain JAX read all entries of a buffer, not only a prefix with the valid ones. For
+      the stages of a pipeline, which run as one batch: a switch between prefixes would compute all of them.
   """
 
   implementation: str
   sharding: NamedSharding | None = None
   strict: bool = False
+  whole_buffers: bool = False
 
   @jax.named_scope("depth_aggregate")
   def forward(self, sources: Sources, weights: Weights) -> list[Float[Array, "B T D"]]:
@@ -56,7 +59,7 @@ class Passes:
 
     def on_device(sources, weights):
       weights, _ = layout.with_hidden(sources, weights)
-      return self._of_device.forward(sources, weights, **self._options)
+      return self._of_device.forward(sources, weights, **self._options_of_buffers)
 
     return layout.map(on_device, (layout.sources(sources), layout.weights(weights)), layout.rows)(sources, weights)
 
@@ -89,7 +92,7 @@ class Passes:
     self._check_channels(weights, recompute)
     layout = _Layout(self.sharding)
     keep_hidden = keep_hidden and isinstance(weights, WeightMLP)
-    options = {"near": near, "keep_hidden": keep_hidden} | self._options
+    options = {"near": near, "keep_hidden": keep_hidden} | self._options_of_buffers
     pass_of_device = functools.partial(self._of_device.backward, **options)
     on_device = functools.partial(_backward_on_device, layout, pass_of_device, keep_hidden)
     arguments = (sources, weights, list(gradients), totals, recompute)
@@ -160,6 +163,11 @@ class Passes:
     if self.implementation == "xla":
       return {}
     return {"interpret": self.implementation != "pallas" and (tpu.STRICTLY if self.strict else True)}
+
+  @property
+  def _options_of_buffers(self) -> dict:
+    """What its passes that take buffers take besides."""
+    return {"whole_buffers": self.whole_buffers} if self.implementation == "xla" else self._options
 
 
 def _backward_on_device(

@@ -32,12 +32,12 @@ from maxtext_mudd.kernels.weights import (
 PARTS, SMALLEST_PART = 4, 8
 
 
-def forward(sources: Sources, weights: Weights) -> list[Float[Array, "B T D"]]:
+def forward(sources: Sources, weights: Weights, whole_buffers: bool = False) -> list[Float[Array, "B T D"]]:
   """x^c = sum_j W[..., c, j] * X_j (Eq. 5), summed in float32 or wider, rounded once. Of a buffer, sums over its valid
   entries."""
   if isinstance(sources, Buffer):
     buffer = sources
-    return _on_shortest_prefix(buffer, lambda size: forward(*_valid(buffer, weights, size)))
+    return _on_shortest_prefix(buffer, lambda size: forward(*_valid(buffer, weights, size)), whole_buffers)
   w, _ = token_weights(sources, weights)
   streams = []
   # Each stream is a sum of its own. With one array [B,T,C,D] for all streams, a train step on a CPU takes 1.1 to 1.2
@@ -56,11 +56,12 @@ def backward(
   totals: Sequence[Float[Array, "B T D"]] | Float[Array, "S B T D"] | None = None,
   recompute: Weights | None = None,
   keep_hidden: bool = False,
+  whole_buffers: bool = False,
 ) -> Gradients:
   """Gradients of the near sources, or of the entries of a buffer, and of the weights; arguments as in
   `Passes.backward`."""
   if isinstance(sources, Buffer):
-    return _backward_buffer(sources, weights, gradients, totals)
+    return _backward_buffer(sources, weights, gradients, totals, whole_buffers)
   w, hidden = token_weights(sources, weights)
   dtype = w.dtype
   grad_streams = [x.astype(dtype) for x in gradients]
@@ -101,7 +102,11 @@ def push(
 
 
 def _backward_buffer(
-  buffer: Buffer, weights: Weights, gradients: Sequence[Float[Array, "B T D"]], totals: Float[Array, "S B T D"] | None
+  buffer: Buffer,
+  weights: Weights,
+  gradients: Sequence[Float[Array, "B T D"]],
+  totals: Float[Array, "S B T D"] | None,
+  whole_buffers: bool,
 ) -> Gradients:
   """`backward` over the valid entries of a buffer."""
   if totals is None:
@@ -127,7 +132,7 @@ def _backward_buffer(
       sums = jax.lax.dynamic_update_index_in_dim(sums, total, buffer.count - 1, 0)
     return Gradients(sums, map_columns(grad_weights, pad_columns))
 
-  return _on_shortest_prefix(buffer, on_prefix)
+  return _on_shortest_prefix(buffer, on_prefix, whole_buffers)
 
 
 def token_weights(
@@ -230,9 +235,11 @@ def _valid(buffer: Buffer, weights: Weights, size: int) -> tuple[list[Float[Arra
   return sources, weights
 
 
-def _on_shortest_prefix(buffer: Buffer, function: Callable):
+def _on_shortest_prefix(buffer: Buffer, function: Callable, whole_buffers: bool):
   """Calls `function` with the length of the shortest prefix of the buffer that holds all valid entries."""
   entries = len(buffer.entries)
+  if whole_buffers:
+    return function(entries)
   part = max(-(-entries // PARTS), SMALLEST_PART)
   sizes = [min(size, entries) for size in range(part, entries + part, part)]
   return jax.lax.switch((buffer.count - 1) // part, [lambda size=size: function(size) for size in sizes])

@@ -7,7 +7,6 @@ import operator
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from maxtext.common.common_types import MODEL_MODE_TRAIN
 from maxtext.layers import nnx_scan
 from maxtext.layers.nnx_decoders import NNXDecoder
@@ -26,6 +25,7 @@ from maxtext_mudd.connections.connection import Embeddings
 from maxtext_mudd.model import initializers
 from maxtext_mudd.model.extra_embeddings import ExtraEmbeddings
 from maxtext_mudd.model.layer import connect, connection_rngs, cycle, from_positions, to_positions, with_ffn_width
+from maxtext_mudd.model.pipeline import connect_stages, is_floating_state, rematerialisation
 
 # Whether the decoder embeds the tokens of its own call, with which the connections start. Blocks of multi-token
 # prediction call `_apply_embedding`, too, for the embeddings of later tokens.
@@ -85,12 +85,12 @@ class MuddDecoder(NNXDecoder):
     if not self._is_connected:
       return
     self._split_layers()
-    if self.config.scan_layers:
+    if stacks.are_stacked(self.config):
       self._connect_stacks(rngs)
     else:
       for path, block in stacks.single_layers(self.config).items():
         layer = operator.attrgetter(path.replace("/", "."))(self)
-        connect(layer, self._connection([block], rngs), self.config)
+        connect(layer, self._connection([block], rngs, scan_layers=False), self.config)
     connections.family(self.config).share(self)
 
   @functools.wraps(NNXDecoder.__call__)
@@ -139,14 +139,16 @@ class MuddDecoder(NNXDecoder):
 
   def _connect_stacks(self, rngs: nnx.Rngs) -> None:
     """Connects the stacks of scanned layers. A connection of the decoder itself starts and finishes them."""
-    self.connection = self._connection([], rngs)
+    self.connection = self._connection([], rngs, scan_layers=True)
+    if stacks.num_stages(self.config) > 1:
+      connect_stages(self.pipeline_module, self.connection)
     members = {}
     for stack in stacks.of_config(self.config):
       layers = operator.attrgetter(".".join(stack.path))(self)
       connect(layers, self._stacked_connection(stack, rngs), self.config)
       singles = [self._connection([block], rngs, scan_layers=False) for block in stack.blocks]
       layout.initialise(layers, singles, stack, self.config)
-      if len(stack.path) > 1:
+      if len(stack.path) > 1 and not stack.of_stages:
         members.setdefault(stack.path[0], []).append((stack.path[-1], stack.inner_length))
     row = decoder_blocks.spec(self.config)
     if row.cycle and not row.sides:  # `_split_layers` changed the classes of layers with several blocks
@@ -155,31 +157,36 @@ class MuddDecoder(NNXDecoder):
         change_class(cycles, cycle(type(cycles), tuple(of_cycle)))
 
   def _stacked_connection(self, stack: stacks.Stack, rngs: nnx.Rngs) -> Connection:
-    names = ["layers"] * len(stack.sizes)  # as MaxText names the axes of stock parameters in metadata
+    # Names of the axes of stock parameters in MaxText's metadata, and where they are.
+    names, axes = ["layers"] * len(stack.sizes), [self.config.param_scan_axis] * len(stack.sizes)
     if stack.inner_length:
       names[-1] = "local_layers"
+    if stack.of_stages:
+      names[1:], axes[0] = ["layers_per_stage"] * (len(names) - 1), 0
 
     def create(rngs, depth=0):
       if depth == len(names):
-        return self._connection(stack.blocks, rngs)
+        return self._connection(stack.blocks, rngs, scan_layers=True)
       return nnx_scan.create_scanned_layers(
         functools.partial(create, depth=depth + 1),
         length=stack.sizes[depth],
-        param_scan_axis=self.config.param_scan_axis,
+        param_scan_axis=axes[depth],
         metadata_axis_name=names[depth],
         rngs=rngs,
       )
 
     return create(connection_rngs(rngs, stack.blocks[0]))
 
-  def _connection(self, blocks: Sequence[int], rngs: nnx.Rngs, scan_layers: bool | None = None) -> Connection:
+  def _connection(self, blocks: Sequence[int], rngs: nnx.Rngs, *, scan_layers: bool) -> Connection:
     """The connection of a single block, or of the blocks of a stack. Without blocks, the connection that starts and
     finishes the stacks.
 
     Args:
-      scan_layers: in place of the configuration's.
+      scan_layers: in place of the configuration's. Connections of the stages of a pipeline are those of scanned layers.
     """
-    config = self.config if scan_layers is None else changed(self.config, scan_layers=scan_layers)
+    config = self.config
+    if config.scan_layers != scan_layers:
+      config = changed(config, scan_layers=scan_layers)
     starts = not blocks or (not config.scan_layers and blocks[0] == 1)
     finishes = not blocks or (not config.scan_layers and blocks[-1] == decoder_blocks.num_blocks(config))
     rngs = connection_rngs(rngs, blocks[0] if blocks else 0)
@@ -235,24 +242,13 @@ class MuddDecoder(NNXDecoder):
   def _finish(self, carry):
     """The hidden state after the last stack."""
     all_layers = self.get_layers()
-    hidden, sown = self.connection.finish(carry, [nnx.state(layers, _is_floating_state) for layers in all_layers])
+    hidden, _, sown = self.connection.finish(carry, [nnx.state(layers, is_floating_state) for layers in all_layers])
     for layers, of_layers in zip(all_layers, sown):
       nnx.update(layers, of_layers)
     return from_positions(hidden, self.config.mhc_expansion_rate)
 
   def _rematerialisation(self):
-    """The argument `rematerialise` of `Connection.start` for the policy. None recomputes everything. MaxText treats the
-    policy "none", which a configuration holds as None, like "full"."""
-    if self._remat_policy_name() in (None, "full", "none"):
-      return None
-    return functools.partial(jax.checkpoint, policy=self.get_remat_policy(), prevent_cse=False)
-
-
-def _is_floating_state(path, variable) -> bool:
-  """Whether a variable is floating-point state that layers sow or update. A loss may read such state."""
-  if isinstance(variable, nnx.Param):
-    return False
-  return all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(nnx.pure(variable)))
+    return rematerialisation(self._remat_policy_name(), self.get_remat_policy())
 
 
 def _is_pythia(config) -> bool:

@@ -16,6 +16,7 @@ import jax
 from maxtext.layers.embeddings import Embed
 
 from maxtext_mudd import blocks, connections
+from maxtext_mudd.blocks import stacks
 
 _RESIDUAL_WRITERS = ("out", "wo")
 _EXPERT_KERNELS = ("wi_0", "wi_1", "wo")
@@ -78,8 +79,9 @@ def _draw(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
       continue
     value = param.get_value()
     copies = config.num_experts if path[-1] in _EXPERT_KERNELS else 1
-    if config.scan_layers and "layers" in path:
-      copies *= value.shape[config.param_scan_axis]
+    stack = stacks.of_path(config, path) if stacks.are_stacked(config) else None
+    if stack is not None:
+      copies *= len(stack.blocks)
     std = deviation(config, name, value.size // copies)
     if name == "query" and scales_query_kernel:
       std /= math.sqrt(config.head_dim)

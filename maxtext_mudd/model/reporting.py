@@ -4,6 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
 
 from maxtext_mudd import connections
 from maxtext_mudd.blocks import num_blocks, stacks
@@ -87,6 +89,15 @@ def with_connection_totals(stock):
   return train_step
 
 
+def _of_working_stages(config, value: Float[Array, "N S ..."]) -> Float[Array, "S ..."]:
+  """The largest of the values that each of S stages sowed in N turns, without turns in which it has no microbatch."""
+  delay = 2 if config.pipeline_delay_activation_forwarding else 1
+  microbatch = np.arange(value.shape[0])[:, None] - delay * np.arange(value.shape[1])
+  works = (microbatch >= 0) & (microbatch < config.num_pipeline_microbatches)
+  works = works.reshape(works.shape + (1,) * (value.ndim - works.ndim))
+  return jnp.max(value, axis=0, where=works, initial=0)
+
+
 def _by_aggregate(keys: list[str], value, stream: str, config, *, is_last: bool):
   """Yields (number of the block before, its value) for a value that was sown under a path. Scanned layers sow the
   values of all blocks in one array.
@@ -99,6 +110,8 @@ def _by_aggregate(keys: list[str], value, stream: str, config, *, is_last: bool)
     yield num_blocks(config) + (mtp.number_in(keys) or 0), value
   elif stack := stacks.of_path(config, keys):
     plan = connections.plan(config)
+    if stack.of_stages:
+      value = _of_working_stages(config, value)
     for block, mean in zip(stack.blocks, jnp.reshape(value, -1)):
       site = plan.before(block)
       # In a stack with sites, blocks sow values also of streams that they do not read.

@@ -2,7 +2,7 @@
 
 from maxtext_mudd.blocks import num_blocks, separate_norm_parameters
 from maxtext_mudd.connections.attnres import keys
-from maxtext_mudd.connections.base import BaseFamily, Cost, Plan, logits_arrays
+from maxtext_mudd.connections.base import BaseFamily, Cost, Held, Plan, logits_arrays
 from maxtext_mudd.connections.family_keys import kernel_refusals, sublayer_refusals
 from maxtext_mudd.keys import Refusal
 
@@ -62,6 +62,14 @@ class AttentionResiduals(BaseFamily):
       + has_route
       + sum(s % 2 for s in ends)
       + logits_arrays(config, keys.count_sources(config, sublayers) * queries * config.mudd_attnres_heads),
+    )
+
+  @classmethod
+  def held(cls, config, block: int) -> Held:
+    """All finished sums but the newest one, which is passed on beside them, finished or not."""
+    number = keys.count_sources(config, 2 * block) - 1
+    return Held(
+      number, tuple(range(number)), whole=1, bytes_per_token=4 * keys.count_queries(config) * config.mudd_attnres_heads
     )
 
   @classmethod

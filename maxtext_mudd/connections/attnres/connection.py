@@ -81,13 +81,13 @@ class AttnResConnection(ScoredConnection):
     x, (q, v) = self._sublayer_input(["attention", "value"], carry, first, after_attention)
     return Streams(q, q, v, x)
 
-  def finish(self, carry: ScoredCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+  def finish(self, carry: ScoredCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], ScoredCarry, Any]:
     kept.keep(self, "history", {"x": carry.newest}, last=True)
     sublayers = keys.sublayers(self.config)
     carry = self.put_newest(carry, sublayers)
     carry, sown = carry.sources.finish(carry, sown)
-    (hidden,), _ = self.mix(["x"], carry, sublayers)
-    return hidden, sown
+    (hidden,), carry = self.mix(["x"], carry, sublayers)
+    return hidden, carry, sown
 
   def put_newest(self, carry: ScoredCarry, sublayer: int | Int[Array, ""]) -> ScoredCarry:
     """The carry with its newest source among the sources, for a sublayer that reads it."""

@@ -4,7 +4,7 @@ whose weights depend on the channel, and on the source itself."""
 from typing import ClassVar
 
 from maxtext_mudd.blocks import num_blocks, separate_norm_parameters
-from maxtext_mudd.connections.base import BaseFamily, Cost, Plan, logits_arrays
+from maxtext_mudd.connections.base import BaseFamily, Cost, Held, Plan, logits_arrays
 from maxtext_mudd.connections.dca import keys
 from maxtext_mudd.connections.family_keys import kernel_refusals, sublayer_refusals
 
@@ -58,6 +58,16 @@ class DeepCrossAttention(BaseFamily):
       + sums
       + logits_arrays(config, keys.count_queries(config) * (blocks + 1 + bool(sums))),
     )
+
+  @classmethod
+  def held(cls, config, block: int) -> Held:
+    """All sources but the newest one, which is passed on beside them, as is the sum of middle sources. Entry 0 is that
+    sum, where there is one, and is written before it is read."""
+    has_sum = config.mudd_dca_sources == "middle_sum"
+    later = range(block, num_blocks(config) + 1)
+    read = {source for after in later for source in keys.sources(config, after) if source < block}
+    entries = tuple(source + has_sum for source in sorted(read))
+    return Held(block + has_sum, entries, whole=1 + has_sum, bytes_per_token=4 * keys.count_queries(config))
 
   @classmethod
   def why_not_plain(cls, config) -> str:

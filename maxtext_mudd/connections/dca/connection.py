@@ -124,13 +124,13 @@ class DcaConnection(ScoredConnection):
 
     return Streams(q, k, v, SublayerInput(q, (q,), after_attention))
 
-  def finish(self, carry: ScoredCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+  def finish(self, carry: ScoredCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], ScoredCarry, Any]:
     kept.keep(self, "history", {"x": carry.newest}, last=True)
-    blocks = num_blocks(self.config)
+    blocks, others = num_blocks(self.config), carry.others
     carry = self.put_newest(carry, blocks)
     carry, sown = carry.sources.finish(carry, sown)
-    (hidden,), _ = self.mix("x", carry, blocks, self.final_depth_aggregate, self.reading(blocks))
-    return hidden, sown
+    (hidden,), carry = self.mix("x", carry, blocks, self.final_depth_aggregate, self.reading(blocks))
+    return hidden, dataclasses.replace(carry, others=others), sown
 
   def put_newest(self, carry: ScoredCarry, block: int | Int[Array, ""]) -> ScoredCarry:
     """The carry with G_block among the sources, and with the source that this makes a middle one in the sum."""

@@ -60,6 +60,10 @@ class Dense(HistoryFamily):
     share_mlps(decoder)
 
   @classmethod
+  def norms_sources(cls, config):
+    return config.mudd_pre_norm
+
+  @classmethod
   def source_norm(cls, config, rngs):
     from maxtext_mudd.connections.norms import rms_norm
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from maxtext_mudd.blocks import num_blocks
-from maxtext_mudd.connections.base import BaseFamily, Cost
+from maxtext_mudd.connections.base import BaseFamily, Cost, Held
 from maxtext_mudd.connections.family_keys import FamilyKeys, sublayer_refusals
 from maxtext_mudd.keys import Refusal, key
 
@@ -24,6 +24,10 @@ class StreamsFamily(BaseFamily):
   @classmethod
   def refusals(cls, config) -> Iterable[Refusal]:
     return sublayer_refusals(config)
+
+  @classmethod
+  def held(cls, config, block: int) -> Held:
+    return Held(0, (), whole=config.mudd_expansion_rate)
 
 
 def streams_cost(config, parameters: int, flops: int, head_parameters: int = 0, head_flops: int = 0) -> Cost:

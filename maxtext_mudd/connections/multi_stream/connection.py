@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from maxtext_mudd.connections import kept, metrics
+from maxtext_mudd.connections.connection import Passed, where_first
 from maxtext_mudd.connections.sublayers import LayerOutput, SublayerConnection, SublayerInput
 from maxtext_mudd.kernels import accumulation_dtype, mix
 
@@ -140,13 +141,20 @@ class StreamsConnection(SublayerConnection):
     }
     metrics.sow(self, name, statistics)
 
-  def finish(self, carry: StreamsCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], Any]:
+  def finish(self, carry: StreamsCarry, sown: Any = ()) -> tuple[Float[Array, "B T D"], StreamsCarry, Any]:
     hidden = self.head(carry.streams)
     self._keep_history(carry, last=True)
     kept.keep(self, "streams", {"x": hidden}, last=True)
     if kept.is_on("weights"):
       kept.keep(self, "weights", {"x": head_weights(self.head, carry.streams)}, last=True)
-    return hidden, sown
+    return hidden, carry, sown
+
+  def pass_on(self, carry: StreamsCarry) -> Passed:
+    return Passed((), (carry.streams, carry.product))
+
+  def resume(self, start: StreamsCarry, passed: Passed, block: Int[Array, ""]) -> StreamsCarry:
+    streams, product = where_first(block, (start.streams, start.product), passed.whole)
+    return StreamsCarry(streams, 2 * block, product)
 
   def _keep_history(self, carry: StreamsCarry, last: bool = False) -> None:
     if kept.is_on("history"):

@@ -27,8 +27,9 @@ upcycle    puts depth connections into a trained model of stock MaxText, without
            checkpoint of a training run or a folder of parameters, and a configuration of the new model. With
            --maxtext-dir it writes the same files as from-hf. With --run it writes a run, which keeps the optimizer's
            moments, the step and the position in the data; training with run_name=RUN resumes it.
-layout     copies the latest checkpoint of a run with single layers to a new run with scanned ones, or the reverse, as
-           the configuration says. Training with run_name=b and this configuration resumes the new run.
+layout     copies the latest checkpoint of a run to a new run with another layout of layers: single, scanned, or in the
+           stages of a pipeline, as the configuration says. Training with run_name=b and this configuration resumes the
+           new run.
 
 Every command works on any machine, whatever devices the run is for.
 """
@@ -36,13 +37,16 @@ Every command works on any machine, whatever devices the run is for.
 import argparse
 from collections.abc import Callable
 import functools
+import math
 import pathlib
 import sys
 
 from maxtext_mudd import plugin
 from maxtext_mudd.checkpoints.interrupts import Interrupts
+from maxtext_mudd.config import files as config_files
 from maxtext_mudd.config import versions
 from maxtext_mudd.config.errors import ConfigError, reachable
+from maxtext_mudd.keys import raise_first
 from maxtext_mudd.runs import early_check, launch
 
 # The options that name a folder, by the attribute of the parsed arguments.
@@ -136,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
   upcycle.add_argument("config", metavar="CONFIG.yml", help="the configuration of the new model")
   upcycle.add_argument("overrides", nargs="*", metavar="key=value")
   upcycle.set_defaults(convert=_upcycle)
-  layout = commands.add_parser("layout", help="between single and scanned layers (scan_layers)")
+  layout = commands.add_parser("layout", help="between layouts of layers: single, scanned, of pipelines")
   layout.add_argument("--from", dest="source", required=True, metavar="RUN", help="folder of the run to convert")
   layout.add_argument("--to", dest="target", required=True, metavar="RUN", help="folder of the new run")
   layout.add_argument("--step", type=int, help="the checkpoint to convert; default: the latest")
@@ -260,7 +264,35 @@ def _layout(args: argparse.Namespace) -> str:
   from maxtext_mudd.checkpoints import train_state
 
   source, target = pathlib.Path(args.source).absolute(), pathlib.Path(args.target).absolute()
-  return _resumes(target, train_state.convert(_run_config(args, target), source, target, args.step))
+  config = _with_pipeline(_run_config(args, target), args)
+  return _resumes(target, train_state.convert(config, source, target, args.step))
+
+
+def _with_pipeline(config, args: argparse.Namespace):
+  """The configuration with the pipeline that the arguments ask for, which needs no devices here.
+
+  Raises:
+    ConfigError: the model does not work with such a pipeline.
+  """
+  from maxtext_mudd.checkpoints import layout
+  from maxtext_mudd.config import keys
+
+  given = config_files.values(["", args.config, *args.overrides])
+  stages = math.prod(given.get(f"{prefix}_pipeline_parallelism", 1) for prefix in ("ici", "dcn"))
+  if stages == 1:
+    return config
+  layers, length = config.num_decoder_layers, given.get("num_layers_per_pipeline_stage", 1)
+  if layers != stages * length:
+    raise ConfigError(
+      f"num_layers_per_pipeline_stage={length}: {stages} stages of {length} make {stages * length} layers, not {layers}; "
+      "set it to the number of layers over that of stages."
+    )
+  config = layout.with_stages(config, stages, scans=bool(given.get("scan_layers_per_stage", False)))
+  try:
+    raise_first(keys.refusals(config))
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
+  return config
 
 
 def _run_config(args: argparse.Namespace, target: pathlib.Path):

@@ -51,6 +51,15 @@ def are_stacked(config) -> bool:
   return config.scan_layers or num_stages(config) > 1
 
 
+def describe(config) -> str:
+  """How a model has its layers, in words."""
+  stages = num_stages(config)
+  if stages > 1:
+    inner = "scanned" if config.scan_layers_per_stage and config.num_decoder_layers > stages else "single"
+    return f"{inner} layers in {stages} stages of a pipeline"
+  return f"{'scanned' if config.scan_layers else 'single'} layers"
+
+
 def of_config(config) -> tuple[Stack, ...]:
   """The stacks of a model whose layers are stacked, in the order in which MaxText first runs them.
 
@@ -90,6 +99,11 @@ def of_path(config, path: Sequence[str]) -> Stack | None:
   matches = [stack for stack in of_config(config) if _leads_through(path, stack.path)]
   # A layer of a cycle may have the name of a single one, whose path is shorter.
   return max(matches, key=lambda stack: len(stack.path), default=None)
+
+
+def is_of_stages(path: Sequence[str]) -> bool:
+  """Whether a parameter's path leads through the stages of a pipeline."""
+  return _leads_through(path, _STAGES)
 
 
 def _leads_through(path: Sequence[str], stack: tuple[str, ...]) -> bool:

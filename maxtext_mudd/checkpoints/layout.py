@@ -1,6 +1,6 @@
-"""Parameters of scanned layers from those of single ones, and back.
+"""Parameters of stacked layers, which are scanned or in the stages of a pipeline, from those of single ones, and back.
 
-Both take and return arrays by path, as in "decoder/layers_0/mlp/wo/kernel". A path may have more in front of it, as the
+Functions take and return arrays by path, as in "decoder/layers_0/mlp/wo/kernel". A path may have more in front of it, as the
 moments of an optimizer have. What is not a part of the decoder's layers is passed on. Shapes: `connections.layout`.
 """
 
@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 import math
 import re
 
+from maxtext.configs.pyconfig import HyperParameters
 import numpy as np
 
 from maxtext_mudd import connections
 from maxtext_mudd.blocks import ffn_widths, stacks
 from maxtext_mudd.blocks import spec as block_spec
+from maxtext_mudd.config.changed import changed
 from maxtext_mudd.connections import layout
 from maxtext_mudd.connections.base import Plan
 
@@ -20,8 +22,56 @@ _CONNECTION = "connection/"
 _OTHER_STATE = "nnx_aux/"  # what the paths of state begin with that is not of parameters, in a train state
 
 
+def with_stages(config: HyperParameters, stages: int, *, scans: bool) -> HyperParameters:
+  """The configuration with its layers in so many stages of a pipeline, whatever the devices of this host; 1: without a
+  pipeline.
+
+  Args:
+    scans: whether the layers of a stage are scanned.
+  """
+  length = config.num_decoder_layers // stages
+  return changed(
+    config,
+    ici_pipeline_parallelism=stages,
+    dcn_pipeline_parallelism=1,
+    using_pipeline_parallelism=stages > 1,
+    num_layers_per_pipeline_stage=length,
+    num_pipeline_repeats=1,
+    pipeline_parallel_layers=config.num_decoder_layers,
+    num_pipeline_microbatches=stages,
+    scan_layers_per_stage=scans,
+  )
+
+
+def of_shapes(config: HyperParameters, shapes: Mapping[str, tuple[int, ...]]) -> HyperParameters:
+  """The configuration in the layout in which parameters, or a train state, of its model were saved.
+
+  Args:
+    shapes: by path.
+  """
+  paths = {name: name.split("/") for name in shapes}
+  of_stages = [name for name, path in paths.items() if stacks.is_of_stages(path) and shapes[name]]
+  if of_stages:
+    scans = any("/scanned_layers/" in name for name in of_stages)
+    return with_stages(config, shapes[of_stages[0]][0], scans=scans)
+  config = with_stages(config, 1, scans=False)
+  return changed(config, scan_layers=any(map(stacks.is_scanned, paths.values())))
+
+
+def convert(values: Mapping[str, np.ndarray], config: HyperParameters) -> dict[str, np.ndarray]:
+  """Values in the layout of a configuration, from values in the layout in which they were saved.
+
+  Raises:
+    KeyError, ValueError: as `stack` and `unstack` do.
+  """
+  saved = of_shapes(config, {path: x.shape for path, x in values.items()})
+  if stacks.are_stacked(saved):
+    values = unstack(values, saved)
+  return stack(values, config) if stacks.are_stacked(config) else dict(values)
+
+
 def stack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
-  """For `scan_layers: true`, from values for `scan_layers: false`.
+  """For the layout of a configuration whose layers are stacked, from values for single layers.
 
   Raises:
     KeyError: a layer lacks a parameter that others have.
@@ -79,7 +129,7 @@ def _stacked(values, paths: Mapping[int, str], stack: stacks.Stack, root: str, n
 
 
 def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
-  """For `scan_layers: false`, from values for `scan_layers: true`; views where possible.
+  """For single layers, from values for the layout of a configuration whose layers are stacked; views where possible.
 
   Raises:
     ValueError: the configuration has another number of layers, or values would be lost that are not padding.

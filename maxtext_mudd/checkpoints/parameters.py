@@ -112,6 +112,8 @@ def check(
   is_scanned = {any(stacks.is_scanned(name.split("/")) for name in names) for names in (saved_shapes, model_shapes)}
   if len(is_scanned) > 1:
     advice = "set scan_layers as it was in training."
+  if any(stacks.is_of_stages(name.split("/")) for name in saved_shapes):
+    advice = "it is of the stages of a pipeline; convert it first, with maxtext_mudd.convert from-run."
   for name, parameter in model_shapes.items():
     if name not in saved_shapes:
       raise ConfigError(f"{path} has no {name}, which this configuration needs; {advice}")

@@ -1,6 +1,7 @@
 """Converts a checkpoint of a training run to a model folder."""
 
 from collections.abc import Callable, Iterable, Mapping
+import functools
 import pathlib
 from typing import Any
 
@@ -11,6 +12,7 @@ import tqdm
 from maxtext_mudd.blocks import stacks
 from maxtext_mudd.checkpoints import (
   adapters,
+  layout,
   model_config,
   model_folder,
   model_keys,
@@ -45,16 +47,27 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
   saved = orbax_folder.parameters(path)
   adapter = adapters.of(saved)
   scanned = is_scanned(adapter or saved)
-  _check_layout(path, scanned, overrides.get("scan_layers", scanned))  # before MaxText checks other keys against it
+  of_stages = any(stacks.is_of_stages(name.split("/")) for name in saved)
+  if not of_stages:
+    _check_layout(path, scanned, overrides.get("scan_layers", scanned))  # before MaxText checks other keys against it
   config = pyconfig.initialize(["", config_file], **{**overrides, **model_config.local_keys()})
-  _check_layout(path, scanned, config.scan_layers)
+  if not of_stages:
+    _check_layout(path, scanned, config.scan_layers)
   if adapter:
     saved = adapters.merged(adapter, config, path)
-  parameters.check({name: x.shape for name, x in saved.items()}, model_config.parameter_shapes(config), str(path))
+  shapes = {name: x.shape for name, x in saved.items()}
+  trained = layout.of_shapes(config, shapes) if of_stages else config
+  parameters.check(shapes, model_config.parameter_shapes(trained), str(path))
   keys = folder_keys(config)
   if reason := why_not_in_folder(config, keys):
     raise ConfigError(f"{reason}; use load_parameters_path={path} with the keys of the run instead.")
-  write(path, saved, config, target, keys)
+  arrange = functools.partial(_from_stages, config=config) if of_stages else Mapping.items
+  write(path, saved, config, target, keys, arrange)
+
+
+def _from_stages(values: Mapping[str, np.ndarray], config) -> Iterable[tuple[str, np.ndarray]]:
+  """Parameters of the stages of a pipeline as those of single or scanned layers, as `scan_layers` says."""
+  return layout.convert(values, config).items()
 
 
 def items_of(checkpoint: pathlib.Path) -> pathlib.Path:

@@ -1,5 +1,5 @@
-"""Reads and writes training checkpoints, and converts them between single and scanned layers: parameters, optimizer
-moments and data position.
+"""Reads and writes training checkpoints, and converts them between layouts of layers (single, scanned, in the stages of
+a pipeline): parameters, optimizer moments and data position.
 
 The random states are those of a new model, because scanned layers share a random state and single layers do not. So
 dropout draws other masks after the conversion. The converted run is a new folder, which appears when it is complete.
@@ -27,7 +27,7 @@ _STATE = "items"
 
 
 def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path, step: int | None = None) -> int:
-  """Writes the run `target` with one checkpoint of the run `source`, in the layout of `config.scan_layers`.
+  """Writes the run `target` with one checkpoint of the run `source`, in the layout of the configuration.
 
   Args:
     config: configuration of the model. Its `run_name` is the name of `target`.
@@ -47,14 +47,14 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
   check_new(target)
   step, checkpoint = find_checkpoint(source, step)
   values = read(checkpoint)
-  scanned = any(stacks.is_scanned(path.split("/")) for path in values)
-  if scanned == config.scan_layers:
+  has = stacks.describe(layout.of_shapes(config, {path: x.shape for path, x in values.items()}))
+  if has == stacks.describe(config):
+    other = str(not config.scan_layers).lower()
     raise ConfigError(
-      f"scan_layers={config.scan_layers}: {checkpoint} has {'scanned' if scanned else 'single'} layers already; set "
-      f"scan_layers={str(not scanned).lower()} to convert it."
+      f"{checkpoint} has {has} already; to convert it, set scan_layers={other}, or other keys of a pipeline."
     )
   try:
-    values = (layout.stack if config.scan_layers else layout.unstack)(values, config)
+    values = layout.convert(values, config)
   except (KeyError, IndexError, ValueError) as error:
     reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
     raise ConfigError(f"{checkpoint} is not of this model: {reason}; name the run's own configuration.") from None

@@ -15,4 +15,7 @@ class MuddConfig(StockChecks, keys.MuddKeys, MaxTextConfig):
   def _check_model(self):
     keys.check_sizes(self)
     raise_first(keys.refusals(self))
+    axis = "layers_per_stage"  # of the layers that `scan_layers_per_stage` stacks; MaxText has no rule for it
+    if self.scan_layers_per_stage and axis not in {rule[0] for rule in self.logical_axis_rules}:
+      self.logical_axis_rules.append([axis, []])
     return self

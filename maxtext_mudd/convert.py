@@ -284,8 +284,8 @@ def _with_pipeline(config, args: argparse.Namespace):
   layers, length = config.num_decoder_layers, given.get("num_layers_per_pipeline_stage", 1)
   if layers != stages * length:
     raise ConfigError(
-      f"num_layers_per_pipeline_stage={length}: {stages} stages of {length} make {stages * length} layers, not {layers}; "
-      "set it to the number of layers over that of stages."
+      f"num_layers_per_pipeline_stage={length}: {stages} stages have {stages * length} layers then, not {layers}; set "
+      "it to the number of layers over that of stages."
     )
   config = layout.with_stages(config, stages, scans=bool(given.get("scan_layers_per_stage", False)))
   try:

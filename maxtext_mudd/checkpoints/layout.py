@@ -1,7 +1,8 @@
 """Parameters of stacked layers, which are scanned or in the stages of a pipeline, from those of single ones, and back.
 
-Functions take and return arrays by path, as in "decoder/layers_0/mlp/wo/kernel". A path may have more in front of it, as the
-moments of an optimizer have. What is not a part of the decoder's layers is passed on. Shapes: `connections.layout`.
+Functions take and return arrays by path, as in "decoder/layers_0/mlp/wo/kernel". A path may have more in front of it,
+as the moments of an optimizer have. What is not a part of the decoder's layers is passed on. Shapes:
+`connections.layout`.
 """
 
 from collections.abc import Iterator, Mapping

@@ -129,6 +129,7 @@ def test_layouts(case):
     ({"mudd_extra_embeddings": 1}, "mudd_extra_embeddings=1"),
     ({"mudd_mtp": "connected", "mtp_num_layers": 1}, "use mudd_mtp=head"),
     ({"record_internal_nn_metrics": 1}, "set it to 0"),
+    ({"opt_type": "muon"}, "use adamw"),
     ({"decoder_block": "gemma2"}, "use default,"),
   ],
 )

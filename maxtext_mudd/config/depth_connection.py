@@ -402,6 +402,12 @@ def _pipeline(config, layer: str) -> Iterator[Refusal]:
     config.shard_mode.value == "explicit", "shard_mode=explicit", pipeline, "it was not built; use shard_mode=auto"
   )
   yield Refusal(
+    config.opt_type == "muon",
+    "opt_type=muon",
+    pipeline,
+    "MaxText's Muon takes the axis of stages for the rows of matrices; use adamw",
+  )
+  yield Refusal(
     config.lora.enable_lora,
     "lora.enable_lora=True",
     pipeline,

@@ -42,6 +42,14 @@ KEYS = {
   "scan_layers": False,
   "weight_dtype": "float32",
 }
+EXPERTS = {
+  "num_experts": 4,
+  "num_experts_per_tok": 2,
+  "base_moe_mlp_dim": 64,
+  "sparse_matmul": False,  # its kernels are interpreted on a CPU; experts stay dropless
+  "load_balance_loss_weight": 0.1,
+}
+MARGIN = 3.0  # of routers' kernels: no token is so near to the border between experts that rounding moves it
 FORMS = {
   "mudd": {},
   "both norms": {"mudd_pre_norm": True, "mudd_post_norm": True, "mudd_post_norm_streams": "vr"},
@@ -64,6 +72,17 @@ FORMS = {
   },
   "plain": {"mudd_placements": [{"block": 4, "sources": "all", "streams": "x"}], "rope_max_timescale": 500},
   "scanned": {"scan_layers": True},
+  "mixtral, scanned": {"decoder_block": "mixtral", **EXPERTS, "scan_layers": True},
+  "qwen3_moe, other widths": {
+    "decoder_block": "qwen3_moe",
+    **EXPERTS,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "load_balance_loss_weight": 0.0,
+    "use_qk_norm": True,
+    "mudd_ffn_reallocation": True,
+    "mudd_ffn_round_to": 8,
+  },
 }
 # A model of bytes, with its tokenizer, and texts of which one is longer than its context.
 OF_BYTES = {
@@ -87,6 +106,7 @@ def save_keys(form: dict, folder: pathlib.Path):
   exact = {"attention": "dot_product", "dtype": "float32", "matmul_precision": "highest"}
   model = models.build(model_config.build(keys | model_config.local_keys() | exact))
   values = scanning.random_values(model.config)
+  values = {path: x * (MARGIN if path.endswith("/gate/kernel") else 1) for path, x in values.items()}
   models.set_parameters(model, values)
   saved = values
   if form["scan_layers"]:
@@ -98,7 +118,10 @@ def save_keys(form: dict, folder: pathlib.Path):
 
 
 def expected(model) -> dict[str, np.ndarray]:
-  """Tokens, logits, the mean loss of next tokens, and its gradients by the names of tensors in PyTorch."""
+  """Tokens, logits, the loss, and its gradients by the names of tensors in PyTorch.
+
+  The loss is the mean of next tokens', and with `load_balance_loss_weight` that of experts, as in training.
+  """
   config = model.config
   tokens = np.random.default_rng(1).integers(3, config.vocab_size, (2, 12), dtype=np.int32)
   graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -106,9 +129,13 @@ def expected(model) -> dict[str, np.ndarray]:
 
   @jax.jit
   def loss(params):
-    logits = nnx.merge(graph, params, rest, copy=True)(tokens, positions, ones, enable_dropout=False)
+    model = nnx.merge(graph, params, rest, copy=True)
+    logits = model(tokens, positions, ones, enable_dropout=False)
     logs = jax.nn.log_softmax(logits.astype(jnp.float32))[:, :-1]
-    return -jnp.take_along_axis(logs, tokens[:, 1:, None], -1).mean(), logits
+    kept = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Intermediate))
+    balance = [x for path, x in kept if "moe_lb_loss" in str(path)]  # of each block, with its weight
+    balance = jnp.stack(balance).mean() if config.load_balance_loss_weight > 0 else 0.0
+    return balance - jnp.take_along_axis(logs, tokens[:, 1:, None], -1).mean(), logits
 
   (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
   gradients = {"/".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(gradients)}

@@ -1,5 +1,6 @@
 """Models in this project's format of Hugging Face: to the bit and back. `make test-hf` runs them in PyTorch."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 
 import maxtext_mudd
 from maxtext_mudd import convert
-from maxtext_mudd.checkpoints import model_config, staging
+from maxtext_mudd.checkpoints import model_config, orbax_folder, staging
 from maxtext_mudd.checkpoints import model_folder as folders
 from maxtext_mudd.checkpoints.hugging_face import models as hf
 from maxtext_mudd.checkpoints.hugging_face import native
@@ -20,7 +21,7 @@ from tests import models, native_models, upcycling
 from tests.published import BYTES, check_logits, check_same, hugging_face
 from tests.test_from_run import from_run, saved_run
 
-FAST = ("both norms", "scanned")
+FAST = ("both norms", "mixtral, scanned")
 FILES = {"config.json", "configuration_muddformer.py", "modeling_muddformer.py", "model.safetensors"}
 
 
@@ -60,14 +61,20 @@ def test_published_models_can_be_exported_again(name, tmp_path):
   )
 
 
-EXPERTS = {"decoder_block": "mixtral", "num_experts": 4, "num_experts_per_tok": 2, "base_moe_mlp_dim": 64}
+EXPERTS = {"decoder_block": "mixtral", **native_models.EXPERTS}
 REFUSED = {
   "depth_connection": ({"depth_connection": "mhc"}, "depth_connection=mhc is not in the PyTorch model, which has "),
   "block": ({"decoder_block": "qwen2"}, "decoder_block=qwen2 has no PyTorch model here; those of llama2, mistral, "),
-  "experts": (
-    EXPERTS,
-    "decoder_block=mixtral has no ",
+  "experts, of another block": (EXPERTS | {"decoder_block": "gpt_oss"}, "decoder_block=gpt_oss has no PyTorch model "),
+  "experts, of none": (EXPERTS | {"decoder_block": "llama2"}, "num_experts=4 is not in the PyTorch model, which has "),
+  "dropped tokens": (EXPERTS | {"capacity_factor": 1.5}, "capacity_factor=1.5 is not in the PyTorch model, which has "),
+  "a router's bias": (EXPERTS | {"routed_bias": True}, "routed_bias=True is not in the PyTorch model, which has "),
+  "a router's scores": (
+    EXPERTS | {"routed_score_func": "sigmoid"},
+    "routed_score_func=sigmoid is not in the PyTorch model, which has routed_score_func=''.",
   ),
+  "fused experts": (EXPERTS | {"prefuse_moe_weights": True}, "prefuse_moe_weights=True is not in the PyTorch model, "),
+  "MTP": ({"mtp_num_layers": 1}, "mtp_num_layers=1 is not in the PyTorch model, which has mtp_num_layers=0."),
   "positions": (
     {"use_untrainable_positional_embedding": True},
     "use_untrainable_positional_embedding=True is not in the PyTorch model, which has ",
@@ -91,12 +98,33 @@ def test_models_that_pytorch_does_not_have(case):
   assert str(refused.value).startswith(sentence)
 
 
-def test_folders_that_others_changed(tmp_path):
-  keys = native_models.KEYS | {"base_num_decoder_layers": 2}
+def save_zeros(folder, **changes):
+  keys = native_models.KEYS | {"base_num_decoder_layers": 2} | changes
   config = model_config.build(keys | model_config.local_keys())
   zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in model_config.parameter_shapes(config).items()}
-  with staging.staged(tmp_path / "m") as stage:
+  with staging.staged(folder) as stage:
     folders.save(stage, config, zeros, keys)
+  return zeros
+
+
+@pytest.mark.parametrize("is_scanned", [False, True])
+def test_arrays_of_experts_are_read_once(is_scanned, tmp_path, monkeypatch):
+  """Each has a tensor for each expert, and to-hf does not read it for each of these."""
+  shapes = save_zeros(tmp_path / "m", **EXPERTS, scan_layers=is_scanned)
+  reads, parameters = [], orbax_folder.parameters
+
+  def counted(name, x):
+    return dataclasses.replace(x, read=lambda: reads.append(name) or x.read())
+
+  monkeypatch.setattr(
+    orbax_folder, "parameters", lambda path: {name: counted(name, x) for name, x in parameters(path).items()}
+  )
+  hf.to_hf(tmp_path / "m", tmp_path / "d")
+  assert sorted(reads) == sorted(shapes)
+
+
+def test_folders_that_others_changed(tmp_path):
+  save_zeros(tmp_path / "m")
   hf.to_hf(tmp_path / "m", tmp_path / "d")
   file = tmp_path / "d" / "config.json"
   fields = json.loads(file.read_text())

@@ -92,7 +92,12 @@ def to_peft(checkpoint: pathlib.Path, target: pathlib.Path, config, base_model: 
   if not adapter:
     raise ConfigError(f"{path} has no adapter; name a checkpoint of a run with lora.enable_lora=True.")
   factor = scale(adapter, config, path)
-  modules = {name.path: name.tensor.removesuffix(".weight") for name in native.names(config) if name.transposed}
+  modules = {
+    name.path: name.tensor.removesuffix(".weight")
+    for name in native.names(config)
+    # In PyTorch, a router is no linear layer, and an array of experts is many.
+    if name.transposed and name.expert is None and not name.tensor.endswith(".mlp.gate.weight")
+  }
   if missing := adapter.keys() - modules.keys():
     raise ConfigError(f"{path} has an adapter of {min(missing)}, which the PyTorch model does not have.")
   arrays, rank = {}, next(iter(adapter.values()))[0].shape[-1]

@@ -14,6 +14,7 @@ import transformers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 MODELS = pathlib.Path(os.environ.get("MODELS", ""))
 RELEASED = ("muddformer_tiny", "muddpythia_tiny")
+EXPERTS = ("mixtral, scanned", "qwen3_moe, other widths")  # the first has a balance loss
 FORMS = {json.loads((x / "form.json").read_text()): x for x in sorted(MODELS.glob("form_*"))}
 
 

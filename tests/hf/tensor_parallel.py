@@ -18,7 +18,8 @@ def main(folder: pathlib.Path) -> None:
   options = {"trust_remote_code": True, "dtype": torch.float32, "tp_plan": "auto"}
   model = AutoModelForCausalLM.from_pretrained(folder, **options)
   assert model.model.layers[0].self_attn.q_proj.weight.placements[0].is_shard(0)
-  output = model(arrays["tokens"], labels=arrays["tokens"])
+  has_balance_loss = model.config.router_aux_loss_coef > 0
+  output = model(arrays["tokens"], labels=arrays["tokens"], output_router_logits=has_balance_loss)
   assert (output.logits - arrays["logits"]).abs().max() < TOLERANCE * arrays["logits"].abs().max()
   output.loss.backward()
   gradients = {name: getattr(x.grad, "full_tensor", lambda x=x: x.grad)() for name, x in model.named_parameters()}

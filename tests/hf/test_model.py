@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 import torch
 from transformers import AutoConfig, AutoModel
 
-from tests.hf.conftest import FORMS, MODELS, RELEASED, load
+from tests.hf.conftest import EXPERTS, FORMS, MODELS, RELEASED, load
 
 GOLDEN = 2e-4  # of logits, as for MaxText's; 8e-5 was seen
 TOLERANCE = 2e-5  # of the largest entry, float32 of two libraries; 5e-6 was seen
@@ -51,7 +51,8 @@ def test_generated_tokens_of_the_authors(golden, use_cache):
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_and_gradients_of_maxtext(form):
   model, arrays = load(FORMS[form]), load_file(FORMS[form] / "expected.safetensors")
-  output = model(arrays["tokens"], labels=arrays["tokens"])
+  has_balance_loss = model.config.router_aux_loss_coef > 0
+  output = model(arrays["tokens"], labels=arrays["tokens"], output_router_logits=has_balance_loss)
   close(output.logits, arrays["logits"], "logits")
   close(output.loss[None], arrays["loss"], "loss")
   output.loss.backward()
@@ -62,16 +63,17 @@ def test_logits_and_gradients_of_maxtext(form):
     assert (x - arrays[f"grad/{name}"]).abs().max() <= TOLERANCE * largest, name
 
 
-@pytest.mark.parametrize("form", ["mudd", "both norms"])
+@pytest.mark.parametrize("form", ["mudd", "both norms", EXPERTS[0]])
 def test_checkpointed_gradients(form):
   model = load(FORMS[form])
   tokens = load_file(FORMS[form] / "expected.safetensors")["tokens"]
-  model(tokens, labels=tokens).loss.backward()
+  options = {"labels": tokens, "output_router_logits": form in EXPERTS}
+  model(tokens, **options).loss.backward()
   expected = {name: x.grad.clone() for name, x in model.named_parameters()}
   model.zero_grad()
   model.gradient_checkpointing_enable()
   model.train()
-  model(tokens, labels=tokens).loss.backward()
+  model(tokens, **options).loss.backward()
   for name, x in model.named_parameters():
     close(x.grad, expected[name], name)
 

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoTokenizer, GenerationConfig, Trainer, TrainingArguments, pipeline
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.hf.conftest import FORMS, MODELS, has_version, load
+from tests.hf.conftest import EXPERTS, FORMS, MODELS, has_version, load
 
 TEXT = "Of moons and of lanterns of paper. No swans. "
 
@@ -42,10 +42,11 @@ def test_pipeline():
   assert both[0] == found
 
 
-def test_trainer(folder, tmp_path):
+@pytest.mark.parametrize("form", ["mudd", EXPERTS[0]])
+def test_trainer(form, tmp_path):
   losses = {}
   for is_checkpointing in (False, True):
-    model = load(folder).train()
+    model = load(FORMS[form], output_router_logits=form in EXPERTS).train()
     options = {"learning_rate": 3e-3, "max_steps": 20, "logging_steps": 1, "gradient_checkpointing": is_checkpointing}
     arguments = TrainingArguments(
       tmp_path, per_device_train_batch_size=4, report_to=[], use_cpu=True, save_strategy="no", **options
@@ -57,22 +58,25 @@ def test_trainer(folder, tmp_path):
   assert losses[True] == pytest.approx(losses[False], abs=1e-3)
 
 
+# The form of the model, what gets adapters, and names of the modules that have them then.
 TARGETS = {
-  "attention": ["q_proj", "k_proj", "v_proj"],
-  "aggregates": r".*\.aggregates\.\d+\.w[12]",
+  "attention": ("mudd", ["q_proj", "k_proj", "v_proj"], ["_proj"]),
+  "aggregates": ("mudd", r".*\.aggregates\.\d+\.w[12]", [".w1.", ".w2."]),
+  "experts": (EXPERTS[0], ["gate_proj", "up_proj", "down_proj"], [f".experts.{i}." for i in range(4)]),
 }
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-def test_lora(folder, tmp_path, targets):
+def test_lora(tmp_path, targets):
   """Only adapters learn; merged, and loaded again, they compute the same."""
   from peft import LoraConfig, PeftModel, get_peft_model
 
+  form, targets, names = TARGETS[targets]
+  folder = FORMS[form]
   base = load(folder)
   before = {name: x.clone() for name, x in base.state_dict().items()}
-  model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS[targets], task_type="CAUSAL_LM"))
+  model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
   learnt = {name for name, x in model.named_parameters() if x.requires_grad}
-  names = ("_proj",) if targets == "attention" else (".w1.", ".w2.")
   assert learnt and all("lora" in name and any(x in name for x in names) for name in learnt)
   optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=1e-2)
   batch = torch.stack([row["input_ids"] for row in rows(base)])
@@ -136,7 +140,7 @@ def test_no_graph_breaks(folder):
 
 
 @pytest.mark.skipif(not has_version("5.24"), reason="earlier versions have another form of tensor parallelism")
-@pytest.mark.parametrize("form", ["mudd", "qwen3, other widths"])
+@pytest.mark.parametrize("form", ["mudd", "qwen3, other widths", EXPERTS[0]])
 def test_tensor_parallel(form):
   """Two processes; aggregates are whole on each."""
   command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.hf.tensor_parallel"]

@@ -14,7 +14,12 @@ class MuddformerConfig(PretrainedConfig):
   embedding, source j the output of block j.
 
   Args:
-    intermediate_sizes: the FFN width of each block; default: `intermediate_size` for all (Eq. 9 re-allocates them).
+    intermediate_sizes: the FFN width of each block, or of each of its experts; default: `intermediate_size` for all
+      (Eq. 9 re-allocates them).
+    num_experts: number of experts in place of the FFN of each block; 0: there is one FFN, without a router.
+    num_experts_per_tok: the number of experts that each token is sent to. Their weights add up to one.
+    output_router_logits: whether to return the scores of experts and their balance loss, and to add that to the loss.
+    router_aux_loss_coef: factor of the balance loss.
     block: "transformer" (RMSNorm, attention, then a gated FFN) or "pythia" (LayerNorm and biases; attention and an FFN
       beside each other).
     use_qk_norm: RMSNorm of the query and key of each head, before the rotary embedding.
@@ -62,6 +67,10 @@ class MuddformerConfig(PretrainedConfig):
     num_key_value_heads=None,
     head_dim=None,
     max_position_embeddings=2048,
+    num_experts=0,
+    num_experts_per_tok=2,
+    output_router_logits=False,
+    router_aux_loss_coef=0.0,
     block="transformer",
     hidden_act="silu",
     norm_eps=1e-6,
@@ -92,6 +101,8 @@ class MuddformerConfig(PretrainedConfig):
   ):
     if block not in ("transformer", "pythia"):
       raise ValueError(f"block={block} is not known; use transformer or pythia.")
+    if num_experts and block == "pythia":
+      raise ValueError(f"num_experts={num_experts} does not work with block=pythia; use transformer.")
     rope_parameters = dict(rope_parameters or {"rope_type": "default", "rope_theta": rope_theta})
     rope_parameters |= kwargs.pop("rope_scaling", None) or {}
     if rope_parameters.get("rope_type", "default") != "default":
@@ -108,10 +119,17 @@ class MuddformerConfig(PretrainedConfig):
     self.num_key_value_heads = num_key_value_heads or num_attention_heads
     self.head_dim = head_dim or hidden_size // num_attention_heads
     self.max_position_embeddings = max_position_embeddings
+    self.num_experts = num_experts
+    self.num_experts_per_tok = num_experts_per_tok
+    self.output_router_logits = output_router_logits
+    self.router_aux_loss_coef = router_aux_loss_coef
     self.block = block
     self.hidden_act = hidden_act
     self.norm_eps = norm_eps
     self.use_qk_norm = use_qk_norm
+    if num_experts:
+      styles = self.base_model_tp_plan.items()
+      self.base_model_tp_plan = {name.replace(".mlp.", ".mlp.experts.*."): style for name, style in styles}
     if use_qk_norm and IS_5:  # a device applies these norms to its own heads: their gradients are summed over devices
       norms = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
       self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(norms, "replicated_with_grad_allreduce")

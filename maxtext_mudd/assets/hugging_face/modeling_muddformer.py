@@ -4,7 +4,8 @@ After each block a depth-wise aggregate (DA) mixes the embedding and the outputs
 the query, key, value and residual streams of the next block. All sources of a token belong to one forward pass: a
 cache holds keys and values as in any decoder, and nothing else.
 
-Shapes: B batch, T tokens, D hidden size, C streams, N sources, K hidden width of an aggregate.
+Shapes: B batch, T tokens, D hidden size, C streams, N sources, K hidden width of an aggregate, E experts, of which each
+token has A.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .configuration_muddformer import IS_5, MuddformerConfig
@@ -27,7 +28,7 @@ except ImportError:  # before 4.53
   create_causal_mask = None
 
 # Newer versions of transformers call the cache of keys and values so.
-CACHE = "cache" if "cache" in {x.name for x in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+CACHE = "cache" if "cache" in {x.name for x in dataclasses.fields(MoeCausalLMOutputWithPast)} else "past_key_values"
 # Before transformers 5.6 a static cache reads the places of the tokens, cache_kwargs["cache_position"].
 CACHE_TAKES_PLACES = "cache_kwargs" in inspect.signature(Cache.update).parameters
 # The arguments of create_causal_mask were renamed several times.
@@ -141,6 +142,54 @@ class MuddformerMLP(nn.Module):
     return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
+class MuddformerRouter(nn.Module):
+  """Chooses A experts for each token, those of the largest scores, and weights them by the softmax of these scores."""
+
+  def __init__(self, config):
+    super().__init__()
+    self.num_chosen = config.num_experts_per_tok
+    self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+  def forward(self, x):
+    """x [...,D] -> scores [...,E], weights [...,A] that add up to one, and numbers of experts [...,A]; in float32."""
+    scores = F.linear(x.float(), self.weight.float())
+    weights, chosen = scores.softmax(-1).topk(self.num_chosen, dim=-1)
+    return scores, weights / weights.sum(-1, keepdim=True), chosen
+
+
+class MuddformerExperts(nn.ModuleList):
+  """The experts of a block, computed one after another. No token is dropped. torch.compile breaks its graph here."""
+
+  def __init__(self, config, size):
+    super().__init__(MuddformerMLP(config, size) for _ in range(config.num_experts))
+
+  def forward(self, x, chosen, weights):
+    """x [N,D], chosen and weights [N,A] -> [N,D], summed in float32 and rounded once, as in JAX."""
+    choices = chosen.flatten()
+    counts = choices.bincount(minlength=len(self)).tolist()
+    output = torch.zeros_like(x, dtype=torch.float32)
+    for expert, places in zip(self, torch.split(choices.argsort(stable=True), counts)):
+      # In training, experts without tokens get gradients of zero: optimizers and devices treat all parameters alike.
+      if self.training or len(places) > 0:
+        token = places // chosen.shape[-1]
+        output.index_add_(0, token, expert(x[token]) * weights.flatten()[places, None])
+    return output.to(x.dtype)
+
+
+class MuddformerSparseMLP(nn.Module):
+  """A mixture of experts, with the names of Qwen3-MoE's weights."""
+
+  def __init__(self, config, size):
+    super().__init__()
+    self.gate = MuddformerRouter(config)
+    self.experts = MuddformerExperts(config, size)
+
+  def forward(self, x):
+    rows = x.reshape(-1, x.shape[-1])
+    _, weights, chosen = self.gate(rows)
+    return self.experts(rows, chosen, weights).reshape(x.shape)
+
+
 class MuddformerDecoderLayer(nn.Module):
   """A block: X_i from the query, key, value and residual streams (Eq. 7)."""
 
@@ -148,7 +197,8 @@ class MuddformerDecoderLayer(nn.Module):
     super().__init__()
     self.is_parallel = config.block == "pythia"
     self.self_attn = MuddformerAttention(config, layer_idx)
-    self.mlp = MuddformerMLP(config, config.intermediate_sizes[layer_idx])
+    mlp = MuddformerSparseMLP if config.num_experts else MuddformerMLP
+    self.mlp = mlp(config, config.intermediate_sizes[layer_idx])
     if config.separate_norms[layer_idx]:
       self.query_layernorm, self.key_layernorm, self.value_layernorm = (block_norm(config) for _ in range(3))
       self.input_layernorm = None
@@ -156,16 +206,19 @@ class MuddformerDecoderLayer(nn.Module):
       self.input_layernorm = block_norm(config)
     self.post_attention_layernorm = block_norm(config)
 
-  def forward(self, xq, xk, xv, xr, **kwargs):
+  def forward(self, xq, xk, xv, xr, output_router_logits=False, **kwargs):
+    """xq, xk, xv, xr [B,T,D] -> X_i [B,T,D]; attention weights, or None; scores of experts [B,T,E], if asked for."""
     if self.input_layernorm is None:
       norms = (self.query_layernorm, self.key_layernorm, self.value_layernorm)
     else:
       norms = (self.input_layernorm,) * 3
     attended, weights = self.self_attn(*(norm(x) for norm, x in zip(norms, (xq, xk, xv))), **kwargs)
     if self.is_parallel:
-      return xr + attended + self.mlp(self.post_attention_layernorm(xr)), weights
+      return xr + attended + self.mlp(self.post_attention_layernorm(xr)), weights, None
     x = xr + attended
-    return x + self.mlp(self.post_attention_layernorm(x)), weights
+    normed = self.post_attention_layernorm(x)
+    scores = self.mlp.gate(normed)[0] if output_router_logits else None
+    return x + self.mlp(normed), weights, scores
 
 
 class MuddformerAggregate(nn.Module):
@@ -229,7 +282,7 @@ class MuddformerPreTrainedModel(PreTrainedModel):
   _supports_flash_attn = _supports_flash_attn_2 = True
   _supports_cache_class = _supports_static_cache = True
   _supports_attention_backend = True
-  _can_compile_fullgraph = IS_5
+  _can_compile_fullgraph = IS_5  # without experts
 
   def _init_weights(self, module):
     """The plain model at the start: W2 is zero, and static weights are one at the newest source."""
@@ -239,7 +292,7 @@ class MuddformerPreTrainedModel(PreTrainedModel):
       if module.static is not None and not getattr(module.static, "_is_hf_initialized", False):
         with torch.no_grad():
           module.static.copy_(module.initial_static())
-    elif isinstance(module, (nn.Linear, nn.Embedding)):
+    elif isinstance(module, (nn.Linear, nn.Embedding, MuddformerRouter)):
       nn.init.normal_(module.weight, std=getattr(module, "start", self.config.initializer_range))
       if getattr(module, "bias", None) is not None:
         nn.init.zeros_(module.bias)
@@ -285,6 +338,7 @@ class MuddformerModel(MuddformerPreTrainedModel):
     use_cache=None,
     output_attentions=None,
     output_hidden_states=None,
+    output_router_logits=None,
     return_dict=None,
     cache=None,
     cache_position=None,
@@ -298,6 +352,7 @@ class MuddformerModel(MuddformerPreTrainedModel):
     use_cache = config.use_cache if use_cache is None else use_cache
     show_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
     show_maps = config.output_attentions if output_attentions is None else output_attentions
+    show_scores = config.output_router_logits if output_router_logits is None else output_router_logits
     is_checkpointing = self.gradient_checkpointing and self.training
     if is_checkpointing and cache is not None:
       raise ValueError("A cache does not work with gradient checkpointing; leave it out.")
@@ -311,25 +366,28 @@ class MuddformerModel(MuddformerPreTrainedModel):
     position_ids = places[None] if position_ids is None else position_ids
     given = dict(kwargs, position_embeddings=angles(config, position_ids, x.dtype), cache=cache)
     given |= {"cache_position": places, "position_ids": position_ids}
+    given["output_router_logits"] = show_scores = show_scores and config.num_experts > 0
     given["attention_mask"] = causal_mask(config, x, attention_mask, cache, places, position_ids)
     history, streams = [self._source(0, x)], {}
-    states, maps = [x], []
+    states, maps, scores = [x], [], []
     for i, layer in enumerate(self.layers, 1):
       inputs = [streams.get(c, streams.get("x", x)) for c in "qkvr"]
       if is_checkpointing:
-        x, weights = self._gradient_checkpointing_func(_positional(layer, given), *inputs)
+        x, weights, block_scores = self._gradient_checkpointing_func(_positional(layer, given), *inputs)
       else:
-        x, weights = layer(*inputs, **given)
+        x, weights, block_scores = layer(*inputs, **given)
       history.append(self._source(i, x))
       streams = self.aggregates[str(i)](history, x) if str(i) in self.aggregates else {}
       states.append(x)
       maps += [weights] if show_maps else []
+      scores += [block_scores] if show_scores else []
     (x,) = streams.values() if streams else (x,)
     states[-1] = x = self.norm(x)
-    output = BaseModelOutputWithPast(
+    output = MoeModelOutputWithPast(
       last_hidden_state=x,
       hidden_states=tuple(states) if show_states else None,
       attentions=tuple(maps) if show_maps else None,
+      router_logits=tuple(scores) if show_scores else None,
       **{CACHE: cache if use_cache else None},
     )
     return output.to_tuple() if return_dict is False else output
@@ -370,6 +428,29 @@ def _added_mask(config, x, attention_mask, cache, places):
   return mask.masked_fill(~visible, torch.finfo(x.dtype).min)
 
 
+def balance_loss(scores, num_chosen, attention_mask=None):
+  """Load-balancing loss of experts, as MaxText computes it: 1 where all are chosen alike, more where they are not.
+
+  It is E · Σ_e share_e · probability_e of each sequence and block, and the mean of these: an expert's share of the
+  choices, and the mean over tokens of its probability. transformers' own models take shares and probabilities over all
+  sequences and blocks together, and their loss is A times as large.
+
+  Args:
+    scores: [B,T,E] of each block.
+    attention_mask: [B,T], zero for padding, which does not count.
+  """
+  real = torch.ones(scores[0].shape[:2]) if attention_mask is None else attention_mask
+  real = real.to(scores[0])[..., None]
+  tokens = real.sum(1).clamp(min=1)
+  losses = []
+  for block_scores in scores:
+    probability = block_scores.softmax(-1)
+    chosen = torch.zeros_like(probability).scatter(-1, block_scores.topk(num_chosen, dim=-1).indices, 1 / num_chosen)
+    share, probability = ((real * x).sum(1) / tokens for x in (chosen, probability))
+    losses.append((share * probability).sum(-1).mean() * block_scores.shape[-1])
+  return torch.stack(losses).mean()
+
+
 class MuddformerForCausalLM(MuddformerPreTrainedModel, GenerationMixin):
   """With the output head (Eq. 8)."""
 
@@ -406,6 +487,7 @@ class MuddformerForCausalLM(MuddformerPreTrainedModel, GenerationMixin):
     use_cache=None,
     output_attentions=None,
     output_hidden_states=None,
+    output_router_logits=None,
     return_dict=None,
     cache=None,
     cache_position=None,
@@ -421,19 +503,25 @@ class MuddformerForCausalLM(MuddformerPreTrainedModel, GenerationMixin):
       use_cache=use_cache,
       output_attentions=output_attentions,
       output_hidden_states=output_hidden_states,
+      output_router_logits=output_router_logits,
       cache=cache,
       **kwargs,
     )
     kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     logits = self.lm_head(output.last_hidden_state[:, kept])
-    loss = None
+    loss = balance = None
+    if output.router_logits is not None:
+      balance = balance_loss(output.router_logits, self.config.num_experts_per_tok, attention_mask)
     if labels is not None:
       loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-    result = CausalLMOutputWithPast(
+      loss = loss if balance is None else loss + self.config.router_aux_loss_coef * balance
+    result = MoeCausalLMOutputWithPast(
       loss=loss,
+      aux_loss=balance,
       logits=logits,
       hidden_states=output.hidden_states,
       attentions=output.attentions,
+      router_logits=output.router_logits,
       **{CACHE: output.get(CACHE)},
     )
     return result.to_tuple() if return_dict is False else result

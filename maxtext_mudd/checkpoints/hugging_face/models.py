@@ -3,7 +3,8 @@
 A folder has the format of the authors' PyTorch code, or that of this project's (`native.py`), which to-hf writes.
 
 Tensors are read one at a time. A conversion to a model folder holds the whole model in host memory once, in the dtype
-of the model folder. A conversion to a Hugging Face folder holds one shard in memory.
+of the model folder. A conversion to a Hugging Face folder holds one shard in memory, and the array of experts that
+parts of it come from.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,15 +77,22 @@ class Model:
     Raises:
       ConfigError: a tensor is missing, is not one of this model, or has another shape. Then no values were read.
     """
-    by_path = {name.path: name for name in (native if self.is_native else hf_names).names(config)}
-    _check_tensors(self._tensors, by_path.values(), self.path)
-    readers = {path: functools.partial(self._read, name) for path, name in by_path.items()}
+    names = tuple((native if self.is_native else hf_names).names(config))
+    _check_tensors(self._tensors, names, self.path)
+    by_path: dict[str, list[Name]] = {}
+    for name in names:
+      by_path.setdefault(name.path, []).append(name)
+    readers = {path: functools.partial(self._read, parts) for path, parts in by_path.items()}
     values = tensors.LazyArrays(readers, progress)
     return layout.stacking(values, config) if config.scan_layers else iter(values.items())
 
-  def _read(self, name: Name) -> np.ndarray:
-    tensor = self._tensors[name.tensor]
-    return name.to_maxtext(tensors.cast(tensor.read(), tensor.dtype, f"{tensor.file}: {name.tensor}"))
+  def _read(self, names: Sequence[Name]) -> np.ndarray:
+    """A parameter, from its tensor or from those of its experts."""
+    values = []
+    for name in names:
+      tensor = self._tensors[name.tensor]
+      values.append(name.to_maxtext(tensors.cast(tensor.read(), tensor.dtype, f"{tensor.file}: {name.tensor}")))
+    return values[0] if names[0].expert is None else np.stack(values)
 
 
 def from_hf(source: pathlib.Path, target: pathlib.Path, overrides: Mapping[str, Any]) -> None:
@@ -124,10 +132,10 @@ def to_hf(source: pathlib.Path, target: pathlib.Path, released: bool = False) ->
     _check_saved(saved, names, source)
     size = sum(tensor.size for tensor in saved.values())
     with tqdm.tqdm(total=size, unit="B", unit_scale=True, desc=source.name) as bar:
-      outputs = {}
+      outputs, read = {}, _reader(saved)
       for name in names:
         dtype = jnp.dtype(dtypes.get(name.tensor, config.weight_dtype))
-        values = functools.partial(_read_saved, saved[name.path], name, bar.update)
+        values = functools.partial(_read_saved, read, name, bar.update)
         outputs[name.tensor] = tensors.Output(name.tensor_shape, dtype, values)
       tensors.write(stage, outputs)
     (stage / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True))
@@ -200,9 +208,26 @@ def _check_saved(saved: Mapping[str, Tensor], names: Sequence[Name], path: pathl
     )
 
 
-def _read_saved(tensor: Tensor, name: Name, progress: Callable[[int], None]) -> np.ndarray:
-  progress(tensor.size)
-  return name.to_hf(tensor.read())
+def _reader(saved: Mapping[str, Tensor]) -> Callable[[Name], np.ndarray]:
+  """A function that reads the parameter of a tensor. It keeps the last one of experts, which as many tensors need."""
+  last: dict[str, np.ndarray] = {}
+
+  def read(name):
+    if name.path in last:
+      return last[name.path]
+    last.clear()
+    value = saved[name.path].read()
+    if name.expert is not None:
+      last[name.path] = value
+    return value
+
+  return read
+
+
+def _read_saved(read: Callable[[Name], np.ndarray], name: Name, progress: Callable[[int], None]) -> np.ndarray:
+  value = name.to_hf(read(name))
+  progress(value.nbytes)
+  return value
 
 
 def read_fields(file: pathlib.Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Maps each tensor of the authors' PyTorch models to a parameter of MaxText, in both directions.
 
-Every tensor is one parameter of the model with single layers. Tensor and parameter differ by a transposition and a
-reshape, so no value is rounded. There is one exception. Some of MaxText's blocks have the factor 1/sqrt(head_dim) in
-the query kernel, and the authors' code does not. The conversion to PyTorch multiplies the query kernels of these blocks
-by sqrt(head_dim). This rounds each value once, unless sqrt(head_dim) is a power of two.
+Every tensor is one parameter of the model with single layers, or one expert's part of it. Tensor and parameter differ
+by a transposition and a reshape, so no value is rounded. There is one exception. Some of MaxText's blocks have the
+factor 1/sqrt(head_dim) in the query kernel, and the authors' code does not. The conversion to PyTorch multiplies the
+query kernels of these blocks by sqrt(head_dim). This rounds each value once, unless sqrt(head_dim) is a power of two.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +28,7 @@ class Name:
     shape: shape of the parameter.
     transposed: whether the tensor is [out, in].
     factor: the tensor is the parameter times this.
+    expert: the tensor is this entry of the first axis of the parameter. None: it is all of the parameter.
   """
 
   tensor: str
@@ -36,11 +37,16 @@ class Name:
   shape: tuple[int, ...]
   transposed: bool = False
   factor: float = 1.0
+  expert: int | None = None
 
   def to_maxtext(self, tensor: np.ndarray) -> np.ndarray:
-    return (tensor.T if self.transposed else tensor).reshape(self.shape)
+    """The parameter, or its entry of `expert`."""
+    shape = self.shape if self.expert is None else self.shape[1:]
+    return (tensor.T if self.transposed else tensor).reshape(shape)
 
   def to_hf(self, parameter: np.ndarray) -> np.ndarray:
+    """The tensor, from the whole parameter."""
+    parameter = parameter if self.expert is None else parameter[self.expert]
     if self.factor != 1:
       parameter = (parameter.astype(np.float64) * self.factor).astype(parameter.dtype)
     if self.transposed:

@@ -22,6 +22,7 @@ CODE = assets.HUGGING_FACE
 MODEL_TYPE = "muddformer_native"
 MAXTEXT_KEYS = "maxtext_keys"  # the field of config.json with MaxText's keys of the model
 _BLOCKS = {"pythia": "pythia", "stock": "transformer"}  # by mudd_decoder_layer
+_EXPERTS = {"mixtral": "MoeBlock_0", "qwen3_moe": "moe_block"}  # modules of experts, by decoder_block
 _ACTIVATIONS = {"pythia": ["gelu"], "stock": ["silu", "linear"]}
 # Keys that change the function of a model in a way that the PyTorch model does not have, with the only value for it.
 # What else keys of this project change is in the plan of aggregates or in a field.
@@ -31,7 +32,6 @@ _FIXED = {
   "mudd_extra_embeddings": 0,
   "mudd_rope_table": "stock",
   "mtp_num_layers": 0,
-  "num_experts": 1,
   "attention_type": "global",
   "attention_bias": False,
   "attention_sink": False,
@@ -55,11 +55,19 @@ _FIXED = {
   "logits_via_embedding": False,
   "quantization": "",
 }
+_FIXED_OF_EXPERTS = {
+  "routed_bias": False,
+  "routed_score_func": "",
+  "prefuse_moe_weights": False,
+  "padded_base_moe_mlp_dim": None,
+}
 # Keys of a model folder that are those of the model, whatever the folder and the layout of its layers.
 _KEPT = (model_keys.KEYS | {"enable_dropout"}) - {"tokenizer_path", "tokenizer_type", "scan_layers", "base_config"}
 TOKENIZER_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
-_FREE_FIELDS = {"architectures", "auto_map", "torch_dtype", MAXTEXT_KEYS, *TOKENIZER_FIELDS}
+_OF_TRAINING = {"output_router_logits", "router_aux_loss_coef"}
+_FREE_FIELDS = {"architectures", "auto_map", "torch_dtype", MAXTEXT_KEYS, *TOKENIZER_FIELDS, *_OF_TRAINING}
 _NONE_OR_ZERO = ("attn_logits_soft_cap", "final_logits_soft_cap", "attention_output_dim", "trainable_position_size")
+_NONE_OR_ZERO_OF_EXPERTS = ("capacity_factor", "moe_expert_input_dim")
 
 
 def fields(
@@ -100,6 +108,9 @@ def fields(
     "num_key_value_heads": config.num_kv_heads,
     "head_dim": config.head_dim,
     "max_position_embeddings": config.max_target_length,
+    "num_experts": config.num_experts if _has_experts(config) else 0,
+    "num_experts_per_tok": config.num_experts_per_tok,
+    "router_aux_loss_coef": config.load_balance_loss_weight,
     "block": _BLOCKS[config.mudd_decoder_layer],
     "hidden_act": "gelu" if is_pythia else "silu",
     "norm_eps": config.normalization_layer_epsilon,
@@ -156,24 +167,30 @@ def copy_code(target: pathlib.Path) -> None:
 def _check(config) -> None:
   row = blocks.spec(config)
   is_pythia = config.mudd_decoder_layer == "pythia"
-  if not (row.is_released or is_pythia):
+  if not (row.is_released or is_pythia or _has_experts(config)):
     raise ConfigError(
-      f"decoder_block={config.decoder_block.value} has no PyTorch model here; those of llama2, mistral, qwen3 and "
-      "mudd_decoder_layer=pythia have."
+      f"decoder_block={config.decoder_block.value} has no PyTorch model here; those of llama2, mistral, mixtral, "
+      "qwen3, qwen3_moe and mudd_decoder_layer=pythia have."
     )
   expected = _FIXED | {"mlp_activations": _ACTIVATIONS[config.mudd_decoder_layer]}
+  expected |= _FIXED_OF_EXPERTS if _has_experts(config) else {"num_experts": 1}
   for key, value in expected.items():
     configured = getattr(config, key)
     configured = list(configured) if isinstance(configured, (list, tuple)) else getattr(configured, "value", configured)
     if configured != value:
-      raise ConfigError(f"{key}={configured} is not in the PyTorch model, which has {key}={value}.")
-  for key in _NONE_OR_ZERO:
+      only = "''" if value == "" else value
+      raise ConfigError(f"{key}={configured} is not in the PyTorch model, which has {key}={only}.")
+  for key in (*_NONE_OR_ZERO, *(_NONE_OR_ZERO_OF_EXPERTS if _has_experts(config) else ())):
     if (value := getattr(config, key)) and value > 0:
       raise ConfigError(f"{key}={value} is not in the PyTorch model, which has {key}=0.")
   if shared := [site for site in connections.plan(config).sites.values() if site.mlp]:
     raise ConfigError(
       f"mudd_placements: DA_{shared[0].block} shares its MLP, {shared[0].mlp}, and DAs of the PyTorch model do not."
     )
+
+
+def _has_experts(config) -> bool:
+  return config.decoder_block.value in _EXPERTS and config.mudd_decoder_layer != "pythia"
 
 
 def _has_qk_norm(config) -> bool:
@@ -196,10 +213,13 @@ def names(config) -> Iterator[Name]:
     path, tensor = f"decoder/layers_{i}", f"model.layers.{i}"
     yield from _attention(config, row, plan, i)
     yield from norm(f"{tensor}.post_attention_layernorm", f"{path}/{row.feed_forward_norm}", width, row.has_biases)
-    gate = (("gate_proj", "wi_0"), ("up_proj", "wi_1")) if len(config.mlp_activations) > 1 else (("up_proj", "wi"),)
-    for projection, kernel in gate:
-      yield from linear(f"{tensor}.mlp.{projection}", f"{path}/mlp/{kernel}", (width,), (size,), bias=row.has_biases)
-    yield from linear(f"{tensor}.mlp.down_proj", f"{path}/mlp/wo", (size,), (width,), bias=row.has_biases)
+    if _has_experts(config):
+      yield from _experts(config, i, size)
+    else:
+      gate = (("gate_proj", "wi_0"), ("up_proj", "wi_1")) if len(config.mlp_activations) > 1 else (("up_proj", "wi"),)
+      for projection, kernel in gate:
+        yield from linear(f"{tensor}.mlp.{projection}", f"{path}/mlp/{kernel}", (width,), (size,), bias=row.has_biases)
+      yield from linear(f"{tensor}.mlp.down_proj", f"{path}/mlp/wo", (size,), (width,), bias=row.has_biases)
     if config.mudd_pre_norm:
       yield from norm(f"model.source_norms.{i + 1}", f"{path}/connection/output_norm", width, bias=False)
     if i in plan.sites:
@@ -227,6 +247,20 @@ def _attention(config, row: blocks.BlockSpec, plan, i: int) -> Iterator[Name]:
   if _has_qk_norm(config):
     for name in ("query", "key"):
       yield from norm(f"{tensor}.{name[0]}_norm", f"{path}/{name}_norm", config.head_dim, bias=False)
+
+
+def _experts(config, i: int, size: int) -> Iterator[Name]:
+  path, tensor = f"decoder/layers_{i}/{_EXPERTS[config.decoder_block.value]}", f"model.layers.{i}.mlp"
+  width, count = config.emb_dim, config.num_experts
+  yield from linear(f"{tensor}.gate", f"{path}/gate", (width,), (count,), bias=False)
+  for projection, kernel, shape in (
+    ("gate_proj", "wi_0", (width, size)),
+    ("up_proj", "wi_1", (width, size)),
+    ("down_proj", "wo", (size, width)),
+  ):
+    for expert in range(count):
+      name = f"{tensor}.experts.{expert}.{projection}.weight"
+      yield Name(name, f"{path}/{kernel}", shape[::-1], (count, *shape), True, expert=expert)
 
 
 def _aggregate(config, path: str, site: Site) -> Iterator[Name]:

@@ -275,7 +275,7 @@ def _with_pipeline(config, args: argparse.Namespace):
     ConfigError: the model does not work with such a pipeline.
   """
   from maxtext_mudd.checkpoints import layout
-  from maxtext_mudd.config import keys
+  from maxtext_mudd.config import depth_connection
 
   given = config_files.values(["", args.config, *args.overrides])
   stages = math.prod(given.get(f"{prefix}_pipeline_parallelism", 1) for prefix in ("ici", "dcn"))
@@ -289,7 +289,7 @@ def _with_pipeline(config, args: argparse.Namespace):
     )
   config = layout.with_stages(config, stages, scans=bool(given.get("scan_layers_per_stage", False)))
   try:
-    raise_first(keys.refusals(config))
+    raise_first(depth_connection.of_pipeline(config))
   except ValueError as error:
     raise ConfigError(str(error)) from None
   return config

@@ -48,6 +48,10 @@ CASES = {
   "window": (FOUR | {"mudd_window": 2, "mudd_kernel": "pallas_interpret"}, stages(4, 1), (2, 3, 3)),
   "dilation": (FOUR | {"mudd_source_dilation": 2}, stages(4, 1), (2, 3, 4)),
   "2x2": (EIGHT | {"mudd_source_dilation": 2, "mudd_block_period": 2}, stages(4, 2), (2, 3, 4)),
+  "4x4": (EIGHT | {"mudd_source_dilation": 4, "mudd_block_period": 4}, stages(2, 4), (2,)),
+  "window of 8": ({"base_num_decoder_layers": 12, "mudd_window": 8}, stages(4, 3), (4, 7, 9)),
+  "MTP of the hidden state": (FOUR | {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1}, stages(2, 2), (3,)),
+  "gpt3": (FOUR | {"decoder_block": "gpt3", "mudd_weight_cap": 0.3}, stages(2, 2), (3,)),
   "placements": ({"base_num_decoder_layers": 6, "mudd_placements": IRREGULAR} | BOTH_NORMS, stages(2, 3), (5,)),
   "one way, norms of block 1": (
     FOUR | {"mudd_ways": 1, "mudd_first_block_norms": "separate", "mudd_dynamic": False},

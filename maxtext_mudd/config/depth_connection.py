@@ -54,7 +54,7 @@ def refusals(config) -> Iterator[Refusal]:
     f"supported are {', '.join(blocks.DECODER_BLOCKS)}; use one of these",
   )
   spec = blocks.spec(config)
-  layer = "mudd_decoder_layer=pythia" if config.mudd_decoder_layer == "pythia" else f"decoder_block={block!r}"
+  layer = _layer(config)
   reads_sublayers = connections.family(config).reads == "sublayer"
   yield Refusal(
     spec.is_parallel and reads_sublayers,
@@ -159,7 +159,7 @@ def refusals(config) -> Iterator[Refusal]:
   if config.scan_layers:
     yield from _scanned(config)
   if stacks.num_stages(config) > 1:
-    yield from _pipeline(config, layer)
+    yield from of_pipeline(config)
 
 
 def _of_block(config, spec: blocks.BlockSpec, layer: str) -> Iterator[Refusal]:
@@ -348,7 +348,7 @@ def _multimodal(config) -> Iterator[Refusal]:
   yield _extra_embeddings(config, multimodal, "the further tables have rows for tokens and none for images")
 
 
-def _pipeline(config, layer: str) -> Iterator[Refusal]:
+def of_pipeline(config) -> Iterator[Refusal]:
   """Yields the settings that do not work where the stages of a pipeline pass on carries."""
   stages, layers = stacks.num_stages(config), config.num_decoder_layers
   pipeline, spec = f"mudd=True and a pipeline of {stages} stages", blocks.spec(config)
@@ -375,7 +375,7 @@ def _pipeline(config, layer: str) -> Iterator[Refusal]:
   alike = ", ".join(sorted(name for name, row in blocks.BLOCKS.items() if _has_equal_layers(row)))
   yield Refusal(
     not _has_equal_layers(spec),
-    layer,
+    _layer(config),
     pipeline,
     f"MaxText's stages are of layers that are all alike; use {alike}, or fsdp and tensor parallelism",
   )
@@ -413,6 +413,12 @@ def _pipeline(config, layer: str) -> Iterator[Refusal]:
     pipeline,
     "stages take no adapters; train adapters with fsdp or tensor parallelism",
   )
+
+
+def _layer(config) -> str:
+  """The setting that chooses the decoder block."""
+  is_pythia = config.mudd_decoder_layer == "pythia"
+  return "mudd_decoder_layer=pythia" if is_pythia else f"decoder_block={config.decoder_block.value!r}"
 
 
 def _has_equal_layers(row: blocks.BlockSpec) -> bool:

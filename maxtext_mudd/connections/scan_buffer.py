@@ -22,6 +22,7 @@ import functools
 from typing import Any
 
 import jax
+from jax._src import core as jax_core
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -131,7 +132,7 @@ class ScanBuffer:
         after the block. So its results may depend only on entries that it writes before it reads them, or that only
         earlier blocks write.
     """
-    rematerialise = self.rematerialise
+    rematerialise, with_batch_axes = self.rematerialise, _with_batch_axes()
 
     def block(parts, *inputs):
       parts, outputs = step(parts, *inputs)
@@ -146,11 +147,13 @@ class ScanBuffer:
     def call(parts, inputs):
       return block(parts, *inputs)
 
+    @with_batch_axes
     def forward(parts, inputs):
       if rematerialise is None:
         return call(parts, inputs), inputs
       return pullback.forward(parts, inputs)
 
+    @with_batch_axes
     def backward(kept, cotangents):
       after, to_outputs = cotangents
       parts = [Entries(x.mirror, x.mirror) for x in after]  # the mirror's cotangent is the array after the block
@@ -290,6 +293,25 @@ _close.defvjp(
   lambda parts, others: (([x.array for x in parts], others), [x.array for x in parts]),
   lambda final, cotangents: ([Entries(*x) for x in zip(cotangents[0], final)], cotangents[1]),
 )
+
+
+def _with_batch_axes() -> Callable[[Callable], Callable]:
+  """Makes a function run with the mesh axes of the `jax.vmap` around the present call.
+
+  JAX forgets these where it traces the functions of a `custom_vjp`. Then what a `shard_map` keeps for its backward pass
+  would be split over the axis of the batch, too, which JAX refuses. There is no public function for it.
+  """
+  names = jax_core.get_axis_env().spmd_axis_names
+
+  def decorate(function):
+    @functools.wraps(function)
+    def call(*args):
+      with jax_core.add_spmd_axis_names(names):
+        return function(*args)
+
+    return call
+
+  return decorate
 
 
 def _not_before(cotangents, inputs):

@@ -134,6 +134,8 @@ class ConnectedPipeline(NNXPipeline):
       carry = returned[0] if isinstance(returned, tuple) else returned
       hidden, carry, sown = connection.finish(carry, nnx.state(stage, is_floating_state))
       nnx.update(stage, sown)
+      for path, variable in nnx.to_flat_state(nnx.state(connection, nnx.Intermediate)):
+        setattr(stage, path[-1], variable)  # what `finish` sowed; of the connection nothing else is returned
       after = connection.pass_on(carry)
       start = jnp.asarray(self._routes.starts)[given.block // self._length]
       made = [jax.lax.dynamic_slice_in_dim(x, start, len(self._routes.made)) for x in after.entries]

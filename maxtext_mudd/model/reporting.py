@@ -106,6 +106,8 @@ def _by_aggregate(keys: list[str], value, stream: str, config, *, is_last: bool)
     stream: what the value belongs to: a stream, or a sublayer.
     is_last: whether it is of what follows the last block, or an MTP block.
   """
+  if is_last and stacks.num_stages(config) > 1:
+    value = _of_working_stages(config, value)[-1]
   if is_last:
     yield num_blocks(config) + (mtp.number_in(keys) or 0), value
   elif stack := stacks.of_path(config, keys):

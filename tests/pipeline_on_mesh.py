@@ -62,15 +62,15 @@ def main(keys: dict, pipeline: dict) -> None:
   assert set(found) == set(expected), sorted(set(found) ^ set(expected))
   errors = {path: found[path] - x for path, x in expected.items()}
   norm = scanning.norm_of(expected)
-  # Of what has no gradient but rounding, as biases of keys without rotary embedding, the error counts in the norm only.
-  felt = [path for path, x in expected.items() if np.abs(x).max() > scanning.ZERO * norm]
-  of_tensor = {path: float(np.abs(errors[path]).max() / np.abs(expected[path]).max()) for path in felt}
-  worst = max(felt, key=of_tensor.get)
+  # Beyond what rounding leaves of a gradient that is zero, or nearly, as of what a norm removes.
+  beyond = {path: max(np.abs(x).max() - scanning.ZERO * norm, 0) for path, x in errors.items()}
+  of_tensor = {path: float(x / np.abs(expected[path]).max()) for path, x in beyond.items() if x > 0}
+  worst = max(of_tensor, key=of_tensor.get, default="")
   result = {
     "expected": expected_loss,
     "loss": loss,
     "error": float(scanning.norm_of(errors) / norm),
-    "worst": [worst, of_tensor[worst]],
+    "worst": [worst, of_tensor.get(worst, 0)],
     "permutes": permutes(text),
   }
   print(json.dumps(result))

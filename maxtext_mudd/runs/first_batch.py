@@ -88,10 +88,10 @@ def _host_iterators(iterator) -> list[multihost_dataloading.MultiHostDataLoadIte
 def _check_batch(batch: dict[str, np.ndarray], split: str, config) -> None:
   data = data_settings.describe(split, config)
   if not batch:
+    key = "per_device_batch_size" if split == "train" else "eval_per_device_batch_size"
     raise ConfigError(
-      f"{data} {_described_rows(split, config)}, which fill no batch of "
-      f"per_device_batch_size={config.per_device_batch_size:g} for each device; use a smaller batch, more data or, for "
-      "training, a higher num_epoch."
+      f"{data} {_described_rows(split, config)}, which fill no batch of {key}={getattr(config, key):g} for each "
+      "device; use a smaller batch, more data or, for training, a higher num_epoch."
     )
   largest = max((int(np.max(batch[key])) for key in _TOKENS if key in batch), default=0)
   if largest >= config.vocab_size:

@@ -101,7 +101,7 @@ def test_output_that_cannot_be_written(corpus, tmp_path, monkeypatch, capsys):
   [
     ("model.yaml", "mudd: true", "{file}: a configuration file must end in .yml; rename it or put the file first."),
     ("absent.yml", None, "{file}: no such configuration file; the nearest of this package is "),
-    ("broken.yml", "mudd: [", "A configuration file is not valid YAML: while parsing a flow node"),
+    ("broken.yml", "mudd: [", "An argument or a configuration file is not valid YAML: while parsing a flow node"),
     (
       "orphan.yml",
       "base_config: nowhere.yml",

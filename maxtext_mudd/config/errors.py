@@ -29,7 +29,7 @@ def one_sentence(config_class: type[pydantic.BaseModel]) -> Iterator[None]:
   except omegaconf.errors.OmegaConfBaseException as error:
     raise ConfigError(f"The configuration cannot be read: {_one_line(error)}.") from None
   except yaml.YAMLError as error:
-    raise ConfigError(f"A configuration file is not valid YAML: {_one_line(error)}.") from None
+    raise ConfigError(f"An argument or a configuration file is not valid YAML: {_one_line(error)}.") from None
   except FileNotFoundError as error:
     raise ConfigError(f"{error.filename}: no such configuration file.") from None
   except ConfigError:

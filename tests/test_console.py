@@ -45,6 +45,7 @@ def config(tmp_path):
   """What the console reads of a configuration."""
   return types.SimpleNamespace(
     log_console="brief",
+    use_dpo=False,
     base_output_directory=str(tmp_path / "out"),
     checkpoint_dir=str(tmp_path / "out" / "run" / "checkpoints" / ""),
     run_name="run",
@@ -137,6 +138,14 @@ def test_other_lines(config, message, line):
 def test_evaluations_of_other_tokenizers(config):
   config.tokenizer_path = "EleutherAI/gpt-neox-20b"
   assert Progress(config).line(evaluation(40)) == "eval after step 41: loss 1.755"
+
+
+def test_evaluations_of_fine_tuning(config):
+  """Tunix' perplexity is a mean over evaluations; DPO's loss is not that of a token."""
+  message = evaluation(4).replace("perplexity=5.786", "perplexity=9.123")
+  assert Progress(config, first_step=1).line(message) == "eval after step 4: 2.532 bits per byte"
+  config.use_dpo = True
+  assert Progress(config, first_step=1).line(message) == "eval after step 4: loss 1.755"
 
 
 def test_a_checkpoint_is_announced_once(config):

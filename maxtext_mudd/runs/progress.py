@@ -37,7 +37,8 @@ class Progress:
     self.status = ""
     self._period = max(config.log_period, 1)
     self._devices = config.num_target_devices
-    self._in_bits_per_byte = config.tokenizer_path == str(BYTE_TOKENIZER_FOLDER)
+    # With DPO the loss is not that of a token.
+    self._in_bits_per_byte = config.tokenizer_path == str(BYTE_TOKENIZER_FOLDER) and not config.use_dpo
     self._clock = clock
     self._start_time = self._last_line_time = clock()
     self._first_step: tuple[int, float] | None = None  # the number of steps done at the first message, and its time
@@ -105,7 +106,9 @@ class Progress:
     fields = dict(part.split("=", 1) for part in message.split(", ") if "=" in part)
     done = int(re.search(r"\d+", message)[0]) + 1 - self._first_number
     loss, perplexity = float(fields["loss"]), float(fields["perplexity"])
-    if math.isfinite(perplexity):  # MaxText prints both with three decimals, so this one has more digits
+    # MaxText prints both with three decimals, so the perplexity has more digits. Tunix' perplexity is the mean of all
+    # evaluations so far.
+    if math.isfinite(perplexity) and abs(math.log(perplexity) - loss) <= 1.1e-3:
       loss = math.log(perplexity)
     if self._in_bits_per_byte:
       return f"eval after step {done}: {loss / math.log(2):.3f} bits per byte"

@@ -9,7 +9,8 @@ from orbax import checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from maxtext_mudd.checkpoints import adapters, model_config, orbax_folder
+import maxtext_mudd
+from maxtext_mudd.checkpoints import adapters, model_config, orbax_folder, parameters
 from maxtext_mudd.checkpoints.hugging_face import native
 from maxtext_mudd.config.errors import ConfigError
 from tests import models
@@ -114,3 +115,13 @@ def test_refusals(base, tmp_path):
   with pytest.raises(ConfigError, match=r"and .* has no such parameter; name its model."):
     adapters.merged({"decoder/other/kernel": adapter[QUERY]}, config(str(path)), folder)
   assert not (tmp_path / "peft").exists()
+
+
+def test_an_adapter_is_no_model(base, tmp_path):
+  """Evaluation, figures, decoding and training say what to do."""
+  path, values = base
+  save_adapter(tmp_path / "4", [QUERY], values)
+  with pytest.raises(ConfigError, match=r"4/model_params has an adapter without its model; run .* from-run first"):
+    parameters.check_path(str(parameters.items_folder(str(tmp_path / "4"))), config())
+  with pytest.raises(ConfigError, match=r"load_parameters_path=\S+/items: the parameters are those of \S+/4; leave it"):
+    maxtext_mudd.from_run(tmp_path / "4", models.BASE_YML, load_parameters_path=str(path))

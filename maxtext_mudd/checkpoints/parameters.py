@@ -106,8 +106,13 @@ def check(
   """Checks the shapes of saved parameters against those of the model, both by path.
 
   Raises:
-    ConfigError: a parameter is missing, is not one of the model, or has another shape.
+    ConfigError: a parameter is missing, is not one of the model, or has another shape, or these are of an adapter.
   """
+  if any(name.endswith("_lora_a") for name in saved_shapes):
+    raise ConfigError(
+      f"{path} has an adapter without its model; run python3 -m maxtext_mudd.convert from-run first, which merges the "
+      "two, and name what that writes."
+    )
   advice = "name the keys that the model was trained with."
   is_scanned = {any(stacks.is_scanned(name.split("/")) for name in names) for names in (saved_shapes, model_shapes)}
   if len(is_scanned) > 1:

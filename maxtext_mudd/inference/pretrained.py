@@ -129,6 +129,11 @@ def open_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **
   from maxtext_mudd.config import devices
 
   checkpoint = str(checkpoint)
+  if other := config_overrides.get("load_parameters_path"):
+    raise ConfigError(
+      f"load_parameters_path={other}: the parameters are those of {checkpoint}; leave it out, and merge an adapter "
+      "into its model by python3 -m maxtext_mudd.convert from-run first."
+    )
   if "://" not in checkpoint:
     path = pathlib.Path(checkpoint).expanduser().absolute()
     if not path.is_dir():

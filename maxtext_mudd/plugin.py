@@ -19,6 +19,9 @@ Four replacements correct what MaxText reports about the model:
 One replacement lets Tunix train models that MaxText does not know by name:
   maxtext.utils.model_creation_utils.TunixMaxTextAdapter   does not ask for the names of parameters in vLLM
 
+Fine-tuning needs one more, which `replace(FINE_TUNING)` makes:
+  maxtext.input_pipeline.input_pipeline_interface.make_hf_eval_iterator   starts each evaluation at the first row
+
 Distillation needs two more, which `replace(DISTILLATION)` makes:
   maxtext.trainers.post_train.distillation.distillation_utils.MaxTextCheckpointManager   works with the released Tunix
   maxtext.trainers.post_train.distillation.train_distill.MaxTextDistillationTrainer      stops after the last step
@@ -176,6 +179,12 @@ def _tunix_adapter(stock):
   return tunix_adapter.without_model_name(stock)
 
 
+def _evaluation_rows(stock):
+  from maxtext_mudd.model import evaluation_rows
+
+  return evaluation_rows.from_the_first(stock)
+
+
 def _distillation_checkpoints(stock):
   from maxtext_mudd.model import distillation
 
@@ -245,7 +254,16 @@ REPLACEMENTS = (
     method="__init__",
   ),
 )
-# What `install` leaves alone, because these modules need Tunix. `maxtext_mudd.post_train` replaces it for distillation.
+# What `install` leaves alone: `maxtext_mudd.post_train` replaces FINE_TUNING for SFT and DPO, and DISTILLATION, whose
+# modules need Tunix, for distillation.
+FINE_TUNING = (
+  Replacement(
+    "maxtext.input_pipeline.input_pipeline_interface",
+    "make_hf_eval_iterator",
+    ("config", "global_mesh", "process_indices_eval"),
+    _evaluation_rows,
+  ),
+)
 DISTILLATION = (
   Replacement(
     "maxtext.trainers.post_train.distillation.distillation_utils",

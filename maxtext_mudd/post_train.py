@@ -60,11 +60,12 @@ def check_post_training(config, name: str, lock: run_lock.RunLock | None = None,
 
   refusal = None
   try:
+    if not earlier:
+      plugin.replace(plugin.DISTILLATION if name == "distill" else plugin.FINE_TUNING)
+      refusals.check(config, post_training.settings(config, name))
     if name == "distill":
-      plugin.replace(plugin.DISTILLATION if not earlier else ())
       post_training.check_distillation(config, earlier)
     if not earlier:
-      refusals.check(config, post_training.settings(config, name))
       devices.check_batch(config)
       preflight.check_inputs(config)
       if name != "distill":

@@ -1,20 +1,26 @@
-"""Fine-tuning by MaxText's trainers: what the launcher refuses, and runs of a tiny MUDD model to their ends."""
+"""Fine-tuning by MaxText's trainers: runs of a tiny MUDD model to their ends, and what they need of Tunix."""
 
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 import types
 
 from flax import nnx
+from maxtext.configs import pyconfig
+from maxtext.input_pipeline import hf_data_processing, input_pipeline_interface
+from maxtext.utils import maxtext_utils
 import numpy as np
 import pytest
 
+import maxtext_mudd
 from maxtext_mudd import plugin, post_train, report
 from maxtext_mudd.checkpoints import orbax_folder, run
+from maxtext_mudd.model import evaluation_rows
 from maxtext_mudd.runs import end_of_data
-from tests import runs
+from tests import conversations, runs
 
 LAUNCHER = "MaxText/post_train.py"
 slow = pytest.mark.slow
@@ -22,15 +28,7 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-  """A folder with chat.jsonl and pairs.jsonl, of 64 rows each."""
-  folder = tmp_path_factory.mktemp("data")
-  messages = (("user", "Add {} and 1."), ("assistant", "{}"))
-  with (folder / "chat.jsonl").open("w") as chat, (folder / "pairs.jsonl").open("w") as pairs:
-    for i in range(64):
-      contents = [{"role": role, "content": text.format(i + (role == "assistant"))} for role, text in messages]
-      chat.write(json.dumps({"messages": contents}) + "\n")
-      pairs.write(json.dumps({"prompt": f"Is {i} a number?", "chosen": "yes", "rejected": "no"}) + "\n")
-  return folder
+  return conversations.write(tmp_path_factory.mktemp("data"))
 
 
 def start(folder: pathlib.Path, name: str, *overrides: str) -> pathlib.Path:
@@ -44,12 +42,14 @@ def mudd_model(folder) -> pathlib.Path:
   return start(folder, "mudd", "learning_rate=1e-3")
 
 
-def fine_tune(folder, run_name, method, *arguments, status=0, config=runs.RUN_YML) -> subprocess.CompletedProcess:
+def fine_tune(
+  folder, run_name, method, *arguments, status=0, config=runs.RUN_YML, **env
+) -> subprocess.CompletedProcess:
   keys = [f"base_output_directory={folder}", f"run_name={run_name}", f"jax_cache_dir={runs.ROOT / '.cache' / 'jax'}"]
   finished = subprocess.run(
     [sys.executable, LAUNCHER, method, config, f"post_train/{method}.yml", *arguments, "log_period=1", *keys],
     cwd=runs.ROOT,
-    env=runs.environment(),
+    env=runs.environment(**env),
     capture_output=True,
     text=True,
   )
@@ -68,20 +68,34 @@ def newest(run: pathlib.Path) -> pathlib.Path:
 
 @slow
 def test_conversations(folder, mudd_model):
-  """Prompts have no loss. The data end before the last step, which the run says."""
-  data = f"hf_train_files={folder / 'chat.jsonl'}"
-  start_from = f"load_parameters_path={mudd_model}"
-  finished = fine_tune(folder, "sft", "sft", data, start_from, "learning_rate=1e-2", "steps=6")
+  """Prompts have no loss. Evaluations read the same rows. The data end before the last step, which the run says."""
+  data, start_from = f"hf_train_files={folder / 'chat.jsonl'}", f"load_parameters_path={mudd_model}"
+  keys = (data, start_from, "learning_rate=1e-2")
+  evaluation = ("eval_interval=2", f"hf_eval_files={folder / 'chat.jsonl'}", "eval_steps=-1")
+  finished = fine_tune(folder, "sft", "sft", *keys, *evaluation, "per_device_batch_size=4", "steps=6")
   assert "step 1/6  loss " in finished.stdout and "finished step 6/6" in finished.stdout
   of_run = losses(folder / "sft")
   assert len(of_run) == 6 and of_run[-1] < 0.8 * of_run[0]
+  scalars = report.read_scalars(folder / "sft")
+  evaluated = scalars[report.EVAL_LOSS]
+  assert list(evaluated) == [0, 2, 4, 6] and evaluated[6] < 0.8 * evaluated[0]
+  assert len(set(scalars["eval/total_weights"].values())) == 1
+  shown = re.findall(r"eval after step (\d+): ([\d.]+) bits per byte", finished.stdout)
+  # MaxText prints nats with three decimals.
+  expected = {step: pytest.approx(loss / math.log(2), abs=1.5e-3) for step, loss in evaluated.items()}
+  assert {int(step): float(bits) for step, bits in shown} == expected
+
   before = orbax_folder.parameters(mudd_model / "items")
   after = orbax_folder.parameters(newest(folder / "sft"))
   assert before.keys() == after.keys()
   for name in ("decoder/layers_1/connection/depth_aggregate/w2", "decoder/layers_0/self_attention/query/kernel"):
     assert before[name].shape == after[name].shape and np.abs(before[name].read() - after[name].read()).max() > 1e-3
 
-  resumed = fine_tune(folder, "sft", "sft", data, start_from, "steps=4000", status=end_of_data.DATA_ENDED)
+  mesh = ("ici_fsdp_parallelism=4", "per_device_batch_size=1", "steps=6")
+  fine_tune(folder, "mesh", "sft", *keys, *mesh, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+  assert losses(folder / "mesh") == pytest.approx(of_run, rel=1e-6)  # 1.2e-7 was seen
+
+  resumed = fine_tune(folder, "sft", "sft", *keys, "steps=4000", status=end_of_data.DATA_ENDED)
   assert "resuming from checkpoints/6" in resumed.stdout
   done = newest(folder / "sft").parent.name
   assert f"the data ended after {done} of steps=4000" in resumed.stderr and 6 < int(done) < 4000
@@ -123,6 +137,39 @@ def test_preferences(folder, mudd_model):
 
 
 @slow
+def test_odds_ratios(folder, mudd_model):
+  """ORPO's first loss (Hong et al. 2024, Eqs. 4, 6 and 7), restated for each answer without padding. As in Tunix, P is
+  the probability of the whole answer."""
+  keys = {"dpo": {"algo": "orpo", "orpo_lambda": 3.0}, "hf_train_files": str(folder / "pairs.jsonl")}
+  arguments = ("dpo.algo=orpo", "dpo.orpo_lambda=3", f"hf_train_files={keys['hf_train_files']}", "steps=1")
+  fine_tune(folder, "orpo", "dpo", *arguments, f"load_parameters_path={mudd_model}")
+
+  model, _ = maxtext_mudd.from_run(mudd_model, runs.RUN_YML)
+  config = pyconfig.initialize_pydantic(
+    ["", runs.RUN_YML, "post_train/dpo.yml"], run_name="x", log_config=False, **keys
+  )
+  iterator, _ = input_pipeline_interface.create_data_iterator(config, maxtext_utils.get_mesh_from_config(config))
+  batch = {name: np.asarray(x) for name, x in next(iterator).items()}
+
+  def log_likelihood(row: int, answer: str) -> tuple[float, int]:
+    """log P of an answer, and its number of tokens."""
+    parts = [batch[f"{x}_ids"][row][batch[f"{x}_mask"][row] == 1] for x in ("prompt", answer)]
+    logits = np.asarray(maxtext_mudd.logits(model, np.concatenate(parts)[None]), np.float64)[0, len(parts[0]) - 1 : -1]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.take_along_axis(log_p, parts[1][:, None], -1).sum(), len(parts[1])
+
+  def log_odds(log_p: float) -> float:
+    return log_p - math.log1p(-math.exp(log_p))
+
+  expected = []
+  for row in range(len(batch["prompt_ids"])):
+    (chosen, length), (rejected, _) = (log_likelihood(row, answer) for answer in ("chosen", "rejected"))
+    ratio = log_odds(chosen) - log_odds(rejected)
+    expected.append(-chosen / length + 3 * math.log1p(math.exp(-ratio)))
+  assert losses(folder / "orpo") == pytest.approx([np.mean(expected)], rel=1e-6)
+
+
+@slow
 def test_distillation(folder, mudd_model):
   """A plain teacher of stock MaxText; the loss is the distance to its predictions alone."""
   plain = ("mudd=false", "mudd_ffn_reallocation=false", "mudd_init=stock")
@@ -146,79 +193,6 @@ def test_distillation(folder, mudd_model):
   # Synthetic data are one batch, which the teacher's third step read with the parameters of this checkpoint.
   assert scalars["train/distill/teacher_loss"][6] == pytest.approx(losses(folder / "teacher")[2], rel=1e-5)
   assert newest(folder / "distilled").parent.name == "6"
-
-
-ADAPTER = ["sft", runs.RUN_YML, "post_train/sft.yml", "post_train/lora.yml", "hf_train_files=DATA"]
-MISTAKES = {
-  "no method": ([], "no method is not a method of fine-tuning; name sft, dpo, distill, before all else."),
-  "another method": (["ppo"], "ppo is not a method of fine-tuning; name sft, dpo, distill, before all else."),
-  "GRPO": (
-    ["rl", runs.RUN_YML],
-    "rl: MaxText's GRPO generates answers with vLLM alone, through the module tpu_inference, and vLLM has no model "
-    "with connections; use dpo (docs/post_training.md).",
-  ),
-  "no keys of the method": (
-    ["sft", runs.RUN_YML, "dataset_type=synthetic"],
-    "use_sft=False: sft needs its own keys; name post_train/sft.yml after the model's file, or set use_sft=True.",
-  ),
-  "keys of another method": (
-    ["dpo", runs.RUN_YML, "post_train/sft.yml", "use_dpo=true", "packing=false", "hf_train_files=DATA"],
-    "Only one of `use_sft` or `use_dpo` can be True.",
-  ),
-  "no data": (
-    ["sft", runs.RUN_YML, "post_train/sft.yml"],
-    "hf_train_files='' names no data; set it to files, or to a pattern that matches files.",
-  ),
-  "no checkpoint": (
-    ["sft", runs.RUN_YML, "post_train/sft.yml", "hf_train_files=DATA"],
-    "load_parameters_path='' names no model to fine-tune; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP.",
-  ),
-  "a missing checkpoint": (
-    ["sft", runs.RUN_YML, "post_train/sft.yml", "hf_train_files=DATA", "load_parameters_path=/none"],
-    "load_parameters_path=/none: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP.",
-  ),
-  "an adapter without rank": (
-    [*ADAPTER, "lora.lora_rank=0"],
-    "lora.lora_rank=0 and lora.lora_alpha=16 make no adapter; set both above 0.",
-  ),
-  "an adapter in scanned layers": (
-    [*ADAPTER, "scan_layers=true", "mudd_ffn_reallocation=false"],
-    "lora.enable_lora=True with scan_layers=True: scanned layers with connections take no adapters; set "
-    "scan_layers=False.",
-  ),
-  "an adapter of another family": (
-    [*ADAPTER, "depth_connection=mhc", "mudd_expansion_rate=2", "mudd_ffn_reallocation=false"],
-    "lora.enable_lora=True with depth_connection=mhc: models with connections of this family take no adapters; set "
-    "lora.enable_lora=False.",
-  ),
-  "an adapter for DPO": (
-    ["dpo", runs.RUN_YML, "post_train/dpo.yml", "hf_train_files=DATA", "lora.enable_lora=true"],
-    "lora.enable_lora=True does not work with dpo: MaxText adds no adapters to the model there; set it to False.",
-  ),
-  "no teacher": (
-    ["distill", runs.RUN_YML, "post_train/distill.yml", "dataset_type=synthetic"],
-    "teacher_overrides has no load_parameters_path, so there is no teacher; write teacher_overrides: "
-    "{load_parameters_path: OUTPUT/RUN/checkpoints/STEP, ...} in the model's file.",
-  ),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_one_sentence_and_nothing_written(mistake, folder, tmp_path, monkeypatch, capsys):
-  arguments, message = MISTAKES[mistake]
-  arguments = [argument.replace("DATA", str(folder / "chat.jsonl")) for argument in arguments]
-  if len(arguments) > 1:
-    arguments += ["run_name=x", f"base_output_directory={tmp_path / 'out'}"]
-  monkeypatch.setattr(sys, "argv", ["post_train.py", *arguments])
-  try:
-    with pytest.raises(SystemExit) as ended:
-      post_train.run()
-  finally:
-    plugin.install(plugin.Reading())
-  assert ended.value.code == 2
-  lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("maxtext-mudd: ")]
-  assert lines == [f"maxtext-mudd: {message}"]
-  assert not (tmp_path / "out").exists()
 
 
 def test_without_tunix(monkeypatch):
@@ -260,3 +234,15 @@ def test_students_are_saved_by_the_released_tunix(tmp_path):
   assert manager.maybe_restore(restored, optimizers[1])[0] == 3
   np.testing.assert_array_equal(other.kernel[...], student.kernel[...])
   manager.close()
+
+
+def test_every_evaluation_reads_the_same_rows(folder):
+  plugin.install(plugin.Reading())
+  files = dict.fromkeys(("hf_train_files", "hf_eval_files"), str(folder / "chat.jsonl"))
+  keys = {**files, "eval_interval": 1, "eval_per_device_batch_size": 4, "run_name": "x", "log_config": False}
+  config = pyconfig.initialize(["", runs.RUN_YML, "post_train/sft.yml"], **keys)
+  make = evaluation_rows.from_the_first(hf_data_processing.make_hf_eval_iterator)
+  iterator = make(config, maxtext_utils.get_mesh_from_config(config), [0])
+  first, second = ([np.asarray(batch["inputs"]) for batch in iterator] for _ in range(2))
+  assert len(first) > 2
+  np.testing.assert_array_equal(first, second)

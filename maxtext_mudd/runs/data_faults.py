@@ -15,6 +15,7 @@ import warnings
 
 from google.protobuf.message import DecodeError
 import grain.python as grain
+import jinja2
 from maxtext.input_pipeline.protos import example_pb2
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -107,10 +108,13 @@ def _setting_at_fault(config, error: Exception) -> str:
       f"use_sft=True needs a chat template, and the tokenizer of tokenizer_path={config.tokenizer_path} has none; set "
       "chat_template, or name a tokenizer that has one."
     )
+  if isinstance(error, jinja2.TemplateError):
+    return f"chat_template cannot be used ({brief(error)}); correct the template."
   if "conversational format" in str(error):
+    columns = [repr(getattr(config, f"{split}_data_columns")[0]) for split in data_settings.splits(config)]
     return (
-      f"use_sft=True reads conversations, and the column {config.train_data_columns[0]!r} holds none; a row is a list "
-      "of messages, each with a role and a content."
+      f"use_sft=True reads conversations, and the column {' or '.join(dict.fromkeys(columns))} holds none; a row is a "
+      "list of messages, each with a role and a content."
     )
   return ""
 

@@ -113,7 +113,7 @@ def _explained_end(error: Exception, configs: list) -> end_of_data.RunEnd | None
     return end_of_data.RunEnd(_unreadable_checkpoint(configs[-1], error), 2)
   if errors.failed_in(error, "_verify_lora_parameters"):
     pattern = configs[-1].lora.lora_module_path
-    return end_of_data.RunEnd(f"lora.lora_module_path={pattern}: no layer of the model has a path of this pattern.", 2)
+    return end_of_data.RunEnd(f"lora.lora_module_path={pattern} is the path of no layer that takes an adapter.", 2)
   if errors.failed_in(error, "validate_completed_steps"):
     folder = pathlib.Path(configs[-1].checkpoint_dir)
     return end_of_data.RunEnd(

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 import os
+import pathlib
+import re
 
 from maxtext.configs import pyconfig
 
 from maxtext_mudd import connections
-from maxtext_mudd.checkpoints import parameters
+from maxtext_mudd.checkpoints import adapters, model_config, orbax_folder, parameters
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.runs import data_settings
 
@@ -47,6 +49,19 @@ def settings(config, name: str) -> Iterator[tuple[bool, str]]:
   )
   tiles = config.num_vocab_tiling
   yield name == "dpo" and tiles > 1, f"num_vocab_tiling={tiles} does not work with dpo; set it to 1."
+  for split in data_settings.splits(config):
+    key = f"{split}_data_columns"
+    columns = list(getattr(config, key))
+    yield (
+      name == "dpo" and len(columns) not in (2, 3),
+      f"{key}={columns}: dpo reads [prompt,chosen,rejected], or [chosen,rejected] that begin with the same prompt; set "
+      "it to columns with these contents.",
+    )
+  yield (
+    name == "distill" and config.eval_interval > 0,
+    f"eval_interval={config.eval_interval} does not work with distill: MaxText reads the evaluation data once, so "
+    "later evaluations would find none; set it to -1, and run maxtext_mudd.evaluate on the checkpoints.",
+  )
 
 
 def check_start(config) -> None:
@@ -73,7 +88,65 @@ def check_start(config) -> None:
     path = os.path.abspath(str(parameters.items_folder(path)))
     parameters.check_path(path, pyconfig.HyperParameters(config))
     config.load_parameters_path = path
+  if config.lora.enable_lora:
+    _check_adapter(config)
   _check_steps(config)
+
+
+def _check_adapter(config) -> None:
+  """Checks which layers get adapters, and sets `lora.lora_restore_path` to the folder that MaxText reads.
+
+  Raises:
+    ConfigError: no layer gets one, or one that takes none, or the adapter to start from is not of these layers.
+  """
+  pattern = config.lora.lora_module_path
+  if not pattern:
+    return  # MaxText chooses one by `model_name`
+  try:
+    matches = re.compile(pattern).fullmatch
+  except re.error as error:
+    raise ConfigError(f"lora.lora_module_path={pattern} is not a regular expression ({error}); correct it.") from error
+  names = [name.rpartition("/") for name in model_config.parameter_shapes(pyconfig.HyperParameters(config))]
+  matched = {f"{layer}/{parameter}" for layer, _, parameter in names if matches(layer)}
+  of_connections = sorted(name for name in matched if "connection" in name.split("/"))
+  if config.mudd and of_connections:
+    raise ConfigError(
+      f"lora.lora_module_path={pattern}: {of_connections[0]} is a parameter of connections, which take no adapters in "
+      "MaxText; write a pattern of other layers."
+    )
+  kernels = {name for name in matched if name.endswith("/kernel")}
+  if not kernels:
+    raise ConfigError(
+      f"lora.lora_module_path={pattern} is the path of no layer that takes an adapter; write a pattern of paths such "
+      "as decoder/layers_0/self_attention/query."
+    )
+  path = config.lora.lora_restore_path
+  if path and not data_settings.is_remote(path):
+    config.lora.lora_restore_path = _adapter_folder(path, kernels, config.lora.lora_rank)
+
+
+def _adapter_folder(path: str, kernels: set[str], rank: int) -> str:
+  """The folder with the parameters of an adapter.
+
+  Args:
+    path: OUTPUT/RUN/checkpoints/STEP, or the folder in it.
+    kernels: the paths of the parameters that get an adapter.
+    rank: that of the adapters.
+
+  Raises:
+    ConfigError: there is no adapter, or it has other kernels or another rank.
+  """
+  key = f"lora.lora_restore_path={path}"
+  folder = os.path.abspath(str(parameters.items_folder(path)))
+  saved = adapters.of(orbax_folder.parameters(pathlib.Path(folder))) if os.path.isdir(folder) else {}
+  if not saved:
+    raise ConfigError(f"{key} has no adapter; name a checkpoint of a run with lora.enable_lora=True.")
+  if different := sorted(kernels ^ saved.keys()):
+    has = "has an" if different[0] in saved else "has no"
+    raise ConfigError(f"{key} {has} adapter of {different[0]}; set lora.lora_module_path as it was in training.")
+  if other_ranks := {a.shape[-1] for a, _ in saved.values()} - {rank}:
+    raise ConfigError(f"lora.lora_rank={rank}: {path} has an adapter of rank {min(other_ranks)}; set that.")
+  return folder
 
 
 def check_distillation(config, earlier: Sequence) -> None:
@@ -97,7 +170,10 @@ def check_distillation(config, earlier: Sequence) -> None:
         "teacher_overrides has no load_parameters_path, so there is no teacher; write teacher_overrides: "
         "{load_parameters_path: OUTPUT/RUN/checkpoints/STEP, ...} in the model's file."
       )
-    _check_steps(config)
+    if config.load_parameters_path and not config.student_overrides:
+      check_start(config)  # the student has this configuration, and MaxText writes files before it reads that
+    else:
+      _check_steps(config)
     return
   if len(earlier) == 2:
     student = earlier[-1]

@@ -278,7 +278,11 @@ def _with_pipeline(config, args: argparse.Namespace):
   from maxtext_mudd.config import depth_connection
 
   given = config_files.values(["", args.config, *args.overrides])
-  stages = math.prod(given.get(f"{prefix}_pipeline_parallelism", 1) for prefix in ("ici", "dcn"))
+  parallelism = {key: given.get(key, 1) for key in ("ici_pipeline_parallelism", "dcn_pipeline_parallelism")}
+  for key, number in parallelism.items():
+    if not isinstance(number, int) or number < 1:
+      raise ConfigError(f"{key}={number} is not a number of stages; set it to one, or to 1 for no pipeline.")
+  stages = math.prod(parallelism.values())
   if stages == 1:
     return config
   layers, length = config.num_decoder_layers, given.get("num_layers_per_pipeline_stage", 1)

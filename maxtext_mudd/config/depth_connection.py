@@ -158,6 +158,11 @@ def refusals(config) -> Iterator[Refusal]:
     yield from _multimodal(config)
   if config.scan_layers:
     yield from _scanned(config)
+  for name in ("ici_pipeline_parallelism", "dcn_pipeline_parallelism"):
+    number = getattr(config, name)
+    yield Refusal(
+      number < 1, f"{name}={number}", mudd, "MaxText builds no pipeline then; set it to the number of stages, or to 1"
+    )
   if stacks.num_stages(config) > 1:
     yield from of_pipeline(config)
 

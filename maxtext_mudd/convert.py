@@ -46,7 +46,7 @@ from maxtext_mudd.checkpoints.interrupts import Interrupts
 from maxtext_mudd.config import files as config_files
 from maxtext_mudd.config import versions
 from maxtext_mudd.config.errors import ConfigError, reachable
-from maxtext_mudd.keys import raise_first
+from maxtext_mudd.connections.keys import raise_first
 from maxtext_mudd.runs import early_check, launch
 
 # The options that name a folder, by the attribute of the parsed arguments.

@@ -19,8 +19,8 @@ from maxtext_mudd.checkpoints import layout
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections.base import Cost, HistoryFamily, Plan, Site, check_plan
 from maxtext_mudd.connections.family_keys import HistoryKeys, WeightKeys
+from maxtext_mudd.connections.keys import key
 from maxtext_mudd.connections.norms import rms_norm
-from maxtext_mudd.keys import key
 from maxtext_mudd.model import counts
 from tests import models, runs, steps, train_on_mesh
 

@@ -5,7 +5,7 @@ import pytest
 
 from maxtext_mudd import connections
 from maxtext_mudd.config.keys import MuddKeys
-from maxtext_mudd.keys import KeyGroup, Refusal, key, raise_first
+from maxtext_mudd.connections.keys import KeyGroup, Refusal, key, raise_first
 
 
 class Example(KeyGroup):

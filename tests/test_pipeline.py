@@ -8,8 +8,8 @@ from maxtext_mudd import connections
 from maxtext_mudd.checkpoints import layout, model_config
 from maxtext_mudd.config import depth_connection
 from maxtext_mudd.config.changed import changed
+from maxtext_mudd.connections.keys import raise_first
 from maxtext_mudd.connections.routes import routes
-from maxtext_mudd.keys import raise_first
 from tests import models, pipelines
 from tests.pipelines import CASES
 

@@ -12,7 +12,7 @@ ORDER = (
   *("train", "post_train", "decode", "train_compile"),
   *("convert", "evaluate", "analyze", "complexity", "cluster", "report", "corpus"),
   *("runs", "inference", "checkpoints", "plugin", "model", "config", "connections", "blocks", "kernels"),
-  *("muddformer", "keys", "assets"),
+  *("muddformer", "assets"),
 )
 
 

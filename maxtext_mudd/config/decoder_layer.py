@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from maxtext_mudd import blocks
-from maxtext_mudd.keys import KeyGroup, Refusal, key
+from maxtext_mudd.connections.keys import KeyGroup, Refusal, key
 
 
 class DecoderLayerKeys(KeyGroup):

@@ -6,7 +6,7 @@ from pydantic import field_validator
 
 from maxtext_mudd import blocks, connections
 from maxtext_mudd.blocks import stacks
-from maxtext_mudd.keys import KeyGroup, Refusal, key
+from maxtext_mudd.connections.keys import KeyGroup, Refusal, key
 
 _WITH_DELTA_NETS = ("qwen3_next", "qwen3_5")
 _WITH_HYPER_STREAMS = ("deepseek", "deepseek4")

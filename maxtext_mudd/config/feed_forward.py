@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from maxtext_mudd import blocks
 from maxtext_mudd.blocks import ffn_widths
-from maxtext_mudd.keys import KeyGroup, Refusal, key
+from maxtext_mudd.connections.keys import KeyGroup, Refusal, key
 
 _CONNECTED = {"mudd": (True,)}
 _REALLOCATED = {"mudd_ffn_reallocation": (True,)}

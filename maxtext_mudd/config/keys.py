@@ -8,7 +8,7 @@ from typing import Literal
 
 from maxtext_mudd import connections
 from maxtext_mudd.config import decoder_layer, depth_connection, feed_forward, initialisation, optimizer
-from maxtext_mudd.keys import KeyGroup, Refusal, key
+from maxtext_mudd.connections.keys import KeyGroup, Refusal, key
 
 
 class LauncherKeys(KeyGroup):

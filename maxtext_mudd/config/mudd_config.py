@@ -5,7 +5,7 @@ from pydantic import model_validator
 
 from maxtext_mudd.config import keys
 from maxtext_mudd.config.stock_checks import StockChecks
-from maxtext_mudd.keys import raise_first
+from maxtext_mudd.connections.keys import raise_first
 
 
 class MuddConfig(StockChecks, keys.MuddKeys, MaxTextConfig):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from maxtext_mudd import connections
-from maxtext_mudd.keys import KeyGroup, Refusal, key
+from maxtext_mudd.connections.keys import KeyGroup, Refusal, key
 
 _ON = {"mudd": (True,)}
 # Whether the plugin has replaced MaxText's optimizers. MaxText with our patch uses the configuration without that.

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
   from jaxtyping import Array, Bool, Float, Int
 
   from maxtext_mudd.connections.connection import Embeddings, MtpConnection, Passed
+  from maxtext_mudd.connections.keys import Refusal
   from maxtext_mudd.kernels import Passes, Weights
-  from maxtext_mudd.keys import Refusal
 
 STREAMS = "qkvr"  # query, key, value and residual stream, in the order of the paper and of the released code
 

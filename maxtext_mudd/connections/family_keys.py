@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from maxtext_mudd.keys import KeyGroup, Refusal, key
+from maxtext_mudd.connections.keys import KeyGroup, Refusal, key
 
 
 class FamilyKeys(KeyGroup):

@@ -26,8 +26,8 @@ from maxtext_mudd.checkpoints import layout, parameters
 from maxtext_mudd.config.changed import changed
 from maxtext_mudd.config.keys import refusals
 from maxtext_mudd.connections import kept
+from maxtext_mudd.connections.keys import raise_first
 from maxtext_mudd.inference import forward, pretrained
-from maxtext_mudd.keys import raise_first
 from maxtext_mudd.model import mtp
 
 KINDS = ("history", "weights", "gates", "written", "norms", "streams", "attention")

@@ -4,7 +4,7 @@ from maxtext_mudd.blocks import num_blocks, separate_norm_parameters
 from maxtext_mudd.connections.attnres import keys
 from maxtext_mudd.connections.base import BaseFamily, Cost, Held, Plan, logits_arrays
 from maxtext_mudd.connections.family_keys import kernel_refusals, sublayer_refusals
-from maxtext_mudd.keys import Refusal
+from maxtext_mudd.connections.keys import Refusal
 
 
 class AttentionResiduals(BaseFamily):

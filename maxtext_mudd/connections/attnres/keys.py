@@ -2,7 +2,7 @@
 
 from maxtext_mudd.blocks import num_blocks
 from maxtext_mudd.connections.family_keys import HistoryKeys
-from maxtext_mudd.keys import key
+from maxtext_mudd.connections.keys import key
 
 
 class AttnResKeys(HistoryKeys):

@@ -5,7 +5,7 @@ from typing import Literal
 from maxtext_mudd.blocks import num_blocks
 from maxtext_mudd.connections.base import Plan, Site
 from maxtext_mudd.connections.family_keys import HistoryKeys
-from maxtext_mudd.keys import key
+from maxtext_mudd.connections.keys import key
 
 
 class DcaKeys(HistoryKeys):

@@ -3,8 +3,8 @@
 from typing import Literal
 
 from maxtext_mudd.connections.family_keys import WeightKeys
+from maxtext_mudd.connections.keys import key
 from maxtext_mudd.connections.multi_stream import StreamsKeys
-from maxtext_mudd.keys import key
 
 
 class HyperKeys(WeightKeys, StreamsKeys):

@@ -3,8 +3,8 @@
 import math
 from typing import Literal
 
+from maxtext_mudd.connections.keys import key
 from maxtext_mudd.connections.multi_stream import StreamsKeys
-from maxtext_mudd.keys import key
 
 MOST_PERMUTED_STREAMS = 5  # 120 permutations; six streams would need 720 logits for each token and sublayer
 _SINKHORN = {"mudd_mhc_mixing": ("deepseek", "megatron", "lite")}

@@ -10,8 +10,8 @@ from pydantic import field_validator, model_validator
 from maxtext_mudd import blocks
 from maxtext_mudd.connections.base import STREAMS, Plan
 from maxtext_mudd.connections.family_keys import HistoryKeys, WeightKeys
+from maxtext_mudd.connections.keys import key
 from maxtext_mudd.connections.mudd import placements, sites
-from maxtext_mudd.keys import key
 
 _WEIGHT_MLP = {"mudd_dynamic": (True,)}
 _NO_TABLE = {"mudd_placements": ([],)}  # the key is a shorthand for a table of placements

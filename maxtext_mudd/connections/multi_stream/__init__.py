@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from maxtext_mudd.blocks import num_blocks
 from maxtext_mudd.connections.base import BaseFamily, Cost, Held
 from maxtext_mudd.connections.family_keys import FamilyKeys, sublayer_refusals
-from maxtext_mudd.keys import Refusal, key
+from maxtext_mudd.connections.keys import Refusal, key
 
 
 class StreamsKeys(FamilyKeys):

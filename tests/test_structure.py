@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(maxtext_mudd.__file__).parent
 # Each part may import those after it.
 ORDER = (
   *("train", "post_train", "decode", "train_compile"),
-  *("convert", "evaluate", "analyze", "complexity", "cluster", "report", "corpus"),
+  *("convert", "evaluate", "analyze", "complexity", "cluster", "report", "corpus", "vit"),
   *("runs", "inference", "checkpoints", "plugin", "model", "config", "connections", "blocks", "kernels"),
   *("muddformer", "assets"),
 )

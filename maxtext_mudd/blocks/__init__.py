@@ -177,11 +177,13 @@ PLAIN_BLOCKS = tuple(name for name in DECODER_BLOCKS if BLOCKS[name].is_plain)
 
 
 def spec(config) -> BlockSpec:
-  """The row of the block that a configuration builds.
+  """The row of the block that a configuration builds. A configuration that is not MaxText's has it as `block_spec`.
 
   Raises:
     ValueError: its `decoder_block` has no row.
   """
+  if of_config := getattr(config, "block_spec", None):
+    return of_config
   name = _PYTHIA if config.mudd_decoder_layer == _PYTHIA else config.decoder_block.value
   if name not in BLOCKS:
     supported = ", ".join(DECODER_BLOCKS)

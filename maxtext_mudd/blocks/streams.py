@@ -262,7 +262,7 @@ class HyperConnections(ManifoldConstrainedHyperConnections):
 
 
 def decouple(layer: nnx.Module, block: BlockSpec, streams: str) -> None:
-  """Makes a stock decoder layer read `Streams`.
+  """Makes a stock decoder layer, or one with projections of Flax, read `Streams`.
 
   Its attention norm becomes three, LN_q, LN_k and LN_v, which start equal. Each projection of its attention then reads
   its own stream.
@@ -275,7 +275,7 @@ def decouple(layer: nnx.Module, block: BlockSpec, streams: str) -> None:
     setattr(layer, block.attention_norm, StreamNorm(getattr(layer, block.attention_norm), streams))
   attention = operator.attrgetter(block.attention)(layer)
   for path, module in list(nnx.iter_modules(attention)):
-    if isinstance(module, DenseGeneral) and path[-1] in _READS:
+    if isinstance(module, (DenseGeneral, nnx.Linear)) and path[-1] in _READS:
       change_class(module, reading(type(module), _READS[path[-1]]))
     elif fused := _fused_projection(module):
       projection, columns = fused

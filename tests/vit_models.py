@@ -56,7 +56,8 @@ def config(**keys):
 
 
 def mesh():
-  return jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1])
+  automatic = (jax.sharding.AxisType.Auto,) * 2
+  return jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1], axis_types=automatic)
 
 
 def build(cfg, seed=0) -> ViT:

@@ -14,6 +14,7 @@ import pathlib
 import struct
 from typing import Any, Protocol
 
+from absl import flags
 import grain
 import numpy as np
 from PIL import Image
@@ -160,18 +161,18 @@ def train_iterator(config: VitConfig, images: Source) -> grain.DatasetIterator:
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * config.batch_size))
   dataset = dataset.batch(config.batch_size, drop_remainder=True)
   if config.workers:
+    flags.FLAGS.mark_as_parsed()  # Grain reads a flag of Abseil, and this command has none
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
   return iter(dataset)
 
 
 def eval_batches(config: VitConfig, images: Source, size: int) -> Iterator[dict[str, np.ndarray]]:
   """All images once, in batches with a mask; the last one is padded with its first image."""
-  prepare = augmentation.for_evaluation(config)
-  for start in range(0, len(images), size):
-    items = [prepare(images[index]) for index in range(start, min(start + size, len(images)))]
-    mask = np.arange(size) < len(items)
-    items += [items[0]] * (size - len(items))
-    yield {name: np.stack([item[name] for item in items]) for name in items[0]} | {"mask": mask}
+  dataset = grain.MapDataset.source(images).map(augmentation.for_evaluation(config)).to_iter_dataset()
+  for batch in dataset.batch(size, drop_remainder=False):
+    missing = size - len(batch["label"])
+    padded = {name: np.concatenate([x, np.repeat(x[:1], missing, 0)]) for name, x in batch.items()}
+    yield padded | {"mask": np.arange(size) < size - missing}
 
 
 def _fashion_mnist(config: VitConfig, split: str) -> Arrays:

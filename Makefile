@@ -49,7 +49,7 @@ REQUEST := LAUNCHER GCLUSTER CONFIG CLUSTER TPU_TYPE NUM_SLICES WORKLOAD OUTPUT 
 refuse = $(if $(and $(filter command environment,$(origin $(1))),$(findstring $(2),$(value $(1)))),\
   $(error $(1) has $(3), which does not reach the container as it is; write the value without))
 
-.PHONY: help setup corpus train compare upcycle submit xpk image test test-slow test-hf aot lint format lock wheel clean
+.PHONY: help setup corpus train compare vit upcycle submit xpk image test test-slow test-hf aot lint format lock wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -96,6 +96,9 @@ compare: $(READY) $(DATA)  ## train the plain and the MUDD model on the same tok
 	  $(PY) MaxText/train.py yaml/$$model.yml run_name=$$model-$(STAMP) 'base_output_directory=$(OUTPUT)' $(OVERRIDES) \
 	    || exit; done
 	@$(PY) -m maxtext_mudd.report '$(OUTPUT)/transformer_tiny-$(STAMP)' '$(OUTPUT)/mudd_tiny-$(STAMP)'
+
+vit: $(READY)  ## train a small image classifier with and without MUDD, three seeds each, and compare them (10 minutes)
+	$(PY) benchmarks/vit.py $(ARGS)
 
 upcycle: $(READY) $(DATA)  ## train a plain model, add connections to it, train on, draw docs/upcycle.png (20 minutes)
 	$(PY) benchmarks/upcycle.py $(ARGS)

@@ -2,7 +2,7 @@
 
 `from_pretrained` and `from_run` load a model, `logits` and `generate` run it, `inspect` shows what it computes inside.
 Training and the other commands are modules: python3 -m maxtext_mudd.train, train_compile, decode, evaluate, analyze,
-convert, complexity, cluster, report, corpus.
+convert, complexity, cluster, report, corpus, vit.train.
 """
 
 __version__ = "0.1.0"

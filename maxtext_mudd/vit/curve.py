@@ -27,7 +27,7 @@ def draw(runs: Mapping[str, Sequence[dict[str, float]]], path: pathlib.Path) -> 
       if points:
         panel.plot(*zip(*points), color=color, label=f"{name}, {label}", **style)
   losses.set(xlabel="step", ylabel="cross entropy")
-  accuracies.set(xlabel="step", ylabel="top-1 accuracy")
+  accuracies.set(xlabel="step", ylabel="top-1 accuracy", ylim=(0, 1))
   for panel in (losses, accuracies):
     panel.grid(alpha=0.3)
     panel.legend()

@@ -47,6 +47,8 @@ class VitConfig(DepthConnectionKeys, *connections.key_groups()):
   def __eq__(self, other):
     return self is other
 
+  mudd: bool = key(False, "Whether the model has depth connections; without them it is a plain Vision Transformer.")
+
   image_size: int = key(224, "Height and width of the images that the model reads, in pixels.", ge=1)
   channels: Literal[1, 3] = key(3, "Channels of the images: 3 for RGB, 1 for grey.")
   patch: int = key(16, "Height and width of a patch, in pixels.", ge=1)

@@ -121,6 +121,8 @@ class VitConfig(DepthConnectionKeys, *connections.key_groups()):
   matmul_precision: ClassVar = types.SimpleNamespace(value="default")
   logical_axis_rules: ClassVar = (("activation_batch", ("data", "fsdp")),)
   scan_layers: ClassVar = False
+  ici_pipeline_parallelism: ClassVar = 1
+  dcn_pipeline_parallelism: ClassVar = 1
   record_internal_nn_metrics: ClassVar = False
   enable_dropout: ClassVar = False  # MaxText's, of whole layers; the dropout of this model works with all families
   dropout_rate: ClassVar = 0.0

@@ -132,7 +132,7 @@ class ViT(nnx.Module):
     carry = self.blocks[0].connection.start(drop(x, config.dropout, key, 0))
     for number, block in enumerate(self.blocks, 1):
       carry = block.through(carry, None if key is None else _fold(key, number))
-    hidden, _ = self.blocks[-1].connection.finish(carry)
+    hidden, *_ = self.blocks[-1].connection.finish(carry)
     return self.head(self.norm(hidden).mean(1)).astype(jnp.float32)
 
 

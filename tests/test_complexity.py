@@ -152,6 +152,14 @@ def test_sizes_from_the_environment(monkeypatch):
   assert command.read([runs.RUN_YML]).num_decoder_layers == 4
 
 
+@pytest.mark.parametrize("family", ["attnres", "dca", "mhc", "hyper_connections", "residual"])
+def test_families_are_counted_without_maxtext(family, capsys):
+  arguments = [runs.RUN_YML, f"depth_connection={family}"]
+  rows = printed(capsys, *arguments)
+  config = pyconfig.initialize_pydantic(["", *arguments, "run_name=x"])
+  assert rows == [re.split(r"\s{2,}", line) for line in command.align(command.describe(config))]
+
+
 def test_list(capsys):
   rows = printed(capsys, "--list")
   assert ["mudd_2p8b.yml", "MUDDFormer-2.8B, as released and in Table 4."] in rows

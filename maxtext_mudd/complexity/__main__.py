@@ -2,6 +2,8 @@
 
     python3 -m maxtext_mudd.complexity yaml/NAME.yml [key=value ...]   costs of one model
     python3 -m maxtext_mudd.complexity --placements yaml/NAME.yml ...  and the table of its depth-wise aggregates
+    python3 -m maxtext_mudd.complexity yaml/NAME.yml pipeline=S microbatches=M chip=v5p [--png FILE]
+                                                                       what a pipeline of S stages sends and keeps
     python3 -m maxtext_mudd.complexity --table 1                       the paper's Table 1: parameters and FLOPs
     python3 -m maxtext_mudd.complexity --table 6                       the paper's Table 6: activation memory
     python3 -m maxtext_mudd.complexity --list                          the configuration files of this package
@@ -16,7 +18,7 @@ import logging
 import sys
 
 from maxtext_mudd import assets, blocks, connections, plugin
-from maxtext_mudd.complexity import paper, sizes
+from maxtext_mudd.complexity import paper, pipeline, pipeline_drawing, sizes
 from maxtext_mudd.config import errors, versions
 from maxtext_mudd.connections.mudd.placements import span
 from maxtext_mudd.model import counts
@@ -43,35 +45,57 @@ USAGE = (
   "pass --table 1 or --table 6."
 )
 
+PLAN_NOTES = """
+Arrays: how many arrays [B,T,D] of a microbatch cross each boundary forward in a turn; as many cross it backward.
+Largest: bytes of the boundary that most crosses, from one chip to one other. Waiting: the part of it that the stage
+before made, which is sent after its blocks. ICI, DCN: time of the largest over one link, or over the chip's share of
+the network between slices, divided by the time of the forward pass of a stage; the backward pass has about three times
+as long. Kept: what a stage keeps on a chip for the backward pass, of all turns: buffers of the sources of the whole
+model, and inputs of its blocks. Sent: bytes over all boundaries, by those of the model as given. Times are bounds from
+data sheets, and nothing was measured.
+"""
+
 
 def main(arguments: list[str]) -> None:
   """Runs the command. Mistakes of the user end the process with one sentence and status 2."""
-  with_placements = "--placements" in arguments
-  arguments = [argument for argument in arguments if argument != "--placements"]
-  if not arguments:
-    exit_with(USAGE)
-  if arguments[0] in ("-h", "--help"):
-    print(__doc__.strip())
-    return
-  if arguments[0] == "--list":
-    print(usage.listing())
-    return
-  if arguments[0].startswith("--table="):
-    arguments = arguments[0].split("=", 1)
-  if arguments[0] == "--table" and arguments[1:] not in (["1"], ["6"]):
-    exit_with(f"--table {' '.join(arguments[1:])}: the tables are 1 (parameters and FLOPs) and 6 (activation memory).")
-  tables = {"1": table_1, "6": table_6}
   try:
-    if arguments[0] == "--table":
-      lines = align(tables[arguments[1]]())
-    else:
-      config = read(arguments)
-      lines = align(describe(config))
-      if with_placements or config.mudd_placements:
-        lines += ["", *align(placements(config))]
+    print("\n".join(answer(arguments)))
   except (errors.ConfigError, versions.UnknownMaxText) as error:
     exit_with(str(error))
-  print("\n".join(lines))
+
+
+def answer(arguments: list[str]) -> list[str]:
+  """The lines that the command prints. It writes the picture that `--png` names."""
+  with_placements = "--placements" in arguments
+  arguments = [argument for argument in arguments if argument != "--placements"]
+  if {"-h", "--help"} & set(arguments[:1]):
+    return [__doc__.strip()]
+  if arguments[:1] == ["--list"]:
+    return [usage.listing()]
+  if arguments and arguments[0].startswith("--table="):
+    arguments = arguments[0].split("=", 1)
+  if arguments[:1] == ["--table"]:
+    tables = {"1": table_1, "6": table_6}
+    if len(arguments) != 2 or arguments[1] not in tables:
+      raise errors.ConfigError(
+        f"--table {' '.join(arguments[1:])}: the tables are 1 (parameters and FLOPs) and 6 (activation memory)."
+      )
+    return align(tables[arguments[1]]())
+  picture, arguments = pipeline_drawing.split(arguments)
+  request, arguments = pipeline.split(arguments)
+  if picture and not request:
+    raise errors.ConfigError(f"--png {picture} draws a pipeline; name its number of stages, too, as in pipeline=4.")
+  if not arguments:
+    raise errors.ConfigError(USAGE)
+  config = read(arguments)
+  if request:
+    config = pipeline.pipelined(config, request)
+    costs = pipeline.rows(config, request)
+    if picture:
+      pipeline_drawing.write(costs, request, picture)
+    return [*align(plan(config, request)), "", *align(plan_table(costs)), "", *PLAN_NOTES.strip().splitlines()]
+  lines = align(describe(config))
+  return [*lines, "", *align(placements(config))] if with_placements or config.mudd_placements else lines
 
 
 def read(arguments: list[str], **overrides):
@@ -157,6 +181,47 @@ def placements(config) -> list[tuple[str, ...]]:
     rows.append((f"{site.block}", span(site.sources), site.streams, f"{site.hidden or '-'}", site.mlp or "-"))
   columns = 5 if any(site.mlp for site in sites.values()) else 4
   return [row[:columns] for row in rows]
+
+
+def plan(config, request: pipeline.Request) -> list[tuple[str, ...]]:
+  """Rows with what all placements of a pipeline have in common."""
+  stages, microbatches = request.stages, request.microbatches
+  layers = config.num_decoder_layers // stages
+
+  def turns(delayed: bool) -> str:
+    idle = pipeline.idle_turns(config, request, delayed=delayed)
+    number = microbatches + idle
+    return f"{number}, in {idle} of which a stage is idle ({100 * idle / number:.1f}%)"
+
+  keys = f"ici_pipeline_parallelism={stages} num_layers_per_pipeline_stage={layers}"
+  seconds = pipeline.stage_seconds(config, request)
+  return [
+    ("model", f"L={blocks.num_blocks(config)} D={config.emb_dim} T={config.max_target_length}"),
+    ("keys", f"{keys} num_pipeline_microbatches={microbatches}"),
+    ("microbatch", f"{pipeline.microbatch_tokens(config, request):,.0f} tokens on a chip"),
+    ("turns", turns(delayed=False)),
+    ("  with pipeline_delay_activation_forwarding", turns(delayed=True)),
+    (f"forward pass of a stage on a {request.chip}", f"{1000 * seconds:.1f} ms, at half of its peak"),
+  ]
+
+
+def plan_table(costs: list[pipeline.Row]) -> list[tuple[str, ...]]:
+  """Rows with what each placement costs."""
+  rows = [("placement", "arrays", "largest, MB", "waiting, MB", "ICI", "DCN", "kept, GB", "sent")]
+  for cost in costs:
+    rows.append(
+      (
+        cost.name,
+        " ".join(map(str, cost.arrays)),
+        f"{max(cost.megabytes):.0f}",
+        f"{cost.waiting_megabytes:.0f}",
+        f"{cost.ici:.3f}",
+        f"{cost.dcn:.2f}",
+        f"{cost.kept_gigabytes:.1f}",
+        f"{100 * cost.sent:.0f}%",
+      )
+    )
+  return rows
 
 
 def table_1() -> list[tuple[str, ...]]:

@@ -8,7 +8,7 @@ import enum
 from typing import Any
 
 import omegaconf
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from maxtext_mudd import blocks
 from maxtext_mudd.config import files as config_files
@@ -16,10 +16,18 @@ from maxtext_mudd.config.keys import MuddKeys, check_sizes
 from maxtext_mudd.runs import early_check
 
 DecoderBlock = enum.Enum("DecoderBlock", {name: name for name in blocks.PLAIN_BLOCKS})
+ShardMode = enum.Enum("ShardMode", {name: name for name in ("auto", "explicit")})
+
+
+class Adapters(BaseModel):
+  """The key of MaxText's group `lora` that pipelines refuse."""
+
+  enable_lora: bool = False
 
 
 class Sizes(MuddKeys):
-  """The keys of a configuration that `counts`, `paper` and `connections` read, with MaxText's names and values.
+  """The keys of a configuration that `counts`, `paper`, `pipeline` and `connections` read, with MaxText's names and
+  values.
 
   The sizes that MaxText derives equal its base sizes, because `read` accepts global_parameter_scale=1 only.
   """
@@ -43,6 +51,12 @@ class Sizes(MuddKeys):
   use_qk_norm: bool
   scan_layers: bool
   mtp_num_layers: NonNegativeInt
+  dtype: str
+  per_device_batch_size: PositiveFloat
+  pipeline_delay_activation_forwarding: bool
+  record_internal_nn_metrics: int
+  shard_mode: ShardMode
+  lora: Adapters = Adapters()
 
   @property
   def emb_dim(self) -> int:

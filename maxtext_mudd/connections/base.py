@@ -134,10 +134,14 @@ class Cost:
   activations: int = 0
 
 
+def itemsize(config) -> int:
+  """Bytes of a number in `dtype`."""
+  return 2 if str(getattr(config.dtype, "value", config.dtype)).endswith("16") else 4
+
+
 def logits_arrays(config, per_token: int) -> int:
   """How many arrays [B,T,D] in `dtype` take as much memory as so many float32 logits for each token, and gradients."""
-  itemsize = 2 if str(getattr(config.dtype, "value", config.dtype)).endswith("16") else 4
-  return -(-2 * 4 * per_token // (itemsize * config.emb_dim))
+  return -(-2 * 4 * per_token // (itemsize(config) * config.emb_dim))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +152,14 @@ class Held:
     number: of entries that are written; they are the first ones.
     read: those that a later block or the hidden state reads. The others need not be passed on.
     whole: how many further arrays [B,T,D] the carry has, which are always passed on.
+    capacity: how many entries the buffer has, written or not.
     bytes_per_token: of what is kept beside each entry, such as logits.
   """
 
   number: int
   read: tuple[int, ...]
   whole: int
+  capacity: int = 0
   bytes_per_token: int = 0
 
 
@@ -468,7 +474,8 @@ class HistoryFamily(BaseFamily):
     plan, is_normed = cls.plan(config), cls.norms_sources(config)
     read = {source for site in plan.sites.values() if site.block >= block for source in site.sources}
     read = {source for source in read if source <= block} | (set() if is_normed else {block})
-    return Held(block + 1 - plan.oldest, tuple(source - plan.oldest for source in sorted(read)), int(is_normed))
+    entries, capacity = (x + 1 - plan.oldest for x in (block, plan.num_blocks))
+    return Held(entries, tuple(source - plan.oldest for source in sorted(read)), int(is_normed), capacity)
 
   @classmethod
   def build(cls, config, blocks, mesh, rngs, *, starts, finishes) -> Connection:

@@ -69,7 +69,11 @@ class AttentionResiduals(BaseFamily):
     """All finished sums but the newest one, which is passed on beside them, finished or not."""
     number = keys.count_sources(config, 2 * block) - 1
     return Held(
-      number, tuple(range(number)), whole=1, bytes_per_token=4 * keys.count_queries(config) * config.mudd_attnres_heads
+      number,
+      tuple(range(number)),
+      whole=1,
+      capacity=keys.count_sources(config, keys.sublayers(config)),
+      bytes_per_token=4 * keys.count_queries(config) * config.mudd_attnres_heads,
     )
 
   @classmethod

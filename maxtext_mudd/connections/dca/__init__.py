@@ -67,7 +67,13 @@ class DeepCrossAttention(BaseFamily):
     later = range(block, num_blocks(config) + 1)
     read = {source for after in later for source in keys.sources(config, after) if source < block}
     entries = tuple(source + has_sum for source in sorted(read))
-    return Held(block + has_sum, entries, whole=1 + has_sum, bytes_per_token=4 * keys.count_queries(config))
+    return Held(
+      block + has_sum,
+      entries,
+      whole=1 + has_sum,
+      capacity=num_blocks(config) + 1 + has_sum,
+      bytes_per_token=4 * keys.count_queries(config),
+    )
 
   @classmethod
   def why_not_plain(cls, config) -> str:

@@ -2,10 +2,12 @@
 
     .venv/bin/python benchmarks/aot.py --models 405m,2p8b --output 2026-11-22-aot
     .venv/bin/python benchmarks/aot.py --models gemma3-12b,deepseek2-16b --output 2026-11-29-aot-other-decoders
+    .venv/bin/python benchmarks/aot.py --models 2p8b,6p9b,llama2-70b --pipeline 4 --microbatches 16
 
 Each row is the train step of one configuration in yaml/, with the batch size of its file, compiled ahead of time on
 this host for all chips of a topology; or of a model that MaxText has by name, with MUDD's default keys. Rows named
-`stock` are the plain model of the same size in MaxText without connections. No TPU is needed, and no compiled program
+`stock` are the plain model of the same size in MaxText without connections. With --pipeline, both are on a pipeline
+without repeats, with FSDP within its stages, and no FFN is re-allocated. No TPU is needed, and no compiled program
 runs.
 """
 
@@ -17,6 +19,7 @@ import compiled_step
 import families
 import record
 from record import MeasurementError
+import tpu_hlo
 import tpu_step_traffic
 
 from maxtext_mudd.config import versions
@@ -24,8 +27,9 @@ from maxtext_mudd.config import versions
 # Topologies by model. The first is the one on which the file in yaml/ has the paper's batch.
 MODELS = {"405m": ("v5p-16", "v6e-8"), "1p4b": ("v5p-32",), "2p8b": ("v5p-128",), "6p9b": ("v5p-128",)}
 # Models of MaxText's that have other decoder blocks, by their names there, with keys for one sequence on each chip.
-BY_NAME = {"gemma3-12b": ("v5p-64",), "deepseek2-16b": ("v5p-64",)}
+BY_NAME = {"gemma3-12b": ("v5p-64",), "deepseek2-16b": ("v5p-64",), "llama2-70b": ("v5p-128",)}
 OF_NAMED = {"max_target_length": 4096, "per_device_batch_size": 1, "remat_policy": "full"}
+LAYERS = {"405m": 24, "1p4b": 24, "2p8b": 32, "6p9b": 32, "llama2-70b": 80}  # of models that can be on a pipeline
 ALSO_SINGLE = ("405m",)  # models that are compiled with single layers, too
 # Default keys of MUDD models whose layers are scanned and whose FFNs are re-allocated.
 SCANNED_KEYS = {"mudd_ffn_groups": 2, "mudd_ffn_parts": 2}
@@ -44,6 +48,7 @@ COLUMNS = [
   "beyond stock / floor",
 ]
 COLUMNS += ["both, of the chip"]
+OF_PIPELINE = ["sent GB", "not in rings / plan"]  # further columns
 NOTES = """
 Memory is that of one chip. Models by name have no re-allocated FFNs. For files of yaml/: {widths}
 Arguments: parameters, moments and data, which are updated in place. Temporaries: the most memory that the step holds
@@ -53,16 +58,37 @@ benchmarks/tpu_step_traffic.py counts them; those beyond stock are divided by wh
 benchmarks/families.py states it. Compile seconds were measured on this host and depend on its other load. Nothing
 ran on a TPU.
 """
+PIPELINE_NOTES = """
+{stages} stages of equally many blocks, {microbatches} microbatches, no repeats; layers of a stage are scanned. Sent:
+bytes that collective-permutes send in a step, in the loops over turns, of all chips together. In a ring of stages stock
+moves inputs and results of the pipeline, and what passes between stages. With connections the latter is sent between
+neighbours alone; plan is what `python3 -m maxtext_mudd.complexity` says of that with pipeline={stages}, forward and
+backward, in every turn.
+"""
 _FALSE = ("false", "no", "off", "f", "n", "0")  # the texts that MaxText reads as false
 
 
-def cases(models: list[str]):
-  """(model, topology, whether scanned, whether MUDD) of each row."""
+def cases(models: list[str], single: bool = True):
+  """(model, topology, whether scanned, whether MUDD) of each row.
+
+  Args:
+    single: whether some models are compiled with single layers, too.
+  """
   for model in models:
     for topology in (MODELS | BY_NAME)[model]:
-      for scan in (True, False) if model in ALSO_SINGLE else (True,):
+      for scan in (True, False) if single and model in ALSO_SINGLE else (True,):
         for mudd in (False, True):
           yield model, topology, scan, mudd
+
+
+def pipeline_keys(model: str, stages: int, microbatches: int, overrides: dict) -> dict:
+  """The keys that put a model on a pipeline without repeats."""
+  return {
+    "ici_pipeline_parallelism": stages,
+    "num_layers_per_pipeline_stage": int(overrides.get("base_num_decoder_layers", LAYERS[model])) // stages,
+    "num_pipeline_microbatches": microbatches,
+    "scan_layers_per_stage": True,
+  }
 
 
 def keys_of(scan: bool, mudd: bool, overrides: dict) -> dict:
@@ -97,7 +123,8 @@ def widths(overrides: dict) -> str:
 def measure(model: str, topology: str, scan: bool, mudd: bool, overrides: dict) -> dict:
   """Compiles one row."""
   if model in BY_NAME:
-    yaml, keys = "yaml/mudd_base.yml", {"model_name": model, "mudd": mudd, "scan_layers": scan, **OF_NAMED, **overrides}
+    fixed = {"model_name": model, "override_model_config": True, "mudd": mudd, "scan_layers": scan, **OF_NAMED}
+    yaml, keys = "yaml/mudd_base.yml", fixed | overrides
   else:
     yaml, keys = f"yaml/{'mudd' if mudd else 'transformer_pp'}_{model}.yml", keys_of(scan, mudd, overrides)
   row = {"model": model, "yaml": yaml, "topology": topology, "scan_layers": scan, "mudd": mudd}
@@ -108,17 +135,35 @@ def measure(model: str, topology: str, scan: bool, mudd: bool, overrides: dict) 
   memory = compiled.memory_analysis()
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   array = int(config.per_device_batch_size * config.max_target_length * config.emb_dim)
+  hlo = compiled.as_text()
+  if config.using_pipeline_parallelism:
+    row |= sent_bytes(config, hlo)
   return row | {
     "per_device_batch_size": config.per_device_batch_size,
     "compile_seconds": seconds,
-    "hbm_bytes": tpu_step_traffic.step_bytes(compiled.as_text(), families.buffer_of(config))["hbm_bytes"],
+    "hbm_bytes": tpu_step_traffic.step_bytes(hlo, families.buffer_of(config))["hbm_bytes"],
     "floor_bytes": families.floor_units(config) * 2 * array,
     "argument_bytes": memory.argument_size_in_bytes,
     "temporary_bytes": memory.temp_size_in_bytes + outputs,
   }
 
 
-def cells(row: dict, stock: dict | None) -> list[str]:
+def sent_bytes(config, hlo: str) -> dict:
+  """What the collective-permutes in the loops of a step on a pipeline send. In stock all go round in rings of stages;
+  with connections only inputs and results of the pipeline do."""
+  from maxtext_mudd.complexity import pipeline
+
+  sent = tpu_hlo.permuted_bytes(tpu_hlo.computations(hlo))
+  ring = sum(size for pairs, size in sent.items() if pairs == config.num_target_devices)
+  if not config.mudd:
+    return {"sent_bytes": sent.total(), "ring_bytes": ring}
+  tokens = config.micro_batch_size_to_train_on // config.num_pipeline_microbatches * config.max_target_length
+  turns = config.num_pipeline_microbatches + config.ici_pipeline_parallelism - 1
+  planned = 2 * turns * pipeline.traffic(config).total_bytes * tokens
+  return {"sent_bytes": sent.total(), "ring_bytes": ring, "planned_bytes": planned}
+
+
+def cells(row: dict, stock: dict | None, on_pipeline: bool = False) -> list[str]:
   """The cells of a row in the table. `stock` is the stock row to compare it with."""
 
   def ratio(key):
@@ -126,8 +171,13 @@ def cells(row: dict, stock: dict | None) -> list[str]:
 
   chip = CHIP_GIB[row["topology"].split("-")[0]] * 2**30
   case = [row["topology"], "scanned" if row["scan_layers"] else "single", "MUDD" if row["mudd"] else "stock"]
+  of_pipeline = ["-"] * len(OF_PIPELINE) if on_pipeline else []
+  if "sent_bytes" in row:
+    of_connections = row["sent_bytes"] - row["ring_bytes"]
+    share = f"{of_connections / row['planned_bytes']:.3f}" if "planned_bytes" in row else "-"
+    of_pipeline = [f"{row['sent_bytes'] / 1e9:.1f}", share]
   if "does_not_fit" in row:
-    return [row["model"], *case, *["-"] * 7, "does not fit"]
+    return [row["model"], *case, *["-"] * 7, "does not fit", *of_pipeline]
   beyond = "-"
   if row["mudd"] and stock and "hbm_bytes" in stock:
     beyond = f"{(row['hbm_bytes'] - stock['hbm_bytes']) / row['floor_bytes']:.2f}"
@@ -142,12 +192,15 @@ def cells(row: dict, stock: dict | None) -> list[str]:
     f"{row['hbm_bytes'] / 1e9:.0f}",
     beyond,
     f"{100 * (row['argument_bytes'] + row['temporary_bytes']) / chip:.0f} %",
+    *of_pipeline,
   ]
 
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--models", default=",".join(MODELS), help="comma-separated; by default all: %(default)s")
+  parser.add_argument("--pipeline", type=int, default=1, metavar="S", help="stages of a pipeline; default: no pipeline")
+  parser.add_argument("--microbatches", type=int, metavar="M", help="of the pipeline; default: S")
   parser.add_argument("--output", help="name of the .md and .json to write to benchmarks/results/")
   parser.add_argument(
     "overrides", nargs="*", metavar="key=value", help="for all rows that read it, as per_device_batch_size=4"
@@ -156,22 +209,31 @@ def main() -> int:
   models = options.models.split(",")
   unknown = [model for model in models if model not in MODELS | BY_NAME]
   wrong = [x for x in options.overrides if "=" not in x]
+  stages, microbatches = options.pipeline, options.microbatches or options.pipeline
+  off_pipelines = [model for model in models if stages > 1 and model not in LAYERS]
   problem = versions.missing_libtpu()
   if unknown:
     problem = f"--models has {unknown[0]!r}; use some of {', '.join(MODELS | BY_NAME)}."
+  elif off_pipelines:
+    problem = f"--pipeline is for {', '.join(LAYERS)}, and not for {off_pipelines[0]}."
   elif wrong:
     problem = f"{wrong[0]!r} is not key=value."
   if problem:
     print(problem, file=sys.stderr)
     return 2
   keys = dict(x.split("=", 1) for x in options.overrides)
+  columns, notes = COLUMNS, NOTES
+  if stages > 1:
+    keys["mudd_ffn_reallocation"] = "false"
+    columns, notes = COLUMNS + OF_PIPELINE, NOTES + PIPELINE_NOTES
   about = record.facts(", ".join(sorted({topology for model in models for topology in (MODELS | BY_NAME)[model]})))
   rows, lines, failed, stock = [], [], False, None
-  print(record.table(COLUMNS, []), end="", flush=True)
-  for case in cases(models):
+  print(record.table(columns, []), end="", flush=True)
+  for case in cases(models, single=stages == 1):
+    of_case = keys | (pipeline_keys(case[0], stages, microbatches, keys) if stages > 1 else {})
     try:
       row = record.in_own_process(
-        __file__, " ".join(map(str, case)), [json.dumps([*case, keys])], compiled_step.INIT_ARGS
+        __file__, " ".join(map(str, case)), [json.dumps([*case, of_case])], compiled_step.INIT_ARGS
       )
     except MeasurementError as error:
       print(error, file=sys.stderr, flush=True)
@@ -181,13 +243,15 @@ def main() -> int:
     rows.append(row)
     if "does_not_fit" in row:
       print(row["does_not_fit"], file=sys.stderr, flush=True)
-    lines.append(cells(row, stock))
-    print(record.table(COLUMNS, lines[-1:]).splitlines()[-1], flush=True)
+    lines.append(cells(row, stock, on_pipeline=stages > 1))
+    print(record.table(columns, lines[-1:]).splitlines()[-1], flush=True)
   refused = [f"- {row['model']} on {row['topology']}: {row['does_not_fit']}\n" for row in rows if "does_not_fit" in row]
-  notes = NOTES.format(widths=widths(keys)) + "".join(["\n", *refused] if refused else [])
+  notes = notes.format(widths=widths(keys), stages=stages, microbatches=microbatches) + "".join(
+    ["\n", *refused] if refused else []
+  )
   print(notes)
   if options.output:
-    record.write(options.output, about, record.table(COLUMNS, lines) + notes, rows)
+    record.write(options.output, about, record.table(columns, lines) + notes, rows)
   return 2 if failed else 0
 
 

@@ -165,6 +165,32 @@ def loop_bytes(
   return [trips * hlo_bytes(program, body, kernels, buffer, True).total() for body in bodies]
 
 
+def permuted_bytes(program: dict[str, list[Instruction]], name: str = "") -> collections.Counter:
+  """Bytes that collective-permutes in loops send, by how many pairs of chips each has: those of all pairs together,
+  times the trips of the loops.
+
+  Args:
+    program: what `computations` returned.
+    name: the computation to count, with those that it calls; '' for the entry computation, which is no loop.
+  """
+  total = collections.Counter()
+  results = {x.name: x.result for x in program[name]}
+  for x in program[name]:
+    if x.opcode == "while":
+      for pairs, size in permuted_bytes(program, re.search(r"body=%([\w.\-]+)", x.line)[1]).items():
+        total[pairs] += size * _trips(program, x)
+    elif name and x.opcode in ("collective-permute", "collective-permute-start"):
+      pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", x.line)[1].count("{")
+      (size,) = _unpadded_bytes(results[x.operands[0]])
+      total[pairs] += pairs * size
+  return total
+
+
+def _unpadded_bytes(text: str) -> list[int]:
+  """Bytes of each array in a type, wherever it lies."""
+  return array_bytes(re.sub(r"\{[^}]*\}", "", text))
+
+
 def _trips(program: dict[str, list[Instruction]], loop: Instruction) -> int:
   """How often a loop runs its body, by its annotation, or by the one number in its condition."""
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line)

@@ -32,6 +32,9 @@ def rows(monkeypatch, tmp_path, capsys):
     share = 1.5 if mudd else 1.0
     sizes = {"argument_bytes": 4 * GB, "temporary_bytes": share * 6 * GB}
     sizes |= {"hbm_bytes": share * 60 * GB, "floor_bytes": 24 * GB if mudd else 0}
+    if "ici_pipeline_parallelism" in keys:
+      sizes |= {"sent_bytes": (22 if mudd else 4) * GB, "ring_bytes": (2 if mudd else 4) * GB}
+      sizes |= {"planned_bytes": 20 * GB} if mudd else {}
     return row | {"per_device_batch_size": 4.0, "compile_seconds": 50 * share, **sizes}
 
   monkeypatch.setattr(record, "in_own_process", compiled)
@@ -74,6 +77,24 @@ def test_models_by_name(rows):
   assert [case[:4] for case in asked] == [("gemma3-12b", "v5p-64", True, mudd) for mudd in (False, True)]
 
 
+def test_pipelines(rows, tmp_path):
+  """Stages of equally many blocks, of stock and MUDD alike, and no single layers."""
+  _, asked, _ = rows("--models", "405m,llama2-70b", "--pipeline", "4", "--microbatches", "8", "--output", "mine")
+  assert [case[:4] for case in asked[:2]] == [("405m", "v5p-16", True, mudd) for mudd in (False, True)]
+  assert {case[2] for case in asked} == {True}
+  for model, *_, keys in asked:
+    assert keys["num_layers_per_pipeline_stage"] == {"405m": 6, "llama2-70b": 20}[model]
+    assert (keys["ici_pipeline_parallelism"], keys["num_pipeline_microbatches"]) == (4, 8)
+    assert keys["mudd_ffn_reallocation"] == "false"
+  written = (tmp_path / "mine.md").read_text().splitlines()
+  cells = [line.split(" | ")[-2:] for line in written if line.startswith("| 405m")]
+  assert cells[:2] == [["4.0", "- |"], ["22.0", "1.000 |"]]
+  _, asked, _ = rows("--models", "2p8b", "--pipeline", "4", "base_num_decoder_layers=8")
+  assert {(case[4]["num_layers_per_pipeline_stage"], case[4]["num_pipeline_microbatches"]) for case in asked} == {
+    (2, 4)
+  }
+
+
 def test_what_a_row_sets():
   given = {"mudd_ffn_groups": "4", "mudd_activation": "gelu_tanh", "remat_policy": "minimal"}
   assert aot.keys_of(True, False, given) == {"scan_layers": True, "remat_policy": "minimal"}
@@ -104,7 +125,14 @@ def test_the_note_tells_the_widths(rows, overrides, said):
 @pytest.mark.parametrize(
   ("arguments", "sentence"),
   [
-    (("--models", "3b"), "--models has '3b'; use some of 405m, 1p4b, 2p8b, 6p9b, gemma3-12b, deepseek2-16b."),
+    (
+      ("--models", "3b"),
+      "--models has '3b'; use some of 405m, 1p4b, 2p8b, 6p9b, gemma3-12b, deepseek2-16b, llama2-70b.",
+    ),
+    (
+      ("--models", "gemma3-12b", "--pipeline", "2"),
+      "--pipeline is for 405m, 1p4b, 2p8b, 6p9b, llama2-70b, and not for gemma3-12b.",
+    ),
     (("remat_policy",), "'remat_policy' is not key=value."),
   ],
 )

@@ -160,6 +160,15 @@ def test_a_loop_without_a_number_of_trips():
     tpu_hlo.hlo_bytes(tpu_hlo.computations(LOOP.replace("constant(7)", "parameter(1)")))
 
 
+def test_permuted_bytes_of_a_loop():
+  """Seven trips; an array on the chip is sent, too, and what is sent outside of loops does not count."""
+  permute = "bf16[8,128]{1,0:T(8,128)(2,1)S(1)} collective-permute(%x.1), channel_id=1, source_target_pairs="
+  inside = f"  %sent.1 = {permute}{{{{0,1}},{{1,2}}}}\n  %sent.2 = {permute}{{{{0,1}}}}\n  ROOT %out.1"
+  start = "(bf16[8,8,128]{2,1,0}, bf16[8,8,128]{2,1,0}) collective-permute-start(%all.2), source_target_pairs={{0,1}}"
+  hlo = LOOP.replace("  ROOT %out.1", inside).replace("  ROOT %while.1", f"  %sent.3 = {start}\n  ROOT %while.1")
+  assert tpu_hlo.permuted_bytes(tpu_hlo.computations(hlo)) == {2: 7 * 2 * 8 * 128 * 2, 1: 7 * 8 * 128 * 2}
+
+
 @pytest.mark.parametrize("cores", [1, 2])
 def test_bytes_of_a_kernel(cores):
   """The last block is cut short, a block that stays is read once per core, one that is visited again, again."""

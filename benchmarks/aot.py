@@ -60,8 +60,8 @@ ran on a TPU.
 """
 PIPELINE_NOTES = """
 {stages} stages of equally many blocks, {microbatches} microbatches, no repeats; layers of a stage are scanned. Sent:
-bytes that collective-permutes send in a step, in the loops over turns, of all chips together. In a ring of stages stock
-moves inputs and results of the pipeline, and what passes between stages. With connections the latter is sent between
+bytes that the pipeline's own collective-permutes send in a step, of all chips together. In a ring of stages stock moves
+inputs and results of the pipeline, and what passes between stages. With connections the latter is sent between
 neighbours alone; plan is what `python3 -m maxtext_mudd.complexity` says of that with pipeline={stages}, forward and
 backward, in every turn.
 """

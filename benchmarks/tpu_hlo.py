@@ -166,8 +166,8 @@ def loop_bytes(
 
 
 def permuted_bytes(program: dict[str, list[Instruction]], name: str = "") -> collections.Counter:
-  """Bytes that collective-permutes in loops send, by how many pairs of chips each has: those of all pairs together,
-  times the trips of the loops.
+  """Bytes that collective-permutes of the program's own `ppermute` send in loops, by how many pairs of chips each has:
+  those of all pairs together, times the trips of the loops. XLA makes further ones of gathers.
 
   Args:
     program: what `computations` returned.
@@ -179,7 +179,7 @@ def permuted_bytes(program: dict[str, list[Instruction]], name: str = "") -> col
     if x.opcode == "while":
       for pairs, size in permuted_bytes(program, re.search(r"body=%([\w.\-]+)", x.line)[1]).items():
         total[pairs] += size * _trips(program, x)
-    elif name and x.opcode in ("collective-permute", "collective-permute-start"):
+    elif name and x.opcode in ("collective-permute", "collective-permute-start") and 'ppermute"' in x.line:
       pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", x.line)[1].count("{")
       (size,) = _unpadded_bytes(results[x.operands[0]])
       total[pairs] += pairs * size

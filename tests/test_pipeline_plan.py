@@ -98,6 +98,7 @@ def test_picture(capsys, tmp_path):
     (["pipeline=4", "mudd_ffn_reallocation=true"], "mudd_ffn_reallocation=True does not work with mudd=True and a pip"),
     (["pipeline=4", "mudd_extra_embeddings=2"], "mudd_extra_embeddings=2 does not work with mudd=True and a pipeline"),
     (["pipeline=4", "shard_mode=explicit"], "shard_mode=explicit does not work with mudd=True and a pipeline of 4"),
+    (["pipeline=4", "opt_type=muon"], "opt_type=muon does not work with mudd=True and a pipeline of 4 stages"),
     (["pipeline=4", "lora.enable_lora=true"], "lora.enable_lora=True does not work with mudd=True and a pipeline"),
     (
       ["pipeline=4", "pipeline_delay_activation_forwarding=true"],

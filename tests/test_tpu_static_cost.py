@@ -161,11 +161,18 @@ def test_a_loop_without_a_number_of_trips():
 
 
 def test_permuted_bytes_of_a_loop():
-  """Seven trips; an array on the chip is sent, too, and what is sent outside of loops does not count."""
+  """Seven trips; an array on the chip is sent, too. What XLA makes, and what is outside of loops, does not count."""
+  own, of_xla = (f', metadata={{op_name="jit(step)/{x}"}}' for x in ("ppermute", "dot_general"))
   permute = "bf16[8,128]{1,0:T(8,128)(2,1)S(1)} collective-permute(%x.1), channel_id=1, source_target_pairs="
-  inside = f"  %sent.1 = {permute}{{{{0,1}},{{1,2}}}}\n  %sent.2 = {permute}{{{{0,1}}}}\n  ROOT %out.1"
-  start = "(bf16[8,8,128]{2,1,0}, bf16[8,8,128]{2,1,0}) collective-permute-start(%all.2), source_target_pairs={{0,1}}"
-  hlo = LOOP.replace("  ROOT %out.1", inside).replace("  ROOT %while.1", f"  %sent.3 = {start}\n  ROOT %while.1")
+  two, one = "{{0,1},{1,2}}", "{{0,1}}"
+  lines = [
+    f"  %sent.1 = {permute}{two}{own}",
+    f"  %sent.2 = {permute}{one}{own}",
+    f"  %sent.3 = {permute}{one}{of_xla}",
+  ]
+  start = f"bf16[8,8,128]{{2,1,0}} collective-permute-start(%all.2), source_target_pairs={one}{own}"
+  hlo = LOOP.replace("  ROOT %out.1", "\n".join([*lines, "  ROOT %out.1"]))
+  hlo = hlo.replace("  ROOT %while.1", f"  %sent.4 = {start}\n  ROOT %while.1")
   assert tpu_hlo.permuted_bytes(tpu_hlo.computations(hlo)) == {2: 7 * 2 * 8 * 128 * 2, 1: 7 * 8 * 128 * 2}
 
 

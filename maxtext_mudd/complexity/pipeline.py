@@ -202,7 +202,7 @@ def pipelined(config, request: Request):
   if not config.mudd:
     return config.model_copy(update={"depth_connection": "residual"})
   try:
-    raise_first(depth_connection._pipeline(config, f"decoder_block={config.decoder_block.value!r}"))
+    raise_first(depth_connection.of_pipeline(config))
   except ValueError as error:
     raise ConfigError(str(error)) from None
   return config

@@ -56,6 +56,7 @@ class Sizes(MuddKeys):
   pipeline_delay_activation_forwarding: bool
   record_internal_nn_metrics: int
   shard_mode: ShardMode
+  opt_type: str
   lora: Adapters = Adapters()
 
   @property

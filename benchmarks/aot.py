@@ -48,7 +48,7 @@ COLUMNS = [
   "beyond stock / floor",
 ]
 COLUMNS += ["both, of the chip"]
-OF_PIPELINE = ["sent GB", "not in rings / plan"]  # further columns
+OF_PIPELINE = ["sent GB", "not in rings / plan", "beside blocks"]  # further columns
 NOTES = """
 Memory is that of one chip. Models by name have no re-allocated FFNs. For files of yaml/: {widths}
 Arguments: parameters, moments and data, which are updated in place. Temporaries: the most memory that the step holds
@@ -63,7 +63,8 @@ PIPELINE_NOTES = """
 bytes that the pipeline's own collective-permutes send in a step, of all chips together. In a ring of stages stock moves
 inputs and results of the pipeline, and what passes between stages. With connections the latter is sent between
 neighbours alone; plan is what `python3 -m maxtext_mudd.complexity` says of that with pipeline={stages}, forward and
-backward, in every turn.
+backward, in every turn. Beside blocks: the share of sent that the schedule has under way while the loop over the blocks
+of a stage runs.
 """
 _FALSE = ("false", "no", "off", "f", "n", "0")  # the texts that MaxText reads as false
 
@@ -153,14 +154,16 @@ def sent_bytes(config, hlo: str) -> dict:
   with connections only inputs and results of the pipeline do."""
   from maxtext_mudd.complexity import pipeline
 
-  sent = tpu_hlo.permuted_bytes(tpu_hlo.computations(hlo))
+  program = tpu_hlo.computations(hlo)
+  sent, beside = (tpu_hlo.permuted_bytes(program, beside_loops=x) for x in (False, True))
   ring = sum(size for pairs, size in sent.items() if pairs == config.num_target_devices)
+  counted = {"sent_bytes": sent.total(), "ring_bytes": ring, "beside_blocks_bytes": beside.total()}
   if not config.mudd:
-    return {"sent_bytes": sent.total(), "ring_bytes": ring}
+    return counted
   tokens = config.micro_batch_size_to_train_on // config.num_pipeline_microbatches * config.max_target_length
   turns = config.num_pipeline_microbatches + config.ici_pipeline_parallelism - 1
   planned = 2 * turns * pipeline.traffic(config).total_bytes * tokens
-  return {"sent_bytes": sent.total(), "ring_bytes": ring, "planned_bytes": planned}
+  return counted | {"planned_bytes": planned}
 
 
 def cells(row: dict, stock: dict | None, on_pipeline: bool = False) -> list[str]:
@@ -175,7 +178,8 @@ def cells(row: dict, stock: dict | None, on_pipeline: bool = False) -> list[str]
   if "sent_bytes" in row:
     of_connections = row["sent_bytes"] - row["ring_bytes"]
     share = f"{of_connections / row['planned_bytes']:.3f}" if "planned_bytes" in row else "-"
-    of_pipeline = [f"{row['sent_bytes'] / 1e9:.1f}", share]
+    beside = f"{100 * row['beside_blocks_bytes'] / row['sent_bytes']:.0f} %"
+    of_pipeline = [f"{row['sent_bytes'] / 1e9:.1f}", share, beside]
   if "does_not_fit" in row:
     return [row["model"], *case, *["-"] * 7, "does not fit", *of_pipeline]
   beyond = "-"

@@ -165,24 +165,32 @@ def loop_bytes(
   return [trips * hlo_bytes(program, body, kernels, buffer, True).total() for body in bodies]
 
 
-def permuted_bytes(program: dict[str, list[Instruction]], name: str = "") -> collections.Counter:
+def permuted_bytes(
+  program: dict[str, list[Instruction]], name: str = "", beside_loops: bool = False
+) -> collections.Counter:
   """Bytes that collective-permutes of the program's own `ppermute` send in loops, by how many pairs of chips each has:
   those of all pairs together, times the trips of the loops. XLA makes further ones of gathers.
 
   Args:
-    program: what `computations` returned.
+    program: what `computations` returned, in the order of the schedule.
     name: the computation to count, with those that it calls; '' for the entry computation, which is no loop.
+    beside_loops: whether only those count that are under way while a loop within the loop runs.
   """
   total = collections.Counter()
   results = {x.name: x.result for x in program[name]}
+  at = {x.name: k for k, x in enumerate(program[name])}
+  inner = [k for k, x in enumerate(program[name]) if x.opcode == "while"]
+  done = {x.operands[0]: at[x.name] for x in program[name] if x.opcode == "collective-permute-done"}
+  for k in inner:
+    body = re.search(r"body=%([\w.\-]+)", program[name][k].line)[1]
+    for pairs, size in permuted_bytes(program, body, beside_loops).items():
+      total[pairs] += size * _trips(program, program[name][k])
   for x in program[name]:
-    if x.opcode == "while":
-      for pairs, size in permuted_bytes(program, re.search(r"body=%([\w.\-]+)", x.line)[1]).items():
-        total[pairs] += size * _trips(program, x)
-    elif name and x.opcode in ("collective-permute", "collective-permute-start") and 'ppermute"' in x.line:
+    if name and x.opcode in ("collective-permute", "collective-permute-start") and 'ppermute"' in x.line:
       pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", x.line)[1].count("{")
       (size,) = _unpadded_bytes(results[x.operands[0]])
-      total[pairs] += pairs * size
+      if not beside_loops or any(at[x.name] < k < done.get(x.name, -1) for k in inner):
+        total[pairs] += pairs * size
   return total
 
 

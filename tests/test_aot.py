@@ -34,6 +34,7 @@ def rows(monkeypatch, tmp_path, capsys):
     sizes |= {"hbm_bytes": share * 60 * GB, "floor_bytes": 24 * GB if mudd else 0}
     if "ici_pipeline_parallelism" in keys:
       sizes |= {"sent_bytes": (22 if mudd else 4) * GB, "ring_bytes": (2 if mudd else 4) * GB}
+      sizes |= {"beside_blocks_bytes": 2 * GB}
       sizes |= {"planned_bytes": 20 * GB} if mudd else {}
     return row | {"per_device_batch_size": 4.0, "compile_seconds": 50 * share, **sizes}
 
@@ -87,8 +88,8 @@ def test_pipelines(rows, tmp_path):
     assert (keys["ici_pipeline_parallelism"], keys["num_pipeline_microbatches"]) == (4, 8)
     assert keys["mudd_ffn_reallocation"] == "false"
   written = (tmp_path / "mine.md").read_text().splitlines()
-  cells = [line.split(" | ")[-2:] for line in written if line.startswith("| 405m")]
-  assert cells[:2] == [["4.0", "- |"], ["22.0", "1.000 |"]]
+  cells = [line.split(" | ")[-3:] for line in written if line.startswith("| 405m")]
+  assert cells[:2] == [["4.0", "-", "50 % |"], ["22.0", "1.000", "9 % |"]]
   _, asked, _ = rows("--models", "2p8b", "--pipeline", "4", "base_num_decoder_layers=8")
   assert {(case[4]["num_layers_per_pipeline_stage"], case[4]["num_pipeline_microbatches"]) for case in asked} == {
     (2, 4)

@@ -173,7 +173,24 @@ def test_permuted_bytes_of_a_loop():
   start = f"bf16[8,8,128]{{2,1,0}} collective-permute-start(%all.2), source_target_pairs={one}{own}"
   hlo = LOOP.replace("  ROOT %out.1", "\n".join([*lines, "  ROOT %out.1"]))
   hlo = hlo.replace("  ROOT %while.1", f"  %sent.4 = {start}\n  ROOT %while.1")
-  assert tpu_hlo.permuted_bytes(tpu_hlo.computations(hlo)) == {2: 7 * 2 * 8 * 128 * 2, 1: 7 * 8 * 128 * 2}
+  program = tpu_hlo.computations(hlo)
+  assert tpu_hlo.permuted_bytes(program) == {2: 7 * 2 * 8 * 128 * 2, 1: 7 * 8 * 128 * 2}
+  assert not tpu_hlo.permuted_bytes(program, beside_loops=True)
+
+
+def test_permuted_bytes_beside_a_loop():
+  """Of three, one is done after a loop that began after it."""
+  start = 'bf16[8,128]{1,0} collective-permute-start(%x.1), source_target_pairs={{0,1}}, metadata={op_name="ppermute"}'
+  loop = "  %inner.1 = (s32[]) while(%carry), condition=%condition, body=%one"
+
+  def done(k):
+    return f"  %done.{k} = bf16[8,128]{{1,0}} collective-permute-done(%start.{k})"
+
+  starts = [f"  %start.{k} = {start}" for k in range(3)]
+  lines = [starts[0], done(0), starts[1], loop, done(1), starts[2], done(2), "  ROOT %out.1"]
+  program = tpu_hlo.computations(LOOP.replace("  ROOT %out.1", "\n".join(lines)))
+  assert tpu_hlo.permuted_bytes(program) == {1: 3 * 7 * 8 * 128 * 2}
+  assert tpu_hlo.permuted_bytes(program, beside_loops=True) == {1: 7 * 8 * 128 * 2}
 
 
 @pytest.mark.parametrize("cores", [1, 2])

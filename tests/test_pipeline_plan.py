@@ -88,7 +88,7 @@ def test_picture(capsys, tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["pipeline=5"], "pipeline=5 does not divide the 32 layers; use one of 2, 4, 8, 16, 32."),
+    (["pipeline=5"], "pipeline=5 does not divide the number of layers, 32; use one of 2, 4, 8, 16, 32."),
     (["pipeline=1"], "pipeline=1 is not valid; use a whole number from 2 on."),
     (["pipeline=4", "microbatches=6"], "microbatches=6 is no multiple of pipeline=4, which MaxText needs; use 4 or 8"),
     (["pipeline=4", "chip=v9"], "chip=v9 is not known; use one of v4, v5e, v5p, v6e, h100."),

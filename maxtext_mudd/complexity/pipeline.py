@@ -186,7 +186,8 @@ def pipelined(config, request: Request):
   layers, stages = config.num_decoder_layers, request.stages
   if layers % stages:
     divisors = ", ".join(str(x) for x in range(2, layers + 1) if layers % x == 0)
-    raise ConfigError(f"pipeline={stages} does not divide the {layers} layers; use one of {divisors}.")
+    remedy = f"use one of {divisors}" if divisors else "leave it out"
+    raise ConfigError(f"pipeline={stages} does not divide the number of layers, {layers}; {remedy}.")
   if config.pipeline_delay_activation_forwarding and request.microbatches < 2 * stages:
     raise ConfigError(
       f"microbatches={request.microbatches} is too few for pipeline_delay_activation_forwarding=True; use at least "

@@ -35,7 +35,7 @@ Every command works on any machine, whatever devices the run is for.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import math
 import pathlib
@@ -253,6 +253,11 @@ def _upcycle(args: argparse.Namespace) -> str:
   from maxtext_mudd.checkpoints import source_check, upcycle
 
   source_check.check(pathlib.Path(args.checkpoint), "upcycle")
+  if (stages := _stages(config_files.values(["", args.config, *args.overrides]))) > 1:
+    raise ConfigError(
+      f"a pipeline of {stages} stages: upcycle writes single or scanned layers; leave its keys out, and move the new "
+      "run by maxtext_mudd.convert layout."
+    )
   if args.run is None:
     return _to_maxtext(functools.partial(upcycle.to_model_folder, config_file=args.config), args.checkpoint, args)
   target = pathlib.Path(args.run).absolute()
@@ -268,6 +273,15 @@ def _layout(args: argparse.Namespace) -> str:
   return _resumes(target, train_state.convert(config, source, target, args.step))
 
 
+def _stages(given: Mapping) -> int:
+  """The number of stages of a pipeline that keys ask for. Raises ConfigError for what is no number."""
+  parallelism = {key: given.get(key, 1) for key in ("ici_pipeline_parallelism", "dcn_pipeline_parallelism")}
+  for key, number in parallelism.items():
+    if not isinstance(number, int) or number < 1:
+      raise ConfigError(f"{key}={number} is not a number of stages; set it to one, or to 1 for no pipeline.")
+  return math.prod(parallelism.values())
+
+
 def _with_pipeline(config, args: argparse.Namespace):
   """The configuration with the pipeline that the arguments ask for, which needs no devices here.
 
@@ -278,18 +292,14 @@ def _with_pipeline(config, args: argparse.Namespace):
   from maxtext_mudd.config import depth_connection
 
   given = config_files.values(["", args.config, *args.overrides])
-  parallelism = {key: given.get(key, 1) for key in ("ici_pipeline_parallelism", "dcn_pipeline_parallelism")}
-  for key, number in parallelism.items():
-    if not isinstance(number, int) or number < 1:
-      raise ConfigError(f"{key}={number} is not a number of stages; set it to one, or to 1 for no pipeline.")
-  stages = math.prod(parallelism.values())
+  stages = _stages(given)
   if stages == 1:
     return config
   layers, length = config.num_decoder_layers, given.get("num_layers_per_pipeline_stage", 1)
   if layers != stages * length:
+    fits = f"set it to {layers // stages}" if layers % stages == 0 else f"use a divisor of {layers} as number of stages"
     raise ConfigError(
-      f"num_layers_per_pipeline_stage={length}: {stages} stages have {stages * length} layers then, not {layers}; set "
-      "it to the number of layers over that of stages."
+      f"num_layers_per_pipeline_stage={length}: {stages} stages have {stages * length} layers, not {layers}; {fits}."
     )
   config = layout.with_stages(config, stages, scans=bool(given.get("scan_layers_per_stage", False)))
   try:

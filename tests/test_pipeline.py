@@ -130,6 +130,9 @@ def test_layouts(case):
     ({"mudd_mtp": "connected", "mtp_num_layers": 1}, "use mudd_mtp=head"),
     ({"record_internal_nn_metrics": 1}, "set it to 0"),
     ({"opt_type": "muon"}, "use adamw"),
+    ({"mudd_placements": [{"block": 1, "sources": "all", "streams": "r", "mlp": "x"}]}, "leave mlp out"),
+    ({"num_experts": 4, "load_balance_loss_weight": 0.01}, "set it to 0"),
+    ({"eval_interval": 5, "eval_per_device_batch_size": 1.0}, "batches of one size; set it to 2"),
     ({"decoder_block": "gemma2"}, "use default,"),
   ],
 )
@@ -139,6 +142,13 @@ def test_refusals(keys, sentence):
   refused = [x for x in depth_connection.of_pipeline(cfg) if x.applies]
   assert len(refused) == 1
   assert sentence in f"{refused[0].setting}: {refused[0].reason}"
+
+
+def test_configurations_are_refused():
+  with pytest.raises(ValueError, match="num_layers_per_pipeline_stage=2 and num_pipeline_repeats=-1"):
+    models.config(mudd=True, base_num_decoder_layers=4, ici_pipeline_parallelism=2)
+  with pytest.raises(ValueError, match="ici_pipeline_parallelism=-1 does not work with mudd=True"):
+    models.config(mudd=True, ici_pipeline_parallelism=-1)
 
 
 def test_layers_that_no_stages_divide():

@@ -51,6 +51,11 @@ def are_stacked(config) -> bool:
   return config.scan_layers or num_stages(config) > 1
 
 
+def arrays_per_stage(config) -> int:
+  """How many arrays the parameters of one name are in, in the stages of a pipeline."""
+  return 1 if config.scan_layers_per_stage else config.num_layers_per_pipeline_stage
+
+
 def describe(config) -> str:
   """How a model has its layers, in words."""
   stages = num_stages(config)
@@ -110,7 +115,7 @@ def _leads_through(path: Sequence[str], stack: tuple[str, ...]) -> bool:
   return stack[0] in path and tuple(path[path.index(stack[0]) :][: len(stack)]) == stack
 
 
-def is_scanned(path: Sequence[str]) -> bool:
+def is_stacked(path: Sequence[str]) -> bool:
   """Whether a parameter's path leads through a stack of layers, of whatever model."""
   return not _ATTRIBUTES.isdisjoint(path)
 
@@ -144,7 +149,7 @@ def _of_stages(config) -> tuple[Stack, ...]:
   length = len(blocks) // number
   if length == 1:
     return (Stack(_STAGES, blocks, (number,), of_stages=True),)
-  if config.scan_layers_per_stage:
+  if arrays_per_stage(config) == 1:
     return (Stack((*_STAGES, "scanned_layers"), blocks, (number, length), of_stages=True),)
   return tuple(Stack((*_STAGES, f"layers_{k}"), blocks[k::length], (number,), of_stages=True) for k in range(length))
 

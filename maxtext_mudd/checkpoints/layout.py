@@ -56,7 +56,7 @@ def of_shapes(config: HyperParameters, shapes: Mapping[str, tuple[int, ...]]) ->
     scans = any("/scanned_layers/" in name for name in of_stages)
     return with_stages(config, shapes[of_stages[0]][0], scans=scans)
   config = with_stages(config, 1, scans=False)
-  return changed(config, scan_layers=any(map(stacks.is_scanned, paths.values())))
+  return changed(config, scan_layers=any(map(stacks.is_stacked, paths.values())))
 
 
 def convert(values: Mapping[str, np.ndarray], config: HyperParameters) -> dict[str, np.ndarray]:
@@ -145,7 +145,7 @@ def unstack(values: Mapping[str, np.ndarray], config) -> dict[str, np.ndarray]:
       block = 1 if _module(end[2]) in connections.family(config).start_modules else plan.num_blocks
       singles[f"{end[1]}decoder/{names[block]}/{end[2]}"] = value
     elif not match or (stack := stacks.of_path(config, match[2].split("/"))) is None:
-      if match and stacks.is_scanned(match[2].split("/")):
+      if match and stacks.is_stacked(match[2].split("/")):
         raise ValueError(f"{path} is of layers that this model does not have")
       singles[path] = value
     else:

@@ -114,11 +114,17 @@ def check(
       "two, and name what that writes."
     )
   advice = "name the keys that the model was trained with."
-  is_scanned = {any(stacks.is_scanned(name.split("/")) for name in names) for names in (saved_shapes, model_shapes)}
-  if len(is_scanned) > 1:
+  is_stacked = {any(stacks.is_stacked(name.split("/")) for name in names) for names in (saved_shapes, model_shapes)}
+  if len(is_stacked) > 1:
     advice = "set scan_layers as it was in training."
-  if any(stacks.is_of_stages(name.split("/")) for name in saved_shapes):
-    advice = "it is of the stages of a pipeline; convert it first, with maxtext_mudd.convert from-run."
+  saved, wanted = (any(stacks.is_of_stages(x.split("/")) for x in names) for names in (saved_shapes, model_shapes))
+  if saved and not wanted:
+    advice = "the checkpoint has the stages of a pipeline; convert it first, with maxtext_mudd.convert from-run."
+  if wanted and not saved:
+    advice = (
+      "the checkpoint has no stages of a pipeline; start the run without one, then move it by maxtext_mudd.convert "
+      "layout."
+    )
   for name, parameter in model_shapes.items():
     if name not in saved_shapes:
       raise ConfigError(f"{path} has no {name}, which this configuration needs; {advice}")

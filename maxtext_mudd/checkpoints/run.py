@@ -61,13 +61,19 @@ def from_run(checkpoint: pathlib.Path, target: pathlib.Path, config_file: str, o
   keys = folder_keys(config)
   if reason := why_not_in_folder(config, keys):
     raise ConfigError(f"{reason}; use load_parameters_path={path} with the keys of the run instead.")
-  arrange = functools.partial(_from_stages, config=config) if of_stages else Mapping.items
+  arrange = functools.partial(_from_stages, trained=trained, config=config) if of_stages else Mapping.items
   write(path, saved, config, target, keys, arrange)
 
 
-def _from_stages(values: Mapping[str, np.ndarray], config) -> Iterable[tuple[str, np.ndarray]]:
-  """Parameters of the stages of a pipeline as those of single or scanned layers, as `scan_layers` says."""
-  return layout.convert(values, config).items()
+def _from_stages(values: Mapping[str, np.ndarray], trained, config) -> Iterable[tuple[str, np.ndarray]]:
+  """Parameters of the stages of a pipeline as those of single or scanned layers, as `scan_layers` says.
+
+  Args:
+    trained: the configuration in the layout of the values.
+    config: in that of the result.
+  """
+  singles = layout.unstack(values, trained)
+  return layout.stacking(singles, config) if config.scan_layers else singles.items()
 
 
 def items_of(checkpoint: pathlib.Path) -> pathlib.Path:
@@ -80,7 +86,7 @@ def items_of(checkpoint: pathlib.Path) -> pathlib.Path:
 
 def is_scanned(paths: Iterable[str]) -> bool:
   """Whether these paths of parameters, or of a train state, are of scanned layers."""
-  return any(stacks.is_scanned(path.split("/")) for path in paths)
+  return any(stacks.is_stacked(path.split("/")) for path in paths)
 
 
 def write(

@@ -49,10 +49,10 @@ def convert(config: HyperParameters, source: pathlib.Path, target: pathlib.Path,
   values = read(checkpoint)
   has = stacks.describe(layout.of_shapes(config, {path: x.shape for path, x in values.items()}))
   if has == stacks.describe(config):
-    other = str(not config.scan_layers).lower()
-    raise ConfigError(
-      f"{checkpoint} has {has} already; to convert it, set scan_layers={other}, or other keys of a pipeline."
-    )
+    keys = f"scan_layers={str(not config.scan_layers).lower()}"
+    if stacks.num_stages(config) > 1:
+      keys = "ici_pipeline_parallelism and num_layers_per_pipeline_stage, or scan_layers_per_stage, to other values"
+    raise ConfigError(f"{checkpoint} has {has} already; to convert it, set {keys}.")
   try:
     values = layout.convert(values, config)
   except (KeyError, IndexError, ValueError) as error:

@@ -13,8 +13,8 @@ from maxtext_mudd.blocks.stacks import num_stages
 from maxtext_mudd.config import depth_connection
 from maxtext_mudd.config.errors import ConfigError
 from maxtext_mudd.connections.base import itemsize
+from maxtext_mudd.connections.keys import raise_first
 from maxtext_mudd.connections.routes import routes
-from maxtext_mudd.keys import raise_first
 from maxtext_mudd.model import counts
 
 KEYS = ("pipeline", "microbatches", "chip")

@@ -57,6 +57,9 @@ class Sizes(MuddKeys):
   record_internal_nn_metrics: int
   shard_mode: ShardMode
   opt_type: str
+  load_balance_loss_weight: float
+  eval_interval: int
+  eval_per_device_batch_size: float
   lora: Adapters = Adapters()
 
   @property

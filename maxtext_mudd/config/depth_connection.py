@@ -156,8 +156,8 @@ def refusals(config) -> Iterator[Refusal]:
   )
   if config.use_multimodal:
     yield from _multimodal(config)
-  if config.scan_layers:
-    yield from _scanned(config)
+  if stacks.are_stacked(config):
+    yield from _stacked(config)
   for name in ("ici_pipeline_parallelism", "dcn_pipeline_parallelism"):
     number = getattr(config, name)
     yield Refusal(
@@ -377,18 +377,37 @@ def of_pipeline(config) -> Iterator[Refusal]:
     pipeline,
     f"blocks outside the pipeline would not have the outputs of those within; set it to {layers}",
   )
-  alike = ", ".join(sorted(name for name, row in blocks.BLOCKS.items() if _has_equal_layers(row)))
+  alike = ", ".join(name for name in sorted(blocks.DECODER_BLOCKS) if _has_equal_layers(blocks.BLOCKS[name]))
   yield Refusal(
     not _has_equal_layers(spec),
     _layer(config),
     pipeline,
-    f"MaxText's stages are of layers that are all alike; use {alike}, or fsdp and tensor parallelism",
+    f"MaxText's stages are of layers that are all alike; use {alike}, mudd_decoder_layer=pythia, or no pipeline",
   )
   yield Refusal(
     config.mudd_ffn_reallocation,
     "mudd_ffn_reallocation=True",
     pipeline,
     "all stages have FFNs of one width; set it to False",
+  )
+  yield Refusal(
+    any(site.mlp for site in connections.plan(config).sites.values()),
+    "mudd_placements with mlp",
+    pipeline,
+    "each layer of a stage has a weight MLP of its own; leave mlp out",
+  )
+  weight = config.load_balance_loss_weight
+  yield Refusal(
+    config.num_experts > 1 and weight > 0,
+    f"load_balance_loss_weight={weight}",
+    pipeline,
+    "MaxText takes the mean of the routers' losses over all turns, with those in which a stage is idle; set it to 0",
+  )
+  yield Refusal(
+    config.eval_interval > 0 and config.eval_per_device_batch_size not in (0, config.per_device_batch_size),
+    f"eval_per_device_batch_size={config.eval_per_device_batch_size:g}",
+    pipeline,
+    f"MaxText's pipeline takes batches of one size; set it to {config.per_device_batch_size:g}",
   )
   yield _extra_embeddings(config, pipeline, "MaxText's pipeline takes one array of embeddings")
   yield Refusal(
@@ -430,8 +449,9 @@ def _has_equal_layers(row: blocks.BlockSpec) -> bool:
   return row.cycle is None and len(row.layers) == 1 and not row.uses_earlier_kv
 
 
-def _scanned(config) -> Iterator[Refusal]:
-  scanned = "mudd=True and scan_layers=True"
+def _stacked(config) -> Iterator[Refusal]:
+  """Yields the settings that do not work where parameters of several layers are one array."""
+  scanned = f"mudd=True and {'scan_layers=True' if config.scan_layers else 'a pipeline'}"
   yield Refusal(
     config.param_scan_axis not in (0, 1),
     f"param_scan_axis={config.param_scan_axis}",

@@ -57,6 +57,15 @@ def check_batch(config) -> None:
         f"{setting}: the {loaded} sequences of a step cannot be divided by the {devices} devices, as "
         f"dataset_type={config.dataset_type.value} divides them; use a whole number."
       )
+    stages = config.ici_pipeline_parallelism * config.dcn_pipeline_parallelism
+    if stages > 1 and config.mudd:
+      rows, axes = (
+        getattr(config, trained) // config.num_pipeline_microbatches,
+        _axes(config, mesh, ["activation_batch"]),
+      )
+      _check_divided(
+        config, mesh, axes[0], rows, f"the {rows} sequences of a microbatch", "use fewer num_pipeline_microbatches"
+      )
     loaded //= config.num_diloco_replicas if config.enable_diloco else 1
     what = f"the {loaded} sequences of {setting}"
     _check_divided(config, mesh, batch_axes, loaded, what, f"use a whole number for {key}")

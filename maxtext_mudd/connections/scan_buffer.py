@@ -299,7 +299,7 @@ def _with_batch_axes() -> Callable[[Callable], Callable]:
   """Makes a function run with the mesh axes of the `jax.vmap` around the present call.
 
   JAX forgets these where it traces the functions of a `custom_vjp`. Then what a `shard_map` keeps for its backward pass
-  would be split over the axis of the batch, too, which JAX refuses. There is no public function for it.
+  would be split over the axis of the batch, too, which JAX 0.11.2 refuses. It has no public function for this.
   """
   names = jax_core.get_axis_env().spmd_axis_names
 

@@ -7,8 +7,8 @@ Single layers hold them as a list, scanned layers as a buffer. A family derives 
 sources an aggregate reads, and how their logits become weights.
 
 Scanned layers keep the newest source of each block for the backward pass, as stock layers keep their input, and k-DCA
-the sum of middle sources. Where it is
-also among the final sources, as with Full AttnRes and DeepCrossAttention, it is kept twice.
+the sum of middle sources. Where it is also among the final sources, as with Full AttnRes and DeepCrossAttention, it is
+kept twice.
 """
 
 from collections.abc import Callable, Sequence

@@ -141,6 +141,12 @@ def open_run(checkpoint: str | pathlib.Path, config_file: str | pathlib.Path, **
         f"{checkpoint}: there is no such folder; name a checkpoint, such as OUTPUT/RUN/checkpoints/STEP."
       )
     checkpoint = str(parameters.items_folder(str(path)))
+  for key in ("ici_pipeline_parallelism", "dcn_pipeline_parallelism"):
+    if config_overrides.get(key, 1) != 1:
+      raise ConfigError(
+        f"{key}={config_overrides[key]}: a trained model is loaded without a pipeline; leave it out, and convert a "
+        "checkpoint of a pipeline by python3 -m maxtext_mudd.convert from-run first."
+      )
   # scan_layers has to be as in the run, because the checkpoint has the run's layout.
   defaults = {key: value for key, value in DEFAULTS.items() if key != "scan_layers"}
   keys = defaults | model_config.local_keys() | _with_dtype_names(config_overrides)

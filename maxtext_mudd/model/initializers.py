@@ -80,7 +80,9 @@ def _draw(decoder: nnx.Module, config, rngs: nnx.Rngs) -> None:
     value = param.get_value()
     copies = config.num_experts if path[-1] in _EXPERT_KERNELS else 1
     stack = stacks.of_path(config, path) if stacks.are_stacked(config) else None
-    if stack is not None:
+    if stacks.is_of_stages(path):  # of all stages and, in plain models, of all repeats
+      copies *= config.pipeline_parallel_layers // stacks.arrays_per_stage(config)
+    elif stack is not None:
       copies *= len(stack.blocks)
     std = deviation(config, name, value.size // copies)
     if name == "query" and scales_query_kernel:

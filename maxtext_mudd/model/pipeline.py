@@ -38,7 +38,7 @@ def connect_stages(pipeline: NNXPipeline, connection: Connection) -> None:
   Args:
     connection: the one that starts and finishes.
   """
-  pipeline.connection = connection
+  pipeline.connection = connection  # whose parameters are the decoder's: NNX has them under the first of their paths
   if connection.rematerialises:
     # Blocks recompute what they need from the buffer as a stage leaves it, which is kept. MaxText would keep the buffer
     # as a stage finds it instead, and run all its blocks once more.
@@ -118,7 +118,7 @@ class ConnectedPipeline(NNXPipeline):
     return states
 
   def get_iteration_inputs(self, loop_iteration, state_io, circ_storage, shift):
-    nothing = jnp.zeros_like(state_io[:, 0])
+    nothing = jnp.zeros_like(state_io[:, 0])  # in place of what the stage before passed on
     embedding = super().get_iteration_inputs(loop_iteration, state_io, circ_storage, nothing)
     return StageInput(embedding, shift, self._blocks_before())
 
@@ -138,7 +138,7 @@ class ConnectedPipeline(NNXPipeline):
         setattr(stage, path[-1], variable)  # what `finish` sowed; of the connection nothing else is returned
       after = connection.pass_on(carry)
       start = jnp.asarray(self._routes.starts)[given.block // self._length]
-      made = [jax.lax.dynamic_slice_in_dim(x, start, len(self._routes.made)) for x in after.entries]
+      made = tuple(jax.lax.dynamic_slice_in_dim(x, start, len(self._routes.made)) for x in after.entries)
       output = StageOutput(before.entries, made, after.whole, hidden)
       return (output, None) if self.config.scan_layers else output, nnx.state(stage)
 
@@ -151,7 +151,7 @@ class ConnectedPipeline(NNXPipeline):
   def get_new_loop_state(self, output: StageOutput, loop_state):
     before = loop_state["prev_outputs"]
     of_hidden = loop_state | {"prev_outputs": None if before is None else before.hidden}
-    states = super().get_new_loop_state(output.hidden, of_hidden)
+    states = super().get_new_loop_state(output.hidden, of_hidden)  # its own `shift`, of hidden states, is dropped
     states["shift"] = self._move(output if before is None else before)
     states["prev_outputs"] = None if before is None else output
     return states
@@ -180,7 +180,7 @@ class ConnectedPipeline(NNXPipeline):
       return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     given = tuple(map(zeros, passed.entries, self._entry_specs))
-    made = [jnp.zeros_like(x[:, : len(self._routes.made)]) for x in given]
+    made = tuple(jnp.zeros_like(x[:, : len(self._routes.made)]) for x in given)
     whole = jax.tree.map(lambda x: zeros(x, self.stages_in_spec), passed.whole)
     return StageOutput(given, made, whole, hidden)
 
@@ -205,7 +205,7 @@ class ConnectedPipeline(NNXPipeline):
     mapped = jax.shard_map(
       move,
       mesh=self.mesh,
-      in_specs=(specs, list(specs), self.stages_in_spec),
+      in_specs=(specs, specs, self.stages_in_spec),
       out_specs=Passed(specs, self.stages_in_spec),
       check_vma=False,
     )

@@ -34,7 +34,7 @@ from maxtext_mudd.connections.attnres import keys
 from maxtext_mudd.connections.mesh import passes
 from maxtext_mudd.connections.scored_sources import ScoredCarry, ScoredConnection
 from maxtext_mudd.connections.sublayers import SublayerInput
-from maxtext_mudd.kernels import ChannelWeights, Passes, accumulation_dtype
+from maxtext_mudd.kernels import ChannelWeights, accumulation_dtype
 
 
 class DepthQueries(nnx.Module):
@@ -109,7 +109,8 @@ class AttnResConnection(ScoredConnection):
     if heads == 1:
       streams, sources = sources.mix(passes(config, self.mesh, newest.shape), of_rows, count)
     else:
-      streams, sources = sources.mix(Passes("xla"), ChannelWeights(per_head), count)
+      how = dataclasses.replace(passes(config, self.mesh, newest.shape), implementation="xla", sharding=None)
+      streams, sources = sources.mix(how, ChannelWeights(per_head), count)
     by_name, last = dict(zip(readers, streams)), "x" in readers
     kept.keep(self, "streams", by_name, last=last)
     if kept.is_on("norms"):  # in single layers

@@ -150,11 +150,10 @@ class StreamsConnection(SublayerConnection):
     return hidden, carry, sown
 
   def pass_on(self, carry: StreamsCarry) -> Passed:
-    return Passed((), (carry.streams, carry.product))
+    return Passed((), carry.streams)
 
   def resume(self, start: StreamsCarry, passed: Passed, block: Int[Array, ""]) -> StreamsCarry:
-    streams, product = where_first(block, (start.streams, start.product), passed.whole)
-    return StreamsCarry(streams, 2 * block, product)
+    return StreamsCarry(where_first(block, start.streams, passed.whole), 2 * block)
 
   def _keep_history(self, carry: StreamsCarry, last: bool = False) -> None:
     if kept.is_on("history"):

@@ -290,8 +290,8 @@ MISTAKES = {
   ),
   "pipeline": (
     ["ici_pipeline_parallelism=2", "num_pipeline_microbatches=2"],
-    "ici_pipeline_parallelism or dcn_pipeline_parallelism above 1 does not work with mudd=True: block outputs are not "
-    "passed between stages; use fsdp or tensor parallelism.",
+    "mudd_ffn_reallocation=True does not work with mudd=True and a pipeline of 2 stages: all stages have FFNs of one "
+    "width; set it to False.",
   ),
   "scan": (
     ["scan_layers=true"],

@@ -3,8 +3,9 @@ what later blocks read.
 
 MaxText's loop runs all S stages as one batch, each on another microbatch, and then moves what they return one stage on.
 With connections a stage returns entries of the buffer of its carry besides arrays [B,T,D]. An entry crosses a boundary
-only if a later stage reads it (`connections.routes`): those that a stage was given are sent beside its blocks, those
-that it makes after them. All stages hold whole buffers, zero where an entry does not exist or is not read.
+only if a later stage reads it (`connections.routes`). Those that a stage was given do not wait for its blocks, although
+XLA sends them after these in programs for v5p; those that it makes do. All stages hold whole buffers, zero where an
+entry does not exist or is not read.
 
 Every stage computes the hidden state as if its blocks were the last ones, since all stages have the same code. Only
 that of the last stage is used.
